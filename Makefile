@@ -1,0 +1,48 @@
+# make demo, make test: everything else follows. PYTHON and TORCH may be set: make install TORCH=cu130
+PYTHON ?= python3
+TORCH ?= cpu
+TORCH_VERSION := 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/digits
+RANKS ?= 2
+
+.PHONY: install demo test test-slow test-faults check bench clean
+
+install: $(VENV)/.installed
+
+# The version carries its build (+cpu), so that no index can slip in a CUDA build; the wheel comes from the configured index if it is
+# there and from PyTorch's own otherwise.
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION)+$(TORCH) -c constraints.txt || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION)+$(TORCH) -c constraints.txt --extra-index-url $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]
+	touch $@
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) launcher/train.py --ds_config configs/deepspeed/zero1.json --run-dir $(RUN)
+	$(BIN)/python launcher/demo.py --run-dir $(RUN)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults tests/distributed/test_resume.py
+
+bench: install
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/moe.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""The expert layer against its peers, on gloo ranks of this machine: time, bytes on the wire, peak memory.
+
+usage: python benchmarks/moe.py --ranks 2 [--quick] [--whole-step]
+
+Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
+forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
+other load leaves alone. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
+Routes: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens),
+which loads experts evenly: no prior, path placement or seating helps us here.
+Bytes: what leaves a rank through all_to_all_single and all_reduce (counted as a ring, 2 (P - 1) / P of its size), mean of
+the ranks. Memory: highest sum of live allocations within a step, as the profiler of torch counts them, of the fullest rank;
+parameters and the input are there before the step and do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from moe_peers import TOP_K, Case, Layer, all_layers
+from moe_step import compare_whole_steps
+from torch import Tensor
+
+from sdit.parallel.comm import Comm, find_rank
+
+TOKENS = 256
+SIZES: tuple[Literal["S/2", "B/2"], ...] = ("S/2", "B/2")
+COUNTS = (4, 16)
+KINDS: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
+
+
+@dataclass
+class Wire:
+    """Bytes that left this rank."""
+
+    sent_bytes: float = 0.0
+
+
+@contextmanager
+def metered() -> Iterator[Wire]:
+    """Count what every caller of torch.distributed sends inside the `with`."""
+    wire, all_to_all, all_reduce = Wire(), dist.all_to_all_single, dist.all_reduce
+
+    def counted_all_to_all(
+        output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
+        group: Any = None, async_op: bool = False,
+    ) -> Any:  # fmt: skip
+        ranks = dist.get_world_size(group)
+        splits = input_split_sizes or [len(input) // ranks] * ranks
+        if len(input):
+            leaving = sum(splits) - splits[dist.get_rank(group)]
+            wire.sent_bytes += leaving * input.nbytes / len(input)
+        return all_to_all(output, input, output_split_sizes, input_split_sizes, group, async_op)
+
+    def counted_all_reduce(
+        tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        ranks = dist.get_world_size(group)
+        wire.sent_bytes += 2 * (ranks - 1) / ranks * tensor.nbytes
+        return all_reduce(tensor, op, group, async_op)
+
+    dist.all_to_all_single, dist.all_reduce = counted_all_to_all, counted_all_reduce  # type: ignore[assignment]
+    try:
+        yield wire
+    finally:
+        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+
+
+def peak_step_bytes(layer: Layer, z: Tensor, grad: Tensor) -> int:
+    """Highest sum of live allocations within a step, above what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer.step(z, grad)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        live += record.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one layer: `seconds` of the slowest rank and `cpu_seconds` of all ranks by round, mean `sent_bytes` of a rank,
+    `peak_bytes` of the fullest."""
+
+    name: str
+    seconds: list[float]
+    cpu_seconds: list[float]
+    sent_bytes: float
+    peak_bytes: float
+
+
+def race(layers: Sequence[Layer], z: Tensor, grad: Tensor, rounds: int, comm: Comm) -> list[Outcome]:
+    """All layers' outcomes; steps are taken in turn, in a new order each round, after one warm-up."""
+    times: dict[str, list[tuple[float, float]]] = {layer.name: [] for layer in layers}
+    order = random.Random(0)
+    for round_number in range(rounds + 1):
+        for layer in order.sample(layers, len(layers)):
+            spent = _timed(layer, z, grad, comm)
+            if round_number:
+                times[layer.name].append(spent)
+    outcomes = []
+    for layer in layers:
+        _clear(layer, z)
+        with metered() as wire:
+            layer.step(z, grad)
+        _clear(layer, z)
+        sent, peak = zip(*_of_all_ranks(comm, wire.sent_bytes, peak_step_bytes(layer, z, grad)), strict=True)
+        seconds, cpu_seconds = zip(*times[layer.name], strict=True)
+        outcomes.append(Outcome(layer.name, list(seconds), list(cpu_seconds), statistics.mean(sent), max(peak)))
+    return outcomes
+
+
+def _timed(layer: Layer, z: Tensor, grad: Tensor, comm: Comm) -> tuple[float, float]:
+    """Seconds of the slowest rank and CPU seconds of all ranks for one step."""
+    _clear(layer, z)
+    comm.barrier()
+    started, used = time.perf_counter(), time.process_time()
+    layer.step(z, grad)
+    spent = _of_all_ranks(comm, time.perf_counter() - started, time.process_time() - used)
+    seconds, cpu_seconds = zip(*spent, strict=True)
+    return max(seconds), sum(cpu_seconds)
+
+
+def _clear(layer: Layer, z: Tensor) -> None:
+    layer.clear()
+    z.grad = None
+
+
+def _of_all_ranks(comm: Comm, *values: float) -> list[list[float]]:
+    """The values of every rank."""
+    rows: list[list[float]] = comm.interleave(torch.tensor([values], dtype=torch.float64)).tolist()
+    return rows
+
+
+def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
+    """The cases of the table: all, those of one size, or the first alone if it has to be quick."""
+    every = [Case(size, count, kind, options.batch, ranks) for size, count, kind in product(SIZES, COUNTS, KINDS)]
+    chosen = [case for case in every if options.size in (None, case.size)]
+    return chosen[:1] if options.quick else chosen
+
+
+def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
+    """Print the table of all cases, on rank 0."""
+    say: Callable[..., None] = print if comm.is_first else lambda *_, **__: None
+    shape = f"{comm.world} ranks x {options.batch} samples of {TOKENS} tokens, k = {TOP_K}"
+    say(f"{shape}, 1 thread per rank, median of {options.rounds} rounds")
+    say("| size | M | experts | layer | ms | time / auto | CPU time / auto | MB sent per rank | peak MB |")
+    say("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for case in cases(options, comm.world):
+        torch.manual_seed(10 + comm.rank)
+        z = torch.randn(case.batch, TOKENS, case.width, requires_grad=True)
+        outcomes = race(all_layers(case, comm), z, torch.randn_like(z), options.rounds, comm)
+        for each in outcomes:
+            figures = (
+                f"{1e3 * statistics.median(each.seconds):.0f}",
+                f"{_ratio(each.seconds, outcomes[0].seconds):.2f}",
+                f"{_ratio(each.cpu_seconds, outcomes[0].cpu_seconds):.2f}",
+                f"{each.sent_bytes / 1e6:.1f}",
+                f"{each.peak_bytes / 1e6:.0f}",
+            )
+            say("| " + " | ".join((case.size, str(case.experts), case.kind, each.name, *figures)) + " |", flush=True)
+
+
+def _ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def start_ranks(ranks: int) -> int:
+    """Run this command as `ranks` processes of one thread each; returns the first exit status that is not zero."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    quiet = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    shared = {
+        **quiet,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(ranks),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        return next((status for status in [process.wait() for process in processes] if status), 0)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start")
+    parser.add_argument("--batch", type=int, default=8, help="samples per rank and step")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps per layer")
+    parser.add_argument("--size", choices=SIZES, help="this model size only")
+    parser.add_argument("--quick", action="store_true", help="4 linear experts of the first size only")
+    parser.add_argument(
+        "--whole-step", action="store_true", help="whole training steps with EP = 1 and EP = ranks instead"
+    )
+    options = parser.parse_args()
+    info = find_rank(os.environ)
+    if info.world == 1:
+        sys.exit(start_ranks(options.ranks))
+    torch.set_num_threads(1)
+    with Comm(info, timeout_seconds=300) as comm:
+        if options.whole_step:
+            compare_whole_steps(comm, options.batch, options.rounds)
+        else:
+            compare_layers(options, comm)
+
+
+if __name__ == "__main__":
+    main()

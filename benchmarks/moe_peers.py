@@ -1,0 +1,185 @@
+"""The expert layers that `moe.py` compares: ours by mode of exchange, ours without exchange, DeepSpeed's, fairscale's.
+
+B samples per rank of L tokens and width D, P ranks, M experts, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdit.contracts import RawBatch
+from sdit.model.moe.dispatch import LocalDispatcher
+from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.gate import gate_probabilities, sparse_gates
+from sdit.model.moe.plan import group_positions
+from sdit.model.moe.routes import Routes
+from sdit.parallel.comm import Comm
+from sdit.parallel.experts import SpreadExperts
+from sdit.parallel.spread import ExpertSpread
+from sdit.topology import plan_batch
+
+TOP_K = 2  # the only k that fairscale's gate knows
+TASKS = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the comparison: a model size, M experts of a kind, B samples per rank, P ranks."""
+
+    size: Literal["S/2", "B/2"]
+    experts: int
+    kind: Literal["linear", "mlp"]
+    batch: int
+    ranks: int
+
+    @property
+    def width(self) -> int:
+        return SIZES[self.size[0]][1]
+
+    def config(self, exchange: Literal["auto", "tokens", "weights"]) -> Config:
+        """A model of one block on all ranks. Random routes, index placement and no seating: the exchange alone."""
+        experts = ExpertsConfig(count=self.experts, top_k=TOP_K, kind=self.kind)
+        heads = SIZES[self.size[0]][2]
+        return Config(
+            model=ModelConfig(depth=1, width=self.width, heads=heads, patch_size=2, timesteps=TASKS, experts=experts),
+            parallel=ParallelConfig(expert=self.ranks, exchange=exchange, placement="index", seating="order"),
+            train=TrainConfig(steps=1, global_batch=self.batch * self.ranks),
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to time: `forward` maps tokens (B, L, D) to (B, L, D); `reduces` if gradients of its experts are summed."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    reduces: bool = False
+
+    def step(self, z: Tensor, grad: Tensor) -> None:
+        """Forward and backward, and the all-reduce that data parallelism needs where every rank holds all experts."""
+        self.forward(z).backward(grad)
+        if self.reduces:
+            dist.all_reduce(torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]))
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class TaskGate:
+    """A gate on random task embeddings (T, D), hence random routes; draws the same tasks on all ranks."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(1)
+        self.linear = nn.Linear(case.width, case.experts)
+        nn.init.normal_(self.linear.weight, std=case.width**-0.5)
+        self.table = torch.randn(TASKS, case.width)
+        self._generator = np.random.default_rng(2)
+        self._samples = case.batch * case.ranks
+        top = gate_probabilities(self.table, [self.linear]).detach().topk(TOP_K)
+        self.routes = Routes(top.indices.numpy(), top.values.numpy(), case.experts)
+
+    def draw(self) -> np.ndarray:
+        """(P B,) tasks of the next global batch."""
+        return self._generator.integers(0, TASKS, self._samples)
+
+    def gates(self, tasks: Tensor, experts: Tensor | None) -> Tensor:
+        """(G, M) sparse gates of tasks (G,); `experts` (1, G, k) fixes the choice."""
+        probs = gate_probabilities(self.table[tasks], [self.linear])
+        return sparse_gates(probs, probs.topk(TOP_K).indices if experts is None else experts)[0]
+
+
+def spread_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"]) -> Layer:
+    """Our layer. A step holds its plan for the one block, its gates, and the exchange."""
+    config, gate = case.config(exchange), TaskGate(case)
+    batch = plan_batch(config.train.global_batch, None, case.ranks)
+    spread = ExpertSpread(config, batch, comm, case.ranks)
+    better = spread.reconsider(gate.routes, placement_due=True, first=True)
+    if better is not None:
+        spread.layout = better[0]
+    local = build_experts(config.model.experts, case.width, spread.layout.slots[0][spread.place])
+    experts = SpreadExperts(_randomised(local), case.experts, case.ranks)
+    index = group_positions(batch, spread.groups, comm.rank, 0, 0)[comm.rank :: case.ranks]
+    loaded = RawBatch(index=index, x0=np.zeros((case.batch, 1, 1, 1), np.float32), y=np.zeros(case.batch, np.int64))
+
+    def forward(z: Tensor) -> Tensor:
+        tasks = gate.draw()
+        spread.begin_step(gate.routes, 0, tasks)
+        spread.begin_micro_step(0, loaded)
+        view = spread.dispatcher.view(torch.from_numpy(tasks[index]))
+        return spread.dispatcher.start(0, z, gate.gates(view.task, view.experts), experts)()
+
+    at_hand = int(spread.layout.at_hand.sum())
+    name = f"ours, auto ({at_hand} of {case.experts} at hand)" if exchange == "auto" else f"ours, {exchange}"
+    return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()])
+
+
+def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
+    """EP = 1: every rank holds all experts."""
+    gate, dispatcher = TaskGate(case), LocalDispatcher()
+    experts = _randomised(build_experts(case.config("auto").model.experts, case.width))
+
+    def forward(z: Tensor) -> Tensor:
+        view = dispatcher.view(torch.from_numpy(gate.draw()[comm.rank :: case.ranks]))
+        return dispatcher.start(0, z, gate.gates(view.task, view.experts), experts)()
+
+    name = "ours, EP = 1, gradients all-reduced" if reduces else "ours, EP = 1"
+    return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()], reduces)
+
+
+def deepspeed_layer(case: Case) -> Layer:
+    """DeepSpeed's stock layer, dropless; its gate sees tokens."""
+    torch.manual_seed(3)
+    layer = MoE(case.width, _expert(case), case.experts, ep_size=case.ranks, k=TOP_K, drop_tokens=False)
+    layer.set_deepspeed_parallelism()
+    return Layer("DeepSpeed MoE", lambda z: layer(z)[0], list(layer.parameters()))
+
+
+def fairscale_layer(case: Case) -> Layer:
+    """fairscale's layer; its gate sees tokens and drops those beyond 2 S / M per expert."""
+    torch.manual_seed(4)
+    expert = _expert(case)
+    experts = nn.ModuleList([deepcopy(expert) for _ in range(case.experts // case.ranks)])
+    layer = MOELayer(Top2Gate(case.width, case.experts), experts)
+    return Layer("fairscale MOELayer", layer, list(layer.parameters()))
+
+
+def all_layers(case: Case, comm: Comm) -> list[Layer]:
+    """Every layer of the comparison, freshly made."""
+    return [
+        spread_layer(case, comm, "auto"),
+        spread_layer(case, comm, "tokens"),
+        spread_layer(case, comm, "weights"),
+        local_layer(case, comm, reduces=False),
+        local_layer(case, comm, reduces=True),
+        deepspeed_layer(case),
+        fairscale_layer(case),
+    ]
+
+
+def _expert(case: Case) -> nn.Module:
+    """One expert as the peers take it."""
+    if case.kind == "linear":
+        return nn.Linear(case.width, case.width)
+    return nn.Sequential(
+        nn.Linear(case.width, 4 * case.width), nn.GELU(approximate="tanh"), nn.Linear(4 * case.width, case.width)
+    )
+
+
+def _randomised(module: Experts) -> Experts:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return module

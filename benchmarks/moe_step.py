@@ -1,0 +1,123 @@
+"""Whole training steps of Switch-DiT-S/2 with EP = 1 and EP = P, for `moe.py`."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdit.config import Config, DataConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdit.contracts import RawBatch
+from sdit.data.encoders import png_encoder
+from sdit.data.index import DatasetFacts
+from sdit.data.prepare import prepare
+from sdit.data.sources import ArraySource
+from sdit.parallel.comm import Comm
+from sdit.train.build import open_trainer
+from sdit.train.trainer import Trainer
+
+EXPERTS, PICTURES, CLASSES = 4, 64, 10
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of all ranks: `seconds` of the slowest, `cpu_seconds` of all together, and what the experts cost on the wire."""
+
+    seconds: float
+    cpu_seconds: float
+    wait_seconds: float
+    sent_bytes: float
+
+
+def compare_whole_steps(comm: Comm, batch: int, rounds: int) -> None:
+    """Print the table: the system's own training step, every default on, ZeRO 1; both layouts take turns."""
+    folder = comm.from_first(tempfile.mkdtemp() if comm.is_first else "")
+    if comm.is_first:
+        write_pictures(Path(folder) / "data")
+    comm.barrier()
+    records: dict[int, list[Record]] = {1: [], comm.world: []}
+    with ExitStack() as stack:
+        steps = {}
+        for ranks in records:
+            config = run_config(folder, ranks, batch * comm.world)
+            zero = {"zero_optimization": {"stage": 1}}
+            steps[ranks] = training_step(stack.enter_context(open_trainer(config, zero, "benchmark", comm)))
+        for _ in range(rounds + 2):
+            for ranks, step in steps.items():
+                records[ranks].append(timed(step, comm))
+    if comm.is_first:
+        print(
+            f"Switch-DiT-S/2, M = {EXPERTS}, {comm.world} ranks x {batch} images, ZeRO 1, median of {rounds} steps in turn"
+        )
+        show({ranks: series[2:] for ranks, series in records.items()})  # the first step places the experts
+
+
+def timed(step: Callable[[], dict[str, float]], comm: Comm) -> Record:
+    """Take a step that begins on all ranks together."""
+    comm.barrier()
+    started, used = time.perf_counter(), time.process_time()
+    metrics = step()
+    spent = torch.tensor([time.perf_counter() - started, time.process_time() - used], dtype=torch.float64)
+    seconds, cpu = zip(*comm.interleave(spent[None]).tolist(), strict=True)
+    return Record(max(seconds), sum(cpu), metrics["exchange_wait_seconds"], metrics["exchange_bytes"])
+
+
+def show(records: dict[int, list[Record]]) -> None:
+    """Print medians, and of ratios the median over rounds: what else the machine does falls on both sides."""
+    print(
+        "| layout | s per step | of EP = 1 | CPU s, all ranks | of EP = 1 | s waiting for experts | MB sent for experts |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for ranks, series in records.items():
+        pairs = list(zip(series, records[1], strict=True))
+        ratio = statistics.median(own.seconds / base.seconds for own, base in pairs)
+        cpu_ratio = statistics.median(own.cpu_seconds / base.cpu_seconds for own, base in pairs)
+        seconds, cpu, wait = (
+            statistics.median(getattr(record, key) for record in series)
+            for key in ("seconds", "cpu_seconds", "wait_seconds")
+        )
+        sent = series[-1].sent_bytes / 1e6
+        print(f"| EP = {ranks} | {seconds:.2f} | {ratio:.3f} | {cpu:.2f} | {cpu_ratio:.3f} | {wait:.2f} | {sent:.1f} |")
+
+
+def run_config(folder: str, ranks: int, global_batch: int) -> Config:
+    """Switch-DiT-S/2 on pictures of 32 x 32 (256 tokens), experts over `ranks` ranks, everything else by default."""
+    return Config(
+        model=ModelConfig(size="S/2", channels=3, classes=CLASSES, experts=ExpertsConfig(count=EXPERTS)),
+        data=DataConfig(source="shards", path=f"{folder}/data", streams=1),
+        parallel=ParallelConfig(expert=ranks, threads=1),
+        train=TrainConfig(steps=1000, global_batch=global_batch),
+        run_dir=f"{folder}/run-{ranks}",
+    )
+
+
+def training_step(trainer: Trainer) -> Callable[[], dict[str, float]]:
+    """A closure that takes the next training step of the run, data included, and returns its metrics."""
+
+    def batches() -> Iterator[RawBatch]:
+        yield from trainer.loader.batches(trainer._requests())
+
+    source = batches()
+
+    def step() -> dict[str, float]:
+        metrics, _ = trainer._step([next(source)])
+        trainer.state.clock = trainer.state.clock.after(trainer.batch.global_batch)
+        return metrics
+
+    return step
+
+
+def write_pictures(folder: Path) -> None:
+    """Shards of random pictures."""
+    generator = np.random.default_rng(0)
+    facts = DatasetFacts(kind="images", total=PICTURES, channels=3, size=32, classes=CLASSES)
+    pixels = generator.integers(0, 256, (PICTURES, 3, 32, 32), dtype=np.uint8)
+    labels = generator.integers(0, CLASSES, PICTURES)
+    prepare(ArraySource(facts, {"source": "noise"}, pixels, labels), png_encoder(), folder)

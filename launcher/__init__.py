@@ -1,0 +1,1 @@
+"""Thin scripts around the library; each is also `sdit <verb>`."""

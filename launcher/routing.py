@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Draw which experts the denoising tasks take: affinity, overlap of paths, agreement with the prior, load.
+
+  routing.py --checkpoint runs/digits --out map.png
+  routing.py --checkpoint Switch-DiT-S.pt --config configs/switch_s2.yaml --out map.png
+
+The routes depend on the timestep alone, so the map is exact: it needs no images.
+Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 a model without gates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launcher.command import Parser, exit_status
+from sdit.errors import ConfigError, ExitCode
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser("routing", __doc__)
+    add = parser.add_argument
+    add(
+        "--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, checkpoint folder, or published file"
+    )
+    add("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
+    add("--weights", choices=("ema", "weight"), default="ema", help="averaged weights or the last ones (default: ema)")
+    add("--out", type=Path, required=True, metavar="PNG", help="file to write")
+    options = parser.parse_args(arguments)
+    if options.out.suffix != ".png":
+        parser.error(f"--out: {options.out} does not end in .png")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return exit_status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
+    from sdit.observe.routing import routing_map
+    from sdit.train.checkpoint.load import load_trained
+
+    trained = load_trained(options.checkpoint, options.weights, options.config)
+    model = trained.config.model
+    if model.variant != "switch":
+        raise ConfigError(f"model.variant: {model.variant} has no gates; legal for a routing map: switch")
+    probs = trained.model.all_gate_probs()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"after {trained.clock.images_seen:,} images ({options.weights})"
+    routing_map(probs.numpy(), model.experts.top_k, solve_assignment(probs, model), options.out, title)
+    print(options.out)
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

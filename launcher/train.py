@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Train a run, or go on with it: the same command again resumes from the newest good checkpoint.
+
+  train.py                                                     the embedded digits, minutes on two cores
+  train.py --config configs/digits.yaml --run-dir runs/mine train.steps=2000 optimizer.learning_rate=5e-4
+  deepspeed --num_gpus 2 launcher/train.py --ds_config configs/deepspeed/zero1.json
+  mpirun -n 4 python launcher/train.py
+  srun python launcher/train.py
+
+SIGTERM, SIGUSR1 or SIGINT saves after the present step and ends with 75.
+Exit status: 0 done, 64 wrong command line, 65 bad data or a diverged run, 70 crash, 74 file system error,
+75 stopped and saved (the same command goes on), 78 impossible config. Only 70, 74 and 75 are worth another try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launcher.command import Parser, exit_status
+from sdit.config import Config
+from sdit.configfile import config_manual, dump_config, load_config
+from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
+from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.supervise.child import Supervised
+from sdit.supervise.fault import Fault
+from sdit.supervise.lock import RunLock
+from sdit.supervise.ranks import find_rank
+from sdit.supervise.supervisor import Job, supervise
+from sdit.topology import choose_expert_parallel, plan_batch
+
+DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
+DEFAULT_DEEPSPEED = ROOT / "configs" / "deepspeed" / "zero1.json"
+LOST_OTHERS = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe", re.IGNORECASE)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser("train", __doc__, config_manual())
+    add = parser.add_argument
+    json_help = "DeepSpeed JSON: ZeRO stage, offload, buckets (default: configs/deepspeed/zero1.json)"
+    fault_help = "tests only (SDIT_FAULTS=1): make a rank misbehave"
+    add("--ds_config", "--deepspeed_config", default=str(DEFAULT_DEEPSPEED), metavar="JSON", help=json_help)
+    add("--config", default=str(DEFAULT_CONFIG), metavar="YAML", help="the run's config (default: configs/digits.yaml)")
+    add("--run-dir", metavar="DIR", help="folder of the run (overrides run_dir)")
+    add("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+    add("--fault", type=_fault, action="append", default=[], metavar="KIND@RANK:STEP", help=fault_help)
+    add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, see below")
+    options = parser.parse_args(arguments)
+    if options.fault and os.environ.get("SDIT_FAULTS") != "1":
+        parser.error("--fault is for tests: it needs SDIT_FAULTS=1 in the environment")
+    return options
+
+
+def _fault(text: str) -> Fault:
+    try:
+        return Fault.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    rank = Supervised.from_environment(os.environ)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    command = [sys.executable, __file__, *arguments]
+    code = exit_status(lambda: run_or_supervise(options, rank, command))
+    if rank.is_supervised and code != ExitCode.DONE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the libraries' own ends may wait for ranks that are gone
+    return code
+
+
+def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: list[str]) -> int:
+    """Be the rank or, as the launcher's own child, the supervisor of one, which `command` starts."""
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"run_dir={options.run_dir}")
+    if rank.resume is not None:
+        overrides.append(f"checkpoint.resume={rank.resume}")
+    config = load_config(options.config, overrides)
+    deepspeed = read_deepspeed_json(options.ds_config)
+    if rank.is_supervised:
+        return last_words(rank, lambda: run(options, config, deepspeed, rank))
+    info = find_rank(os.environ)
+    # What needs no torch is refused here at once; the rank itself checks the rest, seconds later.
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, info.world)
+    merge_deepspeed(config, batch, deepspeed, options.ds_config)
+    run_dir = Path(config.run_dir)
+    if config.supervise.enabled:
+        digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
+        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks))
+        return supervise(job, config.supervise, info, os.environ)
+    with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
+        if lock is not None:
+            lock.keep_beating()
+        return run(options, config, deepspeed, rank)
+
+
+def last_words(rank: Supervised, work: Callable[[], int]) -> int:
+    """Do a rank's work; tell its supervisor, which tells the user, why it failed.
+
+    A rank that merely lost the others needs no traceback.
+    """
+    try:
+        return work()
+    except SditError as error:
+        rank.pulse.fail(str(error), secondary=False)
+        return error.exit_code
+    except Exception as error:
+        secondary = LOST_OTHERS.search(str(error)) is not None
+        rank.pulse.fail(f"{type(error).__name__}: {error}", secondary)
+        if secondary:
+            print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return ExitCode.CRASH
+
+
+def largest_world(config: Config, ranks: int) -> int:
+    """The largest number of ranks, up to `ranks`, that the config can run on; 0: none."""
+    for world in range(ranks, 0, -1):
+        try:
+            plan_batch(config.train.global_batch, config.train.micro_batch, world)
+            if config.model.variant == "switch":
+                choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, world)
+        except ConfigError:
+            continue
+        return world
+    return 0
+
+
+def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: Supervised) -> int:
+    """Be one rank of the run."""
+    from sdit.parallel.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
+    from sdit.parallel.comm import find_rank as find_launched
+    from sdit.train.build import check_config, open_trainer
+
+    info = find_launched(os.environ)
+    check_config(config, deepspeed, options.ds_config, info.world)
+    set_threads(info, config.parallel.threads)
+    from sdit.observe.metrics_file import MetricsFile
+    from sdit.observe.pictures import Pictures
+    from sdit.observe.progress import Progress
+
+    run_dir = Path(config.run_dir)
+    observers = [MetricsFile(run_dir), Progress(), Pictures(run_dir, config.model)] if info.rank == 0 else []
+    with Comm(info) as comm:
+        try:
+            with open_trainer(config, deepspeed, options.ds_config, comm, observers, rank, options.fault) as trainer:
+                return int(trainer.run())
+        finally:
+            for observer in observers:
+                observer.close()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == ExitCode.REQUEUE else sys.exit(code)

@@ -1,0 +1,58 @@
+"""`sdit VERB ...`: the launchers under one name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from sdit import __version__
+from sdit.errors import ExitCode
+
+VERBS = {  # verb, which is the name of a module in launcher/ -> what it does
+    "train": "train a run, or go on with it",
+    "sample": "draw images from a run or a published checkpoint",
+    "prepare": "write training images or latents as verified shards",
+    "export": "write a run's weights as one file in published names",
+    "routing": "draw which experts the denoising tasks take",
+    "demo": "judge a trained run of the digits",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a verb and return its exit status."""
+    verb, *rest = list(arguments) or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(_manual())
+        return ExitCode.DONE
+    if verb == "--version":
+        print(f"sdit {__version__}")
+        return ExitCode.DONE
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(VERBS)}"
+        print(f"error: {verb}: unknown verb; {hint}", file=sys.stderr)
+        return ExitCode.USAGE
+    return int(importlib.import_module(f"launcher.{verb}").main(rest))
+
+
+def _manual() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(["usage: sdit VERB ...", "", *lines, "", "sdit VERB --help is the manual of each."])
+
+
+def main() -> None:
+    """The installed command."""
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == ExitCode.REQUEUE:
+        os._exit(code)  # a stop was asked for: threads of the launcher's libraries must not hold the process up
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

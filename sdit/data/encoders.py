@@ -1,0 +1,184 @@
+"""Pictures -> the members of their samples: PNG, or the posterior moments of a variational autoencoder (VAE).
+
+B pictures, C channels of the latent, H = W size of the latent, O orientations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sdit.data.decode import encode_moments, encode_png
+from sdit.data.index import DatasetFacts
+from sdit.data.shards import Encoded
+from sdit.data.sources import Picture
+from sdit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Encoder(Protocol):
+    """How pictures are stored. Picklable."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides the stored bytes, as JSON."""
+        ...
+
+    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
+        """What the stored samples have in common, given the same about the pictures."""
+        ...
+
+    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
+        """Key and members of each picture, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class PngEncoder:
+    """Stores the pixels, without loss."""
+
+    recipe: dict[str, Any]
+
+    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
+        return pictures
+
+    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
+        for picture in pictures:
+            yield picture.key, {"png": encode_png(_pixels(picture)), "cls": _label(picture)}
+
+
+def png_encoder() -> PngEncoder:
+    """The encoder for image shards."""
+    return PngEncoder({"stored": "png"})
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """Stores mean and log-variance of the VAE's posterior, of the mirrored picture as well if `mirrored`."""
+
+    recipe: dict[str, Any]
+    vae: Path
+    channels: int
+    picture_channels: int
+    downsampling: int
+    latent_scale: float
+    mirrored: bool
+    dtype: str
+    batch: int
+    device: str
+
+    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
+        if pictures.channels != self.picture_channels:
+            raise ConfigError(f"--vae: takes {self.picture_channels} channels, the pictures have {pictures.channels}")
+        if pictures.size % self.downsampling:
+            raise ConfigError(f"--size: {pictures.size}; legal with this VAE: multiples of {self.downsampling}")
+        return pictures.model_copy(
+            update={
+                "kind": "latents",
+                "channels": self.channels,
+                "size": pictures.size // self.downsampling,
+                "mirrored": self.mirrored,
+                "latent_scale": self.latent_scale,
+            }
+        )
+
+    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
+        remaining = iter(pictures)
+        while batch := list(islice(remaining, self.batch)):
+            moments = self._moments(np.stack([_pixels(picture) for picture in batch]))
+            for picture, each in zip(batch, moments, strict=True):
+                if not np.isfinite(each).all():
+                    raise DataError(f"picture {picture.key}: the VAE's moments are not finite")
+                yield picture.key, {"npy": encode_moments(each), "cls": _label(picture)}
+
+    def _moments(self, pixels: np.ndarray) -> np.ndarray:
+        """Posterior moments (B, O, 2C, H, W) of pixels (B, 3, 8H, 8W) uint8."""
+        import torch
+
+        # One thread in every process: the bytes do not depend on how many processes share the cores.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                images = torch.from_numpy(pixels).to(self.device, torch.float32) / 127.5 - 1
+                orientations = [images, images.flip(-1)] if self.mirrored else [images]
+                moments = torch.stack([_posterior(self.vae, self.device, each) for each in orientations], dim=1)
+        finally:
+            torch.set_num_threads(threads)
+        return moments.cpu().numpy().astype(self.dtype)
+
+
+def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: str) -> LatentEncoder:
+    """The encoder that uses the diffusers AutoencoderKL in a local folder; ConfigError when it cannot be used."""
+    try:
+        config = json.loads((vae / "config.json").read_bytes())
+        weights = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"--vae: {error.filename}: {error.strerror}; legal: a local folder with config.json and "
+            "diffusion_pytorch_model.safetensors"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"--vae: {vae / 'config.json'} is not JSON: {error}") from None
+    if config.get("_class_name") != "AutoencoderKL" or config.get("shift_factor") is not None:
+        raise ConfigError(
+            f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL without shift_factor"
+        )
+    _autoencoder_class()
+    recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
+    try:
+        return LatentEncoder(
+            recipe=recipe,
+            vae=vae,
+            channels=config["latent_channels"],
+            picture_channels=config["in_channels"],
+            downsampling=2 ** (len(config["block_out_channels"]) - 1),
+            latent_scale=config["scaling_factor"],
+            mirrored=mirrored,
+            dtype=dtype,
+            batch=batch,
+            device=device,
+        )
+    except KeyError as error:
+        raise ConfigError(f"--vae: {vae / 'config.json'} has no {error}") from None
+
+
+def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
+    import torch
+
+    posterior = _load_vae(vae, device).encode(images).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+@lru_cache(maxsize=1)
+def _load_vae(vae: Path, device: str) -> Any:
+    model = _autoencoder_class().from_pretrained(vae, local_files_only=True, use_safetensors=True)
+    return model.to(device).eval()
+
+
+def _autoencoder_class() -> Any:
+    try:
+        from diffusers import AutoencoderKL  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise ConfigError("latents need diffusers; run: pip install sdit[vae]") from None
+    return AutoencoderKL
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    assert isinstance(picture.pixels, np.ndarray)  # those without pixels were left out before
+    return picture.pixels
+
+
+def _label(picture: Picture) -> bytes:
+    return str(picture.label).encode()

@@ -1,0 +1,89 @@
+"""index.json: what a folder of shards holds, with the size and the checksum of every shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdit.data.durable import replacing
+from sdit.errors import DataError
+
+INDEX_NAME = "index.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetFacts(_Record):
+    """What all samples of a data set have in common."""
+
+    kind: Literal["images", "latents"]
+    total: int = Field(ge=1, description="samples, each read once per epoch")
+    channels: int = Field(ge=1, description="channels of an image or of a latent")
+    size: int = Field(ge=1, description="height = width in pixels or latent cells")
+    classes: int = Field(ge=0, description="labels are 0..classes-1; 0: unlabelled")
+    class_names: tuple[str, ...] = ()
+    mirrored: bool = Field(default=False, description="latents: moments of the mirrored image are stored as well")
+    latent_scale: float | None = Field(default=None, description="latents: the factor that the VAE's authors recommend")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetFacts:
+        if self.kind == "images" and self.channels not in (1, 3):
+            raise ValueError(f"channels: {self.channels}; legal for images: 1 (grey), 3 (RGB)")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names: {len(self.class_names)} names for {self.classes} classes")
+        return self
+
+
+class ShardRecord(_Record):
+    """One shard as it was written."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    samples: int = Field(ge=1)
+
+
+class DatasetIndex(_Record):
+    """The whole of index.json; `recipe` is what the folder was made from, and decides whether a preparation goes on."""
+
+    version: Literal[1] = 1
+    facts: DatasetFacts
+    recipe: dict[str, Any]
+    shards: tuple[ShardRecord, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> DatasetIndex:
+        samples = sum(shard.samples for shard in self.shards)
+        if samples != self.facts.total:
+            raise ValueError(f"facts.total: {self.facts.total}, but the shards hold {samples} samples")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("shards: a name occurs twice")
+        return self
+
+
+def read_index(folder: Path) -> DatasetIndex:
+    """The index of a prepared folder; DataError when there is none or it cannot be trusted."""
+    path = folder / INDEX_NAME
+    try:
+        return DatasetIndex.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        advice = f"run: launcher/prepare.py <source> --out {folder}"
+        if any(folder.glob("*.tar")):
+            advice = (
+                f"its preparation did not finish; give the same launcher/prepare.py command with --out {folder} again"
+            )
+        raise DataError(f"{path}: no such file; {advice}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
+
+
+def write_index(folder: Path, index: DatasetIndex) -> None:
+    """Write index.json in one step; it comes last, so a folder that has one is complete."""
+    with replacing(folder / INDEX_NAME) as file:
+        file.write(index.model_dump_json(indent=1).encode() + b"\n")

@@ -1,0 +1,94 @@
+"""Which shards of a preparation under way are finished."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from sdit.data.durable import naming
+from sdit.data.index import INDEX_NAME, ShardRecord, read_index
+from sdit.errors import ConfigError
+
+JOURNAL_NAME = "progress.jsonl"
+Recipe = dict[str, Any]
+
+
+class Journal:
+    """One JSON object per line: the recipe, then each shard that was finished; `finished` is by shard name."""
+
+    def __init__(self, file: BinaryIO, finished: dict[str, ShardRecord]) -> None:
+        self._file = file
+        self.finished = finished
+
+    def add(self, record: ShardRecord) -> None:
+        """Note a finished shard, durably."""
+        _append(self._file, record.model_dump_json())
+
+
+@contextmanager
+def opened_journal(folder: Path, recipe: Recipe) -> Iterator[Journal]:
+    """The folder's journal, locked against other processes; removed when the block ends without an error.
+
+    ConfigError when the folder holds, or another process writes, something that was not made by this recipe.
+    """
+    finished = _finished_by_index(folder, recipe)
+    with (folder / JOURNAL_NAME).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--out: {folder} is being written by another process") from None
+        yield Journal(file, finished | _finished_by_journal(file, folder, recipe))
+        (folder / JOURNAL_NAME).unlink()
+
+
+def _finished_by_index(folder: Path, recipe: Recipe) -> dict[str, ShardRecord]:
+    if not (folder / INDEX_NAME).exists():
+        return {}
+    index = read_index(folder)
+    _refuse_other_recipe(folder, index.recipe, recipe)
+    return {record.name: record for record in index.shards}
+
+
+def _finished_by_journal(file: BinaryIO, folder: Path, recipe: Recipe) -> dict[str, ShardRecord]:
+    """The journal's records; a last line that was cut off is dropped, and an empty journal begun."""
+    file.seek(0)
+    text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    file.truncate(len(whole))
+    if not whole:
+        _append(file, json.dumps(recipe))
+        return {}
+    first, *lines = whole.splitlines()
+    try:
+        begun = json.loads(first)
+        records = [ShardRecord.model_validate_json(line) for line in lines]
+    except (ValueError, ValidationError):
+        raise ConfigError(
+            f"--out: {folder / JOURNAL_NAME} cannot be read; delete it, or choose another folder"
+        ) from None
+    _refuse_other_recipe(folder, begun, recipe)
+    return {record.name: record for record in records}
+
+
+def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe) -> None:
+    differing = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
+    if differing:
+        key = differing[0]
+        raise ConfigError(
+            f"--out: {folder} was made with {key} {found.get(key)!r}, this command asks for {asked.get(key)!r}; "
+            "choose another folder, or delete it"
+        )
+
+
+def _append(file: BinaryIO, line: str) -> None:
+    with naming(Path(file.name)):
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

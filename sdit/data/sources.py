@@ -1,0 +1,153 @@
+"""Pictures to prepare: the digits, Fashion-MNIST's files, a folder of images. C channels, H = W size."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sdit.data.digits import DIGITS_FACTS, digits
+from sdit.data.index import DatasetFacts
+from sdit.errors import ConfigError, DataError
+
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+FASHION_SIZE = 28
+IDX_MAX_BYTES = 2**30
+
+
+class Picture(NamedTuple):
+    """A picture's `key`, its `pixels` (C, H, W) uint8 or why there are none, and its `label`."""
+
+    key: str
+    pixels: np.ndarray | DataError
+    label: int
+
+
+class PictureSource(Protocol):
+    """Pictures in a fixed order. Picklable, so that a part of it can be sent to another process."""
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """What the pictures have in common."""
+        ...
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the pictures were made from, as JSON; equal recipes give equal pictures."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def part(self, first: int, last: int) -> PictureSource:
+        """The pictures from position `first` up to `last`, excluded, under their own keys."""
+        ...
+
+    def pictures(self) -> Iterator[Picture]:
+        """All pictures, in order."""
+        ...
+
+
+def sample_key(position: int) -> str:
+    """The name of the picture at a position of its source."""
+    return f"{position:09d}"
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Pictures in memory: `pixels` (N, C, H, W) uint8 and `labels` (N,) int64, the first at position `start`."""
+
+    facts: DatasetFacts
+    recipe: dict[str, Any]
+    pixels: np.ndarray
+    labels: np.ndarray
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def part(self, first: int, last: int) -> ArraySource:
+        return ArraySource(
+            self.facts, self.recipe, self.pixels[first:last], self.labels[first:last], self.start + first
+        )
+
+    def pictures(self) -> Iterator[Picture]:
+        for offset, (pixels, label) in enumerate(zip(self.pixels, self.labels, strict=True)):
+            yield Picture(sample_key(self.start + offset), pixels, int(label))
+
+
+def digits_source() -> ArraySource:
+    """The 1,797 embedded digits."""
+    pixels, labels = digits()
+    return ArraySource(DIGITS_FACTS, {"source": "digits", "content": _content(pixels, labels)}, pixels, labels)
+
+
+def fashion_mnist_source(folder: Path, split: str, pad_to: int | None) -> ArraySource:
+    """Fashion-MNIST's `train` (60,000) or `test` (10,000) pictures, 28 x 28 grey, with a black border to `pad_to`."""
+    stem = {"train": "train", "test": "t10k"}[split]
+    pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", dimensions=3)[:, None]
+    labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", dimensions=1).astype(np.int64)
+    if pixels.shape[2:] != (FASHION_SIZE, FASHION_SIZE) or len(pixels) != len(labels):
+        raise DataError(
+            f"{folder}: {pixels.shape} images and {labels.shape} labels are not Fashion-MNIST's {split} files"
+        )
+    if labels.max() >= len(FASHION_CLASSES):
+        raise DataError(f"{folder}: label {labels.max()} in the {split} files; legal: 0..{len(FASHION_CLASSES) - 1}")
+    if pad_to is not None:
+        pixels = _padded(pixels, pad_to)
+    facts = DatasetFacts(
+        kind="images",
+        total=len(pixels),
+        channels=1,
+        size=pixels.shape[-1],
+        classes=len(FASHION_CLASSES),
+        class_names=FASHION_CLASSES,
+    )
+    recipe = {"source": "fashion-mnist", "split": split, "size": facts.size, "content": _content(pixels, labels)}
+    return ArraySource(facts, recipe, pixels, labels)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """A gzipped IDX file of unsigned bytes: 0, 0, type 8, rank, then big-endian uint32 sizes, then the values."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read(IDX_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; legal: a folder with Fashion-MNIST's four idx-ubyte.gz files") from None
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        raise DataError(f"{path}: cannot be unpacked: {error}") from error
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise DataError(f"{path}: is not an IDX file of {dimensions}-dimensional bytes")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=dimensions, offset=4))
+    if len(data) - header != math.prod(shape) or not math.prod(shape):
+        raise DataError(f"{path}: holds {len(data) - header} values, its header says {shape}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _padded(pixels: np.ndarray, size: int) -> np.ndarray:
+    border = size - pixels.shape[-1]
+    if border < 0:
+        raise ConfigError(f"--pad: {size} is less than the pictures' {pixels.shape[-1]} pixels")
+    before = border // 2
+    return np.pad(pixels, ((0, 0), (0, 0), (before, border - before), (before, border - before)))
+
+
+def _content(pixels: np.ndarray, labels: np.ndarray) -> str:
+    return hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()

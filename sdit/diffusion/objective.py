@@ -1,0 +1,143 @@
+"""The training loss of one batch: noise the images, ask the model, weigh the errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from sdit.config import DiffusionConfig
+from sdit.contracts import LossParts
+from sdit.diffusion.bound import decoder_bits, kl_bits
+from sdit.diffusion.draws import TimestepMode, draw_timesteps
+from sdit.diffusion.prediction import learned_log_variance, split_variance, target_of, x0_slope
+from sdit.diffusion.schedule import make_schedule
+from sdit.diffusion.tables import DeviceTables
+from sdit.diffusion.weighting import ConstantWeight, UncertaintyWeight, make_weighting
+from sdit.errors import ConfigError
+
+Model = Callable[[Tensor, Tensor, Tensor], Any]  # (x_t, t, y) -> prediction, or an object with `.prediction`
+
+
+class Objective(nn.Module, ABC):
+    """Per-sample losses of a model; its only parameters are those of a learned weighting."""
+
+    def __init__(self, config: DiffusionConfig, timesteps: int | None) -> None:
+        super().__init__()
+        self.config = config
+        self.timesteps = timesteps  # T; None: t is continuous in [0, 1]
+
+    @abstractmethod
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The noised images x_t (B, C, H, W), float32."""
+
+    @abstractmethod
+    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+        """Losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,)."""
+
+    def draw_timesteps(self, seed: int, first_index: int, global_batch: int) -> np.ndarray:
+        """The t (global_batch,) of a whole step, in the mode that the config asks for."""
+        mode: TimestepMode = "uw" if self.config.weighting == "uw" else self.config.timestep_sampling
+        clusters = self.config.uw_clusters
+        return draw_timesteps(seed, first_index, global_batch, self.timesteps, mode, clusters)
+
+
+class DiffusionObjective(Objective):
+    """Squared error of epsilon, x0 or v, plus the variational bound where the variance is learned (IDDPM, eq. 16)."""
+
+    def __init__(self, config: DiffusionConfig, timesteps: int) -> None:
+        super().__init__(config, timesteps)
+        schedule = make_schedule(config.schedule, timesteps)
+        self.weighting = make_weighting(config, schedule.snr)
+        self._mixing = DeviceTables(schedule.alpha, schedule.sigma)
+        self._reverse = DeviceTables(schedule.posterior_x0, schedule.log_variance_low, schedule.log_variance_high)
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t noise (DDPM, eq. 4)."""
+        alpha, sigma = _per_image(self._mixing.at(t))
+        return alpha * x0.float() + sigma * noise.float()
+
+    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+        x0, noise = _float_pair(x0, noise)
+        output = model(self.q_sample(x0, t, noise), t, y)
+        prediction, variance = split_variance(_prediction(output), x0.shape[1])
+        alpha, sigma = _per_image(self._mixing.at(t))
+        error = prediction.float() - target_of(self.config.prediction, x0, noise, alpha, sigma)
+        mse = self.weighting(_image_mean(error.square()), t)
+        if variance is None:
+            vlb = torch.zeros_like(mse)
+        else:
+            x0_error = x0_slope(self.config.prediction, alpha, sigma) * error.detach()
+            vlb = self._bound(x0, x0_error, variance.float(), t)
+        return LossParts(mse, vlb, mse + vlb, output)
+
+    def _bound(self, x0: Tensor, x0_error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
+        """The bound's term of each t in bits per element, times T / 1000; it trains the variance alone (B,)."""
+        posterior_x0, low, high = _per_image(self._reverse.at(t))
+        log_variance = learned_log_variance(variance, low, high)
+        divergence = _image_mean(kl_bits(x0_error, posterior_x0, low, log_variance))
+        reconstruction = _image_mean(decoder_bits(x0, x0_error, log_variance))
+        assert self.timesteps is not None
+        return torch.where(t == 0, reconstruction, divergence) * (self.timesteps / 1000)
+
+
+class FlowObjective(Objective):
+    """Squared error of the velocity noise - x0 on the straight path from data (t = 0) to noise (t = 1)."""
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__(config, timesteps=None)
+        uncertainty = config.weighting == "uw"
+        self.weighting = UncertaintyWeight(config.uw_clusters, None) if uncertainty else ConstantWeight()
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = (1 - t) x0 + t noise (rectified flow, eq. 1)."""
+        (t,) = _per_image((t.float(),))
+        return (1 - t) * x0.float() + t * noise.float()
+
+    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+        x0, noise = _float_pair(x0, noise)
+        t = t.float()
+        output = model(self.q_sample(x0, t, noise), t, y)
+        velocity, variance = split_variance(_prediction(output), x0.shape[1])
+        if variance is not None:
+            raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
+        mse = self.weighting(_image_mean((velocity.float() - (noise - x0)).square()), t)
+        return LossParts(mse, torch.zeros_like(mse), mse, output)
+
+
+def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int = 1000) -> Objective:
+    """The objective of a config section, or of a mapping of its keys that may hold `timesteps` (T) as well."""
+    if not isinstance(config, DiffusionConfig):
+        keys = dict(config)
+        timesteps = keys.pop("timesteps", timesteps)
+        try:
+            config = DiffusionConfig(**keys)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(["diffusion", *map(str, first["loc"])])
+            raise ConfigError(f"{place}: {first['msg']}, got {first['input']!r}") from None
+    return FlowObjective(config) if config.path == "flow" else DiffusionObjective(config, timesteps)
+
+
+def _float_pair(x0: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    x0 = x0.float()
+    return x0, torch.randn_like(x0) if noise is None else noise.float()
+
+
+def _prediction(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.prediction
+
+
+def _per_image(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each (B,) as (B, 1, 1, 1)."""
+    return tuple(value[:, None, None, None] for value in values)
+
+
+def _image_mean(values: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,)."""
+    return values.flatten(1).mean(1)

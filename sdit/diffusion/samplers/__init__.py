@@ -1,0 +1,64 @@
+"""Sampling: from noise to images along either path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdit.diffusion.draws import Indices
+from sdit.diffusion.samplers.discrete import (
+    Predict,
+    ReverseProcess,
+    ddim_step,
+    ddpm_step,
+    dpm_solver_2m,
+    one_step_after_another,
+)
+from sdit.diffusion.samplers.flow import euler, heun, velocity_of
+from sdit.diffusion.samplers.settings import SamplerSettings
+
+__all__ = ["Predict", "SamplerSettings", "sample", "trajectory"]
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict,
+    noise: Tensor,
+    y: Tensor,
+    settings: SamplerSettings,
+    seed: int = 0,
+    indices: Indices | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Images x0 (B, C, H, W) from `noise` (B, C, H, W).
+
+    Args:
+        predict: (x, t, y) -> (B, C_out, H, W), guidance included; t is an int timestep, or a float in (0, 1] for flow.
+        seed: key, with `indices` (B,) (default 0..B-1), of the noise that ddpm and ddim with eta > 0 add on the way.
+        progress: called with (steps done, all steps) after each step.
+    """
+    x = noise
+    for done, stepped in enumerate(trajectory(predict, noise, y, settings, seed, indices), start=1):
+        x = stepped
+        if progress is not None:
+            progress(done, settings.steps)
+    return x
+
+
+def trajectory(
+    predict: Predict, noise: Tensor, y: Tensor, settings: SamplerSettings, seed: int = 0, indices: Indices | None = None
+) -> Iterator[Tensor]:
+    """x (B, C, H, W) after every step, the last one being x0; run it under `torch.no_grad()`."""
+    x = noise if noise.dtype == torch.float64 else noise.float()
+    keys: Indices = np.arange(len(x)) if indices is None else indices
+    assert len(keys) == len(x), f"{len(keys)} indices for {len(x)} images"
+    if settings.path == "flow":
+        velocity = velocity_of(predict, y, settings)
+        return (euler if settings.sampler == "euler" else heun)(velocity, x, settings.steps)
+    process = ReverseProcess(predict, y, settings, seed, keys)
+    if settings.sampler == "dpm++2m":
+        return dpm_solver_2m(process, x)
+    return one_step_after_another(ddpm_step if settings.sampler == "ddpm" else ddim_step, process, x)

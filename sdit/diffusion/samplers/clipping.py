@@ -1,0 +1,27 @@
+"""Bounds on the predicted x0; without them epsilon-prediction drowns pixels in noise under the cosine schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdit.diffusion.samplers.settings import SamplerSettings
+
+
+def clip_x0(x0: Tensor, settings: SamplerSettings) -> Tensor:
+    """`x0` (B, C, H, W) within +-clip_range, as `settings.clip_x0` says."""
+    if settings.clip_x0 == "none":
+        return x0
+    if settings.clip_x0 == "fixed":
+        return x0.clamp(-settings.clip_range, settings.clip_range)
+    return _clip_to_percentile(x0, settings.clip_range, settings.clip_percentile)
+
+
+def _clip_to_percentile(x0: Tensor, bound: float, percentile: float) -> Tensor:
+    """Each image cut at its own percentile of |x0|, at `bound` at least, and shrunk to `bound` (Imagen, sec. 2.3)."""
+    magnitude = x0.abs().flatten(1)
+    rank = max(1, math.ceil(percentile * magnitude.shape[1]))
+    cut = magnitude.kthvalue(rank, dim=1).values.clamp(min=bound)[:, None, None, None]  # quantile() ends at 2^24 values
+    return torch.minimum(torch.maximum(x0, -cut), cut) * (bound / cut)

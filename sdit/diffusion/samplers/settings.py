@@ -1,0 +1,70 @@
+"""What a sampler needs to know, checked before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sdit.config import DiffusionConfig, SampleConfig
+from sdit.diffusion.prediction import Prediction
+from sdit.diffusion.schedule import Schedule, Spacing, make_schedule
+from sdit.errors import ConfigError
+
+Sampler = Literal["ddpm", "ddim", "dpm++2m", "euler", "heun"]
+SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "ddim", "dpm++2m"), "flow": ("euler", "heun")}
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """A sampler, its path and its clipping; the fields mean what they mean in the run's config.
+
+    `eta` scales the noise of ddim (0: none, 1: ddpm's). `fixed_variance` is ddpm's where the network learns none: the
+    posterior's (small) or beta (large). `spacing` picks the timesteps; None: what suits the sampler, see below.
+    """
+
+    sampler: Sampler = "ddim"
+    steps: int = 50
+    path: Literal["diffusion", "flow"] = "diffusion"
+    schedule: Literal["linear", "cosine"] = "linear"
+    prediction: Prediction = "epsilon"
+    timesteps: int = 1000
+    spacing: Spacing | None = None
+    eta: float = 0.0
+    fixed_variance: Literal["small", "large"] = "small"
+    clip_x0: Literal["none", "fixed", "dynamic"] = "none"
+    clip_range: float = 1.0
+    clip_percentile: float = 0.995
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS[self.path]:
+            legal = ", ".join(SAMPLERS[self.path])
+            raise ConfigError(f"sample.sampler: {self.sampler} with diffusion.path {self.path}; legal: {legal}")
+        if self.steps < 1:
+            raise ConfigError(f"sample.steps: {self.steps} is too few; legal: >= 1")
+        if self.path == "diffusion" and self.steps > self.timesteps:
+            raise ConfigError(f"sample.steps: {self.steps} is more than timesteps; legal: 1..{self.timesteps}")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f"eta: {self.eta} is out of range; legal: 0..1")
+
+    @classmethod
+    def from_config(cls, diffusion: DiffusionConfig, sample: SampleConfig, timesteps: int) -> SamplerSettings:
+        """The settings of a run whose model knows T `timesteps`."""
+        return cls(
+            sampler=sample.sampler,
+            steps=sample.steps,
+            path=diffusion.path,
+            schedule=diffusion.schedule,
+            prediction=diffusion.prediction,
+            timesteps=timesteps,
+            clip_x0=diffusion.clip_x0,
+            clip_range=diffusion.clip_range,
+            clip_percentile=diffusion.clip_percentile,
+        )
+
+    def thinned_schedule(self) -> Schedule:
+        """The diffusion path's schedule at the timesteps that are visited."""
+        # Distance to the exact ODE solution on a 3-mode mixture, linear schedule, 20 steps of dpm++2m: even 0.22,
+        # leading 0.20, log_snr 0.01; of ddim: even 0.08, leading 0.08, log_snr 0.10.
+        suited: dict[str, Spacing] = {"ddpm": "even", "ddim": "leading", "dpm++2m": "log_snr"}
+        spacing = self.spacing or suited[self.sampler]
+        return make_schedule(self.schedule, self.timesteps).thinned(self.steps, spacing)

@@ -1,0 +1,80 @@
+"""How much each timestep's squared error counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdit.config import DiffusionConfig
+from sdit.diffusion.prediction import Prediction
+from sdit.diffusion.tables import DeviceTables
+from sdit.errors import ConfigError
+
+
+class ConstantWeight(nn.Module):
+    """Leaves the errors (B,) as they are."""
+
+    def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        return mse
+
+
+class TimestepWeight(nn.Module):
+    """Multiplies the errors (B,) by a fixed weight per timestep, float64 (T,)."""
+
+    def __init__(self, weights: np.ndarray) -> None:
+        super().__init__()
+        self.tables = DeviceTables(weights)
+
+    def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        (weight,) = self.tables.at(t)
+        return weight * mse
+
+
+class UncertaintyWeight(nn.Module):
+    """(exp(-s) mse + s) / 2 with a learned log scale s for each of K equal clusters of timesteps (UW).
+
+    `timesteps` is T; None: t is continuous in [0, 1].
+    """
+
+    def __init__(self, clusters: int, timesteps: int | None) -> None:
+        super().__init__()
+        if timesteps is not None and clusters > timesteps:
+            raise ConfigError(f"diffusion.uw_clusters: {clusters} leaves clusters empty; legal: 1..{timesteps}")
+        self.timesteps = timesteps
+        self.log_scale = nn.Parameter(torch.zeros(clusters))
+
+    def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        scale = self.log_scale[self.cluster(t)].float()
+        return 0.5 * (torch.exp(-scale) * mse + scale)
+
+    def cluster(self, t: Tensor) -> Tensor:
+        """The cluster (B,) int64 of each timestep: floor(K t / T)."""
+        clusters = len(self.log_scale)
+        if self.timesteps is None:
+            return (t * clusters).long().clamp(max=clusters - 1)
+        return t * clusters // self.timesteps
+
+
+def make_weighting(config: DiffusionConfig, snr: np.ndarray) -> nn.Module:
+    """The module (mse (B,), t (B,)) -> weighted mse (B,) of a diffusion path with `snr` (T,)."""
+    if config.weighting == "uw":
+        return UncertaintyWeight(config.uw_clusters, len(snr))
+    if config.weighting == "p2":
+        return TimestepWeight(p2_weights(snr, config.p2_k, config.p2_gamma))
+    if config.weighting.startswith("min_snr_"):
+        gamma = float(config.weighting.removeprefix("min_snr_"))
+        return TimestepWeight(min_snr_weights(snr, gamma, config.prediction))
+    return ConstantWeight()
+
+
+def min_snr_weights(snr: np.ndarray, gamma: float, prediction: Prediction) -> np.ndarray:
+    """The weight min(SNR, gamma) of an error in x0, carried over to what is predicted (Min-SNR); (T,)."""
+    x0_weight = np.minimum(snr, gamma)
+    per_x0_error = {"epsilon": snr, "x0": np.ones_like(snr), "v": snr + 1}
+    return x0_weight / per_x0_error[prediction]
+
+
+def p2_weights(snr: np.ndarray, k: float, gamma: float) -> np.ndarray:
+    """The factor 1 / (k + SNR)^gamma on the error of whatever is predicted (P2); (T,)."""
+    return (k + snr) ** -gamma

@@ -1,0 +1,1 @@
+"""What a trained model draws, and how good it is."""

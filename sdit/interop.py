@@ -1,0 +1,209 @@
+"""Published DiT, DTR and Switch-DiT weights to our models and back. T tasks, M experts, D width."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdit.config import ModelConfig
+from sdit.errors import CheckpointError, ConfigError
+from sdit.model.dit import DiffusionTransformer
+from sdit.model.embedding import grid_positions
+from sdit.model.moe.experts import Experts
+from sdit.model.windows import TaskWindows, channel_windows, expert_windows
+
+POSITIONS = "pos_embed"
+PRIOR_MASK = "prior._unit_mapping"
+TASKS = "full_time"
+CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
+
+
+@torch.no_grad()
+def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Copy published weights (tensors or arrays) of any float dtype into the model, which may hold a subset of the M experts.
+
+    Raises: ConfigError, before anything is copied, if names, shapes or fixed buffers do not fit the model's config.
+    """
+    given = {name.removeprefix("module."): torch.as_tensor(values) for name, values in mapping.items()}
+    wanted = dict(model.named_parameters())
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
+    if missing or unexpected:
+        parts = [f"{kind} {_listed(names)}" for kind, names in (("lacks", missing), ("also has", unexpected)) if names]
+        raise ConfigError(f"model: the checkpoint {' and '.join(parts)}; legal: the names of {_summary(model.config)}")
+    misfits = [text for name in wanted if (text := _misfit(name, given[name], _full_shape(model, name)))]
+    if misfits:
+        raise ConfigError(f"model: {_listed(misfits)}; legal: the shapes of {_summary(model.config)}")
+    _check_buffers(model.config, given)
+    for name, parameter in wanted.items():
+        ids = _expert_ids(model, name)
+        parameter.copy_(given[name] if ids is None else given[name][list(ids)])
+
+
+@torch.no_grad()
+def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
+    """CPU copies of all weights under their published names, with the fixed buffers that published code expects."""
+    config = model.config
+    assert all(len(module.ids) == config.experts.count for module in model.modules() if isinstance(module, Experts))
+    published = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+    return published | published_buffers(config)
+
+
+def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """The fixed buffers that published code expects, by name; all follow from the config."""
+    buffers = {POSITIONS: _positions(config)}
+    if config.variant == "switch":
+        buffers[TASKS] = torch.arange(config.timesteps)
+        buffers[PRIOR_MASK] = _float_mask(expert_windows(config))
+    if config.variant == "dtr":
+        buffers |= {f"routers.{i}._unit_mapping": _float_mask(channel_windows(config)) for i in range(config.depth)}
+    return buffers
+
+
+def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, or from .pt (bare, or under `ema` and `model`); no code in the file is run.
+
+    Raises: CheckpointError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        payload = load_file(path) if _suffix(path) == ".safetensors" else _load_pickle(path)
+    except Exception as error:  # a damaged file can fail in any way inside the readers; all of them mean the same
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    if isinstance(payload, dict) and not _is_state(payload):
+        if weights not in payload:
+            raise CheckpointError(f"{path}: holds no {weights!r}; it holds {_listed(map(str, payload))}")
+        payload = payload[weights]
+    if not _is_state(payload):
+        raise CheckpointError(f"{path}: {weights!r} is not a mapping of names to tensors")
+    return {str(name): tensor.detach() for name, tensor in payload.items()}
+
+
+def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write .safetensors, or .pt with the same tensors under `ema` and `model`; a reader never sees half a file."""
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mapping.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if _suffix(path) == ".safetensors":
+            save_file(tensors, partial, metadata=dict(metadata))
+        else:
+            torch.save({"model": tensors, "ema": tensors, "metadata": dict(metadata)}, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise CheckpointError(f"{path}: unknown file type {path.suffix!r}; legal: .pt, .pth, .safetensors")
+    return path.suffix
+
+
+def _load_pickle(path: Path) -> Any:
+    # DiT's training checkpoints carry their argparse.Namespace, an inert holder of values, beside the tensors.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        # mmap: the optimizer's state in the same file is twice the weights and is not read.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _reason(error: Exception) -> str:
+    """One line; torch's own message on refused code advises to run it."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error).split("\n", 1)[0]
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds code or objects ({refused[1]}), only tensors are legal" if refused else "it is not a tensor file"
+
+
+def _is_state(payload: Any) -> bool:
+    return isinstance(payload, dict) and bool(payload) and all(isinstance(value, Tensor) for value in payload.values())
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _summary(config: ModelConfig) -> str:
+    experts = f", {config.experts.count} {config.experts.kind} experts" if config.variant == "switch" else ""
+    return f"variant {config.variant}, depth {config.depth}, width {config.width}{experts}, classes {config.classes}"
+
+
+def _is_buffer(name: str) -> bool:
+    return name in (POSITIONS, PRIOR_MASK, TASKS) or CHANNEL_MASK.fullmatch(name) is not None
+
+
+def _expert_ids(model: DiffusionTransformer, name: str) -> tuple[int, ...] | None:
+    """Ids of the experts whose rows the parameter holds; None where it has no rows of experts."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner.ids if isinstance(owner, Experts) else None
+
+
+def _full_shape(model: DiffusionTransformer, name: str) -> tuple[int, ...]:
+    """Shape of the parameter with all M experts."""
+    shape = tuple(model.get_parameter(name).shape)
+    return shape if _expert_ids(model, name) is None else (model.config.experts.count, *shape[1:])
+
+
+def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """What is wrong with a published tensor, or nothing."""
+    if not tensor.is_floating_point():
+        return f"{name} has dtype {tensor.dtype}, not a float"
+    return "" if tuple(tensor.shape) == shape else f"{name} has shape {tuple(tensor.shape)}, not {shape}"
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    return grid_positions(config.input_size // config.patch_size, config.width)
+
+
+def _float_mask(windows: TaskWindows) -> Tensor:
+    return torch.from_numpy(windows.mask).float()
+
+
+def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
+    """Raises: ConfigError if a fixed buffer shows that the checkpoint computes another function than the config."""
+    if POSITIONS in given:
+        ours, theirs = _positions(config), given[POSITIONS].cpu()
+        if theirs.shape != ours.shape:
+            raise ConfigError(f"model.input_size: {POSITIONS} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)  # |position| <= 1, so eps bounds a half-precision rounding
+        if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
+            raise ConfigError(
+                f"model: {POSITIONS} differs from the fixed sin-cos positions by more than {tolerance:.1e}"
+            )
+    active = _active_units(given.get(PRIOR_MASK))
+    if config.variant == "switch" and active and active != config.depth * config.experts.top_k:
+        raise ConfigError(
+            f"model.experts.top_k: {config.experts.top_k} is not the checkpoint's; legal: {active // config.depth}"
+        )
+    for name in filter(CHANNEL_MASK.fullmatch, given if config.variant == "dtr" else ()):
+        if _active_units(given[name]) and not torch.equal(
+            given[name].cpu().float(), _float_mask(channel_windows(config))
+        ):
+            raise ConfigError(
+                f"model.dtr: alpha {config.dtr.alpha}, beta {config.dtr.beta} do not give the checkpoint's {name}"
+            )
+
+
+def _active_units(mask: Tensor | None) -> int:
+    """Units that every task of a published mask uses; 0 if the tensor does not look like such a mask."""
+    if mask is None or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        return 0
+    counts = mask.sum(1).unique()
+    return int(counts) if len(counts) == 1 else 0

@@ -1,0 +1,34 @@
+"""The networks: DiT, DTR and Switch-DiT, and the losses on their gates."""
+
+from sdit.model.balance import balance_loss
+from sdit.model.build import ParameterCount, build_model, count_parameters, parse_model_config
+from sdit.model.dit import DiffusionTransformer, Layer, Router
+from sdit.model.guidance import forward_with_guidance
+from sdit.model.moe.dispatch import LocalDispatcher
+from sdit.model.moe.experts import Experts, LinearExperts, MlpExperts, build_experts
+from sdit.model.prior import Assignment, match_units, prior_divergence, prior_loss, solve_assignment
+from sdit.model.weights import fill_buffers, init_weights
+
+__all__ = [
+    "Assignment",
+    "DiffusionTransformer",
+    "Experts",
+    "Layer",
+    "LinearExperts",
+    "LocalDispatcher",
+    "MlpExperts",
+    "ParameterCount",
+    "Router",
+    "balance_loss",
+    "build_experts",
+    "build_model",
+    "count_parameters",
+    "fill_buffers",
+    "forward_with_guidance",
+    "init_weights",
+    "match_units",
+    "parse_model_config",
+    "prior_divergence",
+    "prior_loss",
+    "solve_assignment",
+]

@@ -1,0 +1,75 @@
+"""The DiT block and its output layer, conditioned by adaLN-Zero (Peebles & Xie 2022). B samples, L tokens, D width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B, L, D) layer norm of x without affine, eps 1e-6, scaled by 1 + scale (B, D) and moved by shift (B, D)."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP residual branches on tokens (B, L, D), shifted, scaled and gated by the condition (B, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        return self.branches(z, self.modulation(c))
+
+    def modulation(self, c: Tensor) -> Tensor:
+        """(B, 6D) shift, scale and gate of both branches for the condition c (B, D)."""
+        return self.adaLN_modulation(c)
+
+    def branches(self, z: Tensor, modulation: Tensor) -> Tensor:
+        """(B, L, D) tokens z with both residual branches added."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        z = torch.addcmul(z, gate_a[:, None], self.attn(modulated_norm(z, shift_a, scale_a)))
+        return torch.addcmul(z, gate_m[:, None], self.mlp(modulated_norm(z, shift_m, scale_m)))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, L, D) to the values of their patches (B, L, p² C_out)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulated_norm(z, shift, scale))

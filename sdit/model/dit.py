@@ -1,0 +1,166 @@
+"""DiT, DTR and Switch-DiT: one backbone, three ways to scale a block's input.
+
+B samples, L tokens, D width, M experts, T tasks; G samples whose gates are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdit.config import ModelConfig
+from sdit.contracts import Dispatcher, ModelOutput, Routing
+from sdit.model.block import Block, FinalLayer
+from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
+from sdit.model.moe.dispatch import LocalDispatcher
+from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.gate import gate_probabilities, sparse_gates
+
+
+class Router(nn.Module):
+    """The gate and the experts of one block, under their published names; `Layer` runs them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.f_gate = nn.Sequential(nn.SiLU(), nn.Linear(config.width, config.experts.count))
+        self.experts: Experts = build_experts(config.experts, config.width)
+
+    @property
+    def gate(self) -> nn.Linear:
+        """The linear map from SiLU(t_emb) to the M logits."""
+        linear = self.f_gate[1]
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+class Layer(nn.Module):
+    """One block and what scales its input: the unit of activation checkpointing and compilation."""
+
+    def __init__(self, index: int, block: Block, router: Router | None) -> None:
+        super().__init__()
+        self.index = index
+        self.block = block
+        self.router = router
+
+    def forward(self, z: Tensor, c: Tensor, route: Tensor | None, dispatcher: Dispatcher) -> Tensor:
+        """(B, L, D) block(z s) + (1 - s) z for tokens z (B, L, D) and condition c (B, D).
+
+        `route` holds gates (G, M), a channel mask (B, D), or None for s = 1. With s = 1 + m, (1 - s) z is -m z.
+        """
+        if route is None:
+            return self.block(z, c)
+        if self.router is None:
+            extra = z * (route[:, None] - 1)
+            return self.block(z + extra, c).sub_(extra)
+        mixture = dispatcher.start(self.index, z, route, self.router.experts)
+        modulation = self.block.modulation(c)  # hides the exchange, where there is one
+        m = mixture()
+        if not self.block.training:  # one pass over the tokens less; in training it would cost two more backward
+            return self.block.branches(torch.addcmul(z, z, m), modulation).addcmul_(z, m, value=-1)
+        extra = z * m
+        return self.block.branches(z + extra, modulation).sub_(extra)
+
+
+class DiffusionTransformer(nn.Module):
+    """Predicts noise (and variance) of x (B, C, H, W) at time t under label y; parameters bear the published names."""
+
+    pos_embed: Tensor
+    channel_mask: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.x_embedder = PatchEmbedding(config.channels, width, config.patch_size)
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(config.classes, width) if config.classes else None
+        blocks = [Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
+        routers = [Router(config) for _ in blocks] if config.variant == "switch" else []
+        self.blocks, self.routers = nn.ModuleList(blocks), nn.ModuleList(routers)
+        self.final_layer = FinalLayer(width, config.patch_size**2 * config.out_channels)
+        self.register_buffer("pos_embed", torch.empty(1, config.tokens, width))
+        if config.variant == "dtr":
+            self.register_buffer(
+                "channel_mask", torch.empty(config.timesteps, width, dtype=torch.bool), persistent=False
+            )
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        # A tuple hides the layers from the module tree, where blocks and routers keep their names.
+        self.layers = tuple(Layer(i, block, routers[i] if routers else None) for i, block in enumerate(blocks))
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for none."""
+        return self.config.classes
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the weights, hence of the tokens between blocks (also under autocast)."""
+        return self.x_embedder.proj.weight.dtype
+
+    def gate_task(self, t: Tensor) -> Tensor:
+        """int64 task 0..T-1 of integer times, or of continuous times in [0, 1]: floor(t T), at most T - 1."""
+        if not t.is_floating_point():
+            return t.long()
+        return (t.float() * self.config.timesteps).long().clamp(0, self.config.timesteps - 1)
+
+    def gate_probs(self, task: Tensor) -> Tensor:
+        """(depth, G, M) float32 gate probabilities, with gradient, of tasks (G,); depth 0 without gates."""
+        return self._gate_probs(self.t_embedder(task))
+
+    @torch.no_grad()
+    def all_gate_probs(self) -> Tensor:
+        """(depth, T, M) float32 gate probabilities of all tasks, without gradient."""
+        return self.gate_probs(torch.arange(self.config.timesteps, device=self.pos_embed.device))
+
+    def forward(self, x: Tensor, t: Tensor | int | float, y: Tensor | None = None) -> ModelOutput:
+        """Prediction (B, C_out, H, W) float32 and routing for images x (B, C, H, W), labels y (B,) and times t.
+
+        t: (B,), or one value for all samples (fastest when sampling); integers 0..T-1, or floats in [0, 1] (flow).
+        """
+        time = _distinct(torch.as_tensor(t, device=x.device))
+        t_emb, routing, routes = self._route(time, len(x))
+        c = t_emb
+        if self.y_embedder is not None:
+            assert y is not None, "a class-conditional model needs labels"
+            c = c + self.y_embedder(y)
+        z = self.x_embedder(x) + self.pos_embed.to(self._dtype)
+        c = c.to(z.dtype)
+        for layer, route in zip(self.layers, routes, strict=True):
+            z = layer(z, c, route, self.dispatcher)
+        return ModelOutput(self._unpatchify(self.final_layer(z, c)).float(), routing)
+
+    def _route(self, time: Tensor, batch: int) -> tuple[Tensor, Routing, list[Tensor | None]]:
+        """Time embedding (B or 1, D), routing of the B samples, and the route of every layer."""
+        depth, task = self.config.depth, self.gate_task(time)
+        if self.config.variant != "switch":
+            t_emb = self._embed_time(time)
+            route = self.channel_mask[task].to(self._dtype) if self.config.variant == "dtr" else None
+            nothing = t_emb.new_empty(0, batch, 0)
+            return t_emb, Routing(task.expand(batch), nothing, nothing.long()), [route] * depth
+        view = self.dispatcher.view(task.expand(batch))
+        task_emb = self.t_embedder(view.task)
+        probs = self._gate_probs(task_emb)
+        chosen = probs.topk(self.config.experts.top_k).indices if view.experts is None else view.experts
+        gates = sparse_gates(probs, chosen, view.kept)
+        t_emb = self._embed_time(time) if time.is_floating_point() else task_emb[view.own]
+        return t_emb, Routing(view.task[view.own], probs[:, view.own], chosen[:, view.own]), list(gates.unbind())
+
+    def _embed_time(self, time: Tensor) -> Tensor:
+        """(N, D) float32 of times (N,): T tasks, or a continuous time scaled by T."""
+        return self.t_embedder(time.float() * self.config.timesteps if time.is_floating_point() else time)
+
+    def _gate_probs(self, task_emb: Tensor) -> Tensor:
+        gates = [layer.router.gate for layer in self.layers if layer.router is not None]
+        return gate_probabilities(task_emb, gates) if gates else task_emb.new_empty(0, len(task_emb), 0)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, L, p² C_out) to (B, C_out, H, W)."""
+        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        grid = patches.view(-1, side, side, p, p, self.config.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side * p, side * p)
+
+
+def _distinct(t: Tensor) -> Tensor:
+    """(B,) times, or (1,) where one value is shared by the batch."""
+    t = t.reshape(-1)
+    return t[:1] if t.stride(0) == 0 else t

@@ -1,0 +1,72 @@
+"""Inputs of the transformer: patches, positions, time and label. B samples, L tokens, D width, T timesteps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SINUSOID_SIZE = 256
+
+
+def sinusoid(time: Tensor) -> Tensor:
+    """(N, 256) float32 `[cos(t f), sin(t f)]`, f_i = 10000^(-i/128), of times (N,) on the scale 0..T (DiT)."""
+    half = SINUSOID_SIZE // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=time.device, dtype=torch.float32))
+    angle = time.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def grid_positions(side: int, width: int) -> Tensor:
+    """(1, side², width) float32: sin-cos of the column in the first half of the channels, of the row in the second."""
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (side, D/2)
+    column = line[None, :, :].expand(side, side, -1)
+    row = line[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b in float32, also under autocast: its value is an exact function of the stored weights."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), bias.float())
+
+
+class PatchEmbedding(nn.Module):
+    """Images (B, C, H, W) to tokens (B, L, D): a p x p convolution of stride p."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # contiguous: the convolution's channel-major layout would stay with the tokens through every block
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
+
+
+class TimestepEmbedding(nn.Module):
+    """Times (N,) on the scale 0..T to (N, D) float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        first, _, second = self.mlp
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        hidden = F.silu(float_linear(sinusoid(time), first.weight, first.bias))
+        return float_linear(hidden, second.weight, second.bias)
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B,) in 0..classes to (B, D) float32; label `classes` is the null label."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y).float()

@@ -1,0 +1,61 @@
+"""Initial weights: a pure function of (seed, parameter name, expert id), whatever else is built, in whatever order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from sdit.model.dit import DiffusionTransformer
+from sdit.model.embedding import grid_positions
+from sdit.model.moe.experts import Experts
+from sdit.model.windows import channel_windows
+
+
+@torch.no_grad()
+def init_weights(model: DiffusionTransformer, seed: int) -> None:
+    """Fill all parameters and fixed buffers in place; ranks that hold different experts agree on the others."""
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Experts):
+            for row, expert in zip(parameter, owner.ids, strict=True):
+                row.copy_(initial_value(name, row.shape, seed, expert))
+        else:
+            parameter.copy_(initial_value(name, parameter.shape, seed))
+    fill_buffers(model)
+
+
+@torch.no_grad()
+def fill_buffers(model: DiffusionTransformer) -> None:
+    """Compute the fixed buffers, which hold nothing after `to_empty`."""
+    config = model.config
+    model.pos_embed.copy_(grid_positions(config.input_size // config.patch_size, config.width))
+    if config.variant == "dtr":
+        model.channel_mask.copy_(torch.from_numpy(channel_windows(config).mask))
+
+
+def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = None) -> Tensor:
+    """float32 start value of a parameter, or of one expert's row of it (`expert`: its id in the whole model).
+
+    Xavier-uniform matrices and zero biases; N(0, 0.02) for the label table and the timestep MLP; zero for the output
+    layer, for what an expert adds, and for the gates that make a block an identity (adaLN-Zero).
+    """
+    if name.endswith(("bias", ".b", ".b1", ".b2", ".experts.w", ".w2")) or _is_zero_matrix(name):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(_key(seed, name, expert))
+    if name.startswith(("t_embedder.", "y_embedder.")):
+        return torch.empty(shape).normal_(std=0.02, generator=generator)
+    # Rows and columns of the matrix; the patch convolution counts as a linear map of flattened patches.
+    bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _is_zero_matrix(name: str) -> bool:
+    return "adaLN_modulation" in name or name.startswith("final_layer.")
+
+
+def _key(seed: int, name: str, expert: int | None) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

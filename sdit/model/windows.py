@@ -1,0 +1,44 @@
+"""Task windows of DTR (Denoising Task Routing, ICLR 2024): the units that each denoising task may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdit.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TaskWindows:
+    """Task t uses units `starts[t] .. starts[t] + active` of `units`; `starts` (T,) int64 never falls."""
+
+    starts: np.ndarray
+    active: int
+    units: int
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(T, units) bool, true where the task uses the unit."""
+        unit = np.arange(self.units)
+        start = self.starts[:, None]
+        return (unit >= start) & (unit < start + self.active)
+
+
+def task_windows(timesteps: int, units: int, active: int, alpha: float) -> TaskWindows:
+    """Windows that slide from the first unit at t = 0 to the last at t = T - 1, as (t / (T - 1))^alpha."""
+    progress = (np.arange(timesteps) / (timesteps - 1)) ** alpha
+    return TaskWindows(np.round(progress * (units - active)).astype(np.int64), active, units)
+
+
+def channel_windows(config: ModelConfig) -> TaskWindows:
+    """The windows over the width that mask every block of DTR; int(U beta) channels are active."""
+    # 100 * 0.29 is 28.999999999999996 in binary floats: round away the representation error before truncating.
+    active = int(round(config.width * config.dtr.beta, 6))
+    return task_windows(config.timesteps, config.width, active, config.dtr.alpha)
+
+
+def expert_windows(config: ModelConfig) -> TaskWindows:
+    """The diffusion prior's windows over the depth * M experts of all blocks; depth * k are active (beta = k/M)."""
+    units, active = config.depth * config.experts.count, config.depth * config.experts.top_k
+    return task_windows(config.timesteps, units, active, config.dtr.alpha)

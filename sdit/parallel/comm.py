@@ -1,0 +1,150 @@
+"""The process group of a run: who we are, and the few collectives that the trainer speaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sdit.errors import ConfigError
+from sdit.supervise.ranks import RankInfo, find_rank
+
+__all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
+
+
+class Comm:
+    """The run's process group. `close()` (or leaving the `with`) destroys it."""
+
+    def __init__(self, info: RankInfo, timeout_seconds: float = 600.0) -> None:
+        self.info = info
+        self.rank, self.world = info.rank, info.world
+        self.device = _pick_device(info)
+        self._init_group(timeout_seconds)
+
+    def _init_group(self, timeout_seconds: float) -> None:
+        _set_rendezvous(self.info)
+        from deepspeed import comm as deepspeed_comm
+
+        # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler, and a process killed during the
+        # build leaves a lock that hangs every later run. gloo does the same work.
+        # (Looked up in sys.modules: the attribute deepspeed.comm.torch is the torch package.)
+        sys.modules["deepspeed.comm.torch"].__dict__["build_shm_op"] = lambda: None
+        deepspeed_comm.init_distributed(
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_seconds),
+            rank=self.rank,
+            world_size=self.world,
+            verbose=False,
+        )
+
+    def __enter__(self) -> Comm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduce `values` in place by addition and return it."""
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def smallest(self, value: int) -> int:
+        """Return the smallest `value` of all ranks."""
+        box = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return int(box.item())
+
+    def interleave(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gather equally many rows (n, ...) of every rank: row i of rank r becomes row i * world + r."""
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank (JSON types only; nothing is unpickled)."""
+        data = json.dumps(value).encode() if self.is_first else b""
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, 0)
+        box = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if box.numel():
+            dist.broadcast(box, 0)
+        return json.loads(bytes(box.cpu().tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, in rank order, on all ranks (JSON types only)."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = data.numel()
+        dist.all_reduce(sizes)
+        largest = int(sizes.max().item())
+        padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(parts, sizes.tolist(), strict=True)]
+
+
+def _pick_device(info: RankInfo) -> torch.device:
+    if torch.cuda.is_available():
+        if info.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {info.local_rank}: this node shows {torch.cuda.device_count()} GPUs; legal: one rank a GPU"
+            )
+        torch.cuda.set_device(info.local_rank)
+        return torch.device("cuda", info.local_rank)
+    return torch.device("cpu")
+
+
+def _set_rendezvous(info: RankInfo) -> None:
+    """Write the variables DeepSpeed reads; a single process takes a free port of its own."""
+    os.environ.update(
+        RANK=str(info.rank),
+        WORLD_SIZE=str(info.world),
+        LOCAL_RANK=str(info.local_rank),
+        LOCAL_SIZE=str(info.local_world),
+    )
+    if info.world > 1:
+        if "MASTER_ADDR" not in os.environ and info.local_world == info.world:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(
+                    f"{name} is not set; under {info.source} with {info.world} ranks it must name rank 0's host and port"
+                )
+        return
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def set_threads(info: RankInfo, threads: int | None) -> int:
+    """Give every rank its share of the node's cores and return it; `threads` overrides."""
+    cores = len(os.sched_getaffinity(0))
+    share = threads or max(1, cores // max(1, info.local_world))
+    torch.set_num_threads(share)
+    logging.getLogger(__name__).debug("rank %d: %d CPU threads", info.rank, share)
+    return share

@@ -1,0 +1,26 @@
+"""Faults on purpose, for tests: `kind@rank:step` makes a rank misbehave in the step after `step` steps were taken."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+KINDS = ("kill", "stop", "gil", "exit", "exception", "oom", "slow", "hang", "nan_loss", "nan_grad")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. It strikes once, in the run's first attempt; with `!` at its end, whenever the step is tried."""
+
+    kind: str
+    rank: int
+    step: int
+    again: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Raises: ValueError, saying what is legal."""
+        match = re.fullmatch(r"(\w+)@(\d+):(\d+)(!?)", text)
+        if not match or match[1] not in KINDS:
+            raise ValueError(f"{text!r}; legal: kind@rank:step with kind one of {', '.join(KINDS)}")
+        return cls(match[1], int(match[2]), int(match[3]), bool(match[4]))

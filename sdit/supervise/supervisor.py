@@ -1,0 +1,228 @@
+"""One rank's supervisor: starts the rank, watches its pulse, ends it when told to, and says how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from sdit.config import SuperviseConfig
+from sdit.errors import ConfigError, ExitCode
+from sdit.supervise.board import Board, Note, Plan
+from sdit.supervise.child import STOP_SIGNALS, Charge, Child
+from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
+from sdit.supervise.lock import RunLock, unwritable
+from sdit.supervise.pulse import TICK_SECONDS, Phase, Pulse
+from sdit.supervise.ranks import RankInfo, launch_id
+from sdit.supervise.verdict import End
+
+_log = logging.getLogger(__name__)
+POLL_SECONDS = 0.1
+BOARD_SECONDS = 0.5
+SAME_SIGNAL_SECONDS = 0.2  # launchers signal a process group and its processes: that is one signal
+FROZEN_SECONDS = 5.0  # ten ticks
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
+FOREIGN = ("TORCHELASTIC_",)  # with these, torch would look for torchrun's store instead of rank 0's
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to supervise: `command` is the rank's, `digest` stands for its config, `largest_world` see `Leader`."""
+
+    command: Sequence[str]
+    run_dir: Path
+    digest: str
+    largest_world: Callable[[int], int]
+
+
+def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str]) -> int:
+    """Run one rank to the end of the run; return the exit code, which is the same on all ranks.
+
+    Raises: ConfigError when another process uses the run directory, or it cannot be written.
+    """
+    launch = launch_id(environment)
+    try:
+        (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        board = Board(job.run_dir, launch)
+    except OSError as error:
+        raise unwritable(job.run_dir, error) from error
+    if info.rank != 0:
+        return Supervisor(job, config, info, environment, board, None).run(None)
+    meeting = Meeting.from_environment(environment, info.local_world == info.world)
+    leader = Leader(board, config, job.run_dir, info.world, meeting, job.largest_world)
+    try:
+        lock = RunLock(job.run_dir)
+    except ConfigError:
+        if info.world > 1:
+            time.sleep(BOARD_SECONDS * 4)  # the other ranks of this launch come to the board
+            leader.finish(ExitCode.CONFIG)
+        raise
+    with lock:
+        board.wipe()
+        return Supervisor(job, config, info, environment, board, leader).run(lock)
+
+
+class Supervisor:
+    """The loop of one rank's parent process."""
+
+    def __init__(
+        self, job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str], board: Board,
+        leader: Leader | None,
+    ) -> None:  # fmt: skip
+        self._job, self._config, self._info, self._environment = job, config, info, environment
+        self._board, self._leader = board, leader
+        self._note = Note(info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest)
+        self._child: Child | None = None
+        self._end: End | None = None  # not yet posted
+        self._attempt = 0
+        self._launcher = os.getppid() if info.world > 1 and _command_name(os.getppid()) not in SHELLS else None
+        self._signals: list[float] = []
+        self._stop_seconds = 0.0
+        self._plan: Plan | None = None
+        self._plan_idle_seconds = 0.0
+
+    def run(self, lock: RunLock | None) -> int:
+        """Follow the plan until it gives an exit code."""
+        previous = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS}
+        before, board_due = time.monotonic(), 0.0
+        try:
+            while True:
+                now = time.monotonic()
+                seconds, before = min(now - before, 1.0), now
+                if self._child is not None:
+                    self._watch(self._child, seconds)
+                self._obey_signals(seconds)
+                if lock is not None and not lock.beat():
+                    return self._leave("another process has taken the lock of the run directory")
+                self._plan_idle_seconds += seconds
+                if now >= board_due or self._child is None:
+                    board_due = now + BOARD_SECONDS
+                    code = self._consult()
+                    if code is not None:
+                        return code
+                time.sleep(POLL_SECONDS)
+        finally:
+            if self._child is not None:
+                self._child.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _consult(self) -> int | None:
+        """Say what is to be said, read the plan and do as it says; the exit code when the run is over."""
+        try:
+            self._board.post_note(self._note)
+            if self._end is not None:
+                self._board.post_end(self._attempt, self._end)
+                self._end = None
+        except OSError as error:  # a full disk: said again at the next look
+            _log.warning("rank %d: %s", self._info.rank, error)
+        if self._leader is not None:
+            self._leader.stopping = bool(self._signals)
+            self._leader.poll()
+        plan = self._board.plan()
+        if plan is not None and plan.names(self._info.rank, self._note.nonce):
+            if plan != self._plan:
+                self._plan, self._plan_idle_seconds = plan, 0.0
+            if plan.code is not None:
+                return plan.code
+            if plan.ending and plan.attempt == self._attempt and self._child is not None:
+                self._end_child(self._child, "peer", dump=True)
+            elif plan.attempt > self._attempt and not plan.ending:
+                self._attempt = plan.attempt
+                if self._info.rank in plan.order:
+                    self._start(plan)
+        patience = LOST_SECONDS if self._plan is not None else self._config.start_seconds + LOST_SECONDS
+        if self._plan_idle_seconds > patience:
+            return self._leave("rank 0's supervisor does not answer")
+        return None
+
+    def _start(self, plan: Plan) -> None:
+        rank, world = plan.order.index(self._info.rank), len(plan.order)
+        local_world = plan.hosts.count(self._note.host) if world < self._info.world else self._info.local_world
+        kept = {name: value for name, value in self._environment.items() if not name.startswith(FOREIGN)}
+        place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": self._info.local_rank}
+        meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": plan.port}
+        node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world}
+        stacks = self._job.run_dir.absolute() / "logs" / f"rank-{self._info.rank:03d}.stacks"
+        pulse = Pulse.create()
+        charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume)
+        environment = {**kept, **{name: str(value) for name, value in {**place, **meeting, **node}.items()}}
+        self._child = Child(self._job.command, environment, charge, pulse)
+        if self._signals:
+            pulse.request_stop()
+
+    def _watch(self, child: Child, seconds: float) -> None:
+        """Report a child that has ended by itself; end one that is past its deadline."""
+        code = child.look(seconds)
+        if code is not None:
+            self._report(child, "exit", code)
+        elif child.idle_seconds > deadline_seconds(self._config, child.beat.phase):
+            self._end_child(child, "stall", dump=True)
+
+    def _end_child(self, child: Child, cause: str, dump: bool) -> None:
+        patience = min(FROZEN_SECONDS, deadline_seconds(self._config, child.beat.phase) / 2)
+        frozen = child.tickless_seconds > max(patience, 3 * TICK_SECONDS)
+        if dump:
+            beat = child.beat
+            child.dump_stacks(f"attempt {self._attempt}, step {beat.step}, phase {beat.phase.label} ({cause})")
+        self._report(child, cause, child.kill(), frozen)
+
+    def _report(self, child: Child, cause: str, code: int, frozen: bool = False) -> None:
+        beat, failure = child.pulse.beat(), child.pulse.failure()
+        self._end = End(
+            self._info.rank, self._note.host, cause, code, int(beat.phase), beat.step, beat.marks, frozen,
+            failure is not None and failure.secondary, failure.text if failure is not None else "", bool(self._signals),
+        )  # fmt: skip
+        self._child = None
+        child.pulse.close()
+
+    def _note_signal(self, _number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._signals or now - self._signals[-1] > SAME_SIGNAL_SECONDS:
+            self._signals.append(now)
+
+    def _obey_signals(self, seconds: float) -> None:
+        """The first signal asks the rank to save and stop; the second, or the end of the grace, ends it at once."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._launcher = None
+            print(f"rank {self._info.rank}: the launcher is gone; saving and leaving", file=sys.stderr)
+            self._signals.append(time.monotonic())
+        if not self._signals or self._child is None:
+            return
+        self._stop_seconds += seconds
+        self._child.pulse.request_stop()
+        if len(self._signals) > 1:
+            self._end_child(self._child, "exit", dump=False)
+        elif self._stop_seconds > self._config.grace_seconds:
+            self._end_child(self._child, "stall", dump=True)
+
+    def _leave(self, why: str) -> int:
+        print(f"FATAL rank {self._info.rank}, host {self._note.host}: {why}; next: none", file=sys.stderr, flush=True)
+        return ExitCode.CRASH
+
+
+def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:
+    """How long a rank may go without progress in a phase."""
+    return {
+        Phase.START: config.start_seconds,
+        Phase.FIRST_STEP: config.first_step_seconds,
+        Phase.STEP: config.step_seconds,
+        Phase.CHECKPOINT: config.checkpoint_seconds,
+        Phase.SAMPLE: config.sample_seconds,
+        Phase.END: config.grace_seconds,
+    }[phase]
+
+
+def _command_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

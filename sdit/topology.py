@@ -1,0 +1,111 @@
+"""Ranks, expert groups and batch arithmetic: pure integers. M experts; EP ranks per expert group; W ranks in all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sdit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """DeepSpeed's expert groups of W ranks: groups of EP consecutive ranks share out the experts, and ranks with the
+    same place in their group hold the same experts. W is a multiple of EP."""
+
+    world: int
+    size: int
+
+    def __post_init__(self) -> None:
+        assert self.size >= 1 and self.world % self.size == 0, self
+
+    @property
+    def count(self) -> int:
+        """Number of expert-parallel groups, which is EDP, the number of copies of every expert."""
+        return self.world // self.size
+
+    def group_of(self, rank: int) -> int:
+        """The expert-parallel group that a rank is in."""
+        return rank // self.size
+
+    def place_of(self, rank: int) -> int:
+        """The rank's place in its group, 0 .. EP - 1."""
+        return rank % self.size
+
+    def parallel_ranks(self, rank: int) -> range:
+        """The ranks that share out the experts with this one: samples and expert weights travel among them."""
+        start = self.group_of(rank) * self.size
+        return range(start, start + self.size)
+
+    def data_ranks(self, rank: int) -> range:
+        """The ranks that hold the same experts as this one: expert gradients are summed over them."""
+        return range(self.place_of(rank), self.world, self.size)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, rising."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def legal_expert_sizes(experts: int, world: int) -> list[int]:
+    """Every EP that shares out M experts equally and divides W ranks, rising."""
+    return divisors(math.gcd(experts, world))
+
+
+def choose_expert_parallel(setting: int | Literal["auto"], experts: int, world: int, ranks_per_node: int) -> int:
+    """EP for `parallel.expert`; auto is the largest legal size whose groups each lie within one node.
+
+    Raises:
+        ConfigError: a size that does not divide both the experts and the ranks.
+    """
+    legal = legal_expert_sizes(experts, world)
+    if setting == "auto":
+        # A group of consecutive ranks never straddles two nodes exactly when its size divides the node's.
+        return max(size for size in legal if ranks_per_node % size == 0)
+    if setting not in legal:
+        raise ConfigError(
+            f"parallel.expert: {setting} must divide {experts} experts and {world} ranks; legal: {_listed(legal)}"
+        )
+    return setting
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`global_batch` images per step = W ranks x `micro_batch` images per pass x `accumulation` micro-steps."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def chunk(self) -> int:
+        """Images of one micro-step, over all ranks."""
+        return self.global_batch // self.accumulation
+
+
+def plan_batch(global_batch: int, micro_batch: int | None, world: int) -> BatchPlan:
+    """How W ranks share a global batch; without a micro-batch every rank takes its part in one pass.
+
+    Raises:
+        ConfigError: the batch cannot be shared equally.
+    """
+    if global_batch % world:
+        below, above = global_batch // world * world, (global_batch // world + 1) * world
+        near = [size for size in (below, above) if size]
+        raise ConfigError(
+            f"train.global_batch: {global_batch} is not a multiple of {world} ranks; nearest legal: {_listed(near)}"
+        )
+    per_rank = global_batch // world
+    if micro_batch is None:
+        return BatchPlan(global_batch, per_rank, 1)
+    if micro_batch < 1 or per_rank % micro_batch:
+        raise ConfigError(
+            f"train.micro_batch: {micro_batch} does not divide the {per_rank} images of a rank "
+            f"(global_batch {global_batch} over {world} ranks); legal: {_listed(divisors(per_rank))}"
+        )
+    return BatchPlan(global_batch, micro_batch, per_rank // micro_batch)
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

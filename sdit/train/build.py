@@ -1,0 +1,172 @@
+"""From a config to a trainer: every part built once, in the order in which it can fail cheaply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sdit.config import Config, OptimizerConfig
+from sdit.data.loader import build_loader
+from sdit.diffusion import SamplerSettings, build_objective
+from sdit.dsconfig import merge_deepspeed
+from sdit.errors import ConfigError
+from sdit.model import DiffusionTransformer, build_model, init_weights
+from sdit.parallel.comm import Comm
+from sdit.parallel.engine import Engine
+from sdit.parallel.experts import expert_group_of
+from sdit.parallel.spread import ExpertSpread
+from sdit.supervise.child import Supervised
+from sdit.supervise.fault import Fault
+from sdit.supervise.pulse import Pulse
+from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
+from sdit.train.checkpoint.space import check_space
+from sdit.train.checkpoint.store import CheckpointStore
+from sdit.train.ema import Ema
+from sdit.train.events import Observer
+from sdit.train.injection import FaultyEngine
+from sdit.train.module import TrainModule
+from sdit.train.routes import StepRoutes
+from sdit.train.rundir import describe_run, prepare_run_dir
+from sdit.train.sampling import GridSampler
+from sdit.train.state import RunState
+from sdit.train.trainer import Trainer
+
+
+def check_config(config: Config, deepspeed: dict[str, Any], source: str, world: int) -> dict[str, Any]:
+    """Everything that can be refused before a process group or a model exists; returns the merged DeepSpeed JSON."""
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
+    merged = merge_deepspeed(config, batch, deepspeed, source)
+    SamplerSettings.from_config(config.diffusion, config.sample, config.model.timesteps)
+    if config.diffusion.path == "flow" and config.model.learn_variance:
+        raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
+    if config.train.steps is None and config.train.images is None:
+        raise ConfigError("train.steps: is not set; legal: train.steps or train.images, the length of the run")
+    guided = config.sample.guided_channels
+    if guided is not None and guided > config.model.channels:
+        raise ConfigError(f"sample.guided_channels: {guided} is more than model.channels {config.model.channels}")
+    return merged
+
+
+@contextmanager
+def open_trainer(
+    config: Config, deepspeed: dict[str, Any], source: str, comm: Comm, observers: Sequence[Observer] = (),
+    supervised: Supervised | None = None, faults: Sequence[Fault] = (),
+) -> Iterator[Trainer]:  # fmt: skip
+    """The trainer of this rank, resumed as `checkpoint.resume` says; closes its threads on leaving."""
+    merged = check_config(config, deepspeed, source, comm.world)
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, comm.world)
+    run_dir = Path(comm.from_first(config.run_dir))
+    if comm.is_first:
+        prepare_run_dir(run_dir)
+    comm.barrier()
+    with build_loader(config.data, config.model, config.seed, comm.world) as loader:
+        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+        found = store.find()
+        spread = make_spread(config, batch, comm)
+        restored = spread is not None and found is not None and spread.restore(found.manifest.get("expert_layout"))
+        if spread is None:
+            model = build_model(config.model, config.seed, comm.device)
+        else:
+            model = build_model(config.model, device="meta")
+            spread.apply(model, lambda built: init_weights(built, config.seed))
+        objective = build_objective(config.diffusion, config.model.timesteps).to(comm.device)
+        module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
+        wrap_layers(model, config)
+        groups = parameter_groups(module)
+        optimizer = make_optimizer(groups, config.optimizer)
+        engine = Engine(module, optimizer, merged, comm, config.optimizer.kind)
+        supervised = supervised or Supervised(Pulse())
+        state = RunState(config, engine, Ema(engine.owned), model, store, spread)
+        state.layout_restored = restored
+        message = f"fresh start: no checkpoint in {store.folder}"
+        if found is not None:
+            changes = state.load(found)
+            message = f"resumed at {state.clock.images_seen} images (step {state.clock.steps}) from {found.folder}"
+            message += "".join(f"\n  skipped: {reason}" for reason in found.skipped)
+            message += "".join(f"\n  changed: {change}" for change in changes)
+        begin_checkpoints(state, config)
+        if comm.is_first:
+            layout = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
+            layout["expert_parallel"] = 1 if spread is None else spread.ranks
+            describe_run(run_dir, config, merged, comm, layout)
+            for observer in observers:
+                observer.on_start(state.clock, config.train.total_images, message)
+        routes, sampler = StepRoutes(config, model, state, spread), GridSampler(config, model, comm)
+        if faults:
+            faulty = FaultyEngine(engine, faults, supervised.attempt, lambda: state.clock.steps)
+            engine = cast(Engine, faulty)
+        told = observers if comm.is_first else ()
+        trainer = Trainer(
+            config, batch, comm, engine, objective, loader, routes, state, sampler, told, supervised.pulse
+        )  # fmt: skip
+        try:
+            yield trainer
+        finally:
+            trainer.signals.close()
+
+
+def begin_checkpoints(state: RunState, config: Config) -> None:
+    """Ready the folder of checkpoints. Raises: ConfigError, on every rank, when there is no room for them."""
+    comm, store = state.engine.comm, state.store
+    size = state.checkpoint_bytes()
+    problem = ""
+    if comm.is_first:
+        store.begin(state.clock.images_seen)
+        try:
+            check_space(store.folder, size, config.checkpoint.keep_last, comm.world)
+        except ConfigError as error:
+            problem = str(error)
+    problem = comm.from_first(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def make_spread(config: Config, batch: BatchPlan, comm: Comm) -> ExpertSpread | None:
+    """What spreads the experts over ranks, or limits their capacity; None where neither is asked for."""
+    if config.model.variant != "switch":
+        return None
+    ranks = choose_expert_parallel(
+        config.parallel.expert, config.model.experts.count, comm.world, comm.info.local_world
+    )
+    if ranks == 1 and config.model.experts.capacity_factor is None:
+        return None
+    return ExpertSpread(config, batch, comm, ranks)
+
+
+def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
+    """Compile the layers, or recompute them in backward, as the config asks."""
+    if config.parallel.compile:
+        for layer in model.layers:
+            layer.compile()
+    if config.parallel.activation_checkpointing != "none":
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+
+        offload = config.parallel.activation_checkpointing == "offload"
+        model.layers = tuple(checkpoint_wrapper(layer, offload_to_cpu=offload) for layer in model.layers)
+
+
+def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
+    """Optimizer groups: the network, and the uncertainty weights with a learning rate of their own."""
+    roles: list[tuple[str, nn.Module]] = [("model", module.model), ("uw", module.objective)]
+    groups: list[dict[str, Any]] = []
+    for role, part in roles:
+        named: dict[str | None, list[nn.Parameter]] = {None: []}
+        for parameter in part.parameters():
+            named.setdefault(expert_group_of(parameter), []).append(parameter)
+        groups.append({"params": named.pop(None), "role": role, "name": role})
+        for name, spread in named.items():  # DeepSpeed wants spread experts in groups of their own
+            groups.append({"params": spread, "role": role, "name": name, "moe": True})
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights."""
+    groups = [{**group, "weight_decay": config.weight_decay if group["role"] == "model" else 0.0} for group in groups]
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)

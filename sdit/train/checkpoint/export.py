@@ -1,0 +1,148 @@
+"""From a checkpoint to one safetensors file in published names, holding one tensor (or expert) in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sdit
+from sdit.config import Config
+from sdit.errors import CheckpointError
+from sdit.interop import published_buffers, to_published, write_published_file
+from sdit.model import DiffusionTransformer, build_model
+from sdit.train.checkpoint.files import ShardSet, fsync, manifest_files
+from sdit.train.checkpoint.load import Weights, checkpoint_parts, fill_part, find_trained, load_model
+from sdit.train.clock import Clock
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+Parts = Callable[[], Iterator[Tensor]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: `parts()` makes its consecutive parts, which together have `shape`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Parts
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def export_safetensors(
+    checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype, progress: Progress | None = None
+) -> dict[str, str]:
+    """Write `out` from a run or checkpoint folder and return the file's metadata; a reader never sees half a file.
+
+    Floats are stored as `dtype`. `progress` is called with (bytes written, all bytes) after each part.
+    Raises: CheckpointError, ConfigError.
+    """
+    found, config = find_trained(checkpoint)
+    facts = _facts(config, Clock(**found.manifest["clock"]), weights)
+    model = build_model(config.model, device="meta")
+    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+        entries = [
+            _stored(model, name, list(parts), shards, weights, dtype)
+            for name, parts in groupby(checkpoint_parts(model), key=lambda part: part[0].partition("#")[0])
+        ]
+        for name, buffer in published_buffers(config.model).items():
+            entries.append(_held(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
+        write_safetensors(out, entries, facts, progress)
+    return facts
+
+
+def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype) -> dict[str, str]:
+    """The same as a .pt file, as published code reads it, through a model in memory."""
+    trained = load_model(checkpoint, weights)
+    facts = _facts(trained.config, trained.clock, weights)
+    published = to_published(trained.model).items()
+    write_published_file(
+        out, {name: value.to(dtype) if value.is_floating_point() else value for name, value in published}, facts
+    )
+    return facts
+
+
+def _facts(config: Config, clock: Clock, weights: Weights) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "sdit": sdit.__version__,
+        "variant": config.model.variant,
+        "weights": weights,
+        "images_seen": str(clock.images_seen),
+        "steps": str(clock.steps),
+        "config": json.dumps(config.model_dump(mode="json")),
+    }
+
+
+def _stored(
+    model: DiffusionTransformer,
+    name: str,
+    parts: list[tuple[str, Tensor]],
+    shards: ShardSet,
+    weights: Weights,
+    dtype: torch.dtype,
+) -> Entry:
+    """A parameter that is read from the checkpoint when it is written, expert by expert."""
+
+    def read() -> Iterator[Tensor]:
+        for part, view in parts:
+            value = torch.empty(view.shape)
+            fill_part(value, shards, weights, part)
+            yield value.to(dtype)
+
+    published = name.removeprefix("model.")
+    return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)
+
+
+def _held(name: str, value: Tensor) -> Entry:
+    return Entry(name, value.dtype, tuple(value.shape), lambda: iter([value]))
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress | None = None
+) -> None:
+    """Write the tensors one after another: 8 bytes of header length, a JSON header, then the bytes without gaps.
+
+    Raises: CheckpointError when the file cannot be written. Source: safetensors' format description.
+    """
+    ordered = sorted(
+        entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)
+    )  # wider types first: all stay aligned
+    ends = list(accumulate(entry.bytes for entry in ordered))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    for entry, end in zip(ordered, ends, strict=True):
+        offsets = [end - entry.bytes, end]
+        header[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            written = 0
+            for entry in ordered:
+                for part in entry.parts():
+                    written += file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    if progress is not None:
+                        progress(written, ends[-1])
+        assert written == ends[-1], (written, ends[-1])
+        fsync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # it never came to be
+            partial.unlink(missing_ok=True)

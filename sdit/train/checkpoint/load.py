@@ -1,0 +1,126 @@
+"""A trained model in one process, from a checkpoint of any layout or from a published file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdit.config import Config
+from sdit.configfile import load_config, parse_config
+from sdit.errors import CheckpointError, ConfigError
+from sdit.interop import load_published, read_published_file
+from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
+from sdit.train.checkpoint.files import ShardSet, manifest_files
+from sdit.train.checkpoint.store import Found, find_checkpoint
+from sdit.train.clock import Clock
+
+Weights = Literal["ema", "weight"]  # the averaged weights, or those of the last step
+PUBLISHED_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with all its experts, in eval mode, with its run's config and clock; `origin` is what was read."""
+
+    model: DiffusionTransformer
+    config: Config
+    clock: Clock
+    origin: Path
+
+
+def load_trained(
+    path: Path, weights: Weights = "ema", config: Path | None = None, device: torch.device | str = "cpu"
+) -> Trained:
+    """The model of a run folder, of a checkpoint folder, or of a published file with the YAML `config` that fits it.
+
+    Raises:
+        CheckpointError: nothing readable there.
+        ConfigError: a config is missing, superfluous, or does not fit the file.
+    """
+    if path.suffix in PUBLISHED_SUFFIXES:
+        return _load_file(path, weights, config, device)
+    if config is not None:
+        raise ConfigError(f"--config: {config}: {path} has a config of its own; legal: only with a published file")
+    return load_model(path, weights, device)
+
+
+def load_model(path: Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> Trained:
+    """The model of a run folder's newest good checkpoint, or of a checkpoint folder, read tensor by tensor.
+
+    Raises: CheckpointError.
+    """
+    found, config = find_trained(path)
+    model = build_model(config.model, device="meta").to_empty(device=device)
+    fill_buffers(model)
+    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+        for part, view in checkpoint_parts(model):
+            fill_part(view, shards, weights, part)
+    return Trained(model.eval(), config, Clock(**found.manifest["clock"]), found.folder)
+
+
+def find_trained(path: Path) -> tuple[Found, Config]:
+    """The checkpoint a path stands for and its config; a damaged newer one is passed over with a warning."""
+    found = find_checkpoint(path)
+    for reason in found.skipped:
+        _log.warning("skipped a checkpoint: %s", reason)
+    return found, parse_config(found.manifest["config"], str(found.folder))
+
+
+def checkpoint_parts(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]]:
+    """Name in a checkpoint and view of every parameter, expert by expert; in the order of `named_parameters`."""
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Experts):
+            for row, expert in enumerate(owner.ids):
+                yield f"model.{name}#{expert}", parameter.detach()[row]
+        else:
+            yield f"model.{name}", parameter.detach()
+
+
+def fill_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
+    """Read a logical tensor into `target`, which has its shape. Raises: CheckpointError."""
+    name = f"{weights}/{part}"
+    stored = shards.shapes.get(name)
+    if stored != tuple(target.shape):
+        found = "it is not there" if stored is None else f"the checkpoint holds {stored}"
+        raise CheckpointError(f"{name}: the model needs shape {tuple(target.shape)}, {found}")
+    shards.read_into(name, 0, target.view(-1))
+
+
+def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.device | str) -> Trained:
+    facts = _metadata(path)
+    held = facts.get("weights", weights)
+    if held != weights:
+        raise ConfigError(f"--weights: {weights}, but {path} holds the other ones; legal: {held}")
+    tensors = read_published_file(path, "ema" if weights == "ema" else "model")
+    if config is not None:
+        run = load_config(config)
+    elif "config" in facts:
+        run = parse_config(json.loads(facts["config"]), str(path))
+    else:
+        raise ConfigError(f"--config: is not set, and {path} does not say its config; legal: a YAML file")
+    model = build_model(run.model, device="meta").to_empty(device=device)
+    fill_buffers(model)
+    load_published(model, tensors)
+    return Trained(model.eval(), run, Clock(int(facts.get("images_seen", 0)), int(facts.get("steps", 0))), path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What an exported safetensors file says of itself; nothing for other files."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,163 @@
+"""How checkpoints are written during a run: in place or in the background, with failures counted, not fatal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdit.errors import CheckpointError
+from sdit.parallel.comm import Comm
+from sdit.train.checkpoint.files import FileRecord
+from sdit.train.checkpoint.store import CheckpointStore, Snapshot
+
+MAX_FAILURES = 3
+Saved = Callable[[Path, float], None]
+Failed = Callable[[str], None]
+
+
+class Saver:
+    """Writes `snapshot()` at the trainer's request; `saved(folder, seconds)` and `failed(text)` hear of the outcome.
+
+    Every method is called by all ranks at the same step.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        comm: Comm,
+        snapshot: Callable[[], Snapshot],
+        asynchronous: bool,
+        saved: Saved,
+        failed: Failed,
+    ) -> None:
+        self._store, self._comm, self._snapshot, self._asynchronous = store, comm, snapshot, asynchronous
+        self._saved, self._failed = saved, failed
+        self._failures = 0
+        self._writing: BackgroundWrite | None = None
+        self._copies: dict[str, np.ndarray] = {}
+        self.last = "none"
+        self.saved_at: int | None = None  # images seen, of the newest that this process committed or started from
+
+    def flags(self) -> tuple[float, float, float]:
+        """How far this rank is with a write in the background; summed over ranks with the step's losses."""
+        return self._writing.flags() if self._writing is not None else (0.0, 0.0, 0.0)
+
+    def hear(self, written: float, failed: float, committed: float) -> None:
+        """Go on with a write in the background, given the flags of all ranks.
+
+        Raises: CheckpointError after `MAX_FAILURES` failures in a row.
+        """
+        if self._writing is None:
+            return
+        try:
+            folder = self._writing.advance(round(written), round(failed), round(committed))
+        except CheckpointError as error:
+            self._writing = None
+            self._count(error, must_work=False)
+            return
+        if folder is not None:
+            images_seen, seconds, self._writing = self._writing.images_seen, self._writing.seconds, None
+            self._note(images_seen, folder, seconds)
+
+    def save(self, must_work: bool = False) -> None:
+        """Write a checkpoint of this moment, or start to.
+
+        Raises: CheckpointError when it `must_work`, and after `MAX_FAILURES` failures in a row.
+        """
+        self.finish()
+        if self._asynchronous and not must_work:
+            self._writing = BackgroundWrite(self._store, self._comm, self._still(self._snapshot()))
+            return
+        started, snapshot = time.perf_counter(), self._snapshot()
+        try:
+            folder = self._store.save(snapshot)
+        except CheckpointError as error:
+            self._count(error, must_work)
+            return
+        self._note(snapshot.images_seen, folder, time.perf_counter() - started)
+
+    def finish(self) -> None:
+        """Wait for a write in the background."""
+        while self._writing is not None:
+            self._writing.wait()
+            flags = torch.tensor(self.flags(), dtype=torch.float64, device=self._comm.device)
+            self.hear(*self._comm.sum(flags).tolist())
+
+    def _still(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot in memory that the next step does not change: on a CPU its arrays are views of the live state.
+
+        The copies are kept for the next time: measured for 605 MB, 0.27 s into new memory, 0.04 s into the old.
+        """
+        if self._comm.device.type != "cpu":
+            return snapshot
+        for key, flat in snapshot.tensors.items():
+            if key not in self._copies or self._copies[key].shape != flat.shape:
+                self._copies[key] = np.empty_like(flat)
+            np.copyto(self._copies[key], flat)
+        return replace(snapshot, tensors={key: self._copies[key] for key in snapshot.tensors})
+
+    def _note(self, images_seen: int, folder: Path, seconds: float) -> None:
+        self._failures, self.last, self.saved_at = 0, str(folder), images_seen
+        self._saved(folder, seconds)
+
+    def _count(self, error: CheckpointError, must_work: bool) -> None:
+        self._failures += 1
+        self._failed(str(error))
+        if must_work or self._failures >= MAX_FAILURES:
+            raise error
+
+
+class BackgroundWrite:
+    """One checkpoint on its way to storage while the run goes on; the step's all-reduce carries its progress."""
+
+    def __init__(self, store: CheckpointStore, comm: Comm, snapshot: Snapshot) -> None:
+        self._store, self._comm, self._snapshot = store, comm, snapshot
+        self.images_seen = snapshot.images_seen
+        self._started = time.perf_counter()
+        self._records: list[FileRecord] = []
+        self._problem = ""
+        self._is_committing = False
+        self._run(lambda: self._store.write_part(snapshot, self._records))
+
+    def _run(self, action: Callable[[], str]) -> None:
+        def work() -> None:
+            self._problem = action()
+
+        self._thread = threading.Thread(target=work, name="sdit-checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the write began."""
+        return time.perf_counter() - self._started
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def flags(self) -> tuple[float, float, float]:
+        """This rank has written its part; it failed; the whole is committed (rank 0 alone knows)."""
+        if self._thread.is_alive():
+            return (0.0, 0.0, 0.0)
+        if self._problem:
+            return (0.0, 1.0, 0.0)
+        return (0.0, 0.0, float(self._comm.is_first)) if self._is_committing else (1.0, 0.0, 0.0)
+
+    def advance(self, written: int, failed: int, committed: int) -> Path | None:
+        """The next thing to do; the folder once it is committed. Raises: CheckpointError, on every rank."""
+        if committed:
+            return self._store.folder_of(self._snapshot.images_seen)
+        if self._is_committing:
+            if failed:
+                self._store.agree(self._problem, self._snapshot.images_seen)
+        elif written + failed == self._comm.world:
+            gathered = self._store.agree(self._problem, self._snapshot.images_seen, self._store.listed(self._records))
+            self._is_committing = True
+            if self._comm.is_first:
+                self._run(lambda: self._store.commit(self._snapshot, gathered))
+        return None

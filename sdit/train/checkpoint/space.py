@@ -1,0 +1,30 @@
+"""Whether a file system has room for what a run will write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sdit.errors import ConfigError
+
+FILES_BESIDE_SHARDS = 16  # manifest, folder, latest, metrics, logs
+
+
+def check_space(folder: Path, checkpoint_bytes: int, keep_last: int, ranks: int) -> None:
+    """Raises: ConfigError when the checkpoints that retention keeps, and the one being written, do not fit.
+
+    Checkpoints that are there already count as room: they will make way for new ones.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("images-*/shard-*.safetensors"))
+    needed = (keep_last + 1) * checkpoint_bytes - held
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise ConfigError(
+            f"run_dir: {folder}: {needed} bytes more are needed for checkpoint.keep_last {keep_last} checkpoints and "
+            f"the one being written ({checkpoint_bytes} bytes each), {free} are free; legal: a larger file system"
+        )
+    if disk.f_files and disk.f_favail < ranks + FILES_BESIDE_SHARDS:
+        raise ConfigError(
+            f"run_dir: {folder}: only {disk.f_favail} more files can be created; legal: {ranks + FILES_BESIDE_SHARDS}"
+        )

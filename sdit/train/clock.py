@@ -1,0 +1,43 @@
+"""The run's clock, and what follows from it alone: learning rate and EMA decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from sdit.config import EmaConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Clock:
+    """`images_seen` is the progress of the run; `steps` counts the optimizer steps taken."""
+
+    images_seen: int = 0
+    steps: int = 0
+
+    def after(self, global_batch: int) -> Clock:
+        """The clock one optimizer step later."""
+        return replace(self, images_seen=self.images_seen + global_batch, steps=self.steps + 1)
+
+    def crosses(self, earlier: Clock, every_images: int | None, every_steps: int | None) -> bool:
+        """Whether a multiple of the interval lies in (earlier, now]; no interval: never."""
+        if every_images is not None:
+            return self.images_seen // every_images > earlier.images_seen // every_images
+        return every_steps is not None and self.steps // every_steps > earlier.steps // every_steps
+
+
+def learning_rate_factor(config: OptimizerConfig, images_seen: int, total_images: int) -> float:
+    """Learning rate over its peak for the step that ends at `images_seen`: linear warm-up, then the decay to the end."""
+    if images_seen < config.warmup_images:
+        return images_seen / config.warmup_images
+    if config.decay == "constant":
+        return 1.0
+    length = max(1, total_images - config.warmup_images)
+    progress = min(1.0, (images_seen - config.warmup_images) / length)
+    shape = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    return config.final_ratio + (1.0 - config.final_ratio) * shape
+
+
+def ema_decay(config: EmaConfig, steps: int) -> float:
+    """Decay of the EMA update after optimizer step `steps` (from 1 on); small at first under warm-up."""
+    return min(config.decay, (1 + steps) / (10 + steps)) if config.warmup else config.decay

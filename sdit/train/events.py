@@ -1,0 +1,42 @@
+"""What the trainer tells the world: observers get plain numbers and arrays, after the step they speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdit.train.clock import Clock
+
+
+class Observer:
+    """Something that watches a run (metrics file, progress bar, pictures); overrides the calls it cares for.
+
+    Called on rank 0 only; the methods here do nothing.
+    """
+
+    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        """The run starts, afresh or resumed, as `message` says."""
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        """An optimizer step was taken; `metrics` has the keys of metrics.jsonl, `logged` marks those for the file."""
+
+    def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
+        """A grid was sampled: images (n, C, H, W) float32, row by row of `columns`."""
+
+    def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
+        """Samples were drawn from a model with gates: `probs` (depth, T, M) of all tasks, from the present weights.
+
+        `columns` (depth * M,): the column of the prior's mask that each expert of each block has; None: no prior.
+        """
+
+    def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
+        """A checkpoint was committed."""
+
+    def on_event(self, clock: Clock, kind: str, text: str) -> None:
+        """Something happened that a person should know (skipped step, loss spike, failed checkpoint)."""
+
+    def close(self) -> None:
+        """The run ends."""

@@ -1,0 +1,141 @@
+"""What keeps a run from going bad quietly: non-finite steps, loss spikes, stop signals."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import numpy as np
+import torch
+
+from sdit.errors import DataError
+from sdit.supervise.pulse import Pulse
+
+SPIKE_MEMORY_STEPS = 100  # loss statistics forget with this time constant
+
+
+class BadStepGuard:
+    """Counts non-finite steps in a row and ends the run when there are too many."""
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self._max = max_bad_steps
+        self.in_a_row = 0
+        self.skipped_total = 0
+
+    def accept(self, *values: float) -> bool:
+        """Whether the step may be taken: every value is finite."""
+        if all(math.isfinite(value) for value in values):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.skipped_total += 1
+        return False
+
+    def check(self, last_good: str) -> None:
+        """Raises: DataError when `max_bad_steps` steps in a row were non-finite."""
+        if self.in_a_row >= self._max:
+            raise DataError(
+                f"train.max_bad_steps: {self.in_a_row} steps in a row had a non-finite loss or gradient; "
+                f"last good checkpoint: {last_good}"
+            )
+
+
+class SpikeDetector:
+    """Exponentially weighted mean and variance of the loss; says when a value lies far above."""
+
+    def __init__(self, deviations: float) -> None:
+        self._deviations = deviations
+        self._mean = self._variance = 0.0
+        self._count = 0
+
+    def observe(self, loss: float) -> bool:
+        """Take in a loss; True when it lies `deviations` standard deviations above the mean so far."""
+        self._count += 1
+        far = self._count > SPIKE_MEMORY_STEPS and loss > self._mean + self._deviations * math.sqrt(self._variance)
+        rate = max(1.0 / self._count, 1.0 / SPIKE_MEMORY_STEPS)
+        delta = loss - self._mean
+        self._mean += rate * delta
+        self._variance = (1 - rate) * (self._variance + rate * delta * delta)
+        return far
+
+
+class WorkTimer:
+    """Seconds that a rank works in a step (data, forward passes) before it waits for others: slow ranks show here."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._steps = 0
+        self._seconds = self._begun = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin(self) -> None:
+        """Work begins."""
+        self._begun = time.perf_counter()
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+
+    def end(self) -> None:
+        """Work ends; the rank goes on to where it may have to wait."""
+        self._seconds += time.perf_counter() - self._begun
+        if self._on_gpu:
+            self._events[-1][1].record()
+
+    def count_step(self) -> None:
+        """A step was taken; its kernels have run."""
+        self._steps += 1
+        milliseconds = sum(begin.elapsed_time(end) for begin, end in self._events)
+        if self._events:
+            self._seconds += milliseconds / 1000
+            self._events.clear()
+
+    def take(self) -> float:
+        """Mean seconds per step since the last call."""
+        mean = self._seconds / max(1, self._steps)
+        self._steps, self._seconds = 0, 0.0
+        return mean
+
+
+def rank_report(seconds: Sequence[float]) -> dict[str, float]:
+    """Keys of metrics.jsonl about slow ranks, from every rank's `WorkTimer.take()`."""
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {
+        "rank_step_seconds_p50": float(p50),
+        "rank_step_seconds_p99": float(p99),
+        "slowest_rank": int(np.argmax(seconds)),
+    }
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the present step; the second one is obeyed at once.
+
+    A supervisor asks through the pulse, as launchers that signal whole process trees would be heard twice.
+    """
+
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number)
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody wants the run to stop."""
+        return self.received is not None or self._pulse.stop_requested
+
+    def close(self) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,0 +1,45 @@
+"""What DeepSpeed wraps: the network with its objective, from a micro-batch to one scalar loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdit.contracts import Batch, Routing
+from sdit.diffusion import Objective
+from sdit.model import Assignment, DiffusionTransformer, balance_loss, prior_divergence
+
+
+class Losses(NamedTuple):
+    """Means over the micro-batch: `total` with gradient; `parts` float64 (5,) = loss, mse, vlb, prior, balance."""
+
+    total: Tensor
+    parts: Tensor
+
+
+PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss")
+
+
+class TrainModule(nn.Module):
+    """The model under its objective: L = L_noise + L_vlb + lambda L_prior + mu L_balance."""
+
+    def __init__(
+        self, model: DiffusionTransformer, objective: Objective, prior_weight: float, balance_weight: float
+    ) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.prior_weight, self.balance_weight = prior_weight, balance_weight
+
+    def forward(self, batch: Batch, assignment: Assignment | None, loads: Tensor | None) -> Losses:
+        """Losses of a micro-batch; `assignment` and `loads` (depth, M) come from the gates of all tasks, once a step."""
+        parts = self.objective(self.model, batch.x0, batch.t, batch.y, batch.noise)
+        routing: Routing = parts.output.routing
+        noise_loss = parts.loss.mean()
+        zero = torch.zeros_like(noise_loss)
+        prior = prior_divergence(routing, assignment).mean() if assignment is not None else zero
+        balance = balance_loss(routing, loads) if loads is not None else zero
+        total = noise_loss + self.prior_weight * prior + self.balance_weight * balance
+        values = (total, parts.mse.mean(), parts.vlb.mean(), prior, balance)
+        return Losses(total, torch.stack([value.detach().double() for value in values]))

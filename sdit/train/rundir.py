@@ -1,0 +1,72 @@
+"""A run is a directory; the same command in it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import sdit
+from sdit.config import Config
+from sdit.configfile import dump_config
+from sdit.errors import ConfigError
+from sdit.parallel.comm import Comm
+
+PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def prepare_run_dir(path: Path) -> None:
+    """Create the run directory. Raises: ConfigError when it cannot be written."""
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (path / "logs").mkdir(exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir: {path}: cannot be written ({error.strerror}); legal: a writable folder") from error
+
+
+def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:
+    """Write config.yaml, deepspeed.json and environment.json, as resolved for this attempt."""
+    (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (path / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    environment = {
+        "sdit": sdit.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "ranks": comm.world,
+        "ranks_found_by": comm.info.source,
+        "device": str(comm.device),
+        "command": [word if not _is_secret(word) else "(hidden)" for word in sys.argv],
+        **layout,
+    }
+    (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_secret(word: str) -> bool:
+    return "=" in word and any(part in word.partition("=")[0].upper() for part in SECRET_WORDS)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,173 @@
+"""All state of a run that a checkpoint carries, and the way to disk and back."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import sdit
+from sdit.config import Config
+from sdit.errors import ConfigError
+from sdit.model import DiffusionTransformer
+from sdit.model.moe.experts import Experts
+from sdit.model.moe.placement import Layout, replacement_moves
+from sdit.parallel.engine import Engine
+from sdit.parallel.experts import SpreadExperts
+from sdit.parallel.reshard import Part, reshard
+from sdit.parallel.spread import ExpertSpread
+from sdit.parallel.state import Piece
+from sdit.train.checkpoint.files import ShardSet, manifest_files
+from sdit.train.checkpoint.naming import ExpertIds, named_spans
+from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
+from sdit.train.clock import Clock
+from sdit.train.ema import Ema
+
+FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
+FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
+
+
+class RunState:
+    """Weights, moments, EMA and clock of a run under any layout."""
+
+    def __init__(
+        self, config: Config, engine: Engine, ema: Ema, model: DiffusionTransformer, store: CheckpointStore,
+        spread: ExpertSpread | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.engine, self.ema, self.store, self.spread = config, engine, ema, store, spread
+        self.layout_restored = False
+        self.clock = Clock()
+        self.prior_columns: list[int] | None = None
+        stacks = (Experts, SpreadExperts)
+        self._experts = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
+
+    def expert_ids(self, parameter: str) -> Sequence[int] | None:
+        """Global expert id of every row of a parameter; None when it is no stack of experts."""
+        module = self._experts.get(parameter.rpartition(".")[0])
+        return None if module is None else module.ids
+
+    def snapshot(self) -> Snapshot:
+        """This rank's part of the state; on a CPU the arrays are views of the live state."""
+        owned = self.engine.owned
+        tensors: dict[str, np.ndarray] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        kinds: list[tuple[str, list[torch.Tensor]]] = [
+            ("weight", [piece.master for piece in owned]),
+            ("ema", self.ema.values),
+        ]
+        kinds += [(key, [piece.moment(key) for piece in owned]) for key in self.engine.moment_keys]
+        for kind, values in kinds:
+            more_tensors, more_shapes = collect(kind, owned, values, self.expert_ids)
+            tensors |= more_tensors
+            shapes |= more_shapes
+        return Snapshot(self.clock.images_seen, tensors, shapes, self._facts())
+
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint over all ranks: masters, EMA and moments, four bytes each."""
+        owned = sum(piece.numel for piece in self.engine.owned)
+        box = torch.tensor([owned], dtype=torch.float64, device=self.engine.comm.device)
+        return 4 * (2 + len(self.engine.moment_keys)) * int(self.engine.comm.sum(box).item())
+
+    def _facts(self) -> dict[str, Any]:
+        comm = self.engine.comm
+        return {
+            "clock": {"images_seen": self.clock.images_seen, "steps": self.clock.steps},
+            "config": self.config.model_dump(mode="json"),
+            "prior_columns": self.prior_columns,
+            "expert_layout": None if self.spread is None else self.spread.stored(),
+            "written_by": {
+                "sdit": sdit.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "ranks": comm.world,
+            },
+        }
+
+    @torch.no_grad()
+    def rearrange(self, layout: Layout) -> int:
+        """Give every rank the experts of `layout`, with moments and EMA; return how many changed places.
+
+        Global ids stay; the numbers of the run do not change. Raises nothing: all ranks move at once.
+        """
+        assert self.spread is not None
+        moved = len(replacement_moves(self.spread.layout.place, layout.place))
+        if moved:
+            self._move_experts(layout)
+        self.spread.layout = layout
+        return moved
+
+    def _move_experts(self, layout: Layout) -> None:
+        assert self.spread is not None
+        engine, ids_now = self.engine, self.expert_ids
+        held = [piece for piece in engine.held if ids_now(piece.name) is not None]
+        owned = [index for index, piece in enumerate(engine.owned) if ids_now(piece.name) is not None]
+        pieces = [engine.owned[index] for index in owned]
+        kinds = [([piece.master for piece in pieces], held, [piece.master for piece in held])]
+        kinds += [([p.moment(key) for p in pieces], held, [p.moment(key) for p in held]) for key in engine.moment_keys]
+        averages = [self.ema.values[index] for index in owned]
+        kinds.append((averages, pieces, averages))
+        have = [_parts(pieces, values, ids_now) for values, _, _ in kinds]
+        slots = layout.slots
+        for name, module in self._experts.items():
+            assert isinstance(module, SpreadExperts)
+            block = int(name.split("routers.")[1].split(".")[0])
+            module.set_ids(slots[block, self.spread.place].tolist())
+        if self.clock.steps == 0 and self.config.model.experts.kind == "linear":
+            return  # all experts, their moments and averages are still zero: the new names are all that moves
+        for source, (_, targets, values) in zip(have, kinds, strict=True):
+            reshard(engine.comm, source, _parts(targets, values, self.expert_ids))
+        engine.publish_masters()
+
+    def load(self, found: Found) -> list[str]:
+        """Take over a checkpoint on whatever layout this is; return the config changes, a line each.
+
+        Raises:
+            ConfigError: the checkpoint is of another run (model, seed, data, objective).
+            CheckpointError: a tensor is missing or of another shape.
+        """
+        changes = compare_configs(found.manifest["config"], self.config.model_dump(mode="json"), str(found.folder))
+        held, owned = self.engine.held, self.engine.owned
+        with ShardSet(found.folder, manifest_files(found.manifest)) as shards, torch.no_grad():
+            restore(shards, "weight", held, [piece.master for piece in held], self.expert_ids)
+            restore(shards, "ema", owned, self.ema.values, self.expert_ids)
+            for key in self.engine.moment_keys:
+                restore(shards, key, held, [piece.moment(key) for piece in held], self.expert_ids)
+        self.engine.publish_masters()
+        self.clock = Clock(**found.manifest["clock"])
+        self.engine.set_steps(self.clock.steps)
+        self.prior_columns = found.manifest["prior_columns"]
+        return changes
+
+
+def _parts(pieces: Sequence[Piece], values: Sequence[torch.Tensor], expert_ids: ExpertIds) -> list[Part]:
+    return [Part(span.name, span.start, view) for span, view in named_spans(pieces, values, expert_ids)]
+
+
+def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
+    """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
+    before, after = _flatten(old), _flatten(new)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        section, _, rest = key.partition(".")
+        if key in FIXED or (section == "model" and rest not in FREE_MODEL_KEYS):
+            raise ConfigError(
+                f"{key}: {after.get(key)!r} disagrees with {before.get(key)!r} of the checkpoint {where}; "
+                "legal: the same value, or another run_dir"
+            )
+        changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return changes
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

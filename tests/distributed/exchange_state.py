@@ -1,0 +1,157 @@
+"""Jobs of the exchange worker on whole models: images, re-placed state, and what a rank holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, SampleConfig
+from sdit.configfile import load_config
+from sdit.model import build_model, fill_buffers
+from sdit.model.moe.experts import Experts
+from sdit.model.moe.placement import Layout
+from sdit.parallel.comm import Comm
+from sdit.parallel.spread import ExpertSpread
+from sdit.topology import BatchPlan
+from sdit.train.build import open_trainer
+from sdit.train.sampling import sample_images
+
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+def error(actual: Tensor | None, expected: Tensor) -> float:
+    """Largest difference over the largest true value; a missing gradient is infinitely wrong."""
+    if actual is None:
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def model_config(width: int, kind: str, count: int, depth: int = 2) -> ModelConfig:
+    experts = ExpertsConfig(count=count, top_k=2, kind=kind)  # type: ignore[arg-type]
+    return ModelConfig(
+        depth=depth, width=width, heads=2, patch_size=4, input_size=8, channels=1, classes=10, experts=experts
+    )
+
+
+def sampled_images(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """Largest difference between images drawn with spread experts and with all experts in one place."""
+    found = []
+    for kind in ("linear", "mlp"):
+        for ranks in (2, 4):
+            parallel = ParallelConfig(expert=ranks)
+            sample = SampleConfig(steps=4, guidance=2.0)
+            config = Config(model=model_config(16, kind, 4), parallel=parallel, sample=sample)
+            labels = np.arange(comm.rank, comm.rank + 3) % 10
+            with torch.no_grad():
+                whole, spread = spread_model(config, comm, ranks)
+                drawn = [sample_images(m, config, config.sample, 3 * labels, labels) for m in (whole, spread)]
+                for router in whole.routers:
+                    for parameter in router.experts.parameters():
+                        parameter.zero_()
+                without = sample_images(whole, config, config.sample, 3 * labels, labels)
+            worst = {"error": error(drawn[1], drawn[0]), "without_experts": error(without, drawn[0])}
+            gathered = comm.gather(worst)
+            found.append({"kind": kind, "ranks": ranks} | {key: max(rank[key] for rank in gathered) for key in worst})
+    return found
+
+
+def spread_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
+    """A model with random weights, whole and with its experts spread at random."""
+    whole = build_model(config.model, 0, comm.device)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in whole.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    spread = ExpertSpread(config, BatchPlan(8 * comm.world, 8, 1), comm, ranks)
+    place = np.random.default_rng(0).permuted(spread.layout.place, axis=1)
+    spread.layout = Layout(place, spread.layout.at_hand, ranks)
+    model = build_model(config.model, device="meta")
+
+    def fill(built: Any) -> None:
+        for name, parameter in built.named_parameters():
+            owner, source = built.get_submodule(name.rpartition(".")[0]), whole.get_parameter(name)
+            parameter.copy_(source[list(owner.ids)] if isinstance(owner, Experts) else source)
+        fill_buffers(built)
+
+    spread.apply(model, fill)
+    return whole.eval(), model.eval()
+
+
+def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """How many tensors of a trained state a random re-placement changes, by layout."""
+    found = []
+    for ranks, stage in ((2, 0), (2, 1), (2, 2), (4, 1)):
+        more = [
+            f"parallel.expert={ranks}",
+            "train.steps=4",
+            "model.experts.count=8",
+            f"run_dir={folder}/moved-{ranks}-{stage}",
+        ]
+        with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
+            trainer.run()
+            state = trainer.state
+            assert state.spread is not None
+            before = whole_state(comm, state.snapshot().tensors)
+            layout = state.spread.layout
+            place = np.random.default_rng(stage).permuted(layout.place, axis=1)
+            moved = state.rearrange(Layout(place, layout.at_hand, ranks))
+            after = whole_state(comm, state.snapshot().tensors)
+            stale = sum(not torch.equal(masters, compute) for masters, compute in compute_weights(state))
+            names = sorted({name.split("@")[0].split("#")[0].split("/")[0] for name in after})
+            changed = [name for name in before if not np.array_equal(before[name], after[name])]
+            found.append(
+                {
+                    "ranks": ranks,
+                    "stage": stage,
+                    "moved": moved,
+                    "kinds": names,
+                    "changed": changed,
+                    "stale": comm.gather(stale),
+                }
+                | {
+                    "same_names": before.keys() == after.keys(),
+                    "zero": sum(not value.any() for value in after.values()),
+                }
+            )
+    return found
+
+
+def compute_weights(state: Any) -> list[tuple[Tensor, Tensor]]:
+    """Every piece of the masters that this rank holds, with the same part of the weights that it computes with."""
+    named = dict(state.engine.module.named_parameters())
+    return [(p.master, named[p.name].detach().view(-1).narrow(0, p.start, p.numel)) for p in state.engine.held]
+
+
+def whole_state(comm: Comm, tensors: Any) -> dict[str, np.ndarray]:
+    """All ranks' parts put together: flat values by kind, name and expert id, in order of their offsets."""
+    gathered: list[Any] = [None] * comm.world
+    dist.all_gather_object(gathered, {name: value.copy() for name, value in tensors.items()})
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for name, value in (item for rank in gathered for item in rank.items()):
+        stem, _, start = name.rpartition("@")
+        parts.setdefault(stem, {})[int(start)] = value
+    return {stem: np.concatenate([pieces[start] for start in sorted(pieces)]) for stem, pieces in parts.items()}
+
+
+def held_sizes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """float32 values on the fullest rank: of experts, of the rest, and of both; compute weights, two moments, EMA."""
+    found = []
+    for ranks, stage in [(size, stage) for size in (1, 2, 4) if comm.world % size == 0 for stage in (0, 1)]:
+        run_dir = folder / f"sizes-{comm.world}-{ranks}-{stage}"
+        more = ["model.experts.count=16", f"parallel.expert={ranks}", f"run_dir={run_dir}"]
+        with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
+            engine, ema = trainer.engine, trainer.state.ema
+            weights = [(name, p.numel()) for name, p in engine.module.named_parameters()]
+            moments = [(p.name, p.moment(key).numel()) for p in engine.held for key in engine.moment_keys]
+            averages = [(p.name, v.numel()) for p, v in zip(ema.pieces, ema.values, strict=True)]
+        for kind, values in {"weights": weights, "moments": moments, "ema": averages}.items():
+            experts = sum(n for name, n in values if ".experts." in name)
+            gathered = comm.gather([experts, sum(n for _, n in values) - experts])
+            fullest = dict(zip(("experts", "dense"), map(max, zip(*gathered, strict=True)), strict=True))
+            row = {"world": comm.world, "ranks": ranks, "stage": stage, "kind": kind}
+            found.append(row | fullest | {"all": max(map(sum, gathered))})
+    return found

@@ -1,0 +1,95 @@
+"""Starts ranks as real processes on loopback and reads what their runs left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sdit.observe.metrics_file import read_metrics
+from sdit.train.checkpoint.files import ShardSet, manifest_files
+from sdit.train.checkpoint.store import find_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+TIMEOUT_SECONDS = 240
+
+
+def case(run_dir: Path, config: Path, *overrides: str, stage: int = 1, **more: object) -> dict:
+    """One training run for `train_together`."""
+    return {"run_dir": str(run_dir), "config": str(config), "overrides": list(overrides), "stage": stage, **more}
+
+
+def rank_environments(world: int) -> list[dict[str, str]]:
+    """The environment of each rank, as a launcher on one host would set it."""
+    port = str(_free_port())
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    shared = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+    return [{**common, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below those the system hands out: ranks connect seconds later, and gloo takes many."""
+    for port in random.sample(range(15_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("100 ports in a row were taken")
+
+
+def run_ranks(
+    world: int, command: list[str], timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[subprocess.CompletedProcess]:
+    """Run `command` as `world` ranks and return every rank's result; all are ended at the time limit."""
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for environment in rank_environments(world)
+    ]
+    deadline = time.monotonic() + timeout_seconds
+    results = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            results.append(subprocess.CompletedProcess(command, process.returncode, output))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return results
+
+
+def train_together(world: int, cases: list[dict], folder: Path) -> None:
+    """Train the cases one after another in one process group of `world` ranks."""
+    listing = folder / f"cases-{world}.json"
+    listing.write_text(json.dumps(cases))
+    results = run_ranks(world, [sys.executable, str(WORKER), str(listing)])
+    # The rank that failed first says why; the others only that it went away.
+    logs = sorted((result.stdout[-3000:] for result in results if result.returncode), key=lambda log: "by peer" in log)
+    assert not logs, logs[0]
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    """All logged steps of a run."""
+    return read_metrics(run_dir)
+
+
+def tensors_of(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Every logical tensor of a kind in the run's newest checkpoint."""
+    found = find_checkpoint(run_dir)
+    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+        return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}

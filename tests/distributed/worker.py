@@ -1,0 +1,36 @@
+"""One rank of a test: trains a list of cases in one process group. usage: worker.py CASES.json (ranks from the environment)"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from sdit.configfile import load_config
+from sdit.observe.metrics_file import MetricsFile
+from sdit.parallel.comm import Comm, find_rank
+from sdit.train.build import open_trainer
+
+
+def train(case: dict, comm: Comm) -> None:
+    deepspeed = {"zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
+    config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
+    observers = [MetricsFile(Path(config.run_dir))] if comm.is_first else []
+    with open_trainer(config, deepspeed, "case", comm, observers) as trainer:
+        trainer.run()
+    for observer in observers:
+        observer.close()
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with Comm(find_rank(os.environ), timeout_seconds=120) as comm:
+        for case in json.loads(Path(sys.argv[1]).read_text()):
+            train(case, comm)
+
+
+if __name__ == "__main__":
+    main()

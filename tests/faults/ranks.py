@@ -1,0 +1,115 @@
+"""Starts supervised ranks and waits for them; whatever a test does, nothing it started is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.harness import ROOT, rank_environments
+
+FAKE = Path(__file__).with_name("fake_rank.py")
+WAIT_SECONDS = 120.0
+
+
+class Ranks:
+    """The supervisors of one launch, a process per rank, and what they printed."""
+
+    def __init__(
+        self, world: int, command: list[str], log: Path, only: tuple[int, ...] | None = None, **environment: str
+    ) -> None:
+        self.log = log
+        environments = rank_environments(world)
+        with log.open("a") as file:
+            self.processes = [
+                subprocess.Popen(command, env={**environments[rank], **environment}, stdout=file, stderr=file, cwd=ROOT)
+                for rank in (only if only is not None else range(world))
+            ]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def codes(self, seconds: float = WAIT_SECONDS) -> list[int]:
+        """Exit codes of all ranks, when they have ended."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def fatal(self) -> list[str]:
+        """The lines that say why the run, or an attempt, ended."""
+        return [line for line in self.output.splitlines() if line.startswith(("FATAL", "error:"))]
+
+    def child_pid(self, rank: int) -> int:
+        """Process id of the real rank, once it runs."""
+        parent = self.processes[rank].pid
+        return int(eventually(lambda: Path(f"/proc/{parent}/task/{parent}/children").read_text().split())[0])
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        self.processes[rank].send_signal(number)
+
+
+def start_fake(
+    world: int, run_dir: Path, steps: int = 12, only: tuple[int, ...] | None = None, **options: object
+) -> Ranks:
+    """Fake ranks under real supervisors; options as fake_rank.py takes them."""
+    run_dir.mkdir(exist_ok=True)
+    command = [sys.executable, str(FAKE), str(run_dir), str(steps), json.dumps(options)]
+    return Ranks(world, command, run_dir.with_suffix(".log"), only)
+
+
+def start_real(world: int, run_dir: Path, config: Path, *arguments: str, stage: int = 1) -> Ranks:
+    """The command that a user gives, once per rank, with fault injection allowed."""
+    deepspeed = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
+    command = [
+        sys.executable,
+        str(ROOT / "launcher" / "train.py"),
+        "--config",
+        str(config),
+        "--ds_config",
+        str(deepspeed),
+    ]
+    return Ranks(world, [*command, "--run-dir", str(run_dir), *arguments], run_dir.with_suffix(".log"), SDIT_FAULTS="1")
+
+
+def eventually(look: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
+    """The first true value of `look()`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            value = look()
+        except OSError:
+            value = None
+        if value:
+            return value
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended (a corpse that nobody buried counts)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def newest_step(run_dir: Path) -> int:
+    """Number of the newest checkpoint of a fake run; 0: none."""
+    names = os.listdir(run_dir / "checkpoints") if (run_dir / "checkpoints").is_dir() else []
+    return max((int(name.removeprefix("images-")) for name in names if name.startswith("images-")), default=0)

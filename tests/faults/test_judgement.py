@@ -1,0 +1,135 @@
+"""Whose fault it was and what follows, and when numbers count as bad: pure functions."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from sdit.errors import DataError, ExitCode
+from sdit.supervise.fault import Fault
+from sdit.supervise.pulse import Phase, Pulse
+from sdit.supervise.ranks import find_rank, launch_id
+from sdit.supervise.verdict import End, Judge, culprit
+from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals, WorkTimer, rank_report
+
+
+def end(rank: int, cause: str = "exit", code: int = 0, **more: object) -> End:
+    return End(rank, "host", cause, code, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ends", "rank"),
+    [
+        ([end(0, code=70, secondary=True), end(1, code=-9), end(2, "peer", -9)], 1),
+        ([end(0, "stall", -9, marks=7), end(1, "stall", -9, marks=7, frozen=True), end(2, "peer", -9, marks=7)], 1),
+        ([end(0, code=70, secondary=True, marks=9), end(1, "peer", -9, marks=9, frozen=True)], 1),
+        ([end(0, "stall", -9, marks=9), end(1, "stall", -9, marks=8), end(2, "stall", -9, marks=9)], 1),
+        ([end(0, "peer", -9, marks=9), end(1, "lost", 70), end(2, code=70, secondary=True)], 1),
+        ([end(0), end(1, code=70), end(2)], 1),
+    ],
+)
+def test_fault_lies_with_the_rank_that_the_others_waited_for(ends: list[End], rank: int) -> None:
+    assert culprit(ends).rank == rank
+    assert culprit(ends[::-1]).rank == rank
+
+
+def test_a_crash_is_no_deterministic_error_when_its_text_differs() -> None:
+    judge = Judge(restarts=1, stop_code=75)
+    judge.begin("")
+    assert judge.decide({0: end(0, code=70, text="a", step=3)}, "", False).restart
+    assert judge.decide({0: end(0, code=70, text="b", step=3)}, "", False).code == ExitCode.CRASH
+
+
+def test_a_user_s_mistake_is_told_in_the_rank_s_own_words() -> None:
+    verdict = Judge(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
+    assert (verdict.restart, verdict.code, verdict.text) == (False, 78, "train.steps: is not set")
+
+
+def test_ranks_of_one_launch_name_it_alike_and_two_launches_do_not() -> None:
+    common = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    assert launch_id({**common, "RANK": "0"}) == launch_id({**common, "RANK": "1"})
+    assert launch_id(common) != launch_id({**common, "MASTER_PORT": "29501"})
+
+
+def test_rank_is_read_from_whatever_launched_it() -> None:
+    srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+    mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("RANK", "2"), ("SIZE", "4"), ("LOCAL_RANK", "0"))}
+    deepspeed = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    read = [
+        (info.rank, info.world, info.local_rank, info.local_world)
+        for info in map(find_rank, ({}, {**srun, "SLURM_STEP_ID": "0"}, mpi, deepspeed, srun))
+    ]
+    # inside sbatch but not below srun there is one process, whatever was allocated
+    assert read == [(0, 1, 0, 1), (3, 8, 1, 2), (2, 4, 0, 1), (1, 2, 1, 2), (0, 1, 0, 1)]
+
+
+def test_pulse_is_seen_through_another_mapping_of_its_memory() -> None:
+    parent = Pulse.create()
+    child = Pulse(os.dup(parent.descriptor))
+    child.mark(Phase.CHECKPOINT, 1 << 40)
+    child.tap()
+    child.fail("ä" * 10_000, secondary=True)
+    beat, failure = parent.beat(), parent.failure()
+    assert (beat.phase, beat.step, beat.marks) == (Phase.CHECKPOINT, 1 << 40, 2)
+    assert failure is not None and failure.secondary and failure.text.startswith("äää")
+    assert not child.stop_requested
+    parent.request_stop()
+    assert child.stop_requested and parent.beat() == beat
+
+
+def test_a_stop_is_heard_by_signal_and_by_pulse() -> None:
+    for ask in (lambda pulse: pulse.request_stop(), lambda _: signal.raise_signal(signal.SIGUSR1)):
+        pulse = Pulse()
+        signals = StopSignals(pulse)
+        try:
+            assert not signals.requested
+            ask(pulse)
+            assert signals.requested
+        finally:
+            signals.close()
+
+
+def test_a_spike_is_told_from_a_slow_rise() -> None:
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    rising = SpikeDetector(deviations=8.0)
+    assert not any(rising.observe(1.0 + 0.05 * n + step * 1e-3) for step, n in enumerate(noise))
+    steady = SpikeDetector(deviations=8.0)
+    for n in noise[: 2 * SPIKE_MEMORY_STEPS]:
+        steady.observe(1.0 + 0.05 * n)
+    assert steady.observe(20.0)
+
+
+def test_bad_steps_in_a_row_end_the_run_and_a_good_one_forgives() -> None:
+    guard = BadStepGuard(max_bad_steps=2)
+    for value, in_a_row in ((math.nan, 1), (1.0, 0), (math.inf, 1)):
+        assert guard.accept(1.0, value) == (in_a_row == 0)
+        guard.check("images-5")
+        assert guard.in_a_row == in_a_row
+    guard.accept(math.nan)
+    with pytest.raises(DataError, match="images-5"):
+        guard.check("images-5")
+    assert guard.skipped_total == 3
+
+
+def test_slow_ranks_show_in_the_report() -> None:
+    report = rank_report([1.0] * 99 + [5.0])
+    assert report == {"rank_step_seconds_p50": 1.0, "rank_step_seconds_p99": pytest.approx(1.04), "slowest_rank": 99}
+
+
+def test_work_is_averaged_over_steps_and_begins_anew() -> None:
+    timer = WorkTimer(torch.device("cpu"))
+    for _ in range(2):
+        timer.begin()
+        timer.end()
+        timer.count_step()
+    assert 0.0 < timer.take() < 1.0 and timer.take() == 0.0
+
+
+@pytest.mark.parametrize("text", ["kill", "kill@1", "kill@x:1", "nuke@1:1", "kill@1:1?"])
+def test_unknown_fault_is_refused_with_what_is_legal(text: str) -> None:
+    with pytest.raises(ValueError, match="kind@rank:step"):
+        Fault.parse(text)

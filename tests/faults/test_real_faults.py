@@ -1,0 +1,167 @@
+"""Faults in real runs of real ranks: whatever happens, the run ends as the undisturbed one does, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdit.errors import ExitCode
+from tests.distributed.harness import case, metrics_of, tensors_of, train_together
+from tests.faults.ranks import Ranks, eventually, newest_step, start_real
+
+TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
+STEPS, BATCH = 20, 32
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=5", "data.workers=1")
+DEADLINES = ("supervise.step_seconds=20.0", "supervise.first_step_seconds=60.0")
+STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
+TIMING = ("images_per_second", "step_seconds", "exchange_wait_seconds")
+TIMING += ("rank_step_seconds_p50", "rank_step_seconds_p99", "slowest_rank")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on two ranks."""
+    folder = tmp_path_factory.mktemp("faults")
+    background = case(folder / "background", TINY, *SETTINGS, "checkpoint.asynchronous=true", stage=1)
+    train_together(2, [case(folder / "straight", TINY, *SETTINGS, stage=1), background], folder)
+    return folder / "straight"
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    for kind in STATE:
+        want, got = tensors_of(expected, kind), tensors_of(actual, kind)
+        assert want.keys() == got.keys() and want
+        assert [name for name in want if not torch.equal(want[name], got[name])] == [], kind
+    curves = [[{k: v for k, v in r.items() if k not in TIMING} for r in metrics_of(run)] for run in (expected, actual)]
+    assert curves[0] == curves[1]
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def run_with(run: Path, *faults: str, settings: tuple[str, ...] = ()) -> Ranks:
+    arguments = [word for fault in faults for word in ("--fault", fault)]
+    return start_real(2, run, TINY, *arguments, *SETTINGS, *DEADLINES, *settings)
+
+
+def test_bad_steps_and_a_kill_leave_no_trace_in_the_run(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with run_with(run, "nan_loss@1:3", "nan_grad@0:5", "kill@1:10") as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    (line,) = ranks.fatal
+    assert f"rank 1, host {socket.gethostname()}, step 10, phase step: killed by SIGKILL" in line
+    assert "restart 1 of 3 from images-000000000256" in line
+    assert [event["step"] for event in events(run, "skipped_step")] == [3, 5]
+    assert_same_run(run, straight)
+
+
+def test_checkpoints_written_in_the_background_are_those_written_in_place(straight: Path) -> None:
+    background = straight.with_name("background")
+    assert_same_run(background, straight)
+    written, expected = ({e["text"].split()[0] for e in events(run, "checkpoint")} for run in (background, straight))
+    assert written == expected
+    for folder in (straight / "checkpoints").glob("images-*"):
+        for shard in folder.glob("shard-*"):
+            assert (background / "checkpoints" / folder.name / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_steps_that_stay_bad_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with run_with(tmp_path / "run", "nan_loss@1:6!") as ranks:
+        assert ranks.codes() == [ExitCode.DATA] * 2
+    assert "train.max_bad_steps: 3 steps in a row" in ranks.output and "images-000000000128" in ranks.output
+    assert len(ranks.fatal) == 1
+
+
+def test_faults_are_refused_outside_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from launcher.train import main
+
+    monkeypatch.delenv("SDIT_FAULTS", raising=False)
+    with pytest.raises(SystemExit) as end:
+        main(["--fault", "kill@0:1", "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == ExitCode.USAGE and "SDIT_FAULTS=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["stop@1:6", "gil@0:6", "hang@1:6", "exit@0:6", "exception@1:6", "oom@1:6", "kill@0:6", "kill@1:0"]
+)
+def test_run_survives_any_single_fault_bit_for_bit(straight: Path, tmp_path: Path, fault: str) -> None:
+    run = tmp_path / "run"
+    with run_with(run, fault) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    (line,) = ranks.fatal
+    rank, _, step = fault.partition("@")[2].partition(":")
+    assert f"rank {rank}, host {socket.gethostname()}, step {step}" in line, line
+    assert_same_run(run, straight)
+
+
+@pytest.mark.slow
+def test_slow_rank_is_named_in_the_metrics(tmp_path: Path) -> None:
+    with run_with(
+        tmp_path / "run", *(f"slow@1:{step}" for step in range(STEPS)), settings=("train.log_every_steps=10",)
+    ) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    for record in metrics_of(tmp_path / "run"):
+        assert record["slowest_rank"] == 1
+        assert record["rank_step_seconds_p99"] > record["rank_step_seconds_p50"] > 0.1  # p50 of two ranks: their mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_kills_at_random_instants_while_saving_every_step_lose_nothing(
+    straight: Path, tmp_path: Path, world: int
+) -> None:
+    run, chance = tmp_path / "run", random.Random(world)
+    settings = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "supervise.restarts=12")
+    for _ in range(5):  # SIGKILL of the whole job
+        before = newest_step(run)
+        with start_real(world, run, TINY, *SETTINGS[:1], *settings) as ranks:
+            eventually(lambda before=before: newest_step(run) > before)
+            time.sleep(chance.random() * 0.02)
+            for rank in range(world):
+                ranks.send(rank, signal.SIGKILL)
+    with start_real(world, run, TINY, *SETTINGS[:1], *settings) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * world, ranks.output
+    if world == 2:
+        assert_same_run(run, straight)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_instants_in_one_supervised_run_on_four_ranks(tmp_path: Path) -> None:
+    """200 steps, ZeRO 1, EP 2: ends by itself, with the undisturbed run's weights and every image once."""
+    run, chance = tmp_path / "run", random.Random(7)
+    settings = (
+        "train.steps=200",
+        "checkpoint.every_steps=5",
+        "checkpoint.keep_last=2",
+        "supervise.restarts=10",
+        "parallel.expert=2",
+    )
+    train_together(4, [case(tmp_path / "straight", TINY, *settings, stage=1)], tmp_path)
+    kills = 0
+    with start_real(4, run, TINY, *settings) as ranks:
+        while kills < 10 and all(process.poll() is None for process in ranks.processes):
+            before = newest_step(run)
+            goal = BATCH * (20 * kills + chance.randrange(1, 15))
+            eventually(lambda before=before, goal=goal: newest_step(run) > max(before, goal - 1))
+            time.sleep(chance.random() * 0.1)
+
+            os.kill(ranks.child_pid(chance.randrange(4)), signal.SIGKILL)
+            kills += 1
+            eventually(lambda kills=kills: len(ranks.fatal) >= kills)
+        assert ranks.codes(seconds=300) == [ExitCode.DONE] * 4, ranks.output
+    assert kills == 10 and len(ranks.fatal) == 10
+    assert [record["images_seen"] for record in metrics_of(run)] == [BATCH * step for step in range(1, 201)]
+    assert_same_run(run, tmp_path / "straight")
