@@ -38,7 +38,7 @@ test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults tests/distributed/test_resume.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" tests/faults tests/distributed/test_resume.py
 
 bench: install
 	$(BIN)/python benchmarks/step.py

@@ -1,0 +1,116 @@
+"""The sections of the config that say how long, how safely and how visibly a run goes; `sdit.config` has the others."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys and silent type conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def field(default: Any, text: str, **bounds: Any) -> Any:
+    return Field(default=default, description=text, **bounds)
+
+
+class TrainConfig(Section):
+    steps: int | None = field(None, "length of the run in optimizer steps (this or images)", ge=1)
+    images: int | None = field(None, "length of the run in images (this or steps)", ge=1)
+    global_batch: int = field(256, "images per optimizer step over all ranks", ge=1)
+    micro_batch: int | None = field(None, "images per rank and forward pass; null: global_batch / ranks", ge=1)
+    precision: Literal["fp32", "bf16"] = field("fp32", "compute precision; masters, moments and EMA are always fp32")
+    log_every_steps: int = field(10, "steps between two lines of metrics.jsonl", ge=1)
+    max_bad_steps: int = field(3, "non-finite steps in a row before the run stops", ge=1)
+    spike_deviations: float = field(8.0, "loss this many standard deviations above its mean is logged as a spike", gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.steps is not None and self.images is not None:
+            raise ValueError(f"images: {self.images} and steps {self.steps} are both set; set one")
+        return self
+
+    @property
+    def total_images(self) -> int:
+        """Length of the run in images, rounded up to whole steps."""
+        if self.images is not None:
+            return -(-self.images // self.global_batch) * self.global_batch
+        return (self.steps or 1) * self.global_batch
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = field(None, "steps between two checkpoints (this or every_images)", ge=1)
+    every_images: int | None = field(None, "images between two checkpoints (this or every_steps)", ge=1)
+    keep_last: int = field(2, "newest checkpoints kept (at least 2: the newest may be torn)", ge=2)
+    keep_every_images: int | None = field(None, "also keep one checkpoint per this many images; null: none", ge=1)
+    resume: str = field("auto", "auto: newest that verifies, else start fresh; must; never; or a checkpoint's path")
+    asynchronous: bool = field(False, "write in the background; the loop only waits for the copy to host memory")
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> CheckpointConfig:
+        if self.every_steps is not None and self.every_images is not None:
+            raise ValueError(
+                f"every_images: {self.every_images} and every_steps {self.every_steps} are both set; set one"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    every_images: int | None = field(None, "images between two sample grids; null: only at the end", ge=1)
+    sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "heun"] = field("ddim", "sampler (euler and heun: flow)")
+    steps: int = field(50, "sampling steps", ge=1)
+    guidance: float = field(1.5, "classifier-free guidance scale; 1: none", ge=0)
+    guided_channels: int | None = field(None, "channels that guidance acts on; null: all image channels", ge=1)
+    images_per_class: int = field(8, "columns of the grid", ge=1)
+    classes: int = field(10, "rows of the grid, one label each", ge=1)
+    seed: int = field(0, "seed of the initial noise", ge=0)
+
+
+class ValidationConfig(Section):
+    every_images: int | None = field(None, "images between two measurements of the held-out loss; null: none", ge=1)
+    path: str | None = field(None, "prepared folder of held-out images, written by launcher/prepare.py")
+    images: int = field(1024, "held-out images measured; rounded up to whole global batches", ge=1)
+    seed: int = field(0, "seed of their order, timesteps and noise, the same in every measurement", ge=0)
+
+    @model_validator(mode="after")
+    def _path_is_set(self) -> ValidationConfig:
+        if self.every_images is not None and not self.path:
+            raise ValueError("path: must name a prepared folder when validation.every_images is set")
+        return self
+
+
+class ObserveConfig(Section):
+    routing_every_images: int | None = field(
+        None, "images between two routing maps in RUN/routing; null: with each sample grid", ge=1
+    )
+    metrics_port: int | None = field(
+        9400, "port of the node's Prometheus exporter; the next free one if taken; null: none", ge=1, le=65535
+    )
+    metrics_address: str = field("127.0.0.1", "address the exporter listens on; 0.0.0.0: all")
+    metrics_experts: int = field(512, "most (block, expert) pairs with series of their own; 0: none", ge=0)
+    pushgateway: str | None = field(None, "URL of a Pushgateway, for clusters that cannot scrape; null: none")
+    push_seconds: float = field(30.0, "seconds between two pushes", gt=0)
+    tensorboard: bool = field(
+        False, "also write TensorBoard event files to RUN/tensorboard (pip install sdit[observe])"
+    )
+    wandb: Literal["off", "offline", "online"] = field(
+        "off", "also log to Weights & Biases (pip install sdit[observe])"
+    )
+
+
+class SuperviseConfig(Section):
+    enabled: bool = field(True, "run each rank under a parent process that watches it; false: for debuggers")
+    start_seconds: float = field(
+        600.0, "longest start of a rank: imports, meeting the others, loading a checkpoint", gt=0
+    )
+    first_step_seconds: float = field(300.0, "longest first step (compilation, warm-up of the libraries)", gt=0)
+    step_seconds: float = field(180.0, "longest step before a rank counts as stalled", gt=0)
+    checkpoint_seconds: float = field(420.0, "longest write of a checkpoint", gt=0)
+    sample_seconds: float = field(1800.0, "longest drawing of a sample grid", gt=0)
+    restarts: int = field(3, "restarts without a newer checkpoint between them before the run ends", ge=0)
+    grace_seconds: float = field(60.0, "time to save and leave after a stop signal", gt=0)
+    elastic: bool = field(False, "go on with the ranks that are left when a node is lost")
+    stop_code: Literal[75, 0] = field(75, "exit code after a stop signal: 75 asks the scheduler to run the job again")
