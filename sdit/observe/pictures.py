@@ -1,18 +1,14 @@
-"""PNG pictures of a run: sample grids and routing maps."""
+"""Pictures of a run: sample grids, and what routing maps are drawn from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdit.config import ModelConfig
-from sdit.model import Assignment
-from sdit.model.windows import expert_windows
-from sdit.observe.routing import routing_map
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
@@ -21,25 +17,16 @@ GAP_PIXELS = 2
 GAP_GREY = 96
 
 
-class Pictures(Observer):
-    """Writes RUN/samples/images-N.png and RUN/routing/images-N.png whenever samples were drawn."""
+class SampleGrids(Observer):
+    """Writes RUN/samples/images-N.png whenever samples were drawn."""
 
-    def __init__(self, run_dir: Path, model: ModelConfig) -> None:
-        self._samples, self._routing, self._model = run_dir / "samples", run_dir / "routing", model
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "samples"
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        self._samples.mkdir(parents=True, exist_ok=True)
-        save_grid(
-            self._samples / f"images-{clock.images_seen:012d}.png", images, columns, {"images_seen": clock.images_seen}
-        )
-
-    def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
-        self._routing.mkdir(parents=True, exist_ok=True)
-        assignment = None
-        if columns is not None:
-            assignment = Assignment(np.asarray(columns, dtype=np.int64), expert_windows(self._model))
-        path = self._routing / f"images-{clock.images_seen:012d}.png"
-        routing_map(probs, self._model.experts.top_k, assignment, path, f"after {clock.images_seen:,} images")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path, facts = self._folder / f"images-{clock.images_seen:012d}.png", {"images_seen": clock.images_seen}
+        save_grid(path, images, columns, facts)
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
@@ -47,16 +34,29 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
     return np.clip(np.round((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def shown_channels(images: np.ndarray) -> np.ndarray:
+    """Of images (n, C, H, W) with more than 3 channels the first three, of those with two the first."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+
+
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:
     """Write images (n, C, H, W) in [-1, 1] as one PNG of `columns` columns, with `facts` in its text chunks.
 
     Of more than 3 channels the first three are shown, of two the first.
     """
-    save_pixels(path, to_pixels(images[:, :3] if images.shape[1] >= 3 else images[:, :1]), columns, facts)
+    save_pixels(path, to_pixels(shown_channels(images)), columns, facts)
 
 
 def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:
     """The same for pixels (n, H, W, 1 or 3) uint8."""
+    text = PngInfo()
+    for key, value in (facts or {}).items():
+        text.add_text(key, str(value))
+    Image.fromarray(grid_pixels(pixels, columns)).save(path, pnginfo=text)
+
+
+def grid_pixels(pixels: np.ndarray, columns: int) -> np.ndarray:
+    """The grid (height, width) or (height, width, 3) uint8 of pixels (n, H, W, 1 or 3), enlarged by a whole factor."""
     n, height, width, channels = pixels.shape
     factor = -(-MIN_TILE_PIXELS // max(height, width))
     tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -65,7 +65,4 @@ def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str
     for number, tile in enumerate(tiles):
         top, left = number // columns * step_y + GAP_PIXELS, number % columns * step_x + GAP_PIXELS
         grid[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    text = PngInfo()
-    for key, value in (facts or {}).items():
-        text.add_text(key, str(value))
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path, pnginfo=text)
+    return grid[..., 0] if channels == 1 else grid

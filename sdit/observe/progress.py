@@ -1,55 +1,63 @@
-"""Progress for people: a bar on a terminal, one line per interval elsewhere."""
+"""Progress for people: a bar on a terminal, one line per interval elsewhere; both are also lines of the rank's log."""
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
 from tqdm import tqdm
 
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
 LINE_EVERY_SECONDS = 30.0
+_log = logging.getLogger(__name__)
 
 
 class Progress(Observer):
-    """Loss, images per second and time left; on rank 0 only."""
+    """What the run is worth and costs, and the time left; on rank 0 only, on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None, line_every_seconds: float = LINE_EVERY_SECONDS) -> None:
+        self._stream = stream or sys.stderr
+        self._every = line_every_seconds
         self._bar: tqdm[Any] | None = None
-        self._last_line = 0.0
+        self._interval = Interval()
+        self._total = 0
+        self._line_due = -math.inf
+        self._rate_from: tuple[float, int] | None = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
-        print(message, file=sys.stderr)
+        self._say(message)
         self._total = total_images
-        self._started, self._first_images = time.monotonic(), clock.images_seen
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_images, initial=clock.images_seen, unit="img", unit_scale=True, smoothing=0.1)
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_images, initial=clock.images_seen, unit="img", unit_scale=True, smoothing=0.1,
+                file=self._stream, dynamic_ncols=True,
+            )  # fmt: skip
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            self._bar.update(clock.images_seen - self._bar.n)
-            return
         now = time.monotonic()
+        self._interval.add(metrics)
+        if self._rate_from is None:  # the first step warms libraries up: it says nothing of the others
+            self._rate_from = (now, clock.images_seen)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._interval.describe(short=True), refresh=False)
+            self._bar.update(clock.images_seen - self._bar.n)
         done = clock.images_seen >= self._total
-        if now - self._last_line < LINE_EVERY_SECONDS and not done:
+        if now < self._line_due and not done:
             return
-        self._last_line = now
-        rate = (clock.images_seen - self._first_images) / max(now - self._started, 1e-9)
-        left = (self._total - clock.images_seen) / max(rate, 1e-9)
-        print(
-            f"step {clock.steps}  images {clock.images_seen}/{self._total}  loss {metrics['loss']:.4f}  "
-            f"grad_norm {metrics['grad_norm']:.3f}  {rate:.0f} images/s  {left:.0f} s left",
-            file=sys.stderr,
-        )
-
-    def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        pass
+        self._line_due = now + self._every
+        line = f"step {clock.steps}  images {clock.images_seen}/{self._total}  {self._interval.describe()}"
+        line += "" if done else f"  {self._time_left(now, clock.images_seen)}"
+        _log.info("%s", line)
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        self._interval.begin()
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self._say(f"checkpoint {folder} ({seconds:.2f} s)")
@@ -57,12 +65,74 @@ class Progress(Observer):
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         self._say(f"{kind} at step {clock.steps}: {text}")
 
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr)
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _time_left(self, now: float, images_seen: int) -> str:
+        """By the clock on the wall, so that checkpoints, samples and validation count."""
+        assert self._rate_from is not None
+        since, first_images = self._rate_from
+        if images_seen == first_images:
+            return "ETA unknown"
+        return f"ETA {duration((self._total - images_seen) * (now - since) / (images_seen - first_images))}"
+
+    def _say(self, text: str) -> None:
+        _log.info("%s", text)
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+class Interval:
+    """The steps since the last line, in the words of that line."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+        self._load: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """The next interval starts."""
+        self._seconds = self._waited = self._exchanged = 0.0
+        self._images = 0.0
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self._last = dict(metrics)
+        self._load = metrics.get("expert_load_max_over_mean", self._load)
+        seconds = metrics.get("step_seconds", 0.0)
+        self._seconds += seconds
+        self._images += metrics.get("images_per_second", 0.0) * seconds
+        self._waited += metrics.get("data_wait_seconds", 0.0)
+        self._exchanged += metrics.get("exchange_wait_seconds", 0.0)
+
+    def describe(self, short: bool = False) -> str:
+        """`loss 0.1234  lr 1.0e-04  812 images/s  data 2 %  exchange 5 %  load 1.42 x mean`."""
+        metrics, seconds = self._last, max(self._seconds, 1e-9)
+        words = [f"loss {metrics['loss']:.4f}"]
+        if "learning_rate" in metrics:
+            words.append(f"lr {metrics['learning_rate']:.1e}")
+        if short:
+            return "  ".join(words)
+        if "grad_norm" in metrics:
+            words.append(f"grad {metrics['grad_norm']:.3g}")
+        words.append(f"{self._images / seconds:.0f} images/s")
+        if "data_wait_seconds" in metrics:
+            words.append(f"data {self._waited / seconds:.0%}")
+        words.append(f"exchange {self._exchanged / seconds:.0%}")
+        if self._load is not None:
+            words.append(f"load {self._load:.2f} x mean")
+        if metrics.get("skipped_steps"):
+            words.append(f"skipped {metrics['skipped_steps']:.0f}")
+        if metrics.get("bad_samples"):
+            words.append(f"bad samples {metrics['bad_samples']:.0f}")
+        return "  ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `3d 04:05:06`."""
+    days, rest = divmod(round(max(0.0, seconds)), 86_400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{days}d {hours:02}:{minutes:02}:{left:02}" if days else f"{hours}:{minutes:02}:{left:02}"

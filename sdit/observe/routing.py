@@ -1,25 +1,20 @@
 """Which experts the tasks take: affinity, overlap of paths, agreement with the prior, load. T tasks, M experts, k used.
 
 A unit is one expert of one block, depth * M of them in block order; the path of a task is the set of units it uses.
+Imports no torch: the process that draws maps beside a training run shall be light.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdit.model import Assignment
-from sdit.model.moe.routes import exact_loads
-
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-CELLS_WITH_NUMBERS = 128  # beyond, numbers in the load map could not be read
-SHARP_UNITS = 256  # up to here each unit has pixels of its own; smoothing would blur it, and beyond it is needed
-MAX_BLOCK_TICKS = 14
-PATH_COLOURS = {"neither": "#ffffff", "prior only": "#f2b134", "path only": "#c8413b", "path and prior": "#2f6690"}
+    from sdit.model import Assignment
 
 
 def chosen_experts(probs: np.ndarray, top_k: int) -> np.ndarray:
@@ -40,100 +35,108 @@ def path_overlap(paths: np.ndarray) -> np.ndarray:
     return counts @ counts.T / paths[0].sum()
 
 
+def task_affinity(probs: np.ndarray) -> np.ndarray:
+    """(T, T) cosine of two tasks' gate probabilities over all units; 1 on the diagonal. probs: (depth, T, M)."""
+    units = probs.transpose(1, 0, 2).reshape(probs.shape[1], -1).astype(np.float32)
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    return units @ units.T
+
+
+def prior_mask(assignment: Assignment) -> np.ndarray:
+    """(T, units) bool, true where the prior has the task use the unit."""
+    return assignment.windows.mask[:, assignment.columns]
+
+
 def prior_agreement(paths: np.ndarray, assignment: Assignment) -> float:
     """Share of all tasks' units that lie in the prior's window under the assignment; 1: the prior is followed."""
-    return float((paths & assignment.windows.mask[:, assignment.columns]).sum() / paths.sum())
+    return float((paths & prior_mask(assignment)).sum() / paths.sum())
 
 
-def routing_map(probs: np.ndarray, top_k: int, assignment: Assignment | None, path: Path, title: str = "") -> None:
-    """Write one PNG of four maps for gate probabilities (depth, T, M) of all tasks."""
-    from matplotlib.figure import Figure  # half a second to import, and rarely needed
-
-    depth, tasks, count = probs.shape
-    paths, loads = task_paths(probs, top_k), exact_loads(chosen_experts(probs, top_k), count)
-    figure = Figure(figsize=(15, 11), dpi=100, layout="constrained")
-    axes = figure.subplots(2, 2)
-    heading = f"Routes of {tasks} tasks through {depth} blocks, {top_k} of {count} experts each"
-    figure.suptitle(f"{heading}, {title}" if title else heading, fontsize=15)
-    _draw_affinity(axes[0, 0], probs)
-    _draw_paths(axes[0, 1], paths, assignment)
-    _draw_overlap(axes[1, 0], path_overlap(paths))
-    _draw_loads(axes[1, 1], loads)
-    figure.savefig(path, format="png")
+def gate_entropy(probs: np.ndarray) -> np.ndarray:
+    """(T,) mean over the blocks of the gates' entropy over ln M; 1: no expert is preferred. probs: (depth, T, M)."""
+    if probs.shape[2] == 1:
+        return np.zeros(probs.shape[1])
+    logs = np.log(np.maximum(probs, 1e-12))
+    return -(probs * logs).sum(-1).mean(0) / np.log(probs.shape[2])
 
 
-def _draw_affinity(axes: Axes, probs: np.ndarray) -> None:
-    depth, tasks, count = probs.shape
-    units = probs.transpose(1, 0, 2).reshape(tasks, -1)
-    smooth = "antialiased" if units.shape[1] > SHARP_UNITS else "nearest"
-    image = _tasks_down(axes, units, cmap="viridis", vmin=0, vmax=float(probs.max()), interpolation=smooth)
-    for border in range(1, depth):
-        axes.axvline(border * count - 0.5, color="white", linewidth=0.8)
-    shown = range(0, depth, -(-depth // MAX_BLOCK_TICKS))
-    axes.set_xticks([(block + 0.5) * count - 0.5 for block in shown], [f"{block}" for block in shown])
-    axes.set(title="Affinity of tasks and experts", xlabel=f"block ({count} experts each, in order)")
-    _colour_bar(axes, image, "gate probability")
+@dataclass(frozen=True)
+class Snapshot:
+    """The gates at one moment: `probs` (depth, T, M) and `paths` (T, units) bool, which are exact where rounded probs tie.
+
+    `prior` (T, units) bool and `columns` (units,), the prior's column of each unit, are None without a prior;
+    `dropped` (depth,) samples that full experts dropped in one step, None where nothing limits them.
+    """
+
+    images_seen: int
+    top_k: int
+    probs: np.ndarray
+    paths: np.ndarray
+    prior: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    dropped: np.ndarray | None = None
+
+    @classmethod
+    def take(
+        cls, images_seen: int, probs: np.ndarray, top_k: int, assignment: Assignment | None,
+        dropped: np.ndarray | None = None,
+    ) -> Snapshot:  # fmt: skip
+        """A snapshot of gate probabilities (depth, T, M)."""
+        paths = task_paths(probs, top_k)
+        if assignment is None:
+            return cls(images_seen, top_k, probs, paths, dropped=dropped)
+        return cls(images_seen, top_k, probs, paths, prior_mask(assignment), assignment.columns, dropped)
+
+    @property
+    def loads(self) -> np.ndarray:
+        """(depth, M) share of the tasks that use each expert; each row sums to k."""
+        return self.paths.mean(0).reshape(self.probs.shape[0], -1)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the paths that the prior has, too."""
+        return None if self.prior is None else float((self.paths & self.prior).sum() / self.paths.sum())
+
+    def save(self, path: Path) -> None:
+        """Write a compressed npz in one piece; probabilities are kept in half precision."""
+        depth, _, count = self.probs.shape
+        arrays: dict[str, np.ndarray] = {
+            "shape": np.array([self.images_seen, self.top_k, depth, count]),
+            "probs": self.probs.astype(np.float16),
+            "paths": np.packbits(self.paths, axis=1),
+        }
+        if self.prior is not None and self.columns is not None:
+            arrays |= {"prior": np.packbits(self.prior, axis=1), "columns": self.columns}
+        if self.dropped is not None:
+            arrays["dropped"] = self.dropped
+        partial = path.with_name(f".partial-{path.name}")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Snapshot:
+        """Read what `save` wrote. Raises: OSError, ValueError, KeyError for a file that is none."""
+        with np.load(path, allow_pickle=False) as stored:
+            images_seen, top_k, depth, count = stored["shape"].tolist()
+            units = depth * count
+
+            def bits(name: str) -> np.ndarray:
+                return np.unpackbits(stored[name], axis=1, count=units).astype(bool)
+
+            has_prior = "prior" in stored
+            return cls(
+                images_seen, top_k, stored["probs"].astype(np.float32), bits("paths"),
+                bits("prior") if has_prior else None, stored["columns"] if has_prior else None,
+                stored["dropped"] if "dropped" in stored else None,
+            )  # fmt: skip
 
 
-def _draw_paths(axes: Axes, paths: np.ndarray, assignment: Assignment | None) -> None:
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+def routing_map(
+    probs: np.ndarray, top_k: int, assignment: Assignment | None, path: Path, title: str = "",
+    dropped: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Write one PNG of six maps for gate probabilities (depth, T, M) of all tasks."""
+    from sdit.observe.routing_pictures import draw_map  # half a second to import, and rarely needed
 
-    if assignment is None:
-        order, prior = np.argsort(_mean_tasks(paths), kind="stable"), paths
-        axes.set(title="Paths of the tasks", xlabel="expert of any block, by the mean timestep of its tasks")
-    else:
-        order, prior = np.argsort(assignment.columns), assignment.windows.mask[:, assignment.columns]
-        agreement = prior_agreement(paths, assignment)
-        axes.set(
-            title=f"Paths and the diffusion prior: {agreement:.1%} of the paths agree",
-            xlabel="expert of any block, by its column in the prior",
-        )
-        patches = [Patch(facecolor=colour, edgecolor="grey", label=word) for word, colour in PATH_COLOURS.items()]
-        axes.legend(handles=patches[1:], loc="upper right", framealpha=1)
-    colours = ListedColormap(list(PATH_COLOURS.values()))
-    _tasks_down(axes, (2 * paths + prior)[:, order], cmap=colours, vmin=-0.5, vmax=3.5, interpolation="nearest")
-
-
-def _draw_overlap(axes: Axes, overlap: np.ndarray) -> None:
-    image = axes.imshow(overlap, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    off_diagonal = (overlap.sum() - len(overlap)) / (len(overlap) * (len(overlap) - 1))
-    axes.set(title=f"Overlap of two tasks' paths (mean {off_diagonal:.2f})", xlabel="timestep", ylabel="timestep")
-    _colour_bar(axes, image, "share of common experts")
-
-
-def _draw_loads(axes: Axes, loads: np.ndarray) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    image = axes.imshow(loads, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    if loads.size <= CELLS_WITH_NUMBERS:
-        for (block, expert), load in np.ndenumerate(loads):
-            colour = "white" if load < 0.5 else "black"
-            axes.text(expert, block, f"{load:.2f}", ha="center", va="center", color=colour)
-    ratio = float((loads.max(1) / loads.mean(1)).max())
-    axes.set(
-        title=f"Load of the experts (mean {loads.mean():.2f}, fullest {ratio:.2f} x the mean of its block)",
-        xlabel="expert", ylabel="block",
-    )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _colour_bar(axes, image, "share of the tasks that use the expert")
-
-
-def _tasks_down(axes: Axes, values: np.ndarray, **style: Any) -> Any:
-    """Draw (T, units) with the tasks downwards; return the image."""
-    axes.set_ylabel("timestep (0: least noise)")
-    return axes.imshow(values, aspect="auto", **style)
-
-
-def _colour_bar(axes: Axes, image: Any, label: str) -> None:
-    figure = axes.get_figure()
-    assert figure is not None
-    figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.02)
-
-
-def _mean_tasks(paths: np.ndarray) -> np.ndarray:
-    """(units,) mean timestep of the tasks that use each unit; unused ones come last."""
-    counts = paths.sum(0)
-    weighted = np.arange(len(paths)) @ paths
-    return np.where(counts > 0, weighted / np.maximum(counts, 1), np.inf)
+    draw_map(Snapshot.take(0, probs, top_k, assignment, dropped), path, title)

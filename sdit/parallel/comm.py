@@ -30,6 +30,10 @@ class Comm:
 
     def _init_group(self, timeout_seconds: float) -> None:
         _set_rendezvous(self.info)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.is_first:
+            meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"ranks: {self.info.describe()}; meeting at {meeting}, {backend}", file=sys.stderr, flush=True)
         from deepspeed import comm as deepspeed_comm
 
         # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler, and a process killed during the
@@ -37,7 +41,7 @@ class Comm:
         # (Looked up in sys.modules: the attribute deepspeed.comm.torch is the torch package.)
         sys.modules["deepspeed.comm.torch"].__dict__["build_shm_op"] = lambda: None
         deepspeed_comm.init_distributed(
-            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            dist_backend=backend,
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=timeout_seconds),
             rank=self.rank,

@@ -56,6 +56,7 @@ class ExchangeDispatcher:
         self._plan: MicroPlan | None = None
         self._blocks: list[_Block] = []
         self._shared = False
+        self.evaluates = False  # follow the plan although no gradient is needed
 
     def follow(self, plan: MicroPlan, layout: Layout, travels: Sequence[bool], device: torch.device) -> None:
         """Take over the plan of a micro-step; all its indices go to the device in one copy."""
@@ -64,7 +65,7 @@ class ExchangeDispatcher:
 
     def view(self, task: Tensor) -> TaskView:
         """The group's samples in seated order with the plan's choice; while sampling, the one task of all samples."""
-        self._shared = not torch.is_grad_enabled()
+        self._shared = not torch.is_grad_enabled() and not self.evaluates
         if self._shared:
             assert len(task) == 1 or task.stride(0) == 0, "spread experts sample with one time for all samples"
             return TaskView(task=task[:1], own=torch.zeros(len(task), dtype=torch.int64, device=task.device))

@@ -32,9 +32,10 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step's plans say: share of (sample, expert) pairs dropped, and the fullest rank's work over the mean."""
+    """What one step's plans say: (sample, expert) pairs dropped, and the fullest rank's work over the mean."""
 
     dropped_fraction: float
+    dropped_by_block: list[int]
     rank_work_max_over_mean: float
 
 
@@ -109,10 +110,22 @@ class ExpertSpread:
 
     def begin_step(self, routes: Routes, first_index: int, tasks: np.ndarray) -> None:
         """Plan what the whole global batch has in common: tasks (N,) and, under a capacity, who is kept."""
-        experts = self.config.model.experts
+        self._begin(routes, first_index, tasks, self.config.model.experts.capacity_factor)
+
+    def begin_evaluation(self, routes: Routes, first_index: int, tasks: np.ndarray) -> None:
+        """The same for a global batch of held-out samples, under `capacity_factor_eval`; no gradient is needed."""
+        self.dispatcher.evaluates = True
+        self._begin(routes, first_index, tasks, self.config.model.experts.capacity_factor_eval)
+
+    def end_evaluation(self) -> None:
+        """Back to training and sampling; the traffic of the held-out samples is not counted."""
+        self.dispatcher.evaluates = False
+        self.traffic.take()
+
+    def _begin(self, routes: Routes, first_index: int, tasks: np.ndarray, factor: float | None) -> None:
         self._routes, self._times, self._first_index, self._kept, self._work = routes, tasks, first_index, None, []
-        if experts.capacity_factor is not None:
-            capacity = Capacity(experts.capacity_factor, experts.drop_policy, self.config.seed)
+        if factor is not None:
+            capacity = Capacity(factor, self.config.model.experts.drop_policy, self.config.seed)
             self._kept = keep_samples(routes, tasks, first_index, capacity)
 
     def begin_micro_step(self, micro_step: int, samples: RawBatch) -> RawBatch:
@@ -132,9 +145,11 @@ class ExpertSpread:
 
     def statistics(self) -> StepStatistics:
         """Of the present step's plans."""
-        dropped = 0.0 if self._kept is None else float(dropped_per_block(self._kept).sum()) / self._kept.size
+        depth = self.config.model.depth
+        dropped = np.zeros(depth, np.int64) if self._kept is None else dropped_per_block(self._kept)
+        share = float(dropped.sum()) / (1 if self._kept is None else self._kept.size)
         work = load_max_over_mean(np.sum([work.sum(axis=0, keepdims=True) for work in self._work], axis=0))
-        return StepStatistics(dropped, float(work.max()))
+        return StepStatistics(share, dropped.tolist(), float(work.max()))
 
     @property
     def expert_parameters(self) -> int:

@@ -1,15 +1,26 @@
-"""Which rank of the job this process is, from the variables of whatever launched it; known without torch."""
+"""Which rank of the job this process is, from the variables of whatever launched it; known without torch.
+
+Launchers nest: srun may start torchrun, Kubernetes may start mpirun. The innermost one's variables hold, as long as they can be
+those of a launch inside the outer one's. Where they cannot, one of the two is left over, and only the user knows which.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdit.errors import ConfigError
 
-RANK_SOURCES = {  # launcher -> the variables that hold rank, world size, local rank, ranks of this node
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+LAUNCHER_VARIABLE = (
+    "SDIT_LAUNCHER"  # a supervisor tells its child who launched it: the child sees only the supervisor's ranks
+)
+LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time do not
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -17,12 +28,9 @@ RANK_SOURCES = {  # launcher -> the variables that hold rank, world size, local 
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
-LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time do not
-    "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
-    "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+ANY_MPI = ("PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK")  # a rank of MPI, but only the library knows of how many
+ALONE = "no launcher: a single process"
 
 
 @dataclass(frozen=True)
@@ -35,39 +43,169 @@ class RankInfo:
     local_world: int
     source: str
 
+    def describe(self) -> str:
+        """`rank 3 of 8, 1 of 2 on this node; found by SLURM`."""
+        if self.source == ALONE:
+            return ALONE
+        place = f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on this node"
+        return f"{place}; found by {self.source}"
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What one launcher's variables say; `local_world` 0: not known. `wraps`: it may well start more ranks than it was itself."""
+
+    source: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    shown: str
+    wraps: bool = True
+
 
 def find_rank(environment: Mapping[str, str]) -> RankInfo:
     """Read the rank from the launcher's variables; none of them means a single process.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete or not numbers.
+        ConfigError: a launcher's variables are incomplete, are not numbers, or contradict those of another launcher.
     """
-    for source, names in RANK_SOURCES.items():
-        rank, world, local, local_world = names
-        if rank not in environment or world not in environment:
-            continue
-        if source == "torchrun" and local_world not in environment:
-            continue
-        if source == "SLURM" and "SLURM_STEP_ID" not in environment:
-            continue  # inside sbatch but not under srun: one process, whatever the allocation holds
-        try:
-            values = [
-                int(environment.get(name, default)) for name, default in zip(names, ("", "", "0", "-1"), strict=True)
-            ]
-        except ValueError as error:
+    kubernetes = _of_kubernetes(environment)
+    found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
+    claims = [claim for claim in (*found, _of_slurm(environment), kubernetes) if claim is not None]
+    if not claims:
+        if any(name in environment for name in ANY_MPI):
+            return _ask_mpi()
+        if "JOB_COMPLETION_INDEX" in environment:
             raise ConfigError(
-                f"{source}: {rank}, {world}, {local}, {local_world} must be whole numbers ({error})"
-            ) from None
-        local_size = values[3] if values[3] > 0 else (values[1] if values[2] == values[0] else 1)
-        if not 0 <= values[0] < values[1]:
-            raise ConfigError(f"{source}: {rank}={values[0]} is not a rank of {world}={values[1]}")
-        return RankInfo(values[0], values[1], values[2], local_size, source)
-    return RankInfo(0, 1, 0, 1, "no launcher: a single process")
+                "NNODES: is not set in this pod of an Indexed Job; legal: the number of pods, completions"
+            )
+        return RankInfo(0, 1, 0, 1, ALONE)
+    inner, *outer = claims
+    if LAUNCHER_VARIABLE in environment:
+        return RankInfo(inner.rank, inner.world, inner.local_rank, inner.local_world, environment[LAUNCHER_VARIABLE])
+    for other in outer:
+        same = (inner.rank, inner.world) == (other.rank, other.world)
+        if not same and other.world > 1 and (inner.world < other.world or not inner.wraps):
+            raise ConfigError(
+                f"ranks: {inner.shown} ({inner.source}) and {other.shown} ({other.source}) contradict each other; "
+                "legal: unset the variables that are not of this launch"
+            )
+        if same and not inner.local_world:
+            inner = other
+    return _checked(inner)
+
+
+def _checked(claim: _Claim) -> RankInfo:
+    """The claim as it stands, with the node's share filled in where only one value is possible."""
+    local_world = claim.local_world
+    if not 0 <= claim.rank < claim.world:
+        raise ConfigError(f"ranks: {claim.shown} ({claim.source}): no such rank; legal: 0..{claim.world - 1}")
+    if not local_world:
+        if claim.local_rank > 0:
+            raise ConfigError(
+                f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank}, but not how many ranks are on this node; "
+                "legal: set LOCAL_WORLD_SIZE"
+            )
+        local_world = 1
+    if not 0 <= claim.local_rank < local_world <= claim.world:
+        raise ConfigError(
+            f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank} of {local_world} on this node; "
+            f"legal: a local rank below the node's ranks, and those within the {claim.world} of the job"
+        )
+    return RankInfo(claim.rank, claim.world, claim.local_rank, local_world, claim.source)
+
+
+def _of_variables(environment: Mapping[str, str]) -> _Claim | None:
+    """torchrun's and deepspeed's variables, which people and operators of Kubernetes set as well."""
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return None
+    marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+    source = next((name for mark, name in marks.items() if mark in environment), "RANK and WORLD_SIZE")
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+    return _claim(environment, source, ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size), wraps=source in marks.values())
+
+
+def _of_mpi(environment: Mapping[str, str], library: str) -> _Claim | None:
+    names = MPI_VARIABLES[library]
+    return _claim(environment, library, names) if names[0] in environment else None
+
+
+def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:
+    """A task of srun. Inside sbatch but not under srun there is one process, whatever the allocation holds."""
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
+        return None
+    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    names = ("SLURM_PROCID", size, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    layout = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if layout is None:
+        return _claim(environment, "SLURM", names)
+    tasks = tasks_per_node(layout)
+    node = _number(environment, "SLURM_NODEID", "SLURM", 0)
+    if node >= len(tasks):
+        raise ConfigError(f"SLURM: SLURM_NODEID={node} is not a node of SLURM_STEP_TASKS_PER_NODE={layout}")
+    return _claim({**environment, names[3]: str(tasks[node])}, "SLURM", names)
+
+
+def tasks_per_node(layout: str) -> list[int]:
+    """SLURM's `2(x3),1` as one number of tasks for each node: [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in layout.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ConfigError(f"SLURM: SLURM_STEP_TASKS_PER_NODE={layout} is not of the form 2(x3),1")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _of_kubernetes(environment: Mapping[str, str]) -> _Claim | None:
+    """A pod of an Indexed Job: pods are nodes, and start RANKS_PER_NODE ranks each (1 unless set) with LOCAL_RANK."""
+    if "JOB_COMPLETION_INDEX" not in environment or "NNODES" not in environment:
+        return None
+    source = "Kubernetes"
+    pod, pods = (_number(environment, name, source) for name in ("JOB_COMPLETION_INDEX", "NNODES"))
+    each = _number(environment, "RANKS_PER_NODE", source, 1)
+    local = _number(environment, "LOCAL_RANK", source, 0 if each == 1 else None)
+    shown = f"JOB_COMPLETION_INDEX={pod}, NNODES={pods}, RANKS_PER_NODE={each}"
+    return _Claim(source, pod * each + local, pods * each, local, each, shown)
+
+
+def _claim(environment: Mapping[str, str], source: str, names: tuple[str, ...], wraps: bool = True) -> _Claim:
+    defaults = (None, None, 0, 0)
+    values = [_number(environment, name, source, value) for name, value in zip(names, defaults, strict=True)]
+    shown = ", ".join(f"{name}={environment[name]}" for name in names[:2])
+    return _Claim(source, values[0], values[1], values[2], values[3], shown, wraps)
+
+
+def _number(environment: Mapping[str, str], name: str, source: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        what = "is not set" if text is None else f"{text!r} is not legal"
+        raise ConfigError(f"{name}: {what} (ranks of {source}); legal: a whole number from 0")
+    return int(text)
+
+
+def _ask_mpi() -> RankInfo:
+    """Rank and size from the MPI library itself, for launchers whose variables do not tell the size.
+
+    MPI is left again at once: from then on a rank may end without taking the launch down with it.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    MPI.Init()
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    info = RankInfo(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, node.rank, node.size, "mpi4py")
+    node.Free()
+    MPI.Finalize()
+    return info
 
 
 def launch_id(environment: Mapping[str, str]) -> str:
     """A short name that all ranks of a launch give themselves."""
-    import hashlib
-
     shared = [f"{name}={environment[name]}" for name in LAUNCH_VARIABLES if name in environment]
     return hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12]

@@ -21,7 +21,7 @@ from sdit.supervise.child import STOP_SIGNALS, Charge, Child
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
 from sdit.supervise.lock import RunLock, unwritable
 from sdit.supervise.pulse import TICK_SECONDS, Phase, Pulse
-from sdit.supervise.ranks import RankInfo, launch_id
+from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo, launch_id
 from sdit.supervise.verdict import End
 
 _log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Supervisor:
         kept = {name: value for name, value in self._environment.items() if not name.startswith(FOREIGN)}
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": self._info.local_rank}
         meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": plan.port}
-        node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world}
+        node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: self._info.source}
         stacks = self._job.run_dir.absolute() / "logs" / f"rank-{self._info.rank:03d}.stacks"
         pulse = Pulse.create()
         charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume)

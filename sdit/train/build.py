@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from sdit.train.rundir import describe_run, prepare_run_dir
 from sdit.train.sampling import GridSampler
 from sdit.train.state import RunState
 from sdit.train.trainer import Trainer
+from sdit.train.validation import Validator, open_held_out
 
 
 def check_config(config: Config, deepspeed: dict[str, Any], source: str, world: int) -> dict[str, Any]:
@@ -64,7 +65,9 @@ def open_trainer(
     if comm.is_first:
         prepare_run_dir(run_dir)
     comm.barrier()
-    with build_loader(config.data, config.model, config.seed, comm.world) as loader:
+    with ExitStack() as stack:
+        loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
+        held_out = open_held_out(config, comm.world)
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
         found = store.find()
         spread = make_spread(config, batch, comm)
@@ -94,15 +97,19 @@ def open_trainer(
             layout = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
             layout["expert_parallel"] = 1 if spread is None else spread.ranks
             describe_run(run_dir, config, merged, comm, layout)
-            for observer in observers:
-                observer.on_start(state.clock, config.train.total_images, message)
         routes, sampler = StepRoutes(config, model, state, spread), GridSampler(config, model, comm)
         if faults:
             faulty = FaultyEngine(engine, faults, supervised.attempt, lambda: state.clock.steps)
             engine = cast(Engine, faulty)
-        told = observers if comm.is_first else ()
+        validator = None
+        if held_out is not None:
+            stack.enter_context(held_out)
+            validator = Validator(config, batch, comm, objective, model, spread, held_out)
+        told = [observer for observer in observers if comm.is_first or observer.every_rank]
+        for observer in told:
+            observer.on_start(state.clock, config.train.total_images, message)
         trainer = Trainer(
-            config, batch, comm, engine, objective, loader, routes, state, sampler, told, supervised.pulse
+            config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse
         )  # fmt: skip
         try:
             yield trainer
@@ -133,7 +140,8 @@ def make_spread(config: Config, batch: BatchPlan, comm: Comm) -> ExpertSpread | 
     ranks = choose_expert_parallel(
         config.parallel.expert, config.model.experts.count, comm.world, comm.info.local_world
     )
-    if ranks == 1 and config.model.experts.capacity_factor is None:
+    experts = config.model.experts
+    if ranks == 1 and experts.capacity_factor is None and experts.capacity_factor_eval is None:
         return None
     return ExpertSpread(config, batch, comm, ranks)
 

@@ -14,8 +14,10 @@ from sdit.train.clock import Clock
 class Observer:
     """Something that watches a run (metrics file, progress bar, pictures); overrides the calls it cares for.
 
-    Called on rank 0 only; the methods here do nothing.
+    Called on rank 0 only, unless `every_rank` is set; the methods here do nothing.
     """
+
+    every_rank = False
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         """The run starts, afresh or resumed, as `message` says."""
@@ -27,7 +29,7 @@ class Observer:
         """A grid was sampled: images (n, C, H, W) float32, row by row of `columns`."""
 
     def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
-        """Samples were drawn from a model with gates: `probs` (depth, T, M) of all tasks, from the present weights.
+        """It is time for a routing map: `probs` (depth, T, M) of all tasks, from the present weights.
 
         `columns` (depth * M,): the column of the prior's mask that each expert of each block has; None: no prior.
         """

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from sdit.contracts import Batch, Routing
 from sdit.diffusion import Objective
 from sdit.model import Assignment, DiffusionTransformer, balance_loss, prior_divergence
+from sdit.train.bins import bin_by_timestep
 
 
 class Losses(NamedTuple):
-    """Means over the micro-batch: `total` with gradient; `parts` float64 (5,) = loss, mse, vlb, prior, balance."""
+    """Means over the micro-batch: `total` with gradient; `parts` float64 (5,) = loss, mse, vlb, prior, balance.
+
+    `bins` (2, BINS) float64: sum and count of the samples' mse by timestep.
+    """
 
     total: Tensor
     parts: Tensor
+    bins: Tensor
 
 
 PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss")
@@ -42,4 +47,5 @@ class TrainModule(nn.Module):
         balance = balance_loss(routing, loads) if loads is not None else zero
         total = noise_loss + self.prior_weight * prior + self.balance_weight * balance
         values = (total, parts.mse.mean(), parts.vlb.mean(), prior, balance)
-        return Losses(total, torch.stack([value.detach().double() for value in values]))
+        bins = bin_by_timestep(parts.mse, batch.t, self.model.config.timesteps)
+        return Losses(total, torch.stack([value.detach().double() for value in values]), bins)

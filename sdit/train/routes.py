@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config
+from sdit.config import Config, ExpertsConfig
 from sdit.contracts import RawBatch
 from sdit.model import Assignment, DiffusionTransformer, match_units
 from sdit.model.moe.routes import Routes, exact_loads
@@ -19,6 +19,20 @@ from sdit.train.state import RunState
 
 _log = logging.getLogger(__name__)
 MODES = ("tokens", "weights", "seats")
+
+
+def gate_routes(model: DiffusionTransformer, experts: ExpertsConfig) -> Routes:
+    """Chosen experts and gates of all tasks at the model's present weights, on the host; one copy from the device."""
+    top = model.all_gate_probs().topk(experts.top_k)
+    host = torch.stack([top.indices.float(), top.values]).cpu().numpy()  # ids < 2^24 are exact in float32
+    return Routes(host[0].astype(np.int64), host[1], experts.count)
+
+
+def tasks_of(times: np.ndarray, timesteps: int) -> np.ndarray:
+    """Gate task (N,) of times: themselves, or floor(t T) of continuous ones, as the model computes it."""
+    if times.dtype.kind != "f":
+        return times
+    return np.minimum((times.astype(np.float32) * np.float32(timesteps)).astype(np.int64), timesteps - 1)
 
 
 class StepRoutes:
@@ -47,7 +61,7 @@ class StepRoutes:
             self.balance_loads = torch.from_numpy(loads).float().to(self._model.pos_embed.device)
         if self._spread is not None:
             self._arrange_experts(first_index)
-            self._spread.begin_step(self.routes, first_index, self._tasks(times))
+            self._spread.begin_step(self.routes, first_index, tasks_of(times, self._config.model.timesteps))
 
     def begin_micro_step(self, micro_step: int, samples: RawBatch) -> RawBatch:
         """The samples this rank computes in the micro-step."""
@@ -74,6 +88,7 @@ class StepRoutes:
         if self._spread is not None:
             statistics = self._spread.statistics()
             report["dropped_fraction"] = statistics.dropped_fraction
+            report["dropped_by_block"] = statistics.dropped_by_block
             report["rank_work_max_over_mean"] = statistics.rank_work_max_over_mean
         return report
 
@@ -81,9 +96,7 @@ class StepRoutes:
     def routes(self) -> Routes:
         """Chosen experts and gates of all tasks at the present weights, on the host."""
         if self._routes is None:
-            top = self._model.all_gate_probs().topk(self._config.model.experts.top_k)
-            host = torch.stack([top.indices.float(), top.values]).cpu().numpy()  # ids < 2^24 are exact in float32
-            self._routes = Routes(host[0].astype(np.int64), host[1], self._config.model.experts.count)
+            self._routes = gate_routes(self._model, self._config.model.experts)
         return self._routes
 
     def _match_prior(self, step: int) -> None:
@@ -115,10 +128,3 @@ class StepRoutes:
             layout, reason = better
             moved = self._state.rearrange(layout)
             self.events.append(f"{reason}; {moved} experts moved")
-
-    def _tasks(self, times: np.ndarray) -> np.ndarray:
-        """Gate task (N,) of times: themselves, or floor(t T) of continuous ones, as the model computes it."""
-        if times.dtype.kind != "f":
-            return times
-        limit = self._config.model.timesteps
-        return np.minimum((times.astype(np.float32) * np.float32(limit)).astype(np.int64), limit - 1)

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sdit.config import Config
-from sdit.contracts import Batch, RawBatch
+from sdit.contracts import RawBatch
 from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
-from sdit.diffusion import Objective, draw_label_drop, draw_noise
+from sdit.diffusion import Objective
 from sdit.errors import DataError, ExitCode
 from sdit.parallel.comm import Comm
 from sdit.parallel.engine import Engine
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.topology import BatchPlan
+from sdit.train.batch import draw_batch
+from sdit.train.bins import BINS, bin_means
 from sdit.train.checkpoint.saver import Saver
 from sdit.train.clock import Clock, ema_decay, learning_rate_factor
 from sdit.train.events import Observer
@@ -29,6 +30,9 @@ from sdit.train.module import PARTS
 from sdit.train.routes import StepRoutes
 from sdit.train.sampling import GridSampler
 from sdit.train.state import RunState
+from sdit.train.sums import StepSums, pack, unpack
+from sdit.train.timing import StepTimes, memory_bytes
+from sdit.train.validation import Validator
 
 
 class Trainer:
@@ -36,15 +40,18 @@ class Trainer:
 
     def __init__(
         self, config: Config, batch: BatchPlan, comm: Comm, engine: Engine, objective: Objective, loader: Loader,
-        routes: StepRoutes, state: RunState, sampler: GridSampler, observers: Sequence[Observer], pulse: Pulse,
+        routes: StepRoutes, state: RunState, sampler: GridSampler, validator: Validator | None,
+        observers: Sequence[Observer], pulse: Pulse,
     ) -> None:  # fmt: skip
         self.config, self.batch, self.comm, self.engine = config, batch, comm, engine
         self.objective, self.loader, self.routes, self.state = objective, loader, routes, state
-        self.sampler, self.observers, self.pulse = sampler, observers, pulse
+        self.sampler, self.validator, self.observers, self.pulse = sampler, validator, observers, pulse
         self.bad_steps = BadStepGuard(config.train.max_bad_steps)
         self.spikes = SpikeDetector(config.train.spike_deviations)
         self.signals = StopSignals(pulse)
-        self.work = WorkTimer(comm.device)
+        self.work, self.times = WorkTimer(comm.device), StepTimes()
+        self.bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
+        self.skipped_steps = 0
         self.saver = Saver(
             state.store, comm, state.snapshot, config.checkpoint.asynchronous, self._tell_saved,
             lambda text: self._event("checkpoint_failed", text),
@@ -61,13 +68,16 @@ class Trainer:
             before, started = self.state.clock, time.perf_counter()
             self.pulse.mark(phase, before.steps)
             self.work.begin()
-            raw = [next(micro_batches) for _ in range(self.batch.accumulation)]
+            with self.times.part("data_wait"):
+                raw = [next(micro_batches) for _ in range(self.batch.accumulation)]
             self.work.end()
             metrics, stop = self._step(raw)
             self.state.clock, phase = before.after(self.batch.global_batch), Phase.STEP
             self._tell(before, metrics, time.perf_counter() - started)
             if self.state.clock.crosses(before, self.config.sample.every_images, None):
                 self._draw_samples()
+            if self.state.clock.crosses(before, self.config.observe.routing_every_images, None):
+                self._draw_routing()
             interval = self.config.checkpoint
             if stop or self.state.clock.crosses(before, interval.every_images, interval.every_steps):
                 self._save(must_work=stop)
@@ -76,58 +86,61 @@ class Trainer:
         self.pulse.mark(Phase.END, self.state.clock.steps)
         return ExitCode.REQUEUE if stop else ExitCode.DONE
 
-    def _step(self, raw: Sequence[RawBatch]) -> tuple[dict[str, float], bool]:
+    def _step(self, raw: Sequence[RawBatch]) -> tuple[dict[str, Any], bool]:
         """One optimizer step on this rank's micro-batches, tried again while it is not finite: metrics, stop asked."""
         while True:
-            parts = self._accumulate(raw)
-            values = torch.cat([parts / self.comm.world, self.engine.squared_gradient_norm()[None], self._flags()])
-            sums = self.comm.sum(values).tolist()
-            means, (squared_norm, stop, bad_samples, written, failed, committed) = (
-                sums[: len(PARTS)],
-                sums[len(PARTS) : -4],
-            )
-            tokens, weights, seats, waited = sums[-4:]
-            grad_norm = squared_norm**0.5 if squared_norm >= 0 else float("nan")
-            if self.bad_steps.accept(*means, grad_norm):
+            with self.times.part("forward_backward"):
+                sums = self._accumulate(raw)
+            if self.bad_steps.accept(*sums.parts, sums.grad_norm):
                 break
             self.engine.skip()
-            self._event(
-                "skipped_step", f"loss {means[0]}, gradient norm {grad_norm}: weights untouched, same images again"
-            )
+            self.skipped_steps += 1
+            found = f"loss {sums.parts[0]}, gradient norm {sums.grad_norm}"
+            self._event("skipped_step", f"{found}: weights untouched, same images again")
             self.bad_steps.check(self.saver.last)
-        if bad_samples > self.loader.bad_allowed:
+        flags = sums.flags
+        if flags["bad_samples"] > self.loader.bad_allowed:
             raise DataError(
-                f"data.max_bad_fraction: {bad_samples:.0f} unreadable samples in this epoch over all ranks, "
+                f"data.max_bad_fraction: {flags['bad_samples']:.0f} unreadable samples in this epoch over all ranks, "
                 f"{self.config.data.max_bad_fraction:g} allows {self.loader.bad_allowed:.0f}; the log names them"
             )
         self.work.count_step()
-        self.saver.hear(written, failed, committed)
-        if self.spikes.observe(means[0]):
+        self.bins += sums.bins
+        self.saver.hear(flags["written"], flags["failed"], flags["committed"])
+        if self.spikes.observe(sums.parts[0]):
             first = self.state.clock.images_seen
-            self._event("loss_spike", f"loss {means[0]:.4g} on samples {first}..{first + self.batch.global_batch - 1}")
-        learning_rate = self._update(grad_norm)
-        metrics = dict(zip(PARTS, means, strict=True)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        metrics |= {"exchange_bytes": tokens + weights + seats, "exchange_bytes_tokens": tokens}
-        metrics |= {"exchange_bytes_weights": weights, "exchange_wait_seconds": waited / self.comm.world}
-        return metrics, stop > 0
+            self._event(
+                "loss_spike", f"loss {sums.parts[0]:.4g} on samples {first}..{first + self.batch.global_batch - 1}"
+            )
+        with self.times.part("optimizer"):
+            learning_rate = self._update(sums.grad_norm)
+        metrics = dict(zip(PARTS, sums.parts, strict=True)) | {"grad_norm": sums.grad_norm}
+        metrics |= {"learning_rate": learning_rate, **sums.traffic(self.comm.world)}
+        metrics |= {"skipped_steps": self.skipped_steps, "bad_samples": int(flags["bad_samples"])}
+        return metrics, flags["stop"] > 0
 
-    def _accumulate(self, raw: Sequence[RawBatch]) -> Tensor:
-        """Forward and backward of all micro-batches; float64 means of the loss parts over this rank's images."""
-        first = self.state.clock.images_seen
+    def _accumulate(self, raw: Sequence[RawBatch]) -> StepSums:
+        """Forward and backward of all micro-batches; what they came to, over all ranks."""
+        first, device = self.state.clock.images_seen, self.comm.device
         times = self.objective.draw_timesteps(self.config.seed, first, self.batch.global_batch)
         self.routes.begin_step(first, self.state.clock.steps, times)
         while self.routes.events:
             self._event("experts", self.routes.events.pop(0))
-        parts = torch.zeros(len(PARTS), dtype=torch.float64, device=self.comm.device)
+        parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
+        bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         for micro_step, samples in enumerate(raw):
-            batch = self._draw(self.routes.begin_micro_step(micro_step, samples), times, first)
+            samples = self.routes.begin_micro_step(micro_step, samples)
+            drop = self.config.diffusion.label_drop
+            batch = draw_batch(self.config, self.config.seed, samples, times[samples.index - first], drop, device)
             self.work.begin()
             losses = self.engine.forward(batch, self.routes.assignment, self.routes.balance_loads)
             self.work.end()
             self.pulse.tap()
             self.engine.backward(losses.total)
             parts += losses.parts / len(raw)
-        return parts
+            bins += losses.bins
+        share = pack(parts / self.comm.world, self.engine.squared_gradient_norm(), self._flags(), bins)
+        return unpack(self.comm.sum(share))
 
     def _update(self, grad_norm: float) -> float:
         """Clip, move weights and EMA; return the learning rate used."""
@@ -139,19 +152,6 @@ class Trainer:
         self.state.ema.update(ema_decay(self.config.ema, after.steps))
         return rates["model"]
 
-    def _draw(self, raw: RawBatch, times: np.ndarray, first: int) -> Batch:
-        """Noise, times and label drop of the samples: functions of (seed, sample index) alone."""
-        seed, model, device = self.config.seed, self.config.model, self.comm.device
-        dropped = draw_label_drop(seed, raw.index, self.config.diffusion.label_drop)
-        labels = np.where(dropped, model.classes, raw.y) if model.classes else raw.y
-        return Batch(
-            index=torch.from_numpy(raw.index),
-            x0=torch.from_numpy(raw.x0).to(device, non_blocking=True),
-            noise=torch.from_numpy(draw_noise(seed, raw.index, raw.x0.shape[1:])).to(device, non_blocking=True),
-            t=torch.from_numpy(times[raw.index - first]).to(device, non_blocking=True),
-            y=torch.from_numpy(labels).to(device, non_blocking=True),
-        )
-
     def _requests(self) -> Iterator[np.ndarray]:
         """Sample indices of this rank's micro-batches from the clock's present to the end of the run."""
         plan, comm = self.batch, self.comm
@@ -159,30 +159,42 @@ class Trainer:
             for micro_step in range(plan.accumulation):
                 yield rank_indices(first, plan.global_batch, comm.rank, comm.world, micro_step, plan.accumulation)
 
-    def _flags(self) -> Tensor:
-        """What is summed over the ranks with the losses, so that it costs no collective: stop asked, checkpoints, traffic."""
+    def _flags(self) -> tuple[float, ...]:
+        """What is summed over the ranks with the losses, so that it costs no collective; see `sums.FLAGS`."""
         bad_samples = float(self.loader.bad_in_epoch)
-        flags = (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.routes.traffic())
-        return torch.tensor(flags, dtype=torch.float64, device=self.comm.device)
+        return (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.routes.traffic())
 
-    def _tell(self, before: Clock, metrics: dict[str, float], seconds: float) -> None:
+    def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float) -> None:
+        """Tell the observers of the step; with the held-out loss where it is due."""
         clock = self.state.clock
-        logged = (
-            clock.steps % self.config.train.log_every_steps == 0 or clock.images_seen >= self.config.train.total_images
-        )
+        at_end = clock.images_seen >= self.config.train.total_images
+        validate = clock.crosses(before, self.config.validation.every_images, None) or at_end
+        logged = clock.steps % self.config.train.log_every_steps == 0 or at_end or validate
         record: dict[str, Any] = {"step": clock.steps, "images_seen": clock.images_seen, **metrics}
         record["images_per_second"] = self.batch.global_batch / seconds
         record["step_seconds"] = seconds
+        record |= self.times.take() | {"memory_bytes": memory_bytes(self.comm.device)}
         if logged:
             record |= self.routes.report() | rank_report(self.comm.gather(self.work.take()))
+            record["loss_by_timestep"] = bin_means(self.bins)
+            self.bins.zero_()
+        if self.validator is not None and validate:
+            self.pulse.mark(Phase.SAMPLE, clock.steps)
+            with self.times.part("validation"):
+                record |= self.validator.measure(self.engine, self.state.ema)
         for observer in self.observers:
             observer.on_step(clock, record, logged)
 
     def _draw_samples(self) -> None:
         self.pulse.mark(Phase.SAMPLE, self.state.clock.steps)
-        images, labels = self.sampler.draw(self.engine, self.state.ema)
+        with self.times.part("sample"):
+            images, labels = self.sampler.draw(self.engine, self.state.ema)
         for observer in self.observers:
             observer.on_samples(self.state.clock, images, labels, self.config.sample.images_per_class)
+        if self.config.observe.routing_every_images is None:
+            self._draw_routing()
+
+    def _draw_routing(self) -> None:
         if self.config.model.variant == "switch" and self.observers:
             probs = self.sampler.gate_probs()
             for observer in self.observers:
@@ -191,11 +203,11 @@ class Trainer:
     def _save(self, must_work: bool = False) -> None:
         """Write a checkpoint of this moment, unless it is there already."""
         self.pulse.mark(Phase.CHECKPOINT, self.state.clock.steps)
-        if must_work:
-            self.saver.finish()
-        if self.saver.saved_at == self.state.clock.images_seen:
-            return
-        self.saver.save(must_work)
+        with self.times.part("checkpoint"):
+            if must_work:
+                self.saver.finish()
+            if self.saver.saved_at != self.state.clock.images_seen:
+                self.saver.save(must_work)
 
     def _tell_saved(self, folder: Path, seconds: float) -> None:
         for observer in self.observers:

@@ -1,0 +1,107 @@
+"""RUN/logs/rank-000.log: what each rank's Python logging says, with time and rank; warnings also go to stderr. Secrets stay out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdit.supervise.ranks import RankInfo
+from sdit.train.events import Observer
+
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+SHORTEST_SECRET = 6  # shorter values of such variables are flags and numbers; hiding them would garble the text
+HIDDEN = "(hidden)"
+_ASSIGNED = re.compile(r"\b(\w*(?:TOKEN|API_?KEY|SECRET|PASSWORD)|\w+_KEY)(\s*=\s*)([^\s,;'\"]+)", re.IGNORECASE)
+_IN_URL = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`text` without the values of secret environment variables, without `..._TOKEN=value`, and without passwords in URLs."""
+    for name, value in environment.items():
+        if len(value) >= SHORTEST_SECRET and any(word in name.upper() for word in SECRET_WORDS):
+            text = text.replace(value, HIDDEN)
+    return _IN_URL.sub(rf"\1{HIDDEN}@", _ASSIGNED.sub(rf"\1\2{HIDDEN}", text))
+
+
+class RankLog(Observer):
+    """Takes the process's logging from its making to `close()`; a rank that fails leaves its traceback."""
+
+    every_rank = True
+
+    def __init__(self, run_dir: Path, info: RankInfo) -> None:
+        self._handlers: list[logging.Handler] = [_Terminal(info.rank)]
+        path = run_dir / "logs" / f"rank-{info.rank:03d}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handlers.append(_File(path, info.rank))
+        except OSError as error:
+            print(f"{path}: {error.strerror}; rank {info.rank} keeps no log", file=sys.stderr)
+        self._level = logging.getLogger("sdit").level
+        logging.getLogger("sdit").setLevel(logging.INFO)
+        self._attached = [(logging.getLogger(), handler) for handler in self._handlers]
+        # Libraries with a terminal of their own do not pass their records on: only the file is for them.
+        closed = [
+            logger for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)) if not logger.propagate
+        ]
+        self._attached += [(logger, handler) for logger in closed for handler in self._handlers[1:]]
+        for logger, handler in self._attached:
+            logger.addHandler(handler)
+        logging.getLogger(__name__).info("%s; process %d", info.describe(), os.getpid())
+
+    def close(self) -> None:
+        if sys.exc_info()[0] is not None:
+            # The terminal gets one line from the launcher; the traceback is for the file.
+            logging.getLogger().removeHandler(self._handlers[0])
+            logging.getLogger(__name__).error("this rank fails", exc_info=True)
+        for logger, handler in self._attached:
+            logger.removeHandler(handler)
+        for handler in self._handlers:
+            handler.close()
+        logging.getLogger("sdit").setLevel(self._level)
+
+
+class _Lines(logging.Formatter):
+    """`2026-01-31T12:00:00Z rank 0 WARNING sdit.data.ledger: text`, in UTC so that ranks can be compared."""
+
+    converter = time.gmtime
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)sZ rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _File(logging.FileHandler):
+    """A file that may fill the disk: that is told once, and the run goes on."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(_Lines(rank))
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"{self.baseFilename}: {sys.exc_info()[1]}; lines are lost", file=sys.stderr)
+
+
+class _Terminal(logging.Handler):
+    """Warnings on stderr, above the progress bar if there is one; all ranks but the first say who they are."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self._prefix = f"rank {rank}: " if rank else ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self._prefix + redact(record.getMessage()), file=sys.stderr)
+        except Exception:
+            self.handleError(record)

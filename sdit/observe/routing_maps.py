@@ -1,0 +1,101 @@
+"""Keeps the gates' snapshots of a run and has them drawn by a process of its own, so that training does not wait."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sdit
+from sdit.config import ModelConfig
+from sdit.model import Assignment
+from sdit.model.windows import expert_windows
+from sdit.observe.routing import Snapshot
+from sdit.observe.routing_drawer import undrawn
+from sdit.train.clock import Clock
+from sdit.train.events import Observer
+
+FINISH_SECONDS = 20.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_log = logging.getLogger(__name__)
+
+
+class RoutingMaps(Observer):
+    """Writes RUN/routing/images-N.npz (a few milliseconds); pictures appear beside it when they are drawn."""
+
+    def __init__(self, run_dir: Path, model: ModelConfig, finish_seconds: float = FINISH_SECONDS) -> None:
+        self._folder, self._model, self._finish_seconds = run_dir / "routing", model, finish_seconds
+        self._dropped: np.ndarray | None = None
+        self._drawer: subprocess.Popen[str] | None = None
+        self._warned = False
+
+    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._draw()
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        if self._model.experts.capacity_factor is not None and "dropped_by_block" in metrics:
+            self._dropped = np.asarray(metrics["dropped_by_block"], dtype=np.float32)
+
+    def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
+        assignment = None
+        if columns is not None:
+            assignment = Assignment(np.asarray(columns, dtype=np.int64), expert_windows(self._model))
+        snapshot = Snapshot.take(clock.images_seen, probs, self._model.experts.top_k, assignment, self._dropped)
+        snapshot.save(self._folder / f"images-{clock.images_seen:012d}.npz")
+        self._draw()
+
+    def close(self) -> None:
+        deadline = time.monotonic() + self._finish_seconds
+        for _ in range(2):  # a drawer that was about to end may have missed the last snapshot
+            self._await(deadline)
+            self._draw()
+        self._await(deadline)
+
+    def _draw(self) -> None:
+        """Start a drawer if there is something to draw and none is at it."""
+        if self._drawer is not None:
+            if self._drawer.poll() is None:
+                return
+            self._bury()
+        if not self._folder.is_dir() or not undrawn(self._folder):
+            return
+        root = str(Path(sdit.__file__).resolve().parent.parent)
+        paths = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+        command = [sys.executable, "-m", "sdit.observe.routing_drawer", str(self._folder.resolve())]
+        with (self._folder / ".drawer.log").open("w", encoding="utf-8") as said:
+            self._drawer = subprocess.Popen(
+                command, env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, stdout=said,
+                stderr=said, text=True,
+            )  # fmt: skip
+
+    def _await(self, deadline: float) -> None:
+        if self._drawer is None:
+            return
+        try:
+            self._drawer.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._drawer.kill()
+            self._drawer.wait()
+            _log.warning("%s: not all maps were drawn in time; they will be when the run goes on", self._folder)
+            self._drawer = None
+            return
+        self._bury()
+
+    def _bury(self) -> None:
+        """The drawer has ended: say why, once, if it failed."""
+        assert self._drawer is not None
+        code, self._drawer = self._drawer.returncode, None
+        if code in (0, -signal.SIGTERM, -signal.SIGINT) or self._warned:  # a stop of the run reaches the drawer, too
+            return
+        self._warned = True
+        said = (self._folder / ".drawer.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        _log.warning("%s: drawing failed: %s", self._folder, said[-1] if said else f"exit code {code}")

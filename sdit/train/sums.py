@@ -1,0 +1,52 @@
+"""What a step sums over all ranks, in one collective: losses, gradient norm, flags, traffic, losses by timestep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdit.train.bins import BINS
+from sdit.train.module import PARTS
+
+FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "seats", "waited_seconds")
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the ranks: `parts` in the order of PARTS, `flags` by name, `bins` (2, BINS) on the host."""
+
+    parts: list[float]
+    squared_norm: float
+    flags: dict[str, float]
+    bins: Tensor
+
+    @property
+    def grad_norm(self) -> float:
+        return self.squared_norm**0.5 if self.squared_norm >= 0 else float("nan")
+
+    def traffic(self, world: int) -> dict[str, Any]:
+        """The exchange keys of metrics.jsonl."""
+        flags = self.flags
+        return {
+            "exchange_bytes": flags["tokens"] + flags["weights"] + flags["seats"],
+            "exchange_bytes_tokens": flags["tokens"],
+            "exchange_bytes_weights": flags["weights"],
+            "exchange_wait_seconds": flags["waited_seconds"] / world,
+        }
+
+
+def pack(parts: Tensor, squared_norm: Tensor, flags: tuple[float, ...], bins: Tensor) -> Tensor:
+    """One float64 vector of this rank's share; `flags` in the order of FLAGS."""
+    assert len(flags) == len(FLAGS)
+    values = torch.tensor(flags, dtype=torch.float64, device=parts.device)
+    return torch.cat([parts, squared_norm[None], values, bins.flatten()])
+
+
+def unpack(summed: Tensor) -> StepSums:
+    """The sums from the vector summed over the ranks; one copy from the device."""
+    host = summed.cpu()
+    parts, norm, flags, bins = host.split([len(PARTS), 1, len(FLAGS), 2 * BINS])
+    return StepSums(parts.tolist(), norm.item(), dict(zip(FLAGS, flags.tolist(), strict=True)), bins.view(2, BINS))

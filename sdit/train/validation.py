@@ -1,0 +1,103 @@
+"""The held-out loss: images the run never trains on, at fixed timesteps and noise, with the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdit.config import Config, DataConfig
+from sdit.contracts import RawBatch
+from sdit.data.loader import Loader, build_loader
+from sdit.data.order import rank_indices
+from sdit.diffusion import Objective, draw_timesteps
+from sdit.model import DiffusionTransformer
+from sdit.parallel.comm import Comm
+from sdit.parallel.engine import Engine
+from sdit.parallel.spread import ExpertSpread
+from sdit.topology import BatchPlan
+from sdit.train.batch import draw_batch
+from sdit.train.bins import BINS, bin_means
+from sdit.train.ema import Ema
+from sdit.train.routes import gate_routes, tasks_of
+
+SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
+
+
+def open_held_out(config: Config, ranks: int) -> Loader | None:
+    """The loader of the held-out images; None where the config asks for none. Raises: DataError."""
+    validation = config.validation
+    if validation.every_images is None or validation.path is None:
+        return None
+    data = DataConfig(
+        source="shards", path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
+    )
+    return build_loader(data, config.model, validation.seed, ranks)
+
+
+class Validator:
+    """Measures the held-out loss; the same number on any layout, and at any time of the run for the same weights."""
+
+    def __init__(
+        self, config: Config, batch: BatchPlan, comm: Comm, objective: Objective, model: DiffusionTransformer,
+        spread: ExpertSpread | None, loader: Loader,
+    ) -> None:  # fmt: skip
+        self._config, self._batch, self._comm, self._objective = config, batch, comm, objective
+        self._model, self._spread, self._loader = model, spread, loader
+        self._seed = (config.validation.seed + SEED_OFFSET) % 2**64
+        self.images = -(-config.validation.images // batch.global_batch) * batch.global_batch
+
+    def measure(self, engine: Engine, ema: Ema) -> dict[str, Any]:
+        """The validation keys of metrics.jsonl. All ranks call it together.
+
+        `validation_loss` is the noise loss (with the bound's term where the variance is learned), unlike `loss` without
+        the prior's and the balance's; labels are never dropped; experts keep what `experts.capacity_factor_eval` allows.
+        """
+        training = self._model.training
+        self._model.eval()
+        with engine.weights_of(ema.values), torch.no_grad():
+            sums, bins = self._sums(engine)
+        self._model.train(training)
+        totals = self._comm.sum(torch.cat([sums, bins.flatten()]))
+        loss, mse = (totals[:2] / self.images).tolist()
+        by_bin = bin_means(totals[2:].view(2, BINS))
+        keys = {"validation_loss": loss, "validation_mse": mse, "validation_loss_by_timestep": by_bin}
+        return keys | {"validation_images": self.images}
+
+    def _sums(self, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 sums over this rank's images: (2,) of loss and mse, and the bins of mse."""
+        device, routes = self._comm.device, None
+        if self._spread is not None:
+            routes = gate_routes(self._model, self._config.model.experts)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+        batches = self._loader.batches(self._requests())
+        for first in range(0, self.images, self._batch.global_batch):
+            times = self._times(first)
+            if self._spread is not None and routes is not None:
+                tasks = tasks_of(times, self._config.model.timesteps)
+                self._spread.begin_evaluation(routes, first, tasks)
+            for micro_step in range(self._batch.accumulation):
+                samples: RawBatch = next(batches)
+                if self._spread is not None:
+                    samples = self._spread.begin_micro_step(micro_step, samples)
+                batch = draw_batch(self._config, self._seed, samples, times[samples.index - first], 0.0, device)
+                losses = engine.module(batch, None, None)
+                mse, vlb = losses.parts[1], losses.parts[2]
+                sums += torch.stack([mse + vlb, mse])
+                bins += losses.bins
+        if self._spread is not None:
+            self._spread.end_evaluation()
+        return sums * self._batch.micro_batch, bins
+
+    def _times(self, first: int) -> np.ndarray:
+        """One t in each equal part of the time axis for every global batch: less noise than independent ones."""
+        return draw_timesteps(self._seed, first, self._batch.global_batch, self._objective.timesteps, mode="stratified")
+
+    def _requests(self) -> Iterator[np.ndarray]:
+        plan, comm = self._batch, self._comm
+        for first in range(0, self.images, plan.global_batch):
+            for micro_step in range(plan.accumulation):
+                yield rank_indices(first, plan.global_batch, comm.rank, comm.world, micro_step, plan.accumulation)
