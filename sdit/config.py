@@ -194,6 +194,7 @@ class ParallelConfig(Section):
         "none", "recompute each block in backward (fairscale checkpoint_wrapper); offload: keep its input on the CPU"
     )
     compile: bool = field(False, "torch.compile the blocks (needs a C++ compiler)")
+    device: Literal["auto", "cpu", "cuda"] = field("auto", "where ranks compute; auto: on GPUs if there are any")
     threads: int | None = field(None, "CPU threads per rank; null: cores of the node over its ranks", ge=1)
 
 

@@ -24,7 +24,11 @@ class TrainConfig(Section):
     micro_batch: int | None = field(None, "images per rank and forward pass; null: global_batch / ranks", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "compute precision; masters, moments and EMA are always fp32")
     log_every_steps: int = field(10, "steps between two lines of metrics.jsonl", ge=1)
-    max_bad_steps: int = field(3, "non-finite steps in a row before the run stops", ge=1)
+    max_bad_steps: int = field(3, "non-finite steps in a row before the run stops, or rolls back", ge=1)
+    rollbacks: int = field(
+        0, "times the run may go back to its newest checkpoint and leave out the samples since, before it stops", ge=0
+    )
+    rollback_on_spike: bool = field(False, "a loss spike is a reason to roll back, while rollbacks are left")
     spike_deviations: float = field(8.0, "loss this many standard deviations above its mean is logged as a spike", gt=0)
 
     @model_validator(mode="after")

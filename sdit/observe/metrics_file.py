@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
+
+SPENT = (  # seconds of rank 0, summed over the steps since the last logged one
+    "step_seconds", "data_wait_seconds", "forward_backward_seconds", "exchange_wait_seconds", "optimizer_seconds",
+    "checkpoint_seconds", "sample_seconds", "validation_seconds",
+)  # fmt: skip
 
 
 class MetricsFile(Observer):
@@ -17,6 +20,7 @@ class MetricsFile(Observer):
 
     def __init__(self, run_dir: Path) -> None:
         self._metrics, self._events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
+        self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         _keep_up_to(self._metrics, clock.images_seen)
@@ -24,11 +28,12 @@ class MetricsFile(Observer):
         self.on_event(clock, "start", message)
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        for key in SPENT:
+            self._spent[key] += metrics.get(key, 0.0)
         if logged:
-            self._file.write(json.dumps(metrics) + "\n")
-
-    def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        pass
+            # A pause falls between two steps that are seldom logged: only the sums tell where the time went.
+            self._file.write(json.dumps({**metrics, "spent_since_logged": self._spent}) + "\n")
+            self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self.on_event(clock, "checkpoint", f"{folder.name} in {seconds:.2f} s")
@@ -62,6 +67,20 @@ def _images(line: str) -> float:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All logged steps of a run, in order."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """All logged steps of a run, in order; a last line that a crash cut is left out."""
+    return read_records(run_dir / "metrics.jsonl")[0]
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON lines, and how many of its lines are none. Raises: OSError."""
+    records, torn = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            torn += bool(line.strip())
+    return records, torn

@@ -119,8 +119,8 @@ class Interval:
             words.append(f"grad {metrics['grad_norm']:.3g}")
         words.append(f"{self._images / seconds:.0f} images/s")
         if "data_wait_seconds" in metrics:
-            words.append(f"data {self._waited / seconds:.0%}")
-        words.append(f"exchange {self._exchanged / seconds:.0%}")
+            words.append(f"data {min(1.0, self._waited / seconds):.0%}")
+        words.append(f"exchange {min(1.0, self._exchanged / seconds):.0%}")
         if self._load is not None:
             words.append(f"load {self._load:.2f} x mean")
         if metrics.get("skipped_steps"):

@@ -1,4 +1,4 @@
-"""RUN/logs/rank-000.log: what each rank's Python logging says, with time and rank; warnings also go to stderr. Secrets stay out."""
+"""RUN/logs/rank-000.log: what each rank's logging says, with time and rank; warnings go to stderr as well. Secrets stay out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RankLog(Observer):
 class _Lines(logging.Formatter):
     """`2026-01-31T12:00:00Z rank 0 WARNING sdit.data.ledger: text`, in UTC so that ranks can be compared."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)sZ rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")

@@ -127,8 +127,7 @@ class Snapshot:
             has_prior = "prior" in stored
             return cls(
                 images_seen, top_k, stored["probs"].astype(np.float32), bits("paths"),
-                bits("prior") if has_prior else None, stored["columns"] if has_prior else None,
-                stored["dropped"] if "dropped" in stored else None,
+                bits("prior") if has_prior else None, stored.get("columns"), stored.get("dropped"),
             )  # fmt: skip
 
 

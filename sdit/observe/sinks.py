@@ -114,10 +114,13 @@ class WeightsAndBiases(Observer):
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         import wandb  # an optional package
 
+        mode = self._config.observe.wandb
+        if mode == "off":
+            return
         name = self._run_dir.resolve().name
         identity = hashlib.sha256(str(self._run_dir.resolve()).encode()).hexdigest()[:16]  # the same after a restart
         self._run = wandb.init(
-            project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir), mode=self._config.observe.wandb,
+            project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir), mode=mode,
             config=_redacted(self._config.model_dump(mode="json")),
             settings=wandb.Settings(console="off", disable_git=True, disable_code=True, silent=True),
         )  # fmt: skip
@@ -134,7 +137,7 @@ class WeightsAndBiases(Observer):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
 
 
 def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

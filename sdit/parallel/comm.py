@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,16 @@ from sdit.errors import ConfigError
 from sdit.supervise.ranks import RankInfo, find_rank
 
 __all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Comm:
     """The run's process group. `close()` (or leaving the `with`) destroys it."""
 
-    def __init__(self, info: RankInfo, timeout_seconds: float = 600.0) -> None:
+    def __init__(self, info: RankInfo, timeout_seconds: float = 600.0, device: Device = "auto") -> None:
         self.info = info
         self.rank, self.world = info.rank, info.world
-        self.device = _pick_device(info)
+        self.device = _pick_device(info, device)
         self._init_group(timeout_seconds)
 
     def _init_group(self, timeout_seconds: float) -> None:
@@ -109,8 +110,16 @@ class Comm:
         return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(parts, sizes.tolist(), strict=True)]
 
 
-def _pick_device(info: RankInfo) -> torch.device:
-    if torch.cuda.is_available():
+def _pick_device(info: RankInfo, wanted: Device) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        build = "which can use none" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        raise ConfigError(
+            f"parallel.device: cuda, but torch {torch.__version__} ({build}) sees no GPU on host {socket.gethostname()}; "
+            "legal: auto, cpu, or a node with a GPU and its driver"
+        )
+    if wanted == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take the GPUs
+    elif torch.cuda.is_available():
         if info.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {info.local_rank}: this node shows {torch.cuda.device_count()} GPUs; legal: one rank a GPU"

@@ -23,18 +23,20 @@ VARIABLE = "SDIT_SUPERVISED"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STACK_SIGNAL = signal.SIGQUIT  # NCCL and schedulers use USR1 and USR2
 DUMP_SECONDS = 1.0
+DUMP_QUIET_POLLS = 4  # 0.2 s: a busy machine may halt a process in the middle of its dump
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What a supervisor tells its child: the pulse to keep, the attempt it is part of, where stack dumps go."""
+    """What a supervisor tells its child: the pulse to keep, the attempt it is part of, where stack dumps and metrics go."""
 
     pulse: int
     attempt: int
     parent: int
     stacks: str
     resume: str | None = None
+    page: str = ""
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Supervised:
     attempt: int = 1
     resume: str | None = None
     is_supervised: bool = False
+    page: Path | None = None  # of its metrics; None: nobody reads them
     _stacks: TextIO | None = None
 
     @classmethod
@@ -62,7 +65,7 @@ class Supervised:
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         pulse = Pulse(charge.pulse)
         pulse.keep_ticking()
-        return cls(pulse, charge.attempt, charge.resume, True, stacks)
+        return cls(pulse, charge.attempt, charge.resume, True, Path(charge.page) if charge.page else None, stacks)
 
 
 def _leave_it_to_the_parent(_number: int, _frame: FrameType | None) -> None:
@@ -114,12 +117,16 @@ class Child:
             size = file.tell()
             self._signal(STACK_SIGNAL)
             self._signal(signal.SIGCONT)  # a stopped process handles signals when it goes on
-            deadline = time.monotonic() + DUMP_SECONDS
-            while self._process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-                if self._stacks.stat().st_size > size:
-                    time.sleep(0.05)  # the rest of it
-                    return
+            self._await_stacks(size)
+
+    def _await_stacks(self, size: int) -> None:
+        """Wait until the dump that begins at byte `size` is whole: it ends a line, and nothing follows for a while."""
+        deadline, seen, quiet = time.monotonic() + DUMP_SECONDS, size, 0
+        while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            now = self._stacks.stat().st_size
+            whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
+            seen, quiet = now, quiet + 1 if whole else 0
 
     def kill(self) -> int:
         """End the child and all that it started, at once; return its exit code."""

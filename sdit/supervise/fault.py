@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KINDS = ("kill", "stop", "gil", "exit", "exception", "oom", "slow", "hang", "nan_loss", "nan_grad")
+KINDS = ("kill", "stop", "gil", "exit", "exception", "oom", "slow", "hang", "nan_loss", "nan_grad", "spike")
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sdit.config import EmaConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
 class Clock:
-    """`images_seen` is the progress of the run; `steps` counts the optimizer steps taken."""
+    """`images_seen` is the progress of the run; `steps` counts the optimizer steps taken.
+
+    `left_out` are the samples that roll-backs passed over, as (first, count) by sample index, rising.
+    """
 
     images_seen: int = 0
     steps: int = 0
+    left_out: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def first_sample(self) -> int:
+        """Index of the next step's first sample: `images_seen`, and what was left out before it."""
+        return self.sample_at(self.images_seen)
+
+    def sample_at(self, images_seen: int) -> int:
+        """The sample index that the run reaches after so many images."""
+        index = images_seen
+        for first, count in self.left_out:
+            index += count if index >= first else 0
+        return index
+
+    def leaving_out(self, until: int) -> Clock:
+        """This clock, with the samples from here up to index `until` left out."""
+        return replace(self, left_out=(*self.left_out, (self.first_sample, until - self.first_sample)))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Clock:
+        """The clock that `asdict` gave, back from JSON."""
+        left_out = tuple((int(first), int(count)) for first, count in values.get("left_out", ()))
+        return cls(values["images_seen"], values["steps"], left_out)
 
     def after(self, global_batch: int) -> Clock:
         """The clock one optimizer step later."""

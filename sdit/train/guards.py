@@ -12,10 +12,13 @@ from types import FrameType
 import numpy as np
 import torch
 
-from sdit.errors import DataError
 from sdit.supervise.pulse import Pulse
 
 SPIKE_MEMORY_STEPS = 100  # loss statistics forget with this time constant
+
+
+class RollBack(Exception):
+    """The step cannot stand: go back to a checkpoint and leave its samples out. Caught by the trainer."""
 
 
 class BadStepGuard:
@@ -24,7 +27,6 @@ class BadStepGuard:
     def __init__(self, max_bad_steps: int) -> None:
         self._max = max_bad_steps
         self.in_a_row = 0
-        self.skipped_total = 0
 
     def accept(self, *values: float) -> bool:
         """Whether the step may be taken: every value is finite."""
@@ -32,16 +34,14 @@ class BadStepGuard:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        self.skipped_total += 1
         return False
 
-    def check(self, last_good: str) -> None:
-        """Raises: DataError when `max_bad_steps` steps in a row were non-finite."""
-        if self.in_a_row >= self._max:
-            raise DataError(
-                f"train.max_bad_steps: {self.in_a_row} steps in a row had a non-finite loss or gradient; "
-                f"last good checkpoint: {last_good}"
-            )
+    @property
+    def problem(self) -> str:
+        """What to say when `max_bad_steps` steps in a row were non-finite; empty before that."""
+        if self.in_a_row < self._max:
+            return ""
+        return f"train.max_bad_steps: {self.in_a_row} steps in a row had a non-finite loss or gradient"
 
 
 class SpikeDetector:

@@ -17,6 +17,7 @@ from sdit.supervise.fault import Fault
 EXIT_CODE = 3  # a code of nobody's
 HOLD_SECONDS = 600
 SLOW_SECONDS = 0.2
+SPIKE_FACTOR = 20.0
 
 
 class FaultyEngine:
@@ -35,6 +36,8 @@ class FaultyEngine:
         losses = self._engine.forward(*inputs)
         if self._due("nan_loss"):
             losses = losses._replace(total=losses.total * float("nan"), parts=losses.parts * float("nan"))
+        if self._due("spike"):
+            losses = losses._replace(parts=losses.parts * SPIKE_FACTOR)
         return losses
 
     def squared_gradient_norm(self) -> Tensor:

@@ -49,6 +49,10 @@ class StepRoutes:
         self.balance_loads: Tensor | None = None
         self.events: list[str] = []
 
+    def forget(self) -> None:
+        """The state was replaced: what was derived from it is gone."""
+        self._routes, self.assignment = None, None
+
     def begin_step(self, first_index: int, step: int, times: np.ndarray) -> None:
         """Called before the first micro-step, with the times (global_batch,) of all ranks' samples."""
         self._routes = None
@@ -60,7 +64,7 @@ class StepRoutes:
             loads = exact_loads(self.routes.experts, self.routes.count)
             self.balance_loads = torch.from_numpy(loads).float().to(self._model.pos_embed.device)
         if self._spread is not None:
-            self._arrange_experts(first_index)
+            self._arrange_experts(self._state.clock.images_seen)
             self._spread.begin_step(self.routes, first_index, tasks_of(times, self._config.model.timesteps))
 
     def begin_micro_step(self, micro_step: int, samples: RawBatch) -> RawBatch:
@@ -109,7 +113,7 @@ class StepRoutes:
         elif self.assignment is None:
             self.assignment = Assignment(np.asarray(stored, dtype=np.int64), expert_windows(self._config.model))
 
-    def _arrange_experts(self, first_index: int) -> None:
+    def _arrange_experts(self, images_seen: int) -> None:
         """Reconsider which expert sits where, and what travels, at the start and at the configured intervals."""
         spread, parallel = self._spread, self._config.parallel
         if spread is None or spread.ranks == 1:
@@ -117,7 +121,7 @@ class StepRoutes:
         batch = self._config.train.global_batch
 
         def due(every_images: int) -> bool:
-            return first_index // every_images > (first_index - batch) // every_images
+            return images_seen // every_images > (images_seen - batch) // every_images
 
         move = not self._decided or due(parallel.placement_refresh_images)
         if not move and not due(parallel.exchange_refresh_images):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class RunState:
     def _facts(self) -> dict[str, Any]:
         comm = self.engine.comm
         return {
-            "clock": {"images_seen": self.clock.images_seen, "steps": self.clock.steps},
+            "clock": asdict(self.clock),
             "config": self.config.model_dump(mode="json"),
             "prior_columns": self.prior_columns,
             "expert_layout": None if self.spread is None else self.spread.stored(),
@@ -136,7 +137,7 @@ class RunState:
             for key in self.engine.moment_keys:
                 restore(shards, key, held, [piece.moment(key) for piece in held], self.expert_ids)
         self.engine.publish_masters()
-        self.clock = Clock(**found.manifest["clock"])
+        self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
         self.prior_columns = found.manifest["prior_columns"]
         return changes

@@ -25,7 +25,7 @@ from sdit.train.bins import BINS, bin_means
 from sdit.train.checkpoint.saver import Saver
 from sdit.train.clock import Clock, ema_decay, learning_rate_factor
 from sdit.train.events import Observer
-from sdit.train.guards import BadStepGuard, SpikeDetector, StopSignals, WorkTimer, rank_report
+from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector, StopSignals, WorkTimer, rank_report
 from sdit.train.module import PARTS
 from sdit.train.routes import StepRoutes
 from sdit.train.sampling import GridSampler
@@ -57,6 +57,7 @@ class Trainer:
             lambda text: self._event("checkpoint_failed", text),
         )  # fmt: skip
         self.saver.saved_at = state.clock.images_seen
+        self.rollbacks = len(state.clock.left_out)
 
     def run(self) -> ExitCode:
         """Train to the configured end, or to a stop signal (then the state is saved and the code asks for a requeue)."""
@@ -71,7 +72,12 @@ class Trainer:
             with self.times.part("data_wait"):
                 raw = [next(micro_batches) for _ in range(self.batch.accumulation)]
             self.work.end()
-            metrics, stop = self._step(raw)
+            try:
+                metrics, stop = self._step(raw)
+            except RollBack as reason:
+                self._roll_back(str(reason))
+                micro_batches = self.loader.batches(self._requests())
+                continue
             self.state.clock, phase = before.after(self.batch.global_batch), Phase.STEP
             self._tell(before, metrics, time.perf_counter() - started)
             if self.state.clock.crosses(before, self.config.sample.every_images, None):
@@ -97,7 +103,8 @@ class Trainer:
             self.skipped_steps += 1
             found = f"loss {sums.parts[0]}, gradient norm {sums.grad_norm}"
             self._event("skipped_step", f"{found}: weights untouched, same images again")
-            self.bad_steps.check(self.saver.last)
+            if self.bad_steps.problem:
+                raise RollBack(self.bad_steps.problem)
         flags = sums.flags
         if flags["bad_samples"] > self.loader.bad_allowed:
             raise DataError(
@@ -108,10 +115,12 @@ class Trainer:
         self.bins += sums.bins
         self.saver.hear(flags["written"], flags["failed"], flags["committed"])
         if self.spikes.observe(sums.parts[0]):
-            first = self.state.clock.images_seen
-            self._event(
-                "loss_spike", f"loss {sums.parts[0]:.4g} on samples {first}..{first + self.batch.global_batch - 1}"
-            )
+            first = self.state.clock.first_sample
+            found = f"loss {sums.parts[0]:.4g} on samples {first}..{first + self.batch.global_batch - 1}"
+            self._event("loss_spike", found)
+            if self.config.train.rollback_on_spike and self.rollbacks < self.config.train.rollbacks:
+                self.engine.skip()
+                raise RollBack(found)
         with self.times.part("optimizer"):
             learning_rate = self._update(sums.grad_norm)
         metrics = dict(zip(PARTS, sums.parts, strict=True)) | {"grad_norm": sums.grad_norm}
@@ -121,7 +130,7 @@ class Trainer:
 
     def _accumulate(self, raw: Sequence[RawBatch]) -> StepSums:
         """Forward and backward of all micro-batches; what they came to, over all ranks."""
-        first, device = self.state.clock.images_seen, self.comm.device
+        first, device = self.state.clock.first_sample, self.comm.device
         times = self.objective.draw_timesteps(self.config.seed, first, self.batch.global_batch)
         self.routes.begin_step(first, self.state.clock.steps, times)
         while self.routes.events:
@@ -155,9 +164,38 @@ class Trainer:
     def _requests(self) -> Iterator[np.ndarray]:
         """Sample indices of this rank's micro-batches from the clock's present to the end of the run."""
         plan, comm = self.batch, self.comm
-        for first in range(self.state.clock.images_seen, self.config.train.total_images, plan.global_batch):
+        clock = self.state.clock
+        for images_seen in range(clock.images_seen, self.config.train.total_images, plan.global_batch):
+            first = clock.sample_at(images_seen)
             for micro_step in range(plan.accumulation):
                 yield rank_indices(first, plan.global_batch, comm.rank, comm.world, micro_step, plan.accumulation)
+
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the newest checkpoint and leave out the samples from there up to this step's, these included.
+
+        Raises: DataError when no roll-back is left, or there is no checkpoint.
+        """
+        clock = self.state.clock
+        if self.rollbacks >= self.config.train.rollbacks:
+            raise DataError(f"{reason}; last good checkpoint: {self.saver.last}")
+        self.pulse.mark(Phase.CHECKPOINT, clock.steps)
+        self.saver.finish()
+        found = self.state.store.newest()
+        if found is None:
+            raise DataError(f"{reason}; no checkpoint to go back to")
+        self.state.load(found)
+        self.rollbacks += 1
+        self.state.clock = self.state.clock.leaving_out(clock.first_sample + self.batch.global_batch)
+        self.saver.saved_at = self.state.clock.images_seen
+        if self.comm.is_first:
+            self.state.store.begin(self.state.clock.images_seen)
+        self.routes.forget()
+        self.bad_steps.in_a_row = 0
+        first, count = self.state.clock.left_out[-1]
+        text = f"{reason}; back to {found.folder.name}, samples {first}..{first + count - 1} are left out"
+        for observer in self.observers:
+            observer.on_start(self.state.clock, self.config.train.total_images, text)
+        self._event("rolled_back", text)
 
     def _flags(self) -> tuple[float, ...]:
         """What is summed over the ranks with the losses, so that it costs no collective; see `sums.FLAGS`."""

@@ -88,6 +88,18 @@ def metrics_of(run_dir: Path) -> list[dict]:
     return read_metrics(run_dir)
 
 
+MACHINE_KEYS = ("images_per_second", "slowest_rank", "memory_bytes", "skipped_steps", "spent_since_logged")
+
+
+def numbers_of(run_dir: Path) -> list[dict]:
+    """All logged steps without what the machine had to do with: times, memory, attempts."""
+
+    def is_of_the_run(key: str) -> bool:
+        return key not in MACHINE_KEYS and "_seconds" not in key
+
+    return [{key: value for key, value in record.items() if is_of_the_run(key)} for record in metrics_of(run_dir)]
+
+
 def tensors_of(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """Every logical tensor of a kind in the run's newest checkpoint."""
     found = find_checkpoint(run_dir)

@@ -14,14 +14,12 @@ import pytest
 import torch
 
 from sdit.errors import ExitCode
-from tests.distributed.harness import ROOT, case, metrics_of, rank_environments, tensors_of, train_together
+from tests.distributed.harness import ROOT, case, metrics_of, numbers_of, rank_environments, tensors_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STEPS, BATCH, HALF = 40, 64, 20  # 2,560 images: the first epoch of 1,797 ends inside step 29
 SETTINGS = (f"train.steps={STEPS}", f"train.global_batch={BATCH}", "checkpoint.every_steps=5", "checkpoint.keep_last=9")
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
-TIMING = ("images_per_second", "step_seconds", "exchange_wait_seconds")
-TIMING += ("rank_step_seconds_p50", "rank_step_seconds_p99", "slowest_rank")
 PROMPT_SECONDS = 120.0
 
 
@@ -116,7 +114,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
         assert want.keys() == got.keys() and want
         different = [name for name in want if not torch.equal(want[name], got[name])]
         assert not different, (kind, different)
-    curves = [[{k: v for k, v in r.items() if k not in TIMING} for r in metrics_of(run)] for run in (expected, actual)]
+    curves = [numbers_of(run) for run in (expected, actual)]
     assert curves[0] == curves[1]
     assert [record["step"] for record in curves[0]] == list(range(1, STEPS + 1))
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from sdit.errors import DataError, ExitCode
+from sdit.errors import ExitCode
 from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.supervise.ranks import find_rank, launch_id
 from sdit.supervise.verdict import End, Judge, culprit
+from sdit.train.clock import Clock
 from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals, WorkTimer, rank_report
 
 
@@ -103,16 +106,23 @@ def test_a_spike_is_told_from_a_slow_rise() -> None:
     assert steady.observe(20.0)
 
 
-def test_bad_steps_in_a_row_end_the_run_and_a_good_one_forgives() -> None:
+def test_bad_steps_in_a_row_are_a_problem_and_a_good_one_forgives() -> None:
     guard = BadStepGuard(max_bad_steps=2)
     for value, in_a_row in ((math.nan, 1), (1.0, 0), (math.inf, 1)):
         assert guard.accept(1.0, value) == (in_a_row == 0)
-        guard.check("images-5")
-        assert guard.in_a_row == in_a_row
+        assert guard.in_a_row == in_a_row and guard.problem == ""
     guard.accept(math.nan)
-    with pytest.raises(DataError, match="images-5"):
-        guard.check("images-5")
-    assert guard.skipped_total == 3
+    assert guard.problem.startswith("train.max_bad_steps: 2 steps in a row")
+
+
+def test_samples_that_were_left_out_are_passed_over_once_and_for_all() -> None:
+    clock = Clock(images_seen=64, steps=2)
+    assert clock.first_sample == 64
+    clock = clock.leaving_out(160)  # 64..159
+    assert clock.left_out == ((64, 96),) and clock.first_sample == 160 and clock.sample_at(32) == 32
+    later = replace(clock, images_seen=96).leaving_out(300)  # the second time from sample 192 on
+    assert later.left_out == ((64, 96), (192, 108)) and later.first_sample == 300
+    assert Clock.from_json(json.loads(json.dumps(asdict(later)))) == later
 
 
 def test_slow_ranks_show_in_the_report() -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sdit.errors import ExitCode
-from tests.distributed.harness import case, metrics_of, tensors_of, train_together
+from sdit.train.checkpoint.store import find_checkpoint
+from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
 from tests.faults.ranks import Ranks, eventually, newest_step, start_real
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
@@ -22,8 +23,6 @@ STEPS, BATCH = 20, 32
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=5", "data.workers=1")
 DEADLINES = ("supervise.step_seconds=20.0", "supervise.first_step_seconds=60.0")
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
-TIMING = ("images_per_second", "step_seconds", "exchange_wait_seconds")
-TIMING += ("rank_step_seconds_p50", "rank_step_seconds_p99", "slowest_rank")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
         want, got = tensors_of(expected, kind), tensors_of(actual, kind)
         assert want.keys() == got.keys() and want
         assert [name for name in want if not torch.equal(want[name], got[name])] == [], kind
-    curves = [[{k: v for k, v in r.items() if k not in TIMING} for r in metrics_of(run)] for run in (expected, actual)]
+    curves = [numbers_of(run) for run in (expected, actual)]
     assert curves[0] == curves[1]
 
 
@@ -80,6 +79,41 @@ def test_steps_that_stay_bad_end_the_run_and_name_the_last_good_checkpoint(tmp_p
         assert ranks.codes() == [ExitCode.DATA] * 2
     assert "train.max_bad_steps: 3 steps in a row" in ranks.output and "images-000000000128" in ranks.output
     assert len(ranks.fatal) == 1
+
+
+ROLL = ("train.max_bad_steps=1", "train.rollbacks=2", "checkpoint.keep_last=9")
+
+
+def test_bad_step_rolls_the_run_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
+    """NaN in the seventh step: back to the checkpoint of the fourth, samples 128..223 are never trained on."""
+    run, killed = tmp_path / "run", tmp_path / "killed"
+    with run_with(run, "nan_loss@1:6", settings=ROLL) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    (event,) = events(run, "rolled_back")
+    assert event["step"] == 4 and "back to images-000000000128, samples 128..223 are left out" in event["text"]
+    assert [record["step"] for record in metrics_of(run)] == list(range(1, STEPS + 1))
+    found = find_checkpoint(run)
+    assert found.manifest["clock"] == {"images_seen": STEPS * BATCH, "steps": STEPS, "left_out": [[128, 96]]}
+    with run_with(killed, "nan_loss@1:6", "kill@0:14", settings=ROLL) as ranks:  # what was left out stays left out
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    assert_same_run(killed, run)
+
+
+def test_run_that_stays_bad_after_its_rollbacks_ends(tmp_path: Path) -> None:
+    with run_with(tmp_path / "run", "nan_loss@1:6!", settings=ROLL) as ranks:
+        assert ranks.codes() == [ExitCode.DATA] * 2
+    assert len(events(tmp_path / "run", "rolled_back")) == 2
+    assert "train.max_bad_steps: 1 steps in a row" in ranks.output and "images-000000000128" in ranks.output
+
+
+@pytest.mark.slow
+def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
+    longer = ("train.steps=130", "train.rollback_on_spike=true", "train.rollbacks=1", "train.log_every_steps=1")
+    with run_with(tmp_path / "run", "spike@0:121", settings=longer) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    (event,) = events(tmp_path / "run", "rolled_back")
+    assert event["step"] == 120 and f"samples {120 * BATCH}..{122 * BATCH - 1} are left out" in event["text"]
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 130
 
 
 def test_faults_are_refused_outside_tests(

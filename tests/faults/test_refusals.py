@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdit.config import Config
 from sdit.errors import ConfigError, ExitCode
@@ -49,6 +51,16 @@ def test_impossible_job_is_refused_in_seconds(tmp_path: Path, world: int, overri
     code, output, seconds = refuse(world, tmp_path / "run", override)
     assert code == ExitCode.CONFIG and words in output and len(output.splitlines()) == 1, output
     assert seconds < PROMPT_SECONDS and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: nothing to refuse")
+def test_gpu_that_is_asked_for_and_absent_is_refused(tmp_path: Path) -> None:
+    code, output, _ = refuse(1, tmp_path / "run", "parallel.device=cuda")
+    assert code == ExitCode.CONFIG, output
+    assert re.search(
+        r"^error: parallel.device: cuda, but torch .* sees no GPU on host .*; legal: auto, cpu", output, re.M
+    )
+    assert "restart" not in output and "Traceback" not in output
 
 
 def test_read_only_run_directory_is_refused(tmp_path: Path) -> None:

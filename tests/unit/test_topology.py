@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdit.errors import ConfigError
+from sdit.supervise.ranks import ALONE, LAUNCHER_VARIABLE, RankInfo, find_rank, tasks_per_node
 from sdit.topology import (
     BatchPlan,
     ExpertGroups,
@@ -99,3 +100,139 @@ def test_an_impossible_batch_names_only_values_that_work(batch: int, micro: int 
     assert named
     for value in named:
         plan_batch(value, None, world) if batch % world else plan_batch(batch, value, world)
+
+
+def placed(world: int, per_node: int) -> list[tuple[int, int, int]]:
+    """(rank, node, local rank) of every rank of full nodes."""
+    return [(rank, rank // per_node, rank % per_node) for rank in range(world)]
+
+
+def torchrun(world: int, per_node: int) -> list[dict[str, object]]:
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": per_node, "TORCHELASTIC_RUN_ID": "none"}
+    return [
+        {**common, "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
+        for rank, node, local in placed(world, per_node)
+    ]
+
+
+def deepspeed(world: int, per_node: int) -> list[dict[str, object]]:
+    common = {"WORLD_SIZE": world, "LOCAL_SIZE": per_node, "CROSS_SIZE": world // per_node}
+    return [
+        {**common, "RANK": rank, "LOCAL_RANK": local, "CROSS_RANK": node}
+        for rank, node, local in placed(world, per_node)
+    ]
+
+
+def slurm(world: int, per_node: int) -> list[dict[str, object]]:
+    layout = f"{per_node}(x{world // per_node})"
+    common = {
+        "SLURM_STEP_ID": 0,
+        "SLURM_STEP_NUM_TASKS": world,
+        "SLURM_NTASKS": world,
+        "SLURM_STEP_TASKS_PER_NODE": layout,
+    }
+    return [
+        {**common, "SLURM_PROCID": rank, "SLURM_NODEID": node, "SLURM_LOCALID": local}
+        for rank, node, local in placed(world, per_node)
+    ]
+
+
+def open_mpi(world: int, per_node: int) -> list[dict[str, object]]:
+    name = "OMPI_COMM_WORLD_"
+    common = {f"{name}SIZE": world, f"{name}LOCAL_SIZE": per_node, "PMIX_RANK": 0}
+    return [{**common, f"{name}RANK": rank, f"{name}LOCAL_RANK": local} for rank, _, local in placed(world, per_node)]
+
+
+def mpich(world: int, per_node: int) -> list[dict[str, object]]:
+    common = {"PMI_SIZE": world, "MPI_LOCALNRANKS": per_node}
+    return [{**common, "PMI_RANK": rank, "MPI_LOCALRANKID": local} for rank, _, local in placed(world, per_node)]
+
+
+def kubernetes(world: int, per_node: int) -> list[dict[str, object]]:
+    common = {
+        "NNODES": world // per_node,
+        "RANKS_PER_NODE": per_node,
+        "MASTER_ADDR": "sdit-0.sdit",
+        "MASTER_PORT": 29500,
+    }
+    return [{**common, "JOB_COMPLETION_INDEX": node, "LOCAL_RANK": local} for _, node, local in placed(world, per_node)]
+
+
+LAUNCHERS = {
+    "torchrun": torchrun, "deepspeed": deepspeed, "SLURM": slurm, "Open MPI": open_mpi, "MPICH or Intel MPI": mpich,
+    "Kubernetes": kubernetes,
+}  # fmt: skip
+
+
+def found(*variables: dict[str, object]) -> RankInfo:
+    """What is found where launchers are nested, the outer one first."""
+    return find_rank({name: str(value) for outer in variables for name, value in outer.items()})
+
+
+@pytest.mark.parametrize("source", LAUNCHERS)
+@pytest.mark.parametrize(("world", "per_node"), [(1, 1), (4, 1), (4, 4), (8, 4)])
+def test_every_rank_finds_its_place_from_the_launcher_s_variables(source: str, world: int, per_node: int) -> None:
+    ranks = [found(variables) for variables in LAUNCHERS[source](world, per_node)]
+    assert ranks == [RankInfo(rank, world, local, per_node, source) for rank, _, local in placed(world, per_node)]
+
+
+@pytest.mark.parametrize("inner", ["torchrun", "deepspeed", "Open MPI"])
+@pytest.mark.parametrize("outer", ["SLURM", "Kubernetes"])
+def test_the_innermost_of_nested_launchers_holds(inner: str, outer: str) -> None:
+    for node, agent in enumerate(LAUNCHERS[outer](2, 1)):
+        for local in range(4):
+            rank = 4 * node + local
+            assert found(agent, LAUNCHERS[inner](8, 4)[rank]) == RankInfo(rank, 8, local, 4, inner)
+
+
+def test_pmi_variables_that_srun_sets_as_well_leave_the_node_to_slurm() -> None:
+    for rank, task in enumerate(slurm(4, 2)):
+        assert found(task, {"PMI_RANK": rank, "PMI_SIZE": 4}) == RankInfo(rank, 4, rank % 2, 2, "SLURM")
+
+
+def test_uneven_nodes_of_slurm() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    step = {**slurm(8, 4)[0], "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NUM_TASKS": 5}
+    assert found({**step, "SLURM_PROCID": 4, "SLURM_NODEID": 1, "SLURM_LOCALID": 1}) == RankInfo(4, 5, 1, 2, "SLURM")
+
+
+def test_without_a_launcher_there_is_one_process_also_inside_an_allocation() -> None:
+    allocation = {name: value for name, value in slurm(8, 4)[3].items() if name != "SLURM_STEP_ID"}
+    assert found() == found(allocation) == RankInfo(0, 1, 0, 1, ALONE)
+
+
+def test_a_supervised_rank_names_who_launched_its_supervisor() -> None:
+    ours = {"RANK": 1, "WORLD_SIZE": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, LAUNCHER_VARIABLE: "SLURM"}
+    # Three of four ranks are left after the loss of one: no contradiction to what srun had started.
+    assert found(slurm(4, 2)[1], ours) == RankInfo(1, 3, 1, 2, "SLURM")
+
+
+CONTRADICTIONS = {
+    "left over in the shell": (slurm(4, 1)[3], {"RANK": 0, "WORLD_SIZE": 1}),
+    "a launch inside one that is larger": (slurm(4, 1)[3], open_mpi(2, 2)[0]),
+    "as many by hand, but another": (slurm(4, 1)[3], {"RANK": 0, "WORLD_SIZE": 4}),
+}
+INCOMPLETE = [
+    ({"WORLD_SIZE": 4}, "RANK: is not set"),
+    ({"RANK": 1}, "WORLD_SIZE: is not set"),
+    ({"PMI_RANK": 1}, "PMI_SIZE: is not set"),
+    ({"JOB_COMPLETION_INDEX": 1}, "NNODES: is not set"),
+    ({"JOB_COMPLETION_INDEX": 1, "NNODES": 2, "RANKS_PER_NODE": 4}, "LOCAL_RANK: is not set"),
+    ({"SLURM_PROCID": 1, "SLURM_STEP_ID": 0, "SLURM_NTASKS": "-4"}, "SLURM_NTASKS: '-4' is not legal"),
+    ({"RANK": 4, "WORLD_SIZE": 4}, "ranks: RANK=4, WORLD_SIZE=4"),
+    ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, "ranks: RANK=1, WORLD_SIZE=4"),
+    ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 2}, "ranks: RANK=1, WORLD_SIZE=4"),
+]
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_variables_of_two_launches_are_refused_and_both_are_named(case: str) -> None:
+    outer, inner = CONTRADICTIONS[case]
+    with pytest.raises(ConfigError, match=r"^ranks: \w+=0, .* and SLURM_PROCID=3, .* contradict .*; legal: unset"):
+        found(outer, inner)
+
+
+@pytest.mark.parametrize(("variables", "text"), INCOMPLETE)
+def test_incomplete_or_impossible_variables_are_refused_by_name(variables: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(text)}.*; legal: "):
+        found(variables)

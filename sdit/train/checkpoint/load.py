@@ -65,7 +65,7 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         for part, view in checkpoint_parts(model):
             fill_part(view, shards, weights, part)
-    return Trained(model.eval(), config, Clock(**found.manifest["clock"]), found.folder)
+    return Trained(model.eval(), config, Clock.from_json(found.manifest["clock"]), found.folder)
 
 
 def find_trained(path: Path) -> tuple[Found, Config]:

@@ -209,21 +209,31 @@ class CheckpointStore:
         candidates = [Path(resume)] if explicit else list_checkpoints(self.folder)
         if explicit and not (candidates[0] / "manifest.json").exists():
             candidates = list_checkpoints(candidates[0] / "checkpoints")[:1] or candidates
-        names = self._comm.from_first([str(path) for path in candidates])
-        skipped: list[str] = []
-        for name in names:
-            manifest, problem = self._verify_together(Path(name))
-            if manifest is not None:
-                for reason in skipped:
-                    _log.warning("skipped a checkpoint: %s", reason)
-                return Found(Path(name), manifest, tuple(skipped))
-            skipped.append(problem)
+        found, skipped = self._first_verified(candidates)
+        if found is not None:
+            return found
         if resume == "auto" and not skipped:
             return None
         reasons = "; ".join(skipped) or f"{self.folder}: is empty"
         raise CheckpointError(
             f"checkpoint.resume: {resume}: no checkpoint verifies ({reasons}); legal: never, to start afresh"
         )
+
+    def newest(self) -> Found | None:
+        """The newest checkpoint of this run that verifies, whatever `checkpoint.resume` says; all ranks together."""
+        return self._first_verified(list_checkpoints(self.folder))[0]
+
+    def _first_verified(self, candidates: Sequence[Path]) -> tuple[Found | None, list[str]]:
+        """The first of rank 0's candidates that verifies, and why those before it do not."""
+        skipped: list[str] = []
+        for name in self._comm.from_first([str(path) for path in candidates]):
+            manifest, problem = self._verify_together(Path(name))
+            if manifest is not None:
+                for reason in skipped:
+                    _log.warning("skipped a checkpoint: %s", reason)
+                return Found(Path(name), manifest, tuple(skipped)), skipped
+            skipped.append(problem)
+        return None, skipped
 
     def _verify_together(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
         manifest, problem = None, ""

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdit.config import ModelConfig
 from sdit.errors import ConfigError
 from sdit.observe.image_files import MAX_GRID_IMAGES, ImageFiles
-from sdit.observe.pictures import GAP_GREY, GAP_PIXELS, MIN_TILE_PIXELS, Pictures, save_grid, to_pixels
+from sdit.observe.pictures import GAP_GREY, GAP_PIXELS, MIN_TILE_PIXELS, SampleGrids, save_grid, to_pixels
 from sdit.train.clock import Clock
 
 
@@ -59,18 +58,14 @@ def test_of_many_channels_three_are_shown(tmp_path: Path, channels: int, mode: s
         assert picture.mode == mode
 
 
-def test_a_run_leaves_a_grid_and_a_map_at_every_drawing(tmp_path: Path) -> None:
-    model = ModelConfig.model_validate({"depth": 2, "timesteps": 9, "experts": {"count": 3, "top_k": 1}})
-    pictures = Pictures(tmp_path, model)
-    probs = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 9)).astype(np.float32)
-    pictures.on_start(Clock(), 256, "fresh")
-    for clock, columns in ((Clock(128, 1), list(range(6))), (Clock(256, 2), None)):
-        pictures.on_samples(clock, flat_images([0.0, 1.0]), np.array([0, 1]), 2)
-        pictures.on_routing(clock, probs, columns)
-    pictures.close()
+def test_a_run_leaves_a_grid_at_every_drawing(tmp_path: Path) -> None:
+    grids = SampleGrids(tmp_path)
+    grids.on_start(Clock(), 256, "fresh")
+    for clock in (Clock(128, 1), Clock(256, 2)):
+        grids.on_samples(clock, flat_images([0.0, 1.0]), np.array([0, 1]), 2)
+    grids.close()
     names = ["images-000000000128.png", "images-000000000256.png"]
-    for folder in ("samples", "routing"):
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
 
 
 def test_all_files_hold_the_same_images(tmp_path: Path) -> None:

@@ -11,7 +11,20 @@ from PIL import Image
 from sdit.config import ModelConfig
 from sdit.model import Assignment, build_model, solve_assignment
 from sdit.model.windows import expert_windows
-from sdit.observe.routing import chosen_experts, path_overlap, prior_agreement, routing_map, task_paths
+from sdit.observe.routing import (
+    Snapshot,
+    chosen_experts,
+    gate_entropy,
+    path_overlap,
+    prior_agreement,
+    routing_map,
+    task_affinity,
+    task_paths,
+)
+from sdit.observe.routing_drawer import draw_all, undrawn
+from sdit.observe.routing_maps import RoutingMaps
+from sdit.observe.routing_pictures import ANIMATION_FRAMES, MAP_PIXELS, evenly
+from sdit.train.clock import Clock
 
 DEPTH, TASKS, EXPERTS, TOP_K = 3, 40, 4, 2
 CONFIG = {"depth": DEPTH, "width": 16, "heads": 2, "timesteps": TASKS, "experts": {"count": EXPERTS, "top_k": TOP_K}}
@@ -79,4 +92,84 @@ def test_a_map_of_any_shape_is_one_png(tmp_path: Path, shape: tuple[int, int, in
     routing_map(probs, top_k, assignment, tmp_path / "map.png", "after 1 image")
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
     with Image.open(tmp_path / "map.png") as picture:
-        assert picture.format == "PNG" and picture.size == (1500, 1100)
+        assert picture.format == "PNG" and picture.size == MAP_PIXELS
+
+
+def test_affinity_of_tasks_is_one_for_equal_gates_and_zero_for_disjoint_ones() -> None:
+    gates = np.zeros((1, 3, 4))
+    gates[0, :, :] = [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.9, 0.1]]
+    assert task_affinity(gates) == pytest.approx(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]]), abs=1e-6)
+
+
+def test_entropy_is_one_without_preference_and_zero_for_a_sure_gate() -> None:
+    gates = np.array([[[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]])
+    assert gate_entropy(gates) == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_a_snapshot_comes_back_as_it_was_saved(tmp_path: Path, probs: np.ndarray, prior: bool) -> None:
+    windows = expert_windows(ModelConfig.model_validate(CONFIG))
+    assignment = Assignment(np.random.default_rng(1).permutation(DEPTH * EXPERTS), windows) if prior else None
+    taken = Snapshot.take(640, probs, TOP_K, assignment, np.array([3.0, 0.0, 1.0]))
+    taken.save(tmp_path / "images-1.npz")
+    read = Snapshot.load(tmp_path / "images-1.npz")
+    assert (read.images_seen, read.top_k) == (640, TOP_K)
+    assert np.array_equal(read.paths, taken.paths) and np.array_equal(read.loads, taken.loads)
+    assert np.allclose(read.probs, probs, atol=1e-3)
+    assert read.dropped is not None and read.dropped.tolist() == [3.0, 0.0, 1.0]
+    assert read.agreement == (prior_agreement(taken.paths, assignment) if assignment else None)
+    assert [path.name for path in tmp_path.iterdir()] == ["images-1.npz"]
+
+
+def save_snapshots(folder: Path, probs: np.ndarray, moments: list[int]) -> None:
+    """Snapshots as a run leaves them."""
+    folder.mkdir(exist_ok=True)
+    for images in moments:
+        Snapshot.take(images, probs, TOP_K, None).save(folder / f"images-{images:012d}.npz")
+
+
+def test_the_drawer_makes_up_for_what_is_missing_and_names_what_it_cannot_read(
+    tmp_path: Path, probs: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_snapshots(tmp_path, probs, [64, 128])
+    (tmp_path / "images-000000000192.npz").write_bytes(b"torn")
+    draw_all(tmp_path)
+    assert [path.name for path in undrawn(tmp_path)] == ["images-000000000192.npz"]
+    assert "images-000000000192.npz" in capsys.readouterr().err
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.n_frames == 2
+    before = (tmp_path / "images-000000000064.png").stat().st_mtime_ns
+    save_snapshots(tmp_path, probs, [256])
+    draw_all(tmp_path)
+    assert (tmp_path / "images-000000000256.png").exists()
+    assert (tmp_path / "images-000000000064.png").stat().st_mtime_ns == before
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_frames_are_few_and_hold_both_ends() -> None:
+    assert evenly(range(3), 6) == [0, 1, 2]
+    chosen = evenly(range(1000), ANIMATION_FRAMES)
+    assert len(chosen) == ANIMATION_FRAMES and (chosen[0], chosen[-1]) == (0, 999)
+
+
+def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: Path, probs: np.ndarray) -> None:
+    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=120)
+    maps.on_start(Clock(), 256, "fresh")
+    for clock in (Clock(128, 1), Clock(256, 2)):
+        maps.on_routing(clock, probs, list(range(DEPTH * EXPERTS)))
+        assert (tmp_path / "routing" / f"images-{clock.images_seen:012d}.npz").exists()
+    maps.close()
+    names = {path.name for path in (tmp_path / "routing").glob("[!.]*")}
+    pictures = {f"images-{images:012d}.{kind}" for images in (128, 256) for kind in ("npz", "png")}
+    assert names == pictures | {"training.png", "training.gif"}
+
+
+def test_a_run_that_ends_does_not_wait_for_the_drawer_for_ever(
+    tmp_path: Path, probs: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=0)
+    maps.on_start(Clock(), 256, "fresh")
+    maps.on_routing(Clock(128, 1), probs, None)
+    maps.close()
+    assert "when the run goes on" in caplog.text
+    assert len(undrawn(tmp_path / "routing")) == 1

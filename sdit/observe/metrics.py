@@ -1,0 +1,209 @@
+"""What a rank writes to its metrics page at every step; the node's exporter (sdit.supervise.exporter) serves it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from sdit.config import Config
+from sdit.data.faults import SampleReason, ShardReason
+from sdit.supervise.metric_families import WRITTEN_BY_RANKS
+from sdit.supervise.metric_page import PageWriter, Series
+from sdit.supervise.ranks import RankInfo
+from sdit.train.clock import Clock
+from sdit.train.events import Observer
+
+PARTS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
+PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
+BINS = tuple(f"{number:02d}" for number in range(20))
+REASONS = (*get_args(ShardReason), *get_args(SampleReason))
+EVENTS = {  # kind -> counter
+    "skipped_step": "sdit_skipped_steps_total",
+    "loss_spike": "sdit_loss_spikes_total",
+    "rolled_back": "sdit_rollbacks_total",
+    "checkpoint_failed": "sdit_checkpoint_failures_total",
+}
+GAUGES = {  # metric -> key of the record
+    "sdit_grad_norm": "grad_norm",
+    "sdit_learning_rate": "learning_rate",
+    "sdit_model_flops_utilization_ratio": "model_flops_utilization",
+    "sdit_validation_loss": "validation_loss",
+    "sdit_expert_load_max_over_mean_ratio": "expert_load_max_over_mean",
+    "sdit_expert_dropped_ratio": "dropped_fraction",
+    "sdit_rank_load_max_over_mean_ratio": "rank_work_max_over_mean",
+    "sdit_rank_work_p50_seconds": "rank_step_seconds_p50",
+    "sdit_rank_work_p99_seconds": "rank_step_seconds_p99",
+    "sdit_slowest_rank": "slowest_rank",
+}
+BY_BIN = {
+    "sdit_loss_by_timestep": "loss_by_timestep",
+    "sdit_validation_loss_by_timestep": "validation_loss_by_timestep",
+}
+_log = logging.getLogger(__name__)
+
+
+class MetricsPage(Observer):
+    """Puts a rank's numbers where the node's exporter finds them. Never raises: a full /dev/shm is told once."""
+
+    every_rank = True
+
+    def __init__(self, config: Config, run_dir: Path, info: RankInfo, page: Path) -> None:
+        self._config, self._run_dir, self._page = config, run_dir, page
+        self._is_first = info.rank == 0
+        self._blocks = shown_blocks(config)
+        self._bad_samples: dict[str, int] = {}
+        self._writer: PageWriter | None = None
+
+    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        labels = build_labels(self._run_dir)
+        try:
+            self._writer = PageWriter(self._page, list(self._series(labels)))
+        except (OSError, ValueError) as error:
+            _log.warning("no metrics of this rank: %s", error)
+            return
+        if self._is_first:
+            self._writer.set("sdit_build_info", 1.0, *labels)
+            self._writer.set("sdit_images_goal", total_images)
+            self._writer.set("sdit_images_seen", clock.images_seen)
+            self._writer.set("sdit_checkpoint_images_seen", clock.images_seen)
+            self._writer.set("sdit_checkpoint_interval_images", checkpoint_interval_images(self._config))
+        self._publish()
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        if self._writer is None:
+            return
+        self._tell_of_rank(self._writer, metrics)
+        if self._is_first:
+            self._tell_of_step(self._writer, clock, metrics)
+            if logged:
+                self._tell_of_logged(self._writer, metrics)
+        self._publish()
+
+    def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
+        if self._writer is None or not self._is_first:
+            return
+        self._writer.observe("sdit_checkpoint_seconds", seconds)
+        self._writer.set("sdit_checkpoint_last_success_timestamp_seconds", time.time())
+        images_seen = int(folder.name.removeprefix("images-"))  # a save in the background is behind the clock
+        self._writer.set("sdit_checkpoint_images_seen", images_seen)
+        self._publish()
+
+    def on_event(self, clock: Clock, kind: str, text: str) -> None:
+        if self._writer is None or not self._is_first or kind not in EVENTS:
+            return
+        self._writer.add(EVENTS[kind], 1)
+        self._publish()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _tell_of_rank(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+        for phase in PHASES:
+            page.add("sdit_phase_seconds_total", metrics.get(f"{phase}_seconds", 0.0), phase)
+        page.observe("sdit_data_wait_seconds", metrics.get("data_wait_seconds", 0.0))
+        for kind, size in metrics.get("memory_bytes", {}).items():
+            page.set("sdit_memory_bytes", size, kind)
+        for reason, count in metrics.get("bad_samples_by_reason", {}).items():
+            page.add("sdit_bad_samples_total", count - self._bad_samples.get(reason, 0), reason)
+            self._bad_samples[reason] = count
+
+    def _tell_of_step(self, page: PageWriter, clock: Clock, metrics: Mapping[str, Any]) -> None:
+        page.add("sdit_steps_total", 1)
+        page.add("sdit_images_total", self._config.train.global_batch)
+        page.set("sdit_images_seen", clock.images_seen)
+        page.set("sdit_last_step_timestamp_seconds", time.time())
+        page.observe("sdit_step_seconds", metrics["step_seconds"])
+        for part, key in PARTS.items():
+            page.set("sdit_loss", metrics.get(key, math.nan), part)
+        for name, key in GAUGES.items():
+            if metrics.get(key) is not None:
+                page.set(name, metrics[key])
+        tokens, weights = metrics.get("exchange_bytes_tokens", 0.0), metrics.get("exchange_bytes_weights", 0.0)
+        seats = metrics.get("exchange_bytes", 0.0) - tokens - weights
+        for mode, sent in {"tokens": tokens, "weights": weights, "seats": seats}.items():
+            page.add("sdit_exchange_bytes_total", sent, mode)
+        page.observe("sdit_exchange_seconds", metrics.get("exchange_wait_seconds", 0.0))
+
+    def _tell_of_logged(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+        for name, key in BY_BIN.items():
+            for number, value in zip(BINS, metrics.get(key, ()), strict=False):
+                page.set(name, math.nan if value is None else value, number)
+        for block, count in enumerate(metrics.get("dropped_by_block", ())):
+            page.add("sdit_expert_dropped_samples_total", count, str(block))
+        for block, loads in enumerate(metrics.get("expert_load", ())):
+            mean = sum(loads) / len(loads)
+            page.set("sdit_dead_experts", sum(load == 0 for load in loads), str(block))
+            if block in self._blocks:
+                for expert, load in enumerate(loads):
+                    page.set("sdit_expert_load_ratio", load / mean, str(block), str(expert))
+
+    def _publish(self) -> None:
+        assert self._writer is not None
+        try:
+            self._writer.publish()
+        except OSError as error:
+            _log.warning("no metrics of this rank any more: %s", error)
+            self.close()
+
+    def _series(self, build: Sequence[str]) -> Iterable[Series]:
+        """Every series this rank writes; known from the config, so that counters are there before they first count."""
+        depth = self._config.model.depth if self._config.model.variant == "switch" else 0
+        blocks = [(str(block),) for block in range(depth)]
+        experts = [str(expert) for expert in range(self._config.model.experts.count)]
+        labels: dict[tuple[str, ...], Sequence[tuple[str, ...]]] = {
+            (): [()],
+            ("version", "git", "torch", "deepspeed"): [tuple(build)],
+            ("part",): [(part,) for part in PARTS],
+            ("bin",): [(number,) for number in BINS],
+            ("phase",): [(phase,) for phase in PHASES],
+            ("mode",): [("tokens",), ("weights",), ("seats",)],
+            ("reason",): [(reason,) for reason in REASONS],
+            ("kind",): [("resident",), ("device",)],
+            ("block",): blocks,
+            ("block", "expert"): [(str(block), expert) for block in self._blocks for expert in experts],
+        }
+        for family in WRITTEN_BY_RANKS:
+            if family.by_rank or self._is_first:
+                yield from ((family.name, own) for own in labels[family.labels])
+
+
+def shown_blocks(config: Config) -> list[int]:
+    """Blocks whose experts have series of their own: all, or as many, evenly spread, as `observe.metrics_experts` allows."""
+    model = config.model
+    if model.variant != "switch":
+        return []
+    count = min(model.depth, config.observe.metrics_experts // model.experts.count)
+    if count <= 1:
+        return list(range(count))
+    return [round(place * (model.depth - 1) / (count - 1)) for place in range(count)]
+
+
+def checkpoint_interval_images(config: Config) -> float:
+    """Images between two checkpoints; NaN when there is only one, at the end."""
+    if config.checkpoint.every_images is not None:
+        return config.checkpoint.every_images
+    if config.checkpoint.every_steps is not None:
+        return config.checkpoint.every_steps * config.train.global_batch
+    return math.nan
+
+
+def build_labels(run_dir: Path) -> tuple[str, str, str, str]:
+    """Version, git commit, torch and deepspeed, as environment.json has them."""
+    try:
+        found = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    packages = found.get("packages", {})
+    return (
+        str(found.get("sdit", "unknown")),
+        str(found.get("git_commit", "unknown"))[:12],
+        str(packages.get("torch", "unknown")),
+        str(packages.get("deepspeed", "unknown")),
+    )

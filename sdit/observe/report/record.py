@@ -1,0 +1,181 @@
+"""What a run's folder holds, read as far as it can be: files that are missing or torn are named, and the rest is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sdit.configfile import config_keys, read_yaml
+from sdit.errors import ConfigError
+from sdit.observe.metrics_file import read_records
+from sdit.observe.report.numbers import is_number
+from sdit.observe.routing import Snapshot
+from sdit.observe.routing_drawer import read_snapshots, snapshot_files
+
+FILES = ("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl")
+MAX_SNAPSHOTS = 24
+_SAVED = re.compile(r"(images-\d+) in ([\d.]+) s")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was committed; `bytes` and `written` are None for one that retention has removed."""
+
+    name: str
+    images_seen: int
+    step: int | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+    written: str | None = None
+
+
+@dataclass
+class RunRecord:
+    """Everything the report says of a run. Values are as the files have them: anything may be missing or of a wrong type."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
+    environment: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    samples: list[Path] = field(default_factory=list)
+    routing: list[Snapshot] = field(default_factory=list)
+    maps: list[Path] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last logged step; empty if there is none."""
+        return self.metrics[-1] if self.metrics else {}
+
+    @property
+    def total_images(self) -> int | None:
+        """The configured length of the run."""
+        images, steps, batch = (self.config.get(f"train.{key}") for key in ("images", "steps", "global_batch"))
+        if is_number(images):
+            return int(images)  # type: ignore[arg-type]
+        return int(steps * batch) if is_number(steps) and is_number(batch) else None  # type: ignore[operator]
+
+    def changed(self) -> dict[str, Any]:
+        """The keys of the config whose values are not the defaults."""
+        defaults = {key: default for key, _, default in config_keys()}
+        return {key: value for key, value in self.config.items() if key not in defaults or value != defaults[key]}
+
+    def count(self, event: str) -> int:
+        """How many events of a kind there were."""
+        return sum(record.get("event") == event for record in self.events)
+
+    @property
+    def restarts(self) -> int:
+        """Times the run was started again, by its supervisor or by a person."""
+        return max(0, self.count("start") - 1)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read the runs. Raises: ConfigError for a folder that holds no run at all."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> RunRecord:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is no folder; legal: the folder of a run (train.py --run-dir)")
+    if not any((folder / file).exists() for file in FILES):
+        raise ConfigError(f"{folder}: holds none of {', '.join(FILES)}; legal: the folder of a run")
+    run = RunRecord(folder, name)
+    run.config = _flat(_try(run, "config.yaml", read_yaml) or {})
+    run.environment = _try(run, "environment.json", _json) or {}
+    run.deepspeed = _try(run, "deepspeed.json", _json) or {}
+    run.metrics = [record for record in _records(run, "metrics.jsonl") if is_number(record.get("images_seen"))]
+    run.events = _records(run, "events.jsonl")
+    if (folder / "logs" / "attempts.jsonl").exists():
+        run.attempts = _records(run, "logs/attempts.jsonl")
+    run.checkpoints = _checkpoints(run)
+    run.samples = sorted((folder / "samples").glob("images-*.png"))
+    run.maps = sorted((folder / "routing").glob("images-*.png"))
+    if not run.samples:
+        run.missing.append("samples/: no sample grid")
+    _read_routing(run)
+    return run
+
+
+def _try(run: RunRecord, name: str, read: Callable[[Path], Any]) -> Any:
+    path = run.folder / name
+    if not path.exists():
+        run.missing.append(f"{name}: missing")
+        return None
+    try:
+        return read(path)
+    except (OSError, ValueError, ConfigError) as error:
+        run.missing.append(f"{name}: unreadable ({' '.join(str(error).split())[:200]})")
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    body = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(body, dict):
+        raise ValueError("no JSON object")
+    return body
+
+
+def _records(run: RunRecord, name: str) -> list[dict[str, Any]]:
+    records, torn = _try(run, name, read_records) or ([], 0)
+    if torn:
+        run.missing.append(f"{name}: {torn} torn line{'s' if torn > 1 else ''} left out")
+    elif not records and (run.folder / name).exists():
+        run.missing.append(f"{name}: empty")
+    return records
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _checkpoints(run: RunRecord) -> list[Checkpoint]:
+    """Those of the events, and those that lie in the folder; the folder knows sizes, the events how long writing took."""
+    found: dict[str, Checkpoint] = {}
+    for event in run.events:
+        match = _SAVED.match(str(event.get("text", ""))) if event.get("event") == "checkpoint" else None
+        if match:
+            step = event.get("step")
+            number = int(match[1].removeprefix("images-"))
+            found[match[1]] = Checkpoint(match[1], number, step if is_number(step) else None, float(match[2]))
+    for folder in sorted((run.folder / "checkpoints").glob("images-*")):
+        if not (folder / "manifest.json").is_file():
+            run.missing.append(f"checkpoints/{folder.name}: no manifest")
+            continue
+        before = found.get(folder.name, Checkpoint(folder.name, 0))
+        files = [path.stat() for path in folder.iterdir() if path.is_file()]
+        written = datetime.fromtimestamp(max(file.st_mtime for file in files), tz=timezone.utc)
+        images = int(folder.name.removeprefix("images-")) if folder.name[7:].isdecimal() else before.images_seen
+        found[folder.name] = Checkpoint(
+            folder.name, images, before.step, before.seconds, sum(file.st_size for file in files),
+            written.strftime("%Y-%m-%d %H:%M UTC"),
+        )  # fmt: skip
+    return sorted(found.values(), key=lambda checkpoint: checkpoint.images_seen)
+
+
+def _read_routing(run: RunRecord) -> None:
+    files = snapshot_files(run.folder / "routing")
+    if len(files) > MAX_SNAPSHOTS:
+        files = [files[round(place * (len(files) - 1) / (MAX_SNAPSHOTS - 1))] for place in range(MAX_SNAPSHOTS)]
+    run.routing = read_snapshots(files, lambda text: run.missing.append(text.removeprefix(f"{run.folder}/")))
+    has_gates = run.config.get("model.variant", "switch") == "switch"
+    if not run.routing and has_gates:
+        run.missing.append("routing/: no snapshots of the gates" + (", only drawn maps" if run.maps else ""))

@@ -1,0 +1,53 @@
+"""One rank of the round-trip test: for each layout, loads every given checkpoint and saves what it then holds.
+
+usage: round_trip.py TASKS.json: [{"case": {...}, "sources": [FOLDER, ...], "out": FOLDER}, ...], ranks from the environment
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from sdit.configfile import load_config
+from sdit.parallel.comm import Comm, find_rank
+from sdit.train.build import open_trainer
+from sdit.train.checkpoint.store import CheckpointStore
+from sdit.train.state import RunState
+
+
+def poison(state: RunState) -> None:
+    """Spoil all state, so that whatever a load leaves out is seen."""
+    engine = state.engine
+    with torch.no_grad():
+        for piece in engine.held:
+            piece.master.fill_(torch.nan)
+            for key in engine.moment_keys:
+                piece.moment(key).fill_(torch.nan)
+        for values in state.ema.values:
+            values.fill_(torch.nan)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with Comm(find_rank(os.environ), timeout_seconds=120) as comm:
+        for task in json.loads(Path(sys.argv[1]).read_text()):
+            case = task["case"]
+            config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
+            deepspeed = {"zero_optimization": {"stage": case["stage"]}}
+            with open_trainer(config, deepspeed, "case", comm) as trainer:
+                for number, source in enumerate(task["sources"]):
+                    wanted = config.checkpoint.model_copy(update={"resume": source})
+                    out = CheckpointStore(Path(task["out"]) / str(number), wanted, comm)
+                    found = out.find()
+                    assert found is not None
+                    poison(trainer.state)
+                    trainer.state.load(found)
+                    out.save(trainer.state.snapshot())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The doctor on real ranks: a healthy launch, and every way in which one can be ill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import ROOT, rank_environments
+
+DOCTOR = str(ROOT / "launcher" / "doctor.py")
+DEADLINE_SECONDS = 150
+MISSING_SECONDS = "25"  # the doctor's patience where it must run out; imports on a loaded machine take seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def examine(world: int, *options: str, ranks: Sequence[int] | None = None, **variables: str) -> dict[int, Outcome]:
+    """Run the doctor as the given ranks (default: all) of a launch of `world`; `variables` replace the environment's."""
+    environments = rank_environments(world)
+    command = [sys.executable, DOCTOR, *options]
+    processes = {}
+    for rank in range(world) if ranks is None else ranks:
+        environment = {**environments[rank], "PYTHONFAULTHANDLER": "1", **variables}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes[rank] = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
+    found = {}
+    try:
+        for rank, process in processes.items():
+            try:
+                out, err = process.communicate(timeout=DEADLINE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)  # its stacks
+                out, err = process.communicate()
+            found[rank] = Outcome(process.returncode, out, err)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return found
+
+
+def lines_with(text: str, *words: str) -> list[str]:
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Path) -> None:
+    found = examine(world, "--json", "--run-dir", str(tmp_path / "run"))
+    assert [outcome.code for outcome in found.values()] == [0] * world, found
+    report = json.loads(found[0].out)
+    assert report["ok"] and all(check["ok"] for check in report["checks"])
+    assert [row["rank"] for row in report["ranks"]] == list(range(world))
+    pairs = report["fabric"]["pairs"]
+    assert sorted(tuple(pair["ranks"]) for pair in pairs) == [(a, b) for a in range(world) for b in range(a + 1, world)]
+    assert all(pair["latency_seconds"] > 0 and pair["bytes_per_second"] > 0 for pair in pairs)
+    assert report["fabric"]["all_to_all_bytes_per_second"] > 0
+    assert report["fabric"]["first_collective_seconds"] > 0
+    assert all(not outcome.out for rank, outcome in found.items() if rank)
+
+
+def test_single_process_passes_and_shows_a_table(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, DOCTOR, "--run-dir", str(tmp_path)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert lines_with(result.stdout, "ok", "versions", "torch")
+
+
+def test_missing_rank_is_named() -> None:
+    found = examine(3, "--timeout-seconds", MISSING_SECONDS, ranks=[0, 2])
+    assert {outcome.code for outcome in found.values()} == {70}, found
+    assert lines_with(found[0].err, "1 of 3 ranks did not come", "missing rank 1", socket.gethostname())
+    assert not found[2].err  # rank 0 has said it
+
+
+def test_unresolvable_master_is_named() -> None:
+    found = examine(2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="no-such-host.invalid")
+    assert found[1].code == 70
+    assert lines_with(found[1].err, "no-such-host.invalid", "cannot be resolved", "set MASTER_ADDR")
+    assert len(found[1].err.splitlines()) == 1
+
+
+def test_master_where_nobody_listens_is_named() -> None:
+    found = examine(2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="127.0.0.9")
+    assert found[1].code == 70
+    assert lines_with(found[1].err, "127.0.0.9:", "nobody listens there", "rank 0 was started")
+
+
+def test_master_that_is_another_host_is_told_by_rank_0_itself() -> None:
+    """192.0.2.1 is reserved for documentation: no host has it."""
+    found = examine(2, "--timeout-seconds", "2", ranks=[0], MASTER_ADDR="192.0.2.1")
+    assert found[0].code == 70
+    assert lines_with(found[0].err, "192.0.2.1:", "this is rank 0", "set MASTER_ADDR")
+
+
+@contextlib.contextmanager
+def silent_listener() -> Iterator[int]:
+    """The port of a listener that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_port_held_by_another_program_is_named() -> None:
+    with silent_listener() as port:
+        found = examine(2, "--timeout-seconds", "5", MASTER_PORT=str(port))
+    assert {outcome.code for outcome in found.values()} == {70}, found
+    assert lines_with(found[0].err, f"MASTER_PORT {port} is taken", "set it to a free port")
+    assert lines_with(found[1].err, f":{port}", "is not rank 0", "free port")
+
+
+def test_full_disk_and_skewed_clock_are_both_told(tmp_path: Path) -> None:
+    found = examine(2, "--min-disk-gib", "1e9", "--run-dir", str(tmp_path), SDIT_FAULTS="1", SDIT_FAULT_CLOCK="1:-7.5")
+    assert {outcome.code for outcome in found.values()} == {78}, found
+    assert lines_with(found[0].err, "error: run folder", str(tmp_path), "--min-disk-gib asks for 1e+09")
+    assert lines_with(found[0].err, "error: clocks", "rank 1", "7.5 s behind rank 0's")
+    assert lines_with(found[0].out, "FAIL", "clocks") and lines_with(found[0].out, "ok", "all-reduce")
+
+
+def test_clock_fault_needs_permission(tmp_path: Path) -> None:
+    found = examine(2, "--run-dir", str(tmp_path), SDIT_FAULT_CLOCK="1:-7.5")
+    assert {outcome.code for outcome in found.values()} == {0}, found
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_full_file_system_is_named(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"0" * (1 << 20))
+    found = examine(1, "--run-dir", str(small_disk / "run"))
+    assert found[0].code == 78
+    assert lines_with(found[0].err, str(small_disk), "cannot be written: No space left on device", "--run-dir")
+
+
+def test_ranks_of_different_launches_are_told_apart() -> None:
+    environments = rank_environments(2)
+    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, env=environments[0], **pipes)  # type: ignore[call-overload]
+    other = {**environments[1], "WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
+    stranger = subprocess.run(command, env=other, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
+    _, told = first.communicate(timeout=DEADLINE_SECONDS)
+    assert stranger.returncode == 70 and lines_with(stranger.stderr, "expects 4 ranks", "one launcher")
+    assert first.returncode == 70 and lines_with(told, "missing rank 1")

@@ -1,0 +1,79 @@
+"""Every rank keeps its log; what is secret stays out of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from sdit.observe.rank_log import RankLog, redact
+from sdit.supervise.ranks import RankInfo
+
+
+def info(rank: int) -> RankInfo:
+    return RankInfo(rank=rank, world=4, local_rank=rank, local_world=4, source="test")
+
+
+def test_each_rank_writes_its_own_file_and_says_who_it_is_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 3):
+        log = RankLog(tmp_path, info(rank))
+        logging.getLogger("sdit.data.ledger").warning("shard %d is torn", rank)
+        logging.getLogger("sdit.data.ledger").info("only for the file")
+        log.close()
+        logging.getLogger("sdit.data.ledger").warning("after its end")
+    assert capsys.readouterr().err.splitlines() == ["shard 0 is torn", "rank 3: shard 3 is torn"]
+    lines = (tmp_path / "logs" / "rank-003.log").read_text().splitlines()
+    pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ rank 3 (INFO|WARNING) sdit\.[\w.]+: .*"
+    assert all(re.fullmatch(pattern, line) for line in lines)
+    assert [line.split(": ", 1)[1] for line in lines[1:]] == ["shard 3 is torn", "only for the file"]
+
+
+def test_a_library_with_a_terminal_of_its_own_is_heard_in_the_file(tmp_path: Path) -> None:
+    library = logging.getLogger("a_library")
+    library.propagate = False
+    log = RankLog(tmp_path, info(0))
+    library.warning("its own words")
+    log.close()
+    library.warning("too late")
+    assert "its own words" in (tmp_path / "logs" / "rank-000.log").read_text()
+    assert not library.handlers
+
+
+def test_a_rank_that_fails_leaves_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RankLog(tmp_path, info(1))
+    with pytest.raises(ZeroDivisionError):
+        try:
+            1 / 0  # noqa: B018
+        finally:
+            log.close()
+    assert "ZeroDivisionError" in (tmp_path / "logs" / "rank-001.log").read_text()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_costs_the_log_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    log = RankLog(tmp_path, info(0))
+    logging.getLogger("sdit").warning("still told")
+    log.close()
+    assert "keeps no log" in (said := capsys.readouterr().err) and "still told" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("HF_TOKEN=hf_abc in the command", "HF_TOKEN=(hidden) in the command"),
+        ("wandb_api_key = 123abc, next", "wandb_api_key = (hidden), next"),
+        ("push to https://me:pass1@host:9091/x", "push to https://(hidden)@host:9091/x"),
+        ("the session is s3cr3t-v4lue.", "the session is (hidden)."),
+        ("optimizer.learning_rate=1e-4 tokens=12", "optimizer.learning_rate=1e-4 tokens=12"),
+        ("shard-0.tar: key 000123: no image", "shard-0.tar: key 000123: no image"),
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(text: str, kept: str) -> None:
+    assert redact(text, {"MY_SECRET": "s3cr3t-v4lue", "SHORT_KEY": "1", "HOME": "/root"}) == kept

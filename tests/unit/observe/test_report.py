@@ -1,0 +1,256 @@
+"""A report is one page that asks nobody for anything, says what a run's folder holds, and what it lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launcher.report import main
+from sdit.errors import ExitCode
+from sdit.observe.report import build_page, read_runs
+from sdit.observe.report.charts import Series, line_chart
+from sdit.observe.report.html import tag
+from sdit.observe.report.images import file_uri
+from sdit.observe.report.numbers import curve, log_ticks, seconds, short, smooth, thin, ticks
+from sdit.observe.report.speed import time_parts
+from tests.unit.observe.report_run import record, write_folder
+
+SECTIONS = ["loss", "samples", "speed", "experts", "faults", "checkpoints", "topology", "config", "environment"]
+VOID = {"img", "meta", "br"}
+
+
+class Page(HTMLParser):
+    """What a page is made of; complains of elements that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.words = ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(name)
+        if name not in VOID:
+            self.open.append(name)
+        for key, value in attributes:
+            if key == "id":
+                self.ids.append(str(value))
+            if key in ("src", "href", "srcset", "action", "data", "poster"):
+                self.addresses.append(str(value))
+
+    def handle_startendtag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(name, attributes)
+        if name not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "first")
+
+
+def page_of(*folders: Path) -> Page:
+    return Page(build_page(read_runs(folders)))
+
+
+def test_a_page_has_every_section_and_asks_nobody_for_anything(folder: Path) -> None:
+    text = build_page(read_runs([folder]))
+    page = Page(text)
+    assert [name for name in page.ids if name != "summary"] == SECTIONS
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert "url(" not in text and "@import" not in text and "default-src &#x27;none&#x27;" in text
+    assert len(text.encode()) < 5_000_000
+    assert "Not in this report" not in page.words
+
+
+def test_figures_are_those_of_the_files(folder: Path) -> None:
+    words = page_of(folder).words
+    for fact in ("960", "of 960", "1 skipped step", "killed by SIGKILL", "0.25 s", "16 = 2 ranks x 8 images", "torch"):
+        assert fact in words
+    assert re.search(r"restarts\s*1", words)
+
+
+def test_runs_are_shown_side_by_side(folder: Path, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "second", "dit")
+    page = page_of(folder, other)
+    assert [name for name in page.ids if name != "summary"] == SECTIONS
+    assert "2 runs side by side" in page.words and "Where the runs differ" in page.words
+    assert page.words.count("second") > 5
+    same_name = shutil.copytree(folder, tmp_path / "copy" / "first")
+    assert [run.name for run in read_runs([folder, same_name])] == [f"{tmp_path.name}/first", "copy/first"]
+
+
+FILES = [
+    "config.yaml", "environment.json", "deepspeed.json", "metrics.jsonl", "events.jsonl", "logs/attempts.jsonl", "samples/*",
+    "routing/*", "checkpoints/images-000000000640/manifest.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "torn", "binary", "other"])
+def test_what_is_missing_or_torn_is_named_and_the_rest_is_shown(folder: Path, name: str, damage: str) -> None:
+    for path in list(folder.glob(name)):
+        body = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            others = {
+                "empty": b"",
+                "torn": body[: len(body) * 2 // 3],
+                "binary": bytes(range(256)),
+                "other": b'[1, "x"]',
+            }
+            path.write_bytes(others[damage])
+    page = page_of(folder)
+    assert "summary" in page.ids and "sdit training report" in page.words
+    harmless = name.startswith("checkpoints") and damage != "missing"  # only its presence and size are looked at
+    harmless |= name == "config.yaml" and damage == "torn"  # YAML that is cut may be YAML
+    harmless |= name == "logs/attempts.jsonl" and damage == "missing"  # a run without a supervisor has none
+    assert ("Not in this report" in page.words) or harmless
+
+
+def test_values_of_wrong_types_do_not_break_the_page(folder: Path) -> None:
+    odd: list[object] = [None, "text", [], {}, [[1], [2, 3]], float("nan"), float("inf"), True, -1, [None], {"a": [1]}]
+    lines = [
+        json.dumps({**dict.fromkeys(record(1), value), "images_seen": 16 * place}) for place, value in enumerate(odd)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "events.jsonl").write_text(
+        "\n".join(json.dumps({"event": value, "text": value, "step": value}) for value in odd)
+    )
+    (folder / "logs" / "attempts.jsonl").write_text(
+        "\n".join(json.dumps({"text": value, "restart": value}) for value in odd)
+    )
+    (folder / "environment.json").write_text(json.dumps({"ranks": "two", "packages": [], "command": {"a": 1}}))
+    assert "Environment" in page_of(folder).words
+
+
+def test_a_run_that_has_just_started_has_a_report(tmp_path: Path) -> None:
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    words = page_of(folder).words
+    assert "no steps logged" not in words  # the badge is for several runs
+    assert "metrics.jsonl: empty" in words and "config.yaml: missing" in words
+
+
+def test_texts_of_a_run_cannot_become_markup(folder: Path, tmp_path: Path) -> None:
+    evil = '<img src="http://x.invalid/a.png" onerror=alert(1)>'
+    renamed = folder.rename(tmp_path / "<b onclick=x>&amp;")
+    with (renamed / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"images_seen": 700, "step": 44, "event": evil, "text": evil}) + "\n")
+        file.write(json.dumps({"images_seen": 700, "step": 44, "event": "loss_spike", "text": evil}) + "\n")
+    (renamed / "environment.json").write_text(json.dumps({evil: evil, "command": [evil], "ranks": 2, "device": evil}))
+    text = build_page(read_runs([renamed]))
+    page = Page(text)
+    assert evil in page.words and "<b onclick=x>&amp;" in page.words
+    assert not re.search(r"<(img|b)[^>]*(onerror|onclick)", text)
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+
+
+def test_secrets_of_a_command_stay_out(folder: Path) -> None:
+    (folder / "environment.json").write_text(json.dumps({"command": ["train.py", "HF_TOKEN=hf_abcdefgh"]}))
+    assert "hf_abcdefgh" not in build_page(read_runs([folder]))
+
+
+def test_many_large_pictures_still_make_a_small_page(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    for images in range(0, 3000, 100):
+        Image.fromarray(noise).save(folder / "samples" / f"images-{images:012d}.png", compress_level=1)
+    assert len(build_page(read_runs([folder])).encode()) < 5_000_000
+    uri = file_uri(folder / "samples" / "images-000000000000.png", 50_000)
+    assert uri is not None and len(uri) < 50_000 * 4 / 3 + 100
+
+
+def test_the_time_split_adds_up_to_the_time(folder: Path) -> None:
+    (run,) = read_runs([folder])
+    spent = [step["spent_since_logged"] for step in run.metrics]
+    total = sum(part["step_seconds"] + part["checkpoint_seconds"] for part in spent)
+    assert sum(amount for _, amount, _ in time_parts(run)) == pytest.approx(total)
+
+
+def test_command_writes_the_page_or_says_why_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder)]) == ExitCode.DONE
+    assert (folder / "report.html").exists() and not list(folder.glob(".partial-*"))
+    (folder / "events.jsonl").unlink()
+    assert main([str(folder), str(folder), "--out", str(tmp_path / "new" / "both.html")]) == ExitCode.DONE
+    assert "events.jsonl: missing" in capsys.readouterr().err
+    for words, code in (
+        ([str(tmp_path / "nothing")], ExitCode.CONFIG),
+        ([str(tmp_path / "new")], ExitCode.CONFIG),
+        ([str(folder), "--out", str(folder / "metrics.jsonl" / "x.html")], ExitCode.IO),
+    ):
+        assert main(words) == code
+        assert len(capsys.readouterr().err.splitlines()) <= 2
+    for words in ([], [str(folder), str(folder)], [str(folder), "--out", "page.txt"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == ExitCode.USAGE
+
+
+def test_curves_are_thinned_without_losing_their_ends_or_their_level() -> None:
+    xs = list(map(float, range(10_000)))
+    ys = [2.0 + (-1) ** number for number in range(10_000)]
+    thin_x, thin_y = thin(xs, ys, 100)
+    assert len(thin_x) == len(thin_y) <= 100
+    assert thin_x[-1] == xs[-1] and thin_y[-1] == ys[-1]
+    assert np.mean(thin_y[:-1]) == pytest.approx(2.0, abs=0.05)
+    assert smooth([3.0] * 50, 10) == pytest.approx([3.0] * 50)
+
+
+def test_curves_hold_only_finite_numbers() -> None:
+    records = [
+        {"images_seen": place, "a": value} for place, value in enumerate([1, None, float("nan"), "x", True, 2.5])
+    ]
+    assert curve(records, "a") == ([0.0, 5.0], [1.0, 2.5])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 153_600), (-3.2, 7.9), (0.98, 1.02), (0, 0), (1e-9, 3e-9)])
+def test_ticks_are_few_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 11
+    assert all(low - 1e-9 * abs(low) <= value <= high * (1 + 1e-9) for value in found)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.01, 3), (0.12, 0.19), (1e-6, 1e6), (0.9, 1.1)])
+def test_log_ticks_are_few_and_inside(low: float, high: float) -> None:
+    found = log_ticks(low, high)
+    assert 2 <= len(found) <= 14 and all(low <= value <= high * (1 + 1e-9) for value in found)
+
+
+def test_numbers_are_short() -> None:
+    assert [short(value) for value in (0, 12, 153_600, 1e6, 0.00004, 0.25)] == [
+        "0",
+        "12",
+        "153.6k",
+        "1M",
+        "4e-5",
+        "0.25",
+    ]
+    assert [seconds(value) for value in (0.5, 200, 7500)] == ["0.5 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_a_chart_of_one_point_or_none_is_a_chart() -> None:
+    assert "circle" in line_chart([Series("a", [1.0], [2.0], "c0")], "y", log_y=True)
+    assert "no values" in line_chart([Series("a", [], [], "c0"), Series("b", [1.0], [-1.0], "c1")], "y", log_y=True)
+    assert tag("p", "<", 1, title='"') == '<p title="&quot;">&lt;1</p>'

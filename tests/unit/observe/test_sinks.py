@@ -1,0 +1,135 @@
+"""Optional sinks get the run's numbers, and cannot stop it."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdit.config import Config, ObserveConfig
+from sdit.errors import ConfigError
+from sdit.observe.observers import build_observers
+from sdit.observe.sinks import MAX_SERIES, TensorBoard, Tolerant, WeightsAndBiases, require_packages, scalars
+from sdit.supervise.ranks import RankInfo
+from sdit.train.clock import Clock
+from sdit.train.events import Observer
+
+RECORD = {"loss": 0.5, "loss_by_timestep": [0.1, None, 0.3], "memory_bytes": {"resident": 7}, "slowest_rank": 1}
+
+
+class Broken(Observer):
+    """Fails whenever it is told of a step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("lasting", "calls"), [(False, 1), (True, 3)])
+def test_a_sink_that_fails_is_told_and_the_run_goes_on(
+    lasting: bool, calls: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Broken()
+    sink = Tolerant(broken, "the sink", lasting)
+    sink.on_start(Clock(), 1, "fresh")
+    for _ in range(3):
+        sink.on_step(Clock(), {}, True)
+    sink.close()
+    assert broken.calls == calls
+    assert [record.levelname for record in caplog.records].count("WARNING") == calls
+    assert "the sink failed (OSError: [Errno 28] No space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "package", "key"),
+    [
+        ({"tensorboard": True}, "tensorboardX", "observe.tensorboard: true"),
+        ({"wandb": "offline"}, "wandb", "observe.wandb: offline"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], package: str, key: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("sdit.observe.sinks.find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ConfigError, match=rf"^{key} needs the package {package}: pip install sdit\[observe\]"):
+        require_packages(ObserveConfig.model_validate(values))
+    require_packages(ObserveConfig())
+
+
+def test_names_of_scalars_say_key_and_part() -> None:
+    expected = {
+        "loss": 0.5,
+        "loss_by_timestep/00": 0.1,
+        "loss_by_timestep/02": 0.3,
+        "memory_bytes/resident": 7,
+        "slowest_rank": 1,
+    }
+    assert dict(scalars(RECORD)) == expected
+    assert dict(scalars({"expert_load": [[0.5] * MAX_SERIES] * 2, "loss": 1.0})) == {"loss": 1.0}
+
+
+def test_only_the_first_rank_has_sinks(tmp_path: Path) -> None:
+    config = Config.model_validate({"observe": {"tensorboard": False}, "run_dir": str(tmp_path)})
+    page = Observer()
+    for rank in (0, 1):
+        info = RankInfo(rank=rank, world=2, local_rank=rank, local_world=2, source="test")
+        observers = build_observers(config, tmp_path, info, page)
+        try:
+            assert page in observers
+            everywhere = [one for one in observers if one.every_rank]
+            assert len(everywhere) == 1 and (len(observers) > 2) == (rank == 0)
+        finally:
+            for observer in observers:
+                observer.close()
+
+
+def event_records(folder: Path) -> list[bytes]:
+    """The records of all event files: length, its checksum, body, its checksum."""
+    records = []
+    for path in sorted(folder.iterdir()):
+        body, place = path.read_bytes(), 0
+        while place < len(body):
+            (length,) = struct.unpack_from("<Q", body, place)
+            records.append(body[place + 12 : place + 12 + length])
+            place += 12 + length + 4
+    return records
+
+
+def test_tensorboard_gets_scalars_and_grids_over_images_seen(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    sink = TensorBoard(tmp_path)
+    sink.on_start(Clock(64, 1), 256, "fresh")
+    sink.on_step(Clock(128, 2), RECORD, logged=True)
+    sink.on_step(Clock(192, 3), RECORD, logged=False)
+    sink.on_samples(Clock(256, 4), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)
+    sink.close()
+    found = {}
+    for record in event_records(tmp_path / "tensorboard"):
+        event = Event.FromString(record)
+        found |= {(value.tag, event.step): value for value in event.summary.value}
+    assert found[("loss", 128)].simple_value == 0.5
+    assert found[("samples", 256)].image.width == 2 * 50 + 2
+    assert not [step for _, step in found if step == 192]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_leaves_a_run_to_be_synced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("wandb")
+    config = Config.model_validate({"observe": {"wandb": "offline"}, "run_dir": str(tmp_path)})
+    sink = Tolerant(WeightsAndBiases(tmp_path, config), "Weights & Biases")
+    sink.on_start(Clock(), 256, "fresh")
+    sink.on_step(Clock(128, 1), RECORD, logged=True)
+    sink.on_samples(Clock(256, 2), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)
+    sink.close()
+    assert not caplog.records
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

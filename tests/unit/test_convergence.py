@@ -1,0 +1,170 @@
+"""The experiment behind the convergence table: pairing, spread, resuming, and that variants differ in nothing but the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import study
+from experiments.stages import Experiment
+from experiments.training import CpuClock, cpu_seconds_per_image, flops_per_image, is_trained, run_config
+from experiments.variants import FULL, QUICK, VARIANTS
+from sdit.train.clock import Clock
+
+ROOT = Path(__file__).resolve().parents[2]
+BINS = 20
+
+
+def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
+    """A finished run's result, as small as the tables allow."""
+    held_out = {
+        "images_seen": 100, "validation_loss": loss, "validation_mse": loss, "validation_images": 8,
+        "validation_loss_by_timestep": [loss] * BINS,
+    }  # fmt: skip
+    scores = [] if fid is None else [{"images_seen": 100, "fid": fid}]
+    cost = {"cpu_seconds_per_image": 0.005, "flops_per_image": 1e8, "parameters": 500_000}
+    return {"variant": variant, "seed": seed, "held_out": [held_out], "scores": scores, "gates": [], "cost": cost}
+
+
+@pytest.fixture
+def runs() -> study.Runs:
+    # The seeds differ by 1, the variants by 0.1 and 0.3 within a seed: only pairing shows that the second is steadily worse.
+    return {
+        "dit": {0: run_of("dit", 0, 1.0, 50.0), 1: run_of("dit", 1, 2.0, 60.0)},
+        "switch": {0: run_of("switch", 0, 1.1, 40.0), 1: run_of("switch", 1, 2.3, None)},
+    }
+
+
+def test_differences_are_taken_within_a_seed(runs: study.Runs) -> None:
+    assert study.paired(runs, "switch", study.held_out_loss) == pytest.approx([0.1, 0.3])
+
+
+def test_a_seed_without_a_score_has_no_difference(runs: study.Runs) -> None:
+    assert study.paired(runs, "switch", study.fid) == pytest.approx([-10.0])
+    del runs["dit"][0]
+    assert study.paired(runs, "switch", study.fid) == []
+
+
+def test_a_score_of_an_earlier_checkpoint_is_not_the_runs(runs: study.Runs) -> None:
+    run = runs["dit"][0]
+    run["scores"][0]["images_seen"] = 50
+    assert study.fid(run) is None
+
+
+def test_spread_is_that_of_a_sample() -> None:
+    assert study.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+    assert study.spread([1.0], 2) == "1.00 (1 seed)"
+    assert study.spread([], 2) == "-"
+    assert study.spread([-1.0, -1.0], 1, "+") == "-1.0 ± 0.0"
+
+
+def test_results_table_has_a_row_for_each_variant(runs: study.Runs) -> None:
+    lines = study.results_table(runs).splitlines()
+    assert len(lines) == 2 + len(runs)
+    assert "+0.2000 ± 0.1414, better in 0 of 2" in lines[3]
+    assert "-10.0 (1 seed), better in 1 of 1" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_losses_by_timestep_are_relative_to_the_baseline(runs: study.Runs) -> None:
+    assert study.timestep_table(runs).splitlines()[2].count("+12.5 ± 3.5") == study.TIME_PARTS
+
+
+def test_blocks_are_replaced_and_the_rest_stays() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- end x -->\nb\n"
+    filled = study.fill_blocks(text, {"x": "new", "y": "nowhere"})
+    assert filled == "a\n<!-- x -->\nnew\n<!-- end x -->\nb\n"
+    assert study.fill_blocks(filled, {"x": "new"}) == filled
+
+
+def test_variants_differ_in_the_model_and_its_prior_alone(tmp_path: Path) -> None:
+    def shared(variant: str) -> dict:
+        config = run_config(FULL, variant, 0, tmp_path, tmp_path / "run").model_dump()
+        config.pop("prior")
+        for key in ("variant", "experts"):
+            config["model"].pop(key)
+        return config
+
+    assert all(shared(variant) == shared("dit") for variant in VARIANTS)
+
+
+def test_flops_count_the_experts_and_not_the_masks(tmp_path: Path) -> None:
+    flops = {
+        name: flops_per_image(run_config(QUICK, name, 0, tmp_path, tmp_path / "run"))
+        for name in ("dit", "dtr", "switch", "switch-mlp")
+    }
+    assert flops["dtr"] == flops["dit"] < flops["switch"] < flops["switch-mlp"]
+    config = run_config(QUICK, "dit", 0, tmp_path, tmp_path / "run").model
+    # Forward: qkv 3, projection 1, MLP 8 products of D x D for each token and block, the rest is less than half of it.
+    dense = 3 * 2 * 12 * config.width**2 * config.tokens * config.depth
+    assert dense < flops["dit"] < 1.5 * dense
+
+
+def test_cpu_clock_leaves_out_pauses_and_the_first_step(tmp_path: Path) -> None:
+    clock = CpuClock(tmp_path)
+    steps = [{"pause_seconds": 0.0}, {"pause_seconds": 0.0}, {"pause_seconds": 1.0}, {"pause_seconds": 0.0}]
+    steps.append({"pause_seconds": 0.0, "validation_loss": 1.0})
+    for number, metrics in enumerate(steps, start=1):
+        clock.on_step(Clock(8 * number, number), metrics, logged=True)
+    assert cpu_seconds_per_image(tmp_path, global_batch=8)[1] == 2
+
+
+def test_a_run_is_finished_at_its_last_image_only(tmp_path: Path) -> None:
+    config = run_config(QUICK, "dit", 0, tmp_path, tmp_path)
+    assert not is_trained(config)
+    record = {"images_seen": 128, "validation_loss": 1, "validation_mse": 1, "validation_loss_by_timestep": []}
+    for images_seen in (128, config.train.total_images):
+        assert not is_trained(config)
+        line = json.dumps({**record, "validation_images": 1, "images_seen": images_seen})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+    assert is_trained(config)
+
+
+def test_kept_checkpoints_are_those_that_are_scored() -> None:
+    for scale in (FULL, QUICK):
+        config = run_config(scale, "dit", 0, Path("work"), Path("run"))
+        every = config.checkpoint.keep_every_images
+        assert every is not None and all(images % every == 0 for images in scale.scored_after)
+        assert scale.scored_after[-1] == config.train.total_images
+
+
+def test_written_values_are_read_back(tmp_path: Path) -> None:
+    experiment = Experiment(QUICK, tmp_path, tmp_path, comm=None)  # type: ignore[arg-type]
+    values = {"a": [1, 2.5], "b": {"c": None}}
+    experiment._write("x.json", values)
+    assert experiment._read("x.json") == values
+    assert experiment._read("y.json") is None
+
+
+@pytest.mark.slow
+def test_quick_experiment_goes_on_and_writes_its_study(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "convergence.py"), "--quick", "--work", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run() -> str:
+        result = subprocess.run(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+        return result.stdout
+
+    first = run()
+    assert first.count(" training ") == len(QUICK.variants) * len(QUICK.seeds)
+    results = tmp_path / "results"
+    runs = study.read_runs(results)
+    assert [list(seeds) for seeds in runs.values()] == [list(QUICK.seeds)] * len(QUICK.variants)
+    assert [gates["images_seen"] for gates in runs["switch"][0]["gates"]] == list(QUICK.scored_after)
+    table = (tmp_path / "README.md").read_text()
+    assert study.results_table(runs) in table
+    assert (tmp_path / "curves.png").stat().st_size < 500_000
+
+    lost = results / "switch-seed1.json"
+    before = lost.read_text()
+    lost.unlink()
+    again = run()
+    assert " training " not in again and again.count(" scoring ") == len(QUICK.scored_after)
+    assert json.loads(lost.read_text())["scores"] == json.loads(before)["scores"]
