@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/digits
 RANKS ?= 2
+CLUSTER_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi3 docker.io debootstrap openssh-server openssh-client pdsh shellcheck prometheus chromium tini
 
-.PHONY: install demo test test-slow test-faults check bench clean
+.PHONY: install demo test test-slow test-faults test-cluster cluster-packages check bench clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +40,16 @@ test-slow: install
 
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" tests/faults tests/distributed/test_resume.py
+
+# Real schedulers, engines and browsers from Debian's packages; needs root. Another build of kubectl may be there already.
+cluster-packages:
+	command -v apt-get >/dev/null || { echo "make test-cluster needs Debian's apt-get; install by hand: $(CLUSTER_PACKAGES)" >&2; exit 78; }
+	dpkg-query --show $(CLUSTER_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES) >/dev/null; }
+	command -v kubectl >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends kubernetes-client >/dev/null
+
+test-cluster: install cluster-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 bench: install
 	$(BIN)/python benchmarks/step.py

@@ -4,7 +4,8 @@
   routing.py --checkpoint runs/digits --out map.png
   routing.py --checkpoint Switch-DiT-S.pt --config configs/switch_s2.yaml --out map.png
 
-The routes depend on the timestep alone, so the map is exact: it needs no images.
+The routes depend on the timestep alone, so the map is exact: it needs no images. With a capacity
+(model.experts.capacity_factor) it also counts the samples that full experts drop in a step, as the mean of random batches.
 Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 a model without gates.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -20,6 +22,13 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, exit_status
 from sdit.errors import ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdit.config import Config
+
+DRAWS = 32
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,9 +63,28 @@ def run(options: argparse.Namespace) -> int:
     probs = trained.model.all_gate_probs()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"after {trained.clock.images_seen:,} images ({options.weights})"
-    routing_map(probs.numpy(), model.experts.top_k, solve_assignment(probs, model), options.out, title)
+    assignment, dropped = solve_assignment(probs, model), expected_drops(trained.config, probs.numpy())
+    routing_map(probs.numpy(), model.experts.top_k, assignment, options.out, title, dropped)
     print(options.out)
     return ExitCode.DONE
+
+
+def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
+    """(depth,) samples that full experts drop per step, mean over DRAWS random batches; None without a capacity."""
+    import numpy as np
+
+    from sdit.model.moe.capacity import Capacity, dropped_per_block, keep_samples
+    from sdit.model.moe.routes import Routes
+    from sdit.observe.routing import chosen_experts
+
+    experts = config.model.experts
+    if experts.capacity_factor is None:
+        return None
+    chosen = chosen_experts(probs, experts.top_k)
+    routes = Routes(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count)
+    capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
+    batches = np.random.default_rng(config.seed).integers(0, probs.shape[1], (DRAWS, config.train.global_batch))
+    return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ VERBS = {  # verb, which is the name of a module in launcher/ -> what it does
     "train": "train a run, or go on with it",
     "sample": "draw images from a run or a published checkpoint",
     "prepare": "write training images or latents as verified shards",
+    "evaluate": "score a run's images, or a file of images, against a data set",
     "export": "write a run's weights as one file in published names",
     "routing": "draw which experts the denoising tasks take",
+    "report": "write one HTML page about a run, or several side by side",
+    "doctor": "check a launch: ranks, hosts, versions, room, network",
+    "plan": "say what a run will need before it starts, and whether it fits",
     "demo": "judge a trained run of the digits",
 }
 

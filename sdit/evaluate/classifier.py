@@ -126,19 +126,28 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdit" / "features"
 
 
+def check_learnable(shape: tuple[int, int, int], classes: int) -> None:
+    """ConfigError unless the classifier can be trained on images (H, W, C) of this many classes."""
+    height, width, _ = shape
+    if height != width or not LAST_SIZE <= height <= MAX_SIZE or height & (height - 1):
+        legal = f"{LAST_SIZE}, {2 * LAST_SIZE}, ... {MAX_SIZE}, square; for others give an Inception file"
+        raise ConfigError(f"features: images of {height} x {width} pixels cannot be learnt; legal: {legal}")
+    if classes < 2:
+        raise ConfigError(
+            f"features: {classes} classes cannot be told apart; legal: labelled images of 2 classes or more"
+        )
+
+
 def _recipe(pixels: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> dict[str, Any]:
     """Everything that decides the weights, on one machine."""
     shape = tuple(int(size) for size in pixels.shape[1:])
     if pixels.dtype != np.uint8 or len(shape) != 3 or len(pixels) != len(labels):
         raise ConfigError(f"features: {pixels.dtype} images {pixels.shape} with labels {labels.shape} cannot be learnt")
-    height, width, channels = shape
-    if height != width or not LAST_SIZE <= height <= MAX_SIZE or height & (height - 1):
-        legal = f"square powers of 2 of {LAST_SIZE}..{MAX_SIZE} pixels; for others give an Inception file"
-        raise ConfigError(f"features: images of {height} x {width} pixels; legal for a trained network: {legal}")
-    if classes < 2 or labels.min() < 0 or labels.max() >= classes:
-        raise ConfigError(f"features: {classes} classes; legal: 2 or more, and labels 0..classes-1")
-    content = hashlib.sha256(np.ascontiguousarray(pixels))
-    content.update(np.ascontiguousarray(labels.astype("<i8")))
+    check_learnable((shape[0], shape[1], shape[2]), classes)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ConfigError(f"features: labels {labels.min()}..{labels.max()}; legal: 0..{classes - 1}")
+    content = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    content.update(labels.astype("<i8").tobytes())
     return {"version": RECIPE, "data": content.hexdigest(), "seed": seed, "shape": shape, "classes": classes}
 
 
@@ -151,7 +160,7 @@ def _train(
     steps = max(EPOCHS * len(images) // BATCH, MIN_STEPS)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(pixels.shape[1], pixels.shape[3], classes).to(memory_format=torch.channels_last).train()
+        model = Classifier(pixels.shape[1], pixels.shape[3], classes).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
         for step, rows in zip(range(steps), _shuffled(len(images)), strict=False):
@@ -192,8 +201,9 @@ def _read(path: Path, recipe: dict[str, Any]) -> TrainedFeatures:
     except SafetensorError as error:
         raise DataError(f"{path}: cannot be read: {error}; delete it, and it is trained again") from None
     height, _, channels = recipe["shape"]
-    model = Classifier(height, channels, recipe["classes"])
-    model.load_state_dict(tensors)
+    with torch.device("meta"):  # draws no random numbers
+        model = Classifier(height, channels, recipe["classes"])
+    model.load_state_dict(tensors, assign=True)
     return TrainedFeatures(model, recipe, float(facts["held_out_accuracy"]))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sdit.config import SampleConfig
 from sdit.parallel.comm import Comm
@@ -23,11 +24,14 @@ def generate(
     comm: Comm | None = None,
     batch: int = 64,
     progress: Progress | None = None,
+    first: int = 0,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[np.ndarray]:
-    """All images in order, chunk by chunk: (n, C, H, W) float32 on every rank; image i bears labels[i].
+    """All images in order, chunk by chunk: (n, C, H, W) float32 on every rank; image first + i bears labels[i].
 
     Rank r of R draws images r, r + R, ..., `batch` of them in a model call (doubled by guidance); without `comm` R = 1.
-    The model is whole on every rank. `progress` is called with (sampler steps done, all sampler steps) of this rank.
+    The model is whole on every rank, and `decode` turns its latents into pixels there. `progress` is called with (sampler
+    steps done, all sampler steps) of this rank.
     """
     rank, world = (comm.rank, comm.world) if comm is not None else (0, 1)
     batch = min(batch, -(-len(labels) // world))
@@ -40,7 +44,9 @@ def generate(
             if progress is not None:
                 progress(before * steps + done, len(starts) * steps)
 
-        images = sample_images(trained.model, trained.config, settings, mine, labels[mine], step_done)
+        images = sample_images(trained.model, trained.config, settings, first + mine, labels[mine], step_done)
+        if decode is not None:
+            images = decode(images)
         if comm is not None:
             images = comm.interleave(images)
         yield images[: len(labels) - start].cpu().numpy()

@@ -13,7 +13,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000  # or as many as there are
+KID_SUBSET_SIZE = 1000  # or all, where there are fewer
 SPLITS = 10
 NEIGHBOURS = 3
 ROWS = 2000  # of a block of distances: 2,000 x 10,000 float64 are 160 MB
@@ -25,8 +25,7 @@ def frechet_distance(
     """|m - m'|^2 + Tr(S + S' - 2 (S S')^1/2) of two Gaussians with means (D,) and covariances (D, D).
 
     torchmetrics cannot take a reference that is a file of moments, and goes through the eigenvalues of S S', which is not
-    symmetric. Tr (S S')^1/2 is also the sum of the singular values of S^1/2 S'^1/2: they come out real and non-negative, and
-    those that are zero for lack of images cost eps, not its root.
+    symmetric. Tr (S S')^1/2 is also the sum of the singular values of S^1/2 S'^1/2, which are real and non-negative.
     """
     cross = np.linalg.svd(_root(covariance) @ _root(other_covariance), compute_uv=False).sum()
     shift = mean - other_mean
@@ -35,14 +34,18 @@ def frechet_distance(
 
 def kernel_distance(real: np.ndarray, drawn: np.ndarray, seed: int) -> tuple[float, float]:
     """KID, mean and standard deviation over subsets, of features (n, D) and (m, D) (Binkowski et al. 2018, unbiased)."""
-    size = min(KID_SUBSET_SIZE, len(real), len(drawn))
     with _quiet():
-        metric = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=subset_size(real, drawn))
     metric.update(_wide(real), real=True)
     metric.update(_wide(drawn), real=False)
     with _seeded(seed):
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
+
+
+def subset_size(real: np.ndarray, drawn: np.ndarray) -> int:
+    """Features in one of KID's subsets."""
+    return min(KID_SUBSET_SIZE, len(real), len(drawn))
 
 
 def inception_score(logits: np.ndarray, seed: int) -> tuple[float, float]:
@@ -84,9 +87,13 @@ def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Symmetric square root (D, D) of a positive semi-definite matrix; rounding may have made eigenvalues negative."""
+    """Symmetric square root (D, D) of a positive semi-definite matrix.
+
+    With fewer images than features many eigenvalues are zero but for rounding, whose root would count: they are left out.
+    """
     values, vectors = np.linalg.eigh(covariance)
-    root: np.ndarray = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    rounding = len(values) * np.finfo(values.dtype).eps * values[-1]
+    root: np.ndarray = (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
     return root
 
 

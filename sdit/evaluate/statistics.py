@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from sdit.errors import DataError
 from sdit.evaluate.features import Batches, FeatureNetwork, rebatched
 
 KEPT_FEATURES = 10_000  # of a set, for KID, precision and recall, which compare features one by one
 KEPT_LOGITS = 50_000  # of a set, for the Inception score
 BATCH = 500  # images per network call and per update of the moments
 
+Seen = Callable[[int], None]  # called with the number of images done
+
 
 @dataclass(frozen=True)
 class FeatureStatistics:
     """What scores are computed from.
 
-    `count` images; `mean` (D,) and unbiased `covariance` (D, D) float64 of all features; `features` (n, D) float32 and
-    `logits` (n, K) float32 of an even random choice of the images, or None where a file does not hold them;
-    `images` sha256 of all pixels and of the shape of one image, or None where it is not known.
+    `count` images, or None where a foreign file does not say; `mean` (D,) and unbiased `covariance` (D, D) float64 of all
+    features; `features` (n, D) float32 and `logits` (n, K) float32 of an even random choice of the images, or None where a
+    file does not hold them; `images` sha256 of all pixels and of the shape of one image, or None where it is not known.
     """
 
-    count: int
+    count: int | None
     mean: np.ndarray
     covariance: np.ndarray
     features: np.ndarray | None
@@ -31,12 +35,12 @@ class FeatureStatistics:
     images: str | None
 
 
-def statistics_of(images: Batches, network: FeatureNetwork) -> FeatureStatistics:
+def statistics_of(images: Batches, network: FeatureNetwork, seen: Seen | None = None) -> FeatureStatistics:
     """Statistics of a stream of images (n, H, W, C) uint8.
 
     Raises:
         ConfigError: the network does not take such images.
-        ValueError: fewer than two images.
+        DataError: fewer than two images.
     """
     moments, content = Moments(), hashlib.sha256()
     features, logits = Kept(KEPT_FEATURES), Kept(KEPT_LOGITS)
@@ -45,11 +49,15 @@ def statistics_of(images: Batches, network: FeatureNetwork) -> FeatureStatistics
             height, width, channels = batch.shape[1:]
             network.check((height, width, channels))
             content.update(f"{height} {width} {channels}\n".encode())
-        content.update(np.ascontiguousarray(batch))
+        content.update(np.ascontiguousarray(batch).data)
         new_features, new_logits = network(batch)
         moments.add(new_features)
         features.add(new_features)
         logits.add(new_logits)
+        if seen is not None:
+            seen(moments.count)
+    if moments.count < 2:
+        raise DataError(f"images: {moments.count} in all; legal: 2 or more")
     mean, covariance = moments.result()
     return FeatureStatistics(moments.count, mean, covariance, features.rows, logits.rows, content.hexdigest())
 
@@ -76,9 +84,7 @@ class Moments:
         self.count = total
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and unbiased covariance (D, D). Raises: ValueError."""
-        if self.count < 2:
-            raise ValueError(f"{self.count} images have no covariance; legal: 2 or more")
+        """Mean (D,) and unbiased covariance (D, D) of two rows or more."""
         return self._mean, self._scatter / (self.count - 1)
 
 

@@ -7,36 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sdit.errors import SditError
+from sdit.observe.wire import (
+    ATTEMPT_SECONDS,
+    HELLO,
+    Listener,
+    MeetingError,
+    Place,
+    Wire,
+    accepted,
+    close_listener,
+    explain,
+)
 from sdit.supervise.ranks import RankInfo
 
-HELLO = "sdit doctor 1"
-ATTEMPT_SECONDS = 5.0  # longest wait for one connection or one greeting
 RETRY_SECONDS = 0.2
 CLOCK_PROBES = 8
 ALL_PAIRS_RANKS = 16  # up to here every rank is tried by every other
-
-
-class MeetingError(SditError):
-    """The ranks could not meet; the message says what was found where, and what to do."""
-
-
-class Place(NamedTuple):
-    """Where rank 0 listens: MASTER_ADDR and MASTER_PORT."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
 
 
 class Reached(NamedTuple):
@@ -83,7 +76,7 @@ class Meeting:
             if self.info.rank == 0:
                 self.hall = self._stack.enter_context(_Hall(self.place, self.info.world, deadline))
             self._wire = self._stack.enter_context(_connect(self.place, deadline, self.info.rank))
-            self._listener = self._stack.enter_context(_Listener(self._wire.family))
+            self._listener = self._stack.enter_context(Listener(self._wire.family))
             card = {"rank": self.info.rank, "world": self.info.world, "host": socket.gethostname(), "pid": os.getpid()}
             self._wire.say(card)
             self._raise_error(self._wire.hear(self.timeout_seconds + ATTEMPT_SECONDS))
@@ -105,7 +98,7 @@ class Meeting:
         return min(found)[1]
 
     def gather(self, value: Any, public: Any = None) -> dict[int, Any]:
-        """Every rank's `address` and `public` by rank; rank 0 alone finds each `value` in `values()`. Absent ranks are not in it."""
+        """`address` and `public` of every rank that came, by rank; rank 0 alone finds each `value` in `values()`."""
         self._wire.say({"value": value, "public": public})
         answer = self._wire.hear(self.timeout_seconds + try_seconds(self.info.world))["ranks"]
         return {int(rank): item for rank, item in answer.items()}
@@ -151,60 +144,7 @@ def _try_peer(rank: int, place: Place) -> Reached:
     return Reached(rank, time.monotonic() - started, problem)
 
 
-def explain(error: OSError) -> str:
-    """Why a connection failed, in words that follow `host:port`."""
-    if isinstance(error, socket.gaierror):
-        return f"cannot be resolved ({error.strerror})"
-    if isinstance(error, ConnectionRefusedError):
-        return "refuses connections: nobody listens there"
-    if isinstance(error, TimeoutError):
-        return "does not answer: a firewall drops the packets, or the address is wrong"
-    return f"cannot be reached ({error.strerror or error})"
-
-
-class _Wire:
-    """A connection that speaks JSON lines."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._file = connection.makefile("rwb")
-        self.family = connection.family
-        self.peer = str(connection.getpeername()[0])
-
-    def __enter__(self) -> _Wire:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for end in (self._file, self._connection):
-            with contextlib.suppress(OSError):  # the other side may be gone
-                end.close()
-
-    def say(self, message: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(message).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise MeetingError(f"the connection to {self.peer} broke ({error})") from None
-
-    def hear(self, timeout_seconds: float) -> dict[str, Any]:
-        """The next message. Raises: MeetingError for silence, a closed connection, or another protocol."""
-        self._connection.settimeout(timeout_seconds)
-        try:
-            line = self._file.readline(1 << 26)
-        except OSError as error:
-            raise MeetingError(f"{self.peer} was silent for {timeout_seconds:g} s ({error})") from None
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            raise MeetingError(
-                f"{self.peer} closed the connection" if not line else f"{self.peer} speaks another protocol"
-            )
-        return message
-
-
-def _connect(place: Place, deadline: float, rank: int) -> _Wire:
+def _connect(place: Place, deadline: float, rank: int) -> Wire:
     """The connection to rank 0, tried until the deadline: hosts come up, and names resolve, at different times."""
     while True:
         try:
@@ -217,7 +157,7 @@ def _connect(place: Place, deadline: float, rank: int) -> _Wire:
                     f"MASTER_ADDR:MASTER_PORT {place} {explain(error)}; {_advice(place, rank)}"
                 ) from None
         time.sleep(RETRY_SECONDS)
-    wire = _Wire(connection)
+    wire = Wire(connection)
     try:
         if wire.hear(ATTEMPT_SECONDS).get("doctor") == HELLO:
             return wire
@@ -236,43 +176,6 @@ def _advice(place: Place, rank: int) -> str:
         "set MASTER_ADDR to the name or address of rank 0's host as all hosts know it, "
         f"see that rank 0 was started, and open port {place.port} between the hosts"
     )
-
-
-class _Listener:
-    """Answers whoever connects with HELLO, on a port that the system picks."""
-
-    def __init__(self, family: int) -> None:
-        self._socket = socket.create_server(("", 0), family=family, backlog=128)
-        self.port = int(self._socket.getsockname()[1])
-        threading.Thread(target=self._answer, name="sdit-doctor-listener", daemon=True).start()
-
-    def __enter__(self) -> _Listener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _close_listener(self._socket)
-
-    def _answer(self) -> None:
-        for connection in _accepted(self._socket):
-            with connection, contextlib.suppress(OSError):  # whoever tried may be gone again
-                connection.sendall(HELLO.encode() + b"\n")
-
-
-def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connections until the listener is closed."""
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return
-        yield connection
-
-
-def _close_listener(listener: socket.socket) -> None:
-    """Close it for good: a thread that waits in `accept` would hold the port until the next guest."""
-    with contextlib.suppress(OSError):  # not every system lets a listener be shut down
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
 
 
 class _Hall:
@@ -310,15 +213,15 @@ class _Hall:
     def __exit__(self, *_: object) -> None:
         with self._changed:  # a process that ends now would cut off those that still wait for their answers
             self._changed.wait_for(lambda: self._answers == sum(map(len, self.rounds)), timeout=ATTEMPT_SECONDS)
-        _close_listener(self._socket)
+        close_listener(self._socket)
 
     def _seat(self) -> None:
-        for connection in _accepted(self._socket):
+        for connection in accepted(self._socket):
             threading.Thread(target=self._serve, args=(connection,), name="sdit-doctor-seat", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         # A rank that leaves, or a stranger who speaks something else, ends its own thread; the roll call tells who is missing.
-        with _Wire(connection) as wire, contextlib.suppress(MeetingError):
+        with Wire(connection) as wire, contextlib.suppress(MeetingError):
             wire.say({"doctor": HELLO})
             guest = wire.hear(ATTEMPT_SECONDS)
             refusal = self._refuse(guest)

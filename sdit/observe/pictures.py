@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids, and what routing maps are drawn from."""
+"""Sample grids of a run, as PNG."""
 
 from __future__ import annotations
 

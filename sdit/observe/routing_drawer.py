@@ -39,12 +39,14 @@ def read_snapshots(files: list[Path], tell: Callable[[str], None]) -> list[Snaps
 
 
 def draw_all(folder: Path) -> None:
-    """Draw until nothing is left to draw."""
+    """Draw until nothing is left to draw, or the process that asked for it is gone."""
     from sdit.observe.routing_pictures import ANIMATION_FRAMES, draw_map, draw_training, evenly
 
-    spoilt: set[Path] = set()
+    parent, spoilt = os.getppid(), set[Path]()
     while waiting := [path for path in undrawn(folder) if path not in spoilt]:
         for path in waiting:
+            if os.getppid() != parent:
+                return
             snapshots = read_snapshots([path], lambda text: print(text, file=sys.stderr))
             if not snapshots:
                 spoilt.add(path)

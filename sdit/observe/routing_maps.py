@@ -36,12 +36,15 @@ class RoutingMaps(Observer):
         self._dropped: np.ndarray | None = None
         self._drawer: subprocess.Popen[str] | None = None
         self._warned = False
+        self._total_images = self._images_left = 0
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        self._total_images, self._images_left = total_images, total_images - clock.images_seen
         self._folder.mkdir(parents=True, exist_ok=True)
         self._draw()
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        self._images_left = self._total_images - clock.images_seen
         if self._model.experts.capacity_factor is not None and "dropped_by_block" in metrics:
             self._dropped = np.asarray(metrics["dropped_by_block"], dtype=np.float32)
 
@@ -54,11 +57,12 @@ class RoutingMaps(Observer):
         self._draw()
 
     def close(self) -> None:
-        deadline = time.monotonic() + self._finish_seconds
-        for _ in range(2):  # a drawer that was about to end may have missed the last snapshot
-            self._await(deadline)
-            self._draw()
+        """Wait for the last pictures, but only of a run that is done: one that stops or fails must leave at once."""
+        deadline = time.monotonic() + (self._finish_seconds if self._images_left <= 0 else 0.0)
         self._await(deadline)
+        if time.monotonic() < deadline:  # a drawer that was about to end may have missed the last snapshot
+            self._draw()
+            self._await(deadline)
 
     def _draw(self) -> None:
         """Start a drawer if there is something to draw and none is at it."""
@@ -85,7 +89,7 @@ class RoutingMaps(Observer):
         except subprocess.TimeoutExpired:
             self._drawer.kill()
             self._drawer.wait()
-            _log.warning("%s: not all maps were drawn in time; they will be when the run goes on", self._folder)
+            _log.info("%s: maps that are not drawn yet will be when the run goes on", self._folder)
             self._drawer = None
             return
         self._bury()

@@ -110,7 +110,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
             axes.text(expert, block, f"{load:.2f}", ha="center", va="center", color=colour)
     ratio = float((loads.max(1) / loads.mean(1)).max())
     axes.set(
-        title=f"Load of the experts (mean {loads.mean():.2f}, fullest {ratio:.2f} x the mean of its block)",
+        title=f"Load of the experts: fullest {ratio:.2f} x its block's mean",
         xlabel="expert", ylabel="block",
     )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -118,7 +118,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         shown = range(0, len(loads), -(-len(loads) // MAX_BLOCK_TICKS))
-        axes.set_yticks(list(shown), [f"{block}: {dropped[block]:.4g}" for block in shown])
+        axes.set_yticks(list(shown), [f"{block}: {dropped[block]:.3g}" for block in shown])
         axes.set(ylabel="block: samples dropped per step")
     _colour_bar(axes, image, "share of the tasks that use the expert")
 

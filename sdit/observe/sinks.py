@@ -18,6 +18,7 @@ from sdit.observe.rank_log import redact
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
+FINISH_SECONDS = 20.0  # that W&B may take to send the rest: a run that was asked to stop has to leave
 MAX_SERIES = 256  # of one key: beyond, nobody finds the curve
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,9 @@ class WeightsAndBiases(Observer):
         self._run = wandb.init(
             project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir), mode=mode,
             config=_redacted(self._config.model_dump(mode="json")),
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True, silent=True),
+            settings=wandb.Settings(
+                console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
+            ),
         )  # fmt: skip
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:

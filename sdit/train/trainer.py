@@ -18,6 +18,7 @@ from sdit.diffusion import Objective
 from sdit.errors import DataError, ExitCode
 from sdit.parallel.comm import Comm
 from sdit.parallel.engine import Engine
+from sdit.plan.flops import flops_per_image
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.topology import BatchPlan
 from sdit.train.batch import draw_batch
@@ -57,6 +58,7 @@ class Trainer:
             lambda text: self._event("checkpoint_failed", text),
         )  # fmt: skip
         self.saver.saved_at = state.clock.images_seen
+        self.flops = flops_per_image(config.model)
         self.rollbacks = len(state.clock.left_out)
 
     def run(self) -> ExitCode:
@@ -211,6 +213,10 @@ class Trainer:
         record: dict[str, Any] = {"step": clock.steps, "images_seen": clock.images_seen, **metrics}
         record["images_per_second"] = self.batch.global_batch / seconds
         record["step_seconds"] = seconds
+        peak = self.config.observe.peak_teraflops
+        if peak is not None:
+            flops = self.flops.train * self.batch.global_batch
+            record["model_flops_utilization"] = flops / (seconds * self.comm.world * peak * 1e12)
         record |= self.times.take() | {"memory_bytes": memory_bytes(self.comm.device)}
         if logged:
             record |= self.routes.report() | rank_report(self.comm.gather(self.work.take()))

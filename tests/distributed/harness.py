@@ -63,7 +63,11 @@ def run_ranks(
     results = []
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            try:
+                output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output = f"{process.communicate()[0]}\n(ended after {timeout_seconds} s)"
             results.append(subprocess.CompletedProcess(command, process.returncode, output))
     finally:
         for process in processes:

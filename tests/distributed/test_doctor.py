@@ -19,7 +19,7 @@ from tests.distributed.harness import ROOT, rank_environments
 
 DOCTOR = str(ROOT / "launcher" / "doctor.py")
 DEADLINE_SECONDS = 150
-MISSING_SECONDS = "25"  # the doctor's patience where it must run out; imports on a loaded machine take seconds
+MISSING_SECONDS = "12"  # the doctor's patience where it must run out; the ranks that are there need a second or two
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def lines_with(text: str, *words: str) -> list[str]:
     return [line for line in text.splitlines() if all(word in line for word in words)]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Path) -> None:
     found = examine(world, "--json", "--run-dir", str(tmp_path / "run"))
     assert [outcome.code for outcome in found.values()] == [0] * world, found
@@ -134,6 +134,7 @@ def test_full_disk_and_skewed_clock_are_both_told(tmp_path: Path) -> None:
     assert lines_with(found[0].out, "FAIL", "clocks") and lines_with(found[0].out, "ok", "all-reduce")
 
 
+@pytest.mark.slow
 def test_clock_fault_needs_permission(tmp_path: Path) -> None:
     found = examine(2, "--run-dir", str(tmp_path), SDIT_FAULT_CLOCK="1:-7.5")
     assert {outcome.code for outcome in found.values()} == {0}, found
@@ -158,6 +159,7 @@ def test_full_file_system_is_named(small_disk: Path) -> None:
     assert lines_with(found[0].err, str(small_disk), "cannot be written: No space left on device", "--run-dir")
 
 
+@pytest.mark.slow
 def test_ranks_of_different_launches_are_told_apart() -> None:
     environments = rank_environments(2)
     command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]

@@ -10,9 +10,10 @@ from sdit.observe.report.html import Html, escape, join, shape, svg, tag
 from sdit.observe.report.numbers import log_ticks, short, smooth, thin, ticks
 
 WIDTH, HEIGHT = 420.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 12.0, 12.0, 42.0
+LEFT, RIGHT, TOP, BOTTOM = 66.0, 12.0, 12.0, 44.0
 PLAIN_POINTS = 40  # curves of more points are noisy: they get a smooth line on top of a faint one
-SMOOTH_SHARE = 1 / 30
+IMAGES = "images seen"
+SMOOTH_SHARE = 1 / 60
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Axes:
 
 
 def line_chart(
-    series: Sequence[Series], y_label: str, x_label: str = "images seen", log_y: bool = False, from_zero: bool = False,
+    series: Sequence[Series], y_label: str, x_label: str = IMAGES, log_y: bool = False, from_zero: bool = False,
     marks: Sequence[Mark] = (), top: float | None = None,
 ) -> Html:  # fmt: skip
     """Curves over one another with a legend; a line of words if there is nothing to draw."""
@@ -89,8 +90,9 @@ def line_chart(
     if not shown:
         return tag("p", "no values", class_="empty")
     xs = [x for one in shown for x in one.xs]
-    axes = Axes((min(xs), max(xs)), _range(shown, log_y, from_zero, top), log_y)
-    lines = [_mark(axes, mark) for mark in marks if min(xs) <= mark.x <= max(xs)]
+    first = 0.0 if x_label == IMAGES else min(xs)
+    axes = Axes((first, max(xs)), _range(shown, log_y, from_zero, top), log_y)
+    lines = [_mark(axes, mark) for mark in marks if first <= mark.x <= max(xs)]
     lines += [_line(axes, one) for one in shown]
     label = f"{y_label} over {x_label}: {', '.join(one.label for one in shown)}"
     drawing = svg(WIDTH, HEIGHT, axes.draw(x_label, y_label), *lines, label=label)

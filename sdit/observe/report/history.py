@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from sdit.observe.report.html import Html, card, escape, grid, join, section, table, tag
 from sdit.observe.report.images import file_uri
-from sdit.observe.report.numbers import curve, is_number, seconds, short, size
+from sdit.observe.report.numbers import curve, is_number, rough, seconds, short, size
 from sdit.observe.report.record import RunRecord
 from sdit.observe.report.shared import colour_of, run_tag
 from sdit.observe.report.speed import speed_of, time_parts
@@ -45,14 +45,14 @@ def _tiles(run: RunRecord) -> list[Html]:
     images, total = run.last.get("images_seen"), run.total_images
     tiles = [
         _tile("images seen", short(images) if is_number(images) else "—", f"of {short(total)}" if total else ""),  # type: ignore[arg-type]
-        _tile("training loss", _recent(run, "loss"), "mean of the last tenth"),
+        _tile("training loss", _recent(run, "loss"), "last tenth of the run"),
     ]
     _, held_out = curve(run.metrics, "validation_loss")
     if held_out:
         tiles.append(_tile("held-out loss", short(held_out[-1]), f"best {short(min(held_out))}"))
     spent = sum(amount for _, amount, _ in time_parts(run))
-    tiles.append(_tile("images per second", speed_of(run), "mean of the second half"))
-    tiles.append(_tile("time in the loop", seconds(spent) if spent else "—", "rank 0"))
+    tiles.append(_tile("images per second", speed_of(run), "second half of the run"))
+    tiles.append(_tile("time in the loop", rough(spent) if spent else "—", "rank 0"))
     kept = [checkpoint for checkpoint in run.checkpoints if checkpoint.bytes is not None]
     tiles.append(
         _tile("checkpoints", str(len(run.checkpoints)), f"{len(kept)} kept, {size(sum(c.bytes or 0 for c in kept))}")

@@ -44,6 +44,14 @@ def seconds(value: float) -> str:
     return f"{int(value) // 3600} h {int(value) % 3600 // 60:02} min"
 
 
+def rough(value: float) -> str:
+    """Seconds in one unit: `47.1 s`, `4.8 min`, `2.1 h`."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if value >= 1.5 * unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g} s"
+
+
 def curve(records: Iterable[Mapping[str, Any]], key: str, part: int | None = None) -> tuple[list[float], list[float]]:
     """Images seen and the finite values of a key (or of one `part` of its list), in order."""
     xs, ys = [], []

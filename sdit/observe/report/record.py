@@ -34,7 +34,7 @@ class Checkpoint:
     written: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class RunRecord:
     """Everything the report says of a run. Values are as the files have them: anything may be missing or of a wrong type."""
 
@@ -96,7 +96,10 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     if not any((folder / file).exists() for file in FILES):
         raise ConfigError(f"{folder}: holds none of {', '.join(FILES)}; legal: the folder of a run")
     run = RunRecord(folder, name)
-    run.config = _flat(_try(run, "config.yaml", read_yaml) or {})
+    values = _try(run, "config.yaml", read_yaml)
+    if values == {}:
+        run.missing.append("config.yaml: empty")
+    run.config = _flat(values or {})
     run.environment = _try(run, "environment.json", _json) or {}
     run.deepspeed = _try(run, "deepspeed.json", _json) or {}
     run.metrics = [record for record in _records(run, "metrics.jsonl") if is_number(record.get("images_seen"))]

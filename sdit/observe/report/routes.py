@@ -11,7 +11,7 @@ from sdit.observe.report.html import Html, card, join, section, tag
 from sdit.observe.report.images import file_uri, heat_uri, picture_uri
 from sdit.observe.report.numbers import curve, short, ticks
 from sdit.observe.report.record import RunRecord
-from sdit.observe.report.shared import colour_of, rows, side_by_side, together
+from sdit.observe.report.shared import colour_of, rows, side_by_side
 from sdit.observe.routing import Snapshot, path_overlap, task_affinity
 from sdit.observe.routing_pictures import MAX_BLOCK_TICKS, evenly
 
@@ -28,41 +28,48 @@ PATHS = {
     "path and prior": (47, 102, 144),
 }
 PATH_LEGEND = [("prior only", "p1"), ("path only", "p2"), ("path and prior", "p3")]
+CURVES = (
+    ("expert_load_max_over_mean", "Fullest expert", "load / mean of its block"),
+    ("rank_work_max_over_mean", "Fullest rank", "work / mean of the ranks"),
+    ("dropped_fraction", "Dropped by full experts", "share of the expert uses"),
+)
 UNITS = "experts, in the order of the blocks"
 
 
 def routes_section(runs: Sequence[RunRecord]) -> Html:
     """Everything about gates; empty for models without them."""
-    curves = []
-    for key, title, label in (
-        ("expert_load_max_over_mean", "Fullest expert", "load / mean of its block"),
-        ("rank_work_max_over_mean", "Fullest rank", "work / mean of the ranks"),
-        ("dropped_fraction", "Dropped by full experts", "share of the expert uses"),
-    ):
-        if any(any(curve(run.metrics, key)[1]) for run in runs):
-            chart = together(runs, key, label, from_zero=True)
-            if chart is not None and any(len(set(curve(run.metrics, key)[1])) > 1 for run in runs):
-                curves.append(card(title, chart))
+    gated = [run for run in runs if run.routing or any(_is_table(record.get("expert_load")) for record in run.metrics)]
+    if not gated:
+        return Html("")
+    curves = [card(title, chart) for key, title, label in CURVES if (chart := _over_training(runs, gated, key, label))]
     agreement = _agreement(runs)
     if agreement is not None:
         curves.append(card("Agreement with the diffusion prior", agreement))
     groups = [
-        curves,
-        side_by_side(runs, "Load of the experts over training", _loads),
-        side_by_side(runs, "Dropped by block", _dropped),
-        side_by_side(runs, "Task-expert affinity, now", _affinity),
-        side_by_side(runs, "Paths and the prior, now", _paths),
-        side_by_side(runs, "Task-task affinity, now", lambda run: _pairs(run, affinity=True)),
-        side_by_side(runs, "Overlap of paths, now", lambda run: _pairs(run, affinity=False)),
+        side_by_side(runs, title, draw, among=gated)
+        for title, draw in (
+            ("Load of the experts over training", _loads),
+            ("Dropped by block", _dropped),
+            ("Task-expert affinity, now", _affinity),
+            ("Paths and the prior, now", _paths),
+            ("Task-task affinity, now", lambda run: _pairs(run, affinity=True)),
+            ("Overlap of paths, now", lambda run: _pairs(run, affinity=False)),
+        )
     ]
-    moving = side_by_side(runs, "How the routes moved", _frames, note=FRAME_NOTE)
-    if not any(
-        any(isinstance(record.get("expert_load"), list) for record in run.metrics) or run.routing for run in runs
-    ):
-        return Html("")
-    return section(
-        "experts", "Experts and routes", *rows(runs, *groups), *(tag("div", one, class_="grid wide") for one in moving)
-    )
+    moving = side_by_side(runs, "How the routes moved", _frames, FRAME_NOTE, gated)
+    frames = [tag("div", one, class_="grid wide") for one in moving]
+    return section("experts", "Experts and routes", *rows(gated, curves, *groups), *frames)
+
+
+def _over_training(runs: Sequence[RunRecord], gated: Sequence[RunRecord], key: str, label: str) -> Html | None:
+    """Curves of the runs with gates, if any of them moves."""
+    series = [
+        Series(run.name, *curve(run.metrics, key), colour_of(number), plain=True)
+        for number, run in enumerate(runs)
+        if run in gated
+    ]
+    moves = any(len(set(one.ys)) > 1 for one in series)
+    return line_chart(series, label, from_zero=True) if moves else None
 
 
 FRAME_NOTE = (
@@ -111,7 +118,7 @@ def _dropped(run: RunRecord) -> Html | None:
     depth = len(records[-1]["dropped_by_block"])
     blocks = evenly(range(depth), 8)
     series = [
-        Series(f"block {block}", *curve(records, "dropped_by_block", block), f"c{number}")
+        Series(f"block {block}", *curve(records, "dropped_by_block", block), f"c{number}", plain=True)
         for number, block in enumerate(blocks)
     ]
     return line_chart(series, "samples per step", from_zero=True)

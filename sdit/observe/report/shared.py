@@ -24,15 +24,18 @@ def run_tag(runs: Sequence[RunRecord], number: int) -> Html | None:
 
 
 def side_by_side(
-    runs: Sequence[RunRecord], title: str, draw: Callable[[RunRecord], Html | None], note: str = "", big: bool = False
-) -> list[Html]:
-    """One card per run that has something to show."""
-    cards = [
-        card(title, body, note=note, run=run_tag(runs, number))
-        for number, run in enumerate(runs)
-        if (body := draw(run)) is not None
+    runs: Sequence[RunRecord], title: str, draw: Callable[[RunRecord], Html | None], note: str = "",
+    among: Sequence[RunRecord] | None = None,
+) -> list[Html]:  # fmt: skip
+    """One card per run (of those `among` them), so that columns stay whole; none where no run has something to show."""
+    bodies = {number: draw(run) for number, run in enumerate(runs) if among is None or run in among}
+    if all(body is None for body in bodies.values()):
+        return []
+    nothing = tag("p", "not in this run", class_="empty")
+    return [
+        card(title, nothing if body is None else body, note="" if body is None else note, run=run_tag(runs, number))
+        for number, body in bodies.items()
     ]
-    return cards
 
 
 def rows(runs: Sequence[RunRecord], *groups: list[Html]) -> list[Html]:
@@ -44,19 +47,15 @@ def rows(runs: Sequence[RunRecord], *groups: list[Html]) -> list[Html]:
 
 
 def together(
-    runs: Sequence[RunRecord],
-    key: str,
-    y_label: str,
-    log_y: bool = False,
-    from_zero: bool = False,
-    marked: bool = False,
+    runs: Sequence[RunRecord], key: str, y_label: str, log_y: bool = False, from_zero: bool = False, plain: bool = False
 ) -> Html | None:
-    """One curve per run of a key of metrics.jsonl; None if no run has it."""
-    series = [Series(run.name, *curve(run.metrics, key), colour_of(number)) for number, run in enumerate(runs)]
+    """One curve per run of a key of metrics.jsonl, `plain` ones as they are; None if no run has it."""
+    series = [
+        Series(run.name, *curve(run.metrics, key), colour_of(number), plain=plain) for number, run in enumerate(runs)
+    ]
     if not any(len(one.xs) for one in series):
         return None
-    marks = moments(runs[0]) if marked and len(runs) == 1 else []
-    return line_chart(series, y_label, log_y=log_y, from_zero=from_zero, marks=marks)
+    return line_chart(series, y_label, log_y=log_y, from_zero=from_zero)
 
 
 def moments(run: RunRecord) -> list[Mark]:

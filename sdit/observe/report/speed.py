@@ -22,7 +22,7 @@ def speed_section(runs: Sequence[RunRecord]) -> Html:
         ("grad_norm", "Gradient norm", "global gradient norm", True),
         ("model_flops_utilization", "Model FLOP/s utilization", "share of the peak", True),
     ):
-        chart = together(runs, key, label, from_zero=from_zero)
+        chart = together(runs, key, label, from_zero=from_zero, plain=key == "learning_rate")
         if chart is not None:
             curves.append(card(title, chart))
     split = side_by_side(runs, "Where the time went", _split)

@@ -30,9 +30,10 @@ justify-content:space-between}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,350px),1fr));margin-bottom:16px}
 .wide{grid-template-columns:minmax(0,1fr)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;min-width:0}
-.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));margin:0 0 14px}
+.scroll+h3{margin-top:22px}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(142px,1fr));margin:0 0 14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px;min-width:0}
-.tile b{display:block;font-size:22px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.tile b{display:block;font-size:21px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .tile span{color:var(--soft);font-size:13px}
 .tile small{display:block;color:var(--soft);font-size:12.5px}
 .run-name{display:flex;gap:8px;align-items:center;font-size:15.5px;font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
@@ -44,7 +45,7 @@ justify-content:space-between}
 margin:0 0 14px;overflow-wrap:anywhere}
 .note,.empty{color:var(--soft);font-size:13px;margin:8px 0 0}
 svg{display:block;width:100%;max-width:640px;height:auto;margin:0 auto}
-svg text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
+svg text{font-size:13px;fill:var(--soft);font-variant-numeric:tabular-nums}
 svg .label{fill:var(--text)}
 .grid-line{stroke:var(--grid)}.axis{stroke:var(--soft);stroke-opacity:.6}.frame{fill:none;stroke:var(--line)}
 .curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.faint{stroke-width:1;stroke-opacity:.28}
@@ -70,8 +71,8 @@ color:var(--soft)}
 .keys td:nth-child(n+2){font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;font-size:12.5px}
 .set{color:var(--accent);font-weight:600}.same{color:var(--soft)}
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent);font-size:13.5px}
-.frames{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(46%,150px),1fr))}
-.frames.big{grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
+.frames{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(46%,165px),1fr))}
+.frames.big{grid-template-columns:repeat(auto-fill,minmax(min(46%,165px),1fr))}
 figure{margin:0;min-width:0}
 figure img{display:block;width:100%;border-radius:6px;border:1px solid var(--line)}
 figure img.map{aspect-ratio:1;image-rendering:pixelated}
@@ -83,9 +84,9 @@ figcaption{color:var(--soft);font-size:12.5px;margin-top:4px}
 .group div{display:flex;flex-wrap:wrap;gap:6px;margin-top:4px}
 .group b{background:var(--chip);border-radius:7px;padding:4px 10px;font-size:13px;font-weight:600}
 footer{color:var(--soft);font-size:13px;margin:40px auto 30px;max-width:1240px;padding:0 24px}
-@media (max-width:640px){main,header>div,footer{padding:0 14px}.card{padding:13px 13px}svg text{font-size:13.5px}
-h1{font-size:22px}section{margin:26px 0}.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}.tile b{font-size:19px}.grid{gap:12px}
-th,td{padding-right:10px}}
-@media (min-width:900px){.two svg text{font-size:9.6px}.two svg{max-width:none}}
+@media (max-width:640px){main,header>div,footer{padding:0 14px}.card{padding:13px 13px}svg text{font-size:14px}
+h1{font-size:22px}section{margin:26px 0}.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
+.tile b{font-size:19px}.grid{gap:12px}th,td{padding-right:10px}}
+@media (min-width:900px){.two{grid-template-columns:repeat(2,minmax(0,1fr))}.two svg text{font-size:10px}.two svg{max-width:none}}
 @media print{body{background:#fff}.card,.tile{break-inside:avoid}nav{display:none}}
 """

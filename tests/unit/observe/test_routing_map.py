@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdit.config import ModelConfig
+from launcher.routing import expected_drops
+from sdit.config import Config, ModelConfig
 from sdit.model import Assignment, build_model, solve_assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import (
@@ -156,6 +157,7 @@ def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: 
     maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=120)
     maps.on_start(Clock(), 256, "fresh")
     for clock in (Clock(128, 1), Clock(256, 2)):
+        maps.on_step(clock, {}, True)
         maps.on_routing(clock, probs, list(range(DEPTH * EXPERTS)))
         assert (tmp_path / "routing" / f"images-{clock.images_seen:012d}.npz").exists()
     maps.close()
@@ -164,12 +166,22 @@ def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: 
     assert names == pictures | {"training.png", "training.gif"}
 
 
-def test_a_run_that_ends_does_not_wait_for_the_drawer_for_ever(
-    tmp_path: Path, probs: np.ndarray, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("images_seen", "finish_seconds"), [(128, 3600), (256, 0)])
+def test_a_run_that_stops_or_has_waited_long_enough_leaves_the_drawing_for_later(
+    tmp_path: Path, probs: np.ndarray, images_seen: int, finish_seconds: float
 ) -> None:
-    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=0)
+    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds)
     maps.on_start(Clock(), 256, "fresh")
-    maps.on_routing(Clock(128, 1), probs, None)
+    maps.on_step(Clock(images_seen, 1), {}, True)
+    maps.on_routing(Clock(images_seen, 1), probs, None)
     maps.close()
-    assert "when the run goes on" in caplog.text
     assert len(undrawn(tmp_path / "routing")) == 1
+
+
+@pytest.mark.parametrize(("factor", "dropped"), [(None, None), (1.0, 16.0), (2.0, 0.0)])
+def test_drops_on_demand_follow_from_capacity_and_routes(factor: float | None, dropped: float | None) -> None:
+    experts = {"count": EXPERTS, "top_k": TOP_K, "capacity_factor": factor}
+    config = Config.model_validate({"model": CONFIG | {"experts": experts}, "train": {"steps": 1, "global_batch": 16}})
+    gates = np.tile(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32), (DEPTH, TASKS, 1))  # all tasks want the same two
+    found = expected_drops(config, gates)
+    assert (None if found is None else found.tolist()) == (None if dropped is None else [dropped] * DEPTH)

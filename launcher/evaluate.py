@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Score a trained run's images, or images in a file, against a data set: FID, KID, Inception score, precision, recall.
+
+  evaluate.py --checkpoint runs/fashion --images 10000 --reference data/fashion-mnist --out fashion.json
+  evaluate.py --samples samples.npz --reference data/fashion-mnist --out fashion.json
+  evaluate.py --samples samples.npz --reference reference.npz --features inception-2015-12-05.pt --out scores.json
+  evaluate.py --reference data/fashion-mnist --save-reference fashion.npz
+  deepspeed launcher/evaluate.py --checkpoint runs/in256 --images 50000 --vae VAE --reference reference.npz ...
+
+Image i is a function of the weights, its label, --seed and i: the same on any number of ranks. The same command again goes
+on where it was killed, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launcher.command import Parser, exit_status, progress_bar
+from launcher.sample import chosen_settings
+from sdit.errors import ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from sdit.evaluate.drawing import Blocks
+    from sdit.evaluate.features import FeatureNetwork
+    from sdit.evaluate.images import ImageSet, LabelledImages
+    from sdit.evaluate.reference import Reference, ReferenceSource
+    from sdit.supervise.ranks import RankInfo
+
+TRAINED = "trained"
+SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
+
+EPILOG = """\
+references: a folder of prepared images, `digits`, an npz of images (arr_0, (N, H, W, C) uint8), or an npz of statistics
+  (mu, sigma), as --save-reference writes it or ADM and pytorch-fid publish it; without single features or images in it
+  there is no KID, precision or recall
+features:
+  trained       a small classifier trained on --train-on, seeded, minutes once, then cached; for small images. Its scores
+                can be compared with one another, not with published ones
+  FILE.pt       the TorchScript inception-2015-12-05.pt, for scores as published; a local file, nothing is fetched
+labels: image i bears label i modulo the classes.
+--out gets a JSON of the scores and of all that they depend on. Drawn images are kept in OUT.parts until it is written.
+Settings that are not given are those of the run's config. Exit status: 0 done, 64 wrong command line, 65 bad data,
+74 unreadable checkpoint or unwritable file, 75 stopped (repeat it), 78 impossible setting.
+"""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser("evaluate", __doc__, EPILOG)
+    source = parser.add_argument_group("which images").add_argument
+    source("--checkpoint", type=Path, metavar="RUN", help="draw from this run, checkpoint folder, or published file")
+    source("--samples", type=Path, metavar="NPZ", help="take the images of this file instead")
+    source("--images", type=_positive, metavar="N", help="images to draw")
+    source("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
+    source("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
+    source("--vae", type=Path, metavar="VAE", help="folder of the AutoencoderKL that decodes a run on latents")
+    source("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun for flow")
+    source("--steps", type=int, metavar="N", help="sampling steps")
+    source("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
+    source("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
+    source("--seed", type=int, metavar="N", help="seed of all noise")
+    against = parser.add_argument_group("against what").add_argument
+    against("--reference", required=True, metavar="SOURCE", help="folder, digits, or npz; see below")
+    against("--features", default=TRAINED, metavar="NET", help=f"{TRAINED} or a file; see below (default: {TRAINED})")
+    against("--train-on", metavar="SOURCE", help="labelled images for trained features (default: --reference)")
+    against("--feature-seed", type=int, default=0, metavar="N", help="seed of trained features (default: 0)")
+    against("--cache", type=Path, metavar="FOLDER", help="of trained features (default: ~/.cache/sdit/features)")
+    against("--metric-seed", type=int, default=0, metavar="N", help="seed of KID's subsets and of splits (default: 0)")
+    target = parser.add_argument_group("into what").add_argument
+    target("--out", type=Path, metavar="JSON", help="the result")
+    target("--npz", type=Path, metavar="NPZ", help="also keep the drawn images, with labels")
+    target("--save-reference", type=Path, metavar="NPZ", help="write the reference's statistics")
+    cost = parser.add_argument_group("at what cost").add_argument
+    cost("--batch", type=_positive, default=64, metavar="N", help="images per rank and model call (default: 64)")
+    cost("--block", type=_positive, default=1024, metavar="N", help="images a kill can lose (default: 1024)")
+    cost("--threads", type=_positive, metavar="N", help="CPU threads per rank (default: its share of the cores)")
+    cost("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+    options = parser.parse_args(arguments)
+    _check_words(parser, options)
+    return options
+
+
+def _check_words(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse combinations that make no sense, before torch is imported."""
+    if options.checkpoint and options.samples:
+        parser.error("--checkpoint and --samples are both given; give one")
+    if (options.checkpoint is not None) != (options.images is not None):
+        parser.error("--checkpoint and --images N go together")
+    scored = options.checkpoint or options.samples
+    if bool(scored) != bool(options.out):
+        parser.error("--out JSON goes with --checkpoint or --samples")
+    if not scored and not options.save_reference:
+        parser.error("nothing to do; give --checkpoint, --samples or --save-reference")
+    if options.npz and not options.checkpoint:
+        parser.error("--npz goes with --checkpoint")
+    for name, suffix in (("out", ".json"), ("npz", ".npz"), ("save_reference", ".npz")):
+        path = getattr(options, name)
+        if path is not None and path.suffix != suffix:
+            parser.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return exit_status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    from sdit.evaluate.images import NpzImages
+    from sdit.evaluate.reference import ReferenceSource
+    from sdit.parallel.comm import find_rank, set_threads
+
+    info = find_rank(os.environ)
+    set_threads(info, options.threads)
+    source = ReferenceSource(options.reference)
+    training = training_images(options)
+    for path in (options.out, options.npz, options.save_reference):
+        if path is not None:  # before hours of sampling, not after
+            path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = draw(options, info, source) if options.checkpoint else None
+    if info.rank != 0:
+        return ExitCode.DONE
+    samples = blocks or (NpzImages(options.samples) if options.samples else None)
+    if samples is not None:
+        check_shape(source, samples)
+    network = feature_network(options, training)
+    reference = load_reference(source, network, options.save_reference)
+    if samples is not None:
+        drawn = blocks.facts if blocks is not None else {"file": samples.name}
+        write_result(options, samples, reference, network, drawn)
+    if blocks is not None:
+        if options.npz:
+            blocks.write_npz(options.npz)
+            print(options.npz)
+        blocks.remove()
+    return ExitCode.DONE
+
+
+def training_images(options: argparse.Namespace) -> LabelledImages | None:
+    """What trained features are learnt from; None for features from a file. Raises: ConfigError, DataError."""
+    if options.features != TRAINED:
+        if not Path(options.features).is_file():
+            legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
+            raise ConfigError(f"--features: {options.features}: no such file; {legal}")
+        return None
+    from sdit.evaluate.classifier import check_learnable
+    from sdit.evaluate.images import LabelledImages, open_images
+
+    source = options.train_on or options.reference
+    images = None if source.endswith(".npz") else open_images(source)
+    if not isinstance(images, LabelledImages):
+        key = "--train-on" if options.train_on else "--train-on is not set, and --reference"
+        raise ConfigError(f"{key}: {source} holds no labels; legal: digits, or a folder of prepared images")
+    check_learnable(images.shape, images.classes)
+    return images
+
+
+def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -> Blocks:
+    """Draw the images that are missing, on all ranks, which need one another no more afterwards."""
+    import torch
+
+    from sdit.evaluate.decode import LatentDecoder
+    from sdit.evaluate.drawing import Blocks, Drawing
+    from sdit.parallel.comm import Comm
+    from sdit.train.checkpoint.load import load_trained
+
+    with ExitStack() as stack:
+        comm = stack.enter_context(Comm(info)) if info.world > 1 else None
+        device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        trained = load_trained(options.checkpoint, options.weights, options.config, device)
+        config, decoder = trained.config, None
+        if options.vae is not None:
+            decoder = LatentDecoder(options.vae, config.model.channels, config.data.latent_scale, device)
+        drawing = Drawing(trained, options.weights, chosen_settings(config, options), options.images, decoder)
+        blocks = Blocks(options.out.with_suffix(".parts"), drawing, options.block)
+        check_shape(source, blocks)
+        show = stack.enter_context(progress_bar("img", "draw")) if info.rank == 0 else None
+        blocks.draw(comm, options.batch, show)
+    return blocks
+
+
+def check_shape(source: ReferenceSource, images: ImageSet) -> None:
+    """ConfigError if the reference is known to hold images of another size or other channels."""
+    if source.shape not in (None, images.shape):
+        raise ConfigError(f"--reference: {source.name} holds images {source.shape}, those to score have {images.shape}")
+
+
+def feature_network(options: argparse.Namespace, training: LabelledImages | None) -> FeatureNetwork:
+    """The network that the user chose. Raises: ConfigError, DataError."""
+    if training is None:
+        import torch
+
+        from sdit.evaluate.inception import InceptionFeatures
+
+        return InceptionFeatures(Path(options.features), "cuda" if torch.cuda.is_available() else "cpu")
+    from sdit.evaluate.classifier import trained_features
+
+    pixels, labels = training.arrays()
+    with progress_bar("step", "train features") as show:
+        return trained_features(pixels, labels, training.classes, options.feature_seed, options.cache, show)
+
+
+def load_reference(source: ReferenceSource, network: FeatureNetwork, save: Path | None) -> Reference:
+    """The reference in the network's features, and into the file `save`."""
+    from sdit.evaluate.reference import save_reference
+
+    total = source.images.count if source.images is not None else 0
+    with progress_bar("img", "reference") as show:
+        reference = source.load(network, lambda done: show(done, total))
+    if save is not None:
+        save_reference(save, reference)
+        print(save)
+    return reference
+
+
+def write_result(
+    options: argparse.Namespace, samples: ImageSet, reference: Reference, network: FeatureNetwork,
+    drawn: dict[str, Any],
+) -> None:  # fmt: skip
+    """Score the samples and write the JSON."""
+    from sdit.data.durable import replacing
+    from sdit.evaluate.score import score_statistics, software
+    from sdit.evaluate.statistics import statistics_of
+
+    with progress_bar("img", "features") as show:
+        statistics = statistics_of(samples.batches(), network, lambda done: show(done, samples.count))
+    scores = score_statistics(statistics, reference, options.metric_seed)
+    result = {**scores, "features": network.facts, "drawn": drawn, "software": software()}
+    with replacing(options.out) as file:
+        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    print("  ".join(f"{name} {scores[name]:.6g}" for name in SHOWN if scores[name] is not None))
+    print(options.out)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

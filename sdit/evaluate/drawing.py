@@ -1,0 +1,175 @@
+"""Thousands of images from a trained model, block by block, so that an evaluation that was killed goes on.
+
+n images, H x W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdit.config import SampleConfig
+from sdit.data.durable import replacing
+from sdit.errors import ConfigError, DataError
+from sdit.evaluate.decode import LatentDecoder
+from sdit.evaluate.generate import Progress, generate
+from sdit.evaluate.images import ROUNDING, NpzImages, Shape, to_pixels, write_npz
+from sdit.parallel.comm import Comm
+from sdit.train.checkpoint.files import MANIFEST
+from sdit.train.checkpoint.load import Trained
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """`count` images of a trained model: label i modulo the classes, noise keyed by (settings.seed, i)."""
+
+    trained: Trained
+    weights: str
+    settings: SampleConfig
+    count: int
+    decoder: LatentDecoder | None
+
+    def __post_init__(self) -> None:
+        channels = self.trained.config.model.channels
+        if self.decoder is None and channels not in (1, 3):
+            raise ConfigError(f"--vae: is not set, and {channels} channels are latents, not pixels; legal: a folder")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return np.arange(self.count, dtype=np.int64) % max(1, self.trained.config.model.classes)
+
+    @property
+    def shape(self) -> Shape:
+        """(H, W, C) of every image."""
+        model = self.trained.config.model
+        if self.decoder is None:
+            return (model.input_size, model.input_size, model.channels)
+        size = model.input_size * self.decoder.upsampling
+        return (size, size, self.decoder.picture_channels)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the images except how many there are, as JSON."""
+        config, chosen = self.trained.config, self.settings
+        return {
+            "checkpoint_sha256": checkpoint_digest(self.trained.origin),
+            "weights": self.weights,
+            "sampler": chosen.sampler,
+            "steps": chosen.steps,
+            "guidance": chosen.guidance,
+            "guided_channels": chosen.guided_channels,
+            "seed": chosen.seed,
+            "classes": config.model.classes,
+            "diffusion": config.diffusion.model_dump(mode="json"),
+            "vae_sha256": None if self.decoder is None else self.decoder.digest,
+            "latent_scale": None if self.decoder is None else config.data.latent_scale,
+            "rounding": ROUNDING,
+            "device": self.trained.model.pos_embed.device.type,
+        }
+
+
+def checkpoint_digest(path: Path) -> str:
+    """sha256 of a published file, or of a checkpoint's manifest, which holds the checksums of its files."""
+    digest = hashlib.sha256()
+    with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+class Blocks:
+    """The images of a drawing in files of `size` images in a folder named after all that decides them; an ImageSet."""
+
+    def __init__(self, folder: Path, drawing: Drawing, size: int) -> None:
+        self._drawing, self._size = drawing, size
+        self.name, self.count, self.shape = str(drawing.trained.origin), drawing.count, drawing.shape
+        key = json.dumps({**drawing.facts, "block": size}, sort_keys=True)
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._starts = range(0, drawing.count, size)
+
+    def draw(self, comm: Comm | None, batch: int, progress: Progress | None) -> None:
+        """Draw the blocks that are not there on all ranks; rank 0 writes them. `progress` counts images."""
+        is_first = comm is None or comm.is_first
+        missing = self._missing() if is_first else []
+        if comm is not None:
+            missing = comm.from_first(missing)
+        for start in missing:
+            labels = self._drawing.labels[start : start + self._size]
+            images = self._block(start, labels, comm, batch, progress if is_first else None)
+            if is_first:
+                with replacing(self._path(start)) as file:
+                    np.savez(file, arr_0=images)
+        if progress is not None:
+            progress(self._drawing.count, self._drawing.count)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """All images in order, (n, H, W, C) uint8."""
+        for start in self._starts:
+            yield from NpzImages(self._path(start)).batches()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was drawn, as JSON."""
+        trained = self._drawing.trained
+        origin = {"checkpoint": str(trained.origin), "images_seen": trained.clock.images_seen}
+        return origin | self._drawing.facts
+
+    def write_npz(self, path: Path) -> None:
+        """Write all images with their labels, as evaluation code for ImageNet reads them."""
+        write_npz(path, self.batches(), self.shape, self._drawing.labels)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for start in self._starts:
+            self._path(start).unlink()
+        for folder in (self.folder, self.folder.parent):
+            if not any(folder.iterdir()):  # another evaluation may keep its own there
+                folder.rmdir()
+
+    def _block(
+        self, start: int, labels: np.ndarray, comm: Comm | None, batch: int, progress: Progress | None
+    ) -> np.ndarray:
+        """Images (n, H, W, C) uint8 from the one at `start` on."""
+        drawing = self._drawing
+
+        def images_done(done: int, steps: int) -> None:
+            if progress is not None:
+                progress(start + len(labels) * done // steps, drawing.count)
+
+        chunks = generate(drawing.trained, drawing.settings, labels, comm, batch, images_done, start, drawing.decoder)
+        return np.concatenate([self._pixels(chunk) for chunk in chunks])
+
+    def _pixels(self, images: np.ndarray) -> np.ndarray:
+        if not np.isfinite(images).all():
+            raise DataError(f"{self._drawing.trained.origin}: draws pixels that are not finite; the run diverged")
+        return to_pixels(images)
+
+    def _missing(self) -> list[int]:
+        """Where the blocks begin that are not there, or not whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return [start for start in self._starts if not self._is_whole(start)]
+
+    def _is_whole(self, start: int) -> bool:
+        path = self._path(start)
+        if not path.exists():
+            return False
+        try:
+            images = NpzImages(path)
+            found = sum(len(batch) for batch in images.batches())  # reads all of it: the archive holds a checksum
+        except DataError as error:
+            _log.warning("drawn again: %s", error)
+            return False
+        return images.shape == self._drawing.shape and found == min(self._size, self._drawing.count - start)
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"images-{start:09d}.npz"

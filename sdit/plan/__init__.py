@@ -1,0 +1,1 @@
+"""What a run will need, before it starts: arithmetic on the config and on the model's shapes, held against measurements."""

@@ -1,0 +1,77 @@
+"""The one knob to turn when a run does not fit: each is tried by planning the run anew, the cheapest first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from sdit.config import Config
+from sdit.errors import ConfigError
+from sdit.plan.layout import Job
+from sdit.topology import divisors, legal_expert_sizes
+
+Peak = Callable[[Config, dict[str, Any]], int]  # of the run with another config or DeepSpeed JSON, in bytes
+
+
+class Knob(NamedTuple):
+    """A change (`text` says which and at what price), and the peak bytes of a rank after it."""
+
+    text: str
+    peak_bytes: int
+
+
+def find_knob(job: Job, deepspeed: dict[str, Any], peak: Peak, limit_bytes: float) -> tuple[Knob | None, bool]:
+    """The first knob that makes the run fit, and True; else the one that saves most, and False. None: there is none."""
+    best: Knob | None = None
+    for text, config, values in _knobs(job, deepspeed):
+        try:
+            knob = Knob(text, peak(config, values))
+        except ConfigError:
+            continue  # not legal together with the rest of the config
+        if knob.peak_bytes <= limit_bytes:
+            return knob, True
+        best = knob if best is None or knob.peak_bytes < best.peak_bytes else best
+    return best, False
+
+
+def _knobs(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config, dict[str, Any]]]:
+    config, parallel = job.config, job.config.parallel
+    for stage in range(job.stage + 1, 3):
+        text = f"--ds_config configs/deepspeed/zero{stage}.json (zero_optimization.stage {stage}): no slower in step"
+        yield text, config, _with_zero(deepspeed, stage=stage)
+    if job.bucket_numel > 1 << 26:
+        text = f"zero_optimization.reduce_bucket_size {1 << 26} in the DeepSpeed JSON: more, smaller reductions"
+        yield text, config, _with_zero(deepspeed, reduce_bucket_size=1 << 26)
+    for size in reversed(divisors(job.batch.micro_batch)[:-1]):
+        text = f"train.micro_batch={size}: the same numbers in more passes"
+        yield text, _with(config, "train", micro_batch=size), deepspeed
+    if parallel.activation_checkpointing == "none":
+        text = "parallel.activation_checkpointing=block: a third more arithmetic"
+        yield text, _with(config, "parallel", activation_checkpointing="block"), deepspeed
+    if config.model.variant == "switch":
+        for size in legal_expert_sizes(config.model.experts.count, job.world):
+            if size > job.expert_parallel:
+                where = "within a node" if job.per_node % size == 0 else "across nodes"
+                yield (
+                    f"parallel.expert={size}: more exchange, {where}",
+                    _with(config, "parallel", expert=size),
+                    deepspeed,
+                )
+    if config.train.precision == "fp32":
+        yield "train.precision=bf16: other rounding", _with(config, "train", precision="bf16"), deepspeed
+    if not job.offload:
+        text = "--ds_config configs/deepspeed/zero2_offload.json: the optimizer on the host's memory and cores"
+        yield text, config, _with_zero(deepspeed, stage=2, offload_optimizer={"device": "cpu", "pin_memory": False})
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    part = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: part})
+
+
+def _with_zero(deepspeed: dict[str, Any], **values: Any) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(deepspeed))
+    zero = changed.get("zero_optimization")
+    changed["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), **values}
+    return changed

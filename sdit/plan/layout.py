@@ -1,0 +1,125 @@
+"""How a run's parameters are cut over ranks: the groups that DeepSpeed flattens and partitions, from the meta-device model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sdit.config import Config
+from sdit.diffusion import build_objective
+from sdit.dsconfig import merge_deepspeed, zero_stage
+from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
+from sdit.model.moe.experts import Experts
+from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
+
+DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
+ALIGNMENT = 2  # DeepSpeed rounds a flattened group up to a multiple of this x the ranks that share it
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, `numels` in order, whose optimizer state `ranks` ranks share; `experts` tells the spread ones."""
+
+    numels: tuple[int, ...]
+    ranks: int
+    experts: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+    @property
+    def padded(self) -> int:
+        """Elements of the flattened group."""
+        step = ALIGNMENT * self.ranks
+        return -(-self.numel // step) * step
+
+    @property
+    def part(self) -> int:
+        """Elements of one rank's partition."""
+        return self.padded // self.ranks
+
+    def touched(self, place: int) -> int:
+        """Elements of all parameters that a partition has a piece of: their gradients are kept whole."""
+        low, high, start, total = place * self.part, (place + 1) * self.part, 0, 0
+        for numel in self.numels:
+            total += numel if start < high and start + numel > low else 0
+            start += numel
+        return total
+
+    def held(self, place: int) -> int:
+        """Elements of a partition that are not padding."""
+        return max(0, min(self.numel, (place + 1) * self.part) - place * self.part)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config on `world` ranks, `per_node` of them a node, under a ZeRO stage; all that the other modules count with."""
+
+    config: Config
+    world: int
+    per_node: int
+    stage: int
+    offload: bool
+    bucket_numel: int
+    bucket_count: int
+    batch: BatchPlan
+    expert_parallel: int
+    groups: tuple[Group, ...]
+    parameters: ParameterCount
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a compute weight."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def numel(self) -> int:
+        """Parameters that one rank computes with."""
+        return sum(group.numel for group in self.groups)
+
+
+def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int, per_node: int) -> Job:
+    """The job's layout.
+
+    Raises: ConfigError where the config cannot run on so many ranks, or the JSON disagrees with it.
+    """
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
+    merged = merge_deepspeed(config, batch, deepspeed, source)
+    zero = merged["zero_optimization"]
+    switch = config.model.variant == "switch"
+    expert_parallel = (
+        choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, per_node) if switch else 1
+    )
+    model = build_model(config.model, device="meta")
+    objective = build_objective(config.diffusion, config.model.timesteps)
+    learned = tuple(parameter.numel() for parameter in objective.parameters())
+    groups = [*_model_groups(model, world, expert_parallel), *([Group(learned, world, False)] if learned else [])]
+    return Job(
+        config=config,
+        world=world,
+        per_node=per_node,
+        stage=zero_stage(merged, source),
+        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        bucket_numel=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_NUMEL)),
+        bucket_count=2 if zero.get("overlap_comm", False) else 1,
+        batch=batch,
+        expert_parallel=expert_parallel,
+        groups=tuple(groups),
+        parameters=count_parameters(model),
+    )
+
+
+def _model_groups(model: DiffusionTransformer, world: int, expert_parallel: int) -> Iterator[Group]:
+    """The dense group and, if experts are spread, that of the local experts (shared by fewer ranks)."""
+    dense, local = [], []
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if expert_parallel > 1 and isinstance(owner, Experts):
+            local.append(parameter.numel() // expert_parallel)
+        else:
+            dense.append(parameter.numel())
+    yield Group(tuple(dense), world, False)
+    if local:
+        yield Group(tuple(local), world // expert_parallel, True)

@@ -1,0 +1,126 @@
+"""A plan as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sdit.plan.flops import flops_per_image
+from sdit.plan.layout import Job
+from sdit.plan.memory import DeviceKind, Memory, checkpoint_bytes
+from sdit.plan.traffic import Exchange, RouteKind, gradient_traffic_bytes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was found; `room_bytes` is what a rank may use (None: not asked), `advice` the knob if it does not fit."""
+
+    job: Job
+    memory: Memory
+    exchange: Exchange | None
+    routes: RouteKind
+    device: DeviceKind
+    room_bytes: float | None
+    fits: bool
+    advice: str
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Bytes throughout; `memory` is of one rank."""
+    job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
+    state = memory.state
+    return {
+        "ranks": job.world,
+        "expert_parallel": job.expert_parallel,
+        "zero_stage": job.stage,
+        "offload": job.offload,
+        "precision": job.config.train.precision,
+        "micro_batch": job.batch.micro_batch,
+        "accumulation": job.batch.accumulation,
+        "parameters": {"total": job.parameters.total, "active": job.parameters.active, "rank": job.numel},
+        "flops_per_image": {"forward": flops.forward, "train": flops.train},
+        "memory": {
+            "weights_bytes": state.weights,
+            "masters_bytes": state.masters,
+            "moments_bytes": state.moments,
+            "ema_bytes": state.ema,
+            "offloaded_bytes": state.offloaded,
+            "gradients_bytes": memory.gradients,
+            "bucket_bytes": memory.bucket,
+            "activations_bytes": memory.activations,
+            "working_bytes": memory.working,
+            "exchange_bytes": memory.exchange,
+            "phases_bytes": memory.phases,
+            "peak_bytes": memory.peak,
+            "peak_phase": memory.peak_phase,
+        },
+        "traffic_per_step": {
+            "routes": plan.routes,
+            "exchange_bytes": {} if plan.exchange is None else plan.exchange.step_bytes,
+            "gradients_bytes": gradient_traffic_bytes(job),
+        },
+        "checkpoint_bytes": checkpoint_bytes(job),
+        "checkpoints_kept_bytes": (job.config.checkpoint.keep_last + 1) * checkpoint_bytes(job),
+        "room_bytes": plan.room_bytes,
+        "fits": plan.fits,
+        "advice": plan.advice,
+    }
+
+
+def as_table(plan: Plan) -> str:
+    """One line a quantity, memory in GiB of one rank."""
+    job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
+    model, state = job.config.model, memory.state
+    lines = [
+        f"{model.variant} depth {model.depth} width {model.width}, {job.world} ranks, EP {job.expert_parallel}, ZeRO {job.stage}"
+        f"{' with offload' if job.offload else ''}, {job.config.train.precision}, micro-batch {job.batch.micro_batch} "
+        f"x {job.batch.accumulation}",
+        "",
+        _row("parameters, all", f"{job.parameters.total / 1e6:,.1f} M"),
+        _row("parameters, active", f"{job.parameters.active / 1e6:,.1f} M of an image"),
+        _row("parameters, a rank", f"{job.numel / 1e6:,.1f} M"),
+        _row("FLOPs of an image", f"{flops.forward / 1e9:,.1f} G forward, {flops.train / 1e9:,.1f} G in training"),
+        "",
+        f"memory of one rank ({plan.device})",
+    ]
+    kinds = [
+        ("weights", state.weights),
+        ("fp32 masters", state.masters),
+        ("moments", state.moments),
+        ("EMA", state.ema),
+    ]
+    kinds += [("gradients", memory.gradients), ("reduction bucket", memory.bucket), ("activations", memory.activations)]
+    kinds += [("exchange buffers", memory.exchange), ("working set", memory.working)]
+    lines += [_row(f"  {name}", _gib(size)) for name, size in kinds]
+    lines += [_row("  on the host", f"-{_gib(state.offloaded)}")] if state.offloaded else []
+    lines += ["most at one time"]
+    lines += [
+        _row(f"  {name}", _gib(size) + ("  <- peak" if name == memory.peak_phase else ""))
+        for name, size in memory.phases.items()
+    ]
+    lines += ["", "bytes sent per step, all ranks together"]
+    if plan.exchange is None:
+        lines.append(_row("  experts", "none: every rank has all it needs"))
+    else:
+        chosen = job.config.parallel.exchange
+        for mode, size in plan.exchange.step_bytes.items():
+            mark = f"  <- parallel.exchange, {plan.routes} routes" if mode == chosen else ""
+            lines.append(_row(f"  experts, {mode}", _gib(size) + mark))
+    lines.append(_row("  gradients", _gib(gradient_traffic_bytes(job))))
+    kept = job.config.checkpoint.keep_last + 1
+    size = checkpoint_bytes(job)
+    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} at one time")]
+    if plan.room_bytes is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {verdict}{'; ' + plan.advice if plan.advice else ''}"))
+    return "\n".join(lines)
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:24} {value}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:9.3f} GiB"

@@ -1,0 +1,111 @@
+"""What the doctor concludes from the facts of the ranks, without starting any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sdit.errors import ExitCode
+from sdit.observe.doctor import GIB, Check, Limits, as_table, check_facts, check_reach, roll_call, verdict
+from sdit.observe.meeting import peers_of, read_clock
+from sdit.parallel.fabric import rounds_of_pairs
+
+LIMITS = Limits(disk_bytes=GIB, shm_bytes=GIB / 16, clock_skew_seconds=1.0)
+
+
+def facts_of(rank: int, **more: Any) -> dict[str, Any]:
+    healthy = {
+        "host": f"n{rank // 2}",
+        "versions": {"sdit": "1", "python": "3.11", "torch": "2", "deepspeed": "0"},
+        "cores": 8,
+        "folder": "/runs",
+        "disk_free_bytes": 10 * GIB,
+        "folder_problem": "",
+        "shm_free_bytes": GIB,
+        "loopback_name": False,
+        "clock_offset_seconds": 0.001 * rank,
+    }
+    return healthy | more
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 16])
+def test_small_launches_measure_every_pair_alone(world: int) -> None:
+    rounds = rounds_of_pairs(world)
+    assert all(len(pairs) == 1 for pairs in rounds)
+    assert len({pair for pairs in rounds for pair in pairs}) == world * (world - 1) // 2
+    assert all(set(peers_of(rank, world)) == set(range(world)) - {rank} for rank in range(world))
+
+
+@pytest.mark.parametrize("world", [17, 64, 100, 1024])
+def test_large_launches_measure_few_pairs_and_leave_nobody_out(world: int) -> None:
+    rounds = rounds_of_pairs(world)
+    assert len(rounds) <= 10
+    for pairs in rounds:
+        members = [rank for pair in pairs for rank in pair]
+        assert len(members) == len(set(members)) and all(0 <= a < b < world for a, b in pairs)
+    assert {rank for pairs in rounds for pair in pairs for rank in pair} == set(range(world))
+    assert all(0 < len(peers_of(rank, world)) <= 10 and rank not in peers_of(rank, world) for rank in range(world))
+
+
+def test_all_is_well() -> None:
+    facts = {rank: facts_of(rank) for rank in range(4)}
+    checks = [roll_call(facts, 4, 60), *check_facts(facts, LIMITS)]
+    assert verdict(checks) == ExitCode.DONE
+    assert "4 of 4 on 2 hosts: n0 (2), n1 (2)" in as_table(checks, facts, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"versions": {"torch": "3"}}, ExitCode.CONFIG, "rank 3 on n1 has torch 3, rank 0 on n0 has torch 2"),
+        ({"disk_free_bytes": 5}, ExitCode.CONFIG, "/runs on n1 (rank 3) has"),
+        ({"folder_problem": "Read-only file system"}, ExitCode.CONFIG, "cannot be written: Read-only file system"),
+        ({"shm_free_bytes": 5}, ExitCode.CONFIG, "docker --shm-size"),
+        ({"clock_offset_seconds": 90.0}, ExitCode.CRASH, "the clock of rank 3 on n1 is 90 s ahead of rank 0's"),
+        ({"clock_offset_seconds": -90.0}, ExitCode.CRASH, "behind"),
+    ],
+)
+def test_one_ill_rank_is_named(change: dict[str, Any], code: ExitCode, words: str) -> None:
+    facts = {rank: facts_of(rank) for rank in range(4)}
+    facts[3] |= change
+    checks = check_facts(facts, LIMITS)
+    assert verdict(checks) == code
+    assert [check for check in checks if check.problem and words in check.problem], checks
+
+
+def test_missing_ranks_are_named_in_short() -> None:
+    check = roll_call({rank: facts_of(rank) for rank in (0, 2)}, 20, 60)
+    assert "18 of 20 ranks did not come" in check.problem and "and 10 more" in check.problem
+    assert check.exit_code == ExitCode.CRASH
+
+
+def test_a_cut_connection_is_named_with_both_hosts() -> None:
+    facts = {rank: facts_of(rank) for rank in range(4)}
+    tried = {rank: [[peer, 0.001, ""] for peer in peers_of(rank, 4)] for rank in range(4)}
+    assert not check_reach(facts, tried, 4).problem
+    tried[1][2] = [3, 5.0, "10.0.0.3:4000 does not answer"]
+    assert "rank 1 (n0) cannot reach rank 3 (n1): 10.0.0.3:4000" in check_reach(facts, tried, 4).problem
+    del tried[2]
+    assert "rank 2 left" in check_reach(facts, tried, 4).problem
+
+
+def test_a_host_name_that_means_loopback_is_a_fault_on_several_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    one = {rank: facts_of(rank, loopback_name=True, host="n0") for rank in range(2)}
+    two = {rank: facts_of(rank, loopback_name=True, host=f"n{rank}") for rank in range(2)}
+    tried = {0: [[1, 0.001, ""]], 1: [[0, 0.001, ""]]}
+    assert not check_reach(one, tried, 2).problem
+    assert "GLOO_SOCKET_IFNAME" in check_reach(two, tried, 2).problem
+
+
+def test_what_no_retry_mends_decides_the_exit_code() -> None:
+    checks = [Check("a", "", "x", ExitCode.CRASH), Check("b", "", "y", ExitCode.CONFIG), Check("c", "")]
+    assert verdict(checks) == ExitCode.CONFIG
+    assert verdict(checks[2:]) == ExitCode.DONE
+
+
+def test_clocks_are_set_wrong_on_request_of_tests_alone() -> None:
+    wrong = {"SDIT_FAULT_CLOCK": "1:1e6"}
+    assert read_clock(wrong, 1) < read_clock(wrong | {"SDIT_FAULTS": "1"}, 1) - 9e5
+    assert abs(read_clock(wrong | {"SDIT_FAULTS": "1"}, 0) - read_clock({}, 0)) < 1e5
