@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from sdit.errors import CheckpointError, ConfigError, ExitCode, SditError
 
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 
 
 class Parser(argparse.ArgumentParser):

@@ -102,7 +102,7 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     run_dir = Path(config.run_dir)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
-        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks))
+        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe)
         return supervise(job, config.supervise, info, os.environ)
     with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:
@@ -152,13 +152,12 @@ def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], 
     info = find_launched(os.environ)
     check_config(config, deepspeed, options.ds_config, info.world)
     set_threads(info, config.parallel.threads)
-    from sdit.observe.metrics_file import MetricsFile
-    from sdit.observe.pictures import Pictures
-    from sdit.observe.progress import Progress
+    from sdit.observe.metrics import MetricsPage
+    from sdit.observe.observers import build_observers
 
-    run_dir = Path(config.run_dir)
-    observers = [MetricsFile(run_dir), Progress(), Pictures(run_dir, config.model)] if info.rank == 0 else []
-    with Comm(info) as comm:
+    page = None if rank.page is None else MetricsPage(config, Path(config.run_dir), info, rank.page)
+    observers = build_observers(config, Path(config.run_dir), info, page)
+    with Comm(info, device=config.parallel.device) as comm:
         try:
             with open_trainer(config, deepspeed, options.ds_config, comm, observers, rank, options.fault) as trainer:
                 return int(trainer.run())

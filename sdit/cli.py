@@ -21,6 +21,7 @@ VERBS = {  # verb, which is the name of a module in launcher/ -> what it does
     "report": "write one HTML page about a run, or several side by side",
     "doctor": "check a launch: ranks, hosts, versions, room, network",
     "plan": "say what a run will need before it starts, and whether it fits",
+    "submit": "freeze config and commit, and submit the run to SLURM",
     "demo": "judge a trained run of the digits",
 }
 

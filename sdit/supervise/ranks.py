@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from sdit.errors import ConfigError
 
-LAUNCHER_VARIABLE = (
-    "SDIT_LAUNCHER"  # a supervisor tells its child who launched it: the child sees only the supervisor's ranks
-)
+LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # by it a supervisor tells its child, which sees only its ranks, who launched it
 LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time do not
     "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
     "MASTER_ADDR", "MASTER_PORT",
@@ -70,16 +68,13 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
     Raises:
         ConfigError: a launcher's variables are incomplete, are not numbers, or contradict those of another launcher.
     """
-    kubernetes = _of_kubernetes(environment)
     found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
-    claims = [claim for claim in (*found, _of_slurm(environment), kubernetes) if claim is not None]
+    claims = [claim for claim in (*found, _of_slurm(environment)) if claim is not None]
     if not claims:
         if any(name in environment for name in ANY_MPI):
             return _ask_mpi()
         if "JOB_COMPLETION_INDEX" in environment:
-            raise ConfigError(
-                "NNODES: is not set in this pod of an Indexed Job; legal: the number of pods, completions"
-            )
+            return _checked(_of_kubernetes(environment))
         return RankInfo(0, 1, 0, 1, ALONE)
     inner, *outer = claims
     if LAUNCHER_VARIABLE in environment:
@@ -158,10 +153,8 @@ def tasks_per_node(layout: str) -> list[int]:
     return tasks
 
 
-def _of_kubernetes(environment: Mapping[str, str]) -> _Claim | None:
-    """A pod of an Indexed Job: pods are nodes, and start RANKS_PER_NODE ranks each (1 unless set) with LOCAL_RANK."""
-    if "JOB_COMPLETION_INDEX" not in environment or "NNODES" not in environment:
-        return None
+def _of_kubernetes(environment: Mapping[str, str]) -> _Claim:
+    """A pod of an Indexed Job: NNODES pods are nodes, and start RANKS_PER_NODE ranks each (1 unless set) with LOCAL_RANK."""
     source = "Kubernetes"
     pod, pods = (_number(environment, name, source) for name in ("JOB_COMPLETION_INDEX", "NNODES"))
     each = _number(environment, "RANKS_PER_NODE", source, 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sdit.config import SuperviseConfig
+from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ConfigError, ExitCode
 from sdit.supervise.board import Board, Note, Plan
 from sdit.supervise.child import STOP_SIGNALS, Charge, Child
@@ -22,6 +22,7 @@ from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
 from sdit.supervise.lock import RunLock, unwritable
 from sdit.supervise.pulse import TICK_SECONDS, Phase, Pulse
 from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo, launch_id
+from sdit.supervise.station import Station
 from sdit.supervise.verdict import End
 
 _log = logging.getLogger(__name__)
@@ -35,12 +36,16 @@ FOREIGN = ("TORCHELASTIC_",)  # with these, torch would look for torchrun's stor
 
 @dataclass(frozen=True)
 class Job:
-    """What to supervise: `command` is the rank's, `digest` stands for its config, `largest_world` see `Leader`."""
+    """What to supervise: `command` is the rank's, `digest` stands for its config, `largest_world` see `Leader`.
+
+    `observe` says where the node's metrics are served; None: nowhere.
+    """
 
     command: Sequence[str]
     run_dir: Path
     digest: str
     largest_world: Callable[[int], int]
+    observe: ObserveConfig | None = None
 
 
 def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str]) -> int:
@@ -80,6 +85,7 @@ class Supervisor:
         self._job, self._config, self._info, self._environment = job, config, info, environment
         self._board, self._leader = board, leader
         self._note = Note(info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest)
+        self._station = Station(job.observe, job.run_dir, self._note)
         self._child: Child | None = None
         self._end: End | None = None  # not yet posted
         self._attempt = 0
@@ -108,10 +114,14 @@ class Supervisor:
                     code = self._consult()
                     if code is not None:
                         return code
+                    self._station.tell(
+                        self._plan, self._attempt, self._child, self._deadline_seconds(), len(self._signals)
+                    )
                 time.sleep(POLL_SECONDS)
         finally:
             if self._child is not None:
                 self._child.kill()
+            self._station.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -129,6 +139,8 @@ class Supervisor:
             self._leader.poll()
         plan = self._board.plan()
         if plan is not None and plan.names(self._info.rank, self._note.nonce):
+            if self._plan is not None and plan.members["0"] != self._plan.members["0"]:
+                self._follow_new_leader()
             if plan != self._plan:
                 self._plan, self._plan_idle_seconds = plan, 0.0
             if plan.code is not None:
@@ -144,6 +156,12 @@ class Supervisor:
             return self._leave("rank 0's supervisor does not answer")
         return None
 
+    def _follow_new_leader(self) -> None:
+        """Rank 0's supervisor was replaced: its attempts count from 1 again, and ours is none of them."""
+        if self._child is not None:
+            self._end_child(self._child, "peer", dump=False)
+        self._attempt, self._end = 0, None
+
     def _start(self, plan: Plan) -> None:
         rank, world = plan.order.index(self._info.rank), len(plan.order)
         local_world = plan.hosts.count(self._note.host) if world < self._info.world else self._info.local_world
@@ -153,7 +171,7 @@ class Supervisor:
         node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: self._info.source}
         stacks = self._job.run_dir.absolute() / "logs" / f"rank-{self._info.rank:03d}.stacks"
         pulse = Pulse.create()
-        charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume)
+        charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume, self._station.page)
         environment = {**kept, **{name: str(value) for name, value in {**place, **meeting, **node}.items()}}
         self._child = Child(self._job.command, environment, charge, pulse)
         if self._signals:
@@ -181,8 +199,12 @@ class Supervisor:
             self._info.rank, self._note.host, cause, code, int(beat.phase), beat.step, beat.marks, frozen,
             failure is not None and failure.secondary, failure.text if failure is not None else "", bool(self._signals),
         )  # fmt: skip
+        self._station.count_end(self._end)
         self._child = None
         child.pulse.close()
+
+    def _deadline_seconds(self) -> float:
+        return deadline_seconds(self._config, self._child.beat.phase) if self._child is not None else 0.0
 
     def _note_signal(self, _number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

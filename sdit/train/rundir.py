@@ -68,5 +68,5 @@ def _git_commit() -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except OSError:
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+        return os.environ.get("SDIT_GIT_COMMIT", "unknown")  # set in images, which hold no repository
+    return result.stdout.strip() or os.environ.get("SDIT_GIT_COMMIT", "unknown")

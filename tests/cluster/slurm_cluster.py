@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
+
+from tests.cluster.runs import free_ports, wait_until
 
 START_SECONDS = 90.0
 STOP_SECONDS = 20.0
@@ -23,7 +22,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=8
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/pgid
@@ -74,9 +73,10 @@ class SlurmCluster:
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        text = CONFIG.format(folder=folder, host=socket.gethostname(), port=port)
+        host = socket.gethostname()
+        text = CONFIG.format(folder=folder, host=host, port=port)
         for name, node_port in zip(self.nodes, node_ports, strict=True):
-            text += f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 State=UNKNOWN\n"
+            text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 State=UNKNOWN\n"
         text += f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n"
         (folder / "slurm.conf").write_text(text)
         files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
@@ -113,6 +113,19 @@ class SlurmCluster:
             raise subprocess.CalledProcessError(result.returncode, command, result.stdout, result.stderr)
         return result.stdout
 
+    def states(self, job: str) -> set[str]:
+        """State of a job, such as PENDING, RUNNING or COMPLETED; of a job array, the states of its tasks."""
+        lines = self.command("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return {self._field(line, "JobState") for line in lines}
+
+    def field(self, job: str, name: str) -> str:
+        """One field of `scontrol show job`."""
+        return self._field(self.command("scontrol", "--oneliner", "show", "job", job), name)
+
+    @staticmethod
+    def _field(line: str, name: str) -> str:
+        return next(word.partition("=")[2] for word in line.split() if word.startswith(f"{name}="))
+
     def logs(self) -> str:
         """The ends of all daemons' logs."""
         return "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in sorted(self._folder.glob("*.log")))
@@ -130,23 +143,3 @@ class SlurmCluster:
                 daemon.wait()
         self._daemons.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those the system hands out."""
-    found: list[int] = []
-    for port in random.sample(range(15_000, 30_000), 400):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"{count} free ports were not found")
-
-
-def wait_until(condition, seconds: float, what: str, logs=lambda: "") -> None:
-    """Return when `condition()` holds; fail with the logs when it does not within the time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}\n{logs()}"
-        time.sleep(0.1)

@@ -24,13 +24,18 @@ class Ranks:
     def __init__(
         self, world: int, command: list[str], log: Path, only: tuple[int, ...] | None = None, **environment: str
     ) -> None:
-        self.log = log
-        environments = rank_environments(world)
-        with log.open("a") as file:
-            self.processes = [
-                subprocess.Popen(command, env={**environments[rank], **environment}, stdout=file, stderr=file, cwd=ROOT)
-                for rank in (only if only is not None else range(world))
-            ]
+        self.log, self._command = log, command
+        self._environments = [{**values, **environment} for values in rank_environments(world)]
+        self.processes = [self._launch(rank) for rank in (only if only is not None else range(world))]
+
+    def _launch(self, rank: int) -> subprocess.Popen:
+        with self.log.open("a") as file:
+            return subprocess.Popen(self._command, env=self._environments[rank], stdout=file, stderr=file, cwd=ROOT)
+
+    def replace(self, rank: int) -> None:
+        """Start a rank that has ended again, as the controller of a Kubernetes Job would."""
+        assert self.processes[rank].wait(WAIT_SECONDS) is not None
+        self.processes[rank] = self._launch(rank)
 
     def __enter__(self) -> Ranks:
         return self

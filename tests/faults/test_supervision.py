@@ -212,6 +212,21 @@ def test_lost_node_ends_the_run_or_is_left_behind(tmp_path: Path, elastic: bool,
     assert "rank 2," in ranks.fatal[0] and "does not answer" in ranks.fatal[0]
 
 
+def test_replaced_leader_leads_the_others_on(tmp_path: Path) -> None:
+    """Rank 0's pod is lost and replaced within seconds; rank 1's supervisor, whose child is lost as well, lives on."""
+    run = tmp_path / "run"
+    with start_fake(2, run, steps=10_000, step_seconds=0.02) as ranks:
+        eventually(lambda: newest_step(run) >= 4)
+        child = ranks.child_pid(1)
+        ranks.send(0, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+        ranks.replace(0)
+        at = newest_step(run)
+        eventually(lambda: newest_step(run) >= at + 8, seconds=LOST_SECONDS)
+        ranks.send(1, signal.SIGTERM)
+        assert ranks.codes() == [ExitCode.REQUEUE] * 2
+
+
 @pytest.mark.slow
 def test_lost_leader_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
     with start_fake(2, tmp_path / "run", steps=10_000) as ranks:

@@ -12,11 +12,13 @@ from experiments import study, tables
 from experiments.stages import Experiment
 from experiments.training import CpuClock, cpu_seconds_per_image, flops_per_image, is_trained, run_config
 from experiments.variants import FULL, QUICK, VARIANTS
+from sdit.errors import DataError
 from sdit.plan.flops import flops_per_image as planned_flops
 from sdit.train.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 BINS = 20
+FULL_CONFIG = run_config(FULL, "dit", 0, Path("work"), Path("run")).model_dump(mode="json")
 
 
 def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
@@ -25,7 +27,8 @@ def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
         "images_seen": 100, "validation_loss": loss, "validation_mse": loss, "validation_images": 8,
         "validation_loss_by_timestep": [loss] * BINS,
     }  # fmt: skip
-    scores = [] if fid is None else [{"images_seen": 100, "fid": fid}]
+    facts = {"images": 8, "sampler": "ddim", "steps": 2}
+    scores = [] if fid is None else [{"images_seen": 100, "fid": fid, **facts}]
     cost = {"cpu_seconds_per_image": 0.005, "flops_per_image": 1e8, "parameters": 500_000}
     return {"variant": variant, "seed": seed, "held_out": [held_out], "scores": scores, "gates": [], "cost": cost}
 
@@ -44,9 +47,9 @@ def test_differences_are_taken_within_a_seed(runs: tables.Runs) -> None:
 
 
 def test_a_seed_without_a_score_has_no_difference(runs: tables.Runs) -> None:
-    assert tables.paired(runs, "switch", study.fid) == pytest.approx([-10.0])
+    assert tables.paired(runs, "switch", tables.fid) == pytest.approx([-10.0])
     del runs["dit"][0]
-    assert tables.paired(runs, "switch", study.fid) == []
+    assert tables.paired(runs, "switch", tables.fid) == []
 
 
 def test_a_score_of_an_earlier_checkpoint_is_not_the_runs(runs: tables.Runs) -> None:
@@ -79,6 +82,25 @@ def test_blocks_are_replaced_and_the_rest_stays() -> None:
     filled = study.fill_blocks(text, {"x": "new", "y": "nowhere"})
     assert filled == "a\n<!-- x -->\nnew\n<!-- end x -->\nb\n"
     assert study.fill_blocks(filled, {"x": "new"}) == filled
+
+
+def test_summary_goes_to_the_front_page_where_it_is_marked(runs: tables.Runs, tmp_path: Path) -> None:
+    results, front_page = tmp_path / "results", tmp_path / "FRONT.md"
+    results.mkdir()
+    for variant, seeds in runs.items():
+        for seed, run in seeds.items():
+            run["config"] = FULL_CONFIG
+            (results / f"{variant}-seed{seed}.json").write_text(json.dumps(run))
+    front_page.write_text("no marks\n")
+    assert front_page not in study.write_study(tmp_path, front_page)
+    front_page.write_text("# x\n<!-- convergence -->\n<!-- end convergence -->\n")
+    assert front_page in study.write_study(tmp_path, front_page)
+    assert tables.summary_table(runs) in front_page.read_text()
+
+
+def test_no_results_are_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no result of a finished run"):
+        study.write_study(tmp_path)
 
 
 def test_variants_differ_in_the_model_and_its_prior_alone(tmp_path: Path) -> None:

@@ -179,13 +179,13 @@ def split_bar(parts: Sequence[tuple[str, float, str]], unit: Callable[[float], s
 
 def picture_chart(
     uri: str, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_label: str, y_label: str,
-    scale: tuple[str, str, str] | None = None, square: bool = False, label: str = "",
+    scale: tuple[str, str, str] | None = None, label: str = "",
 ) -> Html:  # fmt: skip
     """A picture with axes; tick places are shares of its width and height, from the upper left corner.
 
     `scale`: what the colour bar runs from and to, and the gradient that it shows.
     """
-    height = WIDTH - LEFT - RIGHT + TOP + BOTTOM if square else HEIGHT + 30
+    height = HEIGHT + 30
     width, tall = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
     parts = [
         shape("image", href=uri, x=LEFT, y=TOP, width=width, height=tall, preserveAspectRatio="none", class_="pixels"),

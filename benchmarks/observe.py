@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""What watching a run costs: one run in which blocks of steps with all observation take turns with blocks without any.
+
+The model has S/8's shape (12 blocks of width 384, 16 tokens) and runs on one CPU core. With observation: the metrics page,
+metrics.jsonl, progress lines, the rank's log, TensorBoard where it is installed, and what a logged step computes (routing
+report, slow ranks). Without: none of these. Neighbouring blocks are compared, so that other load on the machine falls on both
+alike. Scrapes are answered by another process and are given as its CPU time. Sample grids and routing maps are no part of a
+step; they are made at intervals of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+
+from sdit.config import Config
+from sdit.configfile import load_config
+from sdit.observe.metrics import MetricsPage
+from sdit.observe.observers import build_observers
+from sdit.parallel.comm import Comm, find_rank
+from sdit.supervise.collector import PageCollector
+from sdit.supervise.metric_page import Page, Watch
+from sdit.train.build import open_trainer
+from sdit.train.clock import Clock
+from sdit.train.events import Observer
+from sdit.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRAPE_SECONDS = 15.0
+
+
+class Turns(Observer):
+    """Passes on to the observers in every other block of steps, and times the steps and what the observers take."""
+
+    def __init__(self, observers: list[Observer], block: int) -> None:
+        self._observers, self._block = observers, block
+        self.trainer: Trainer | None = None
+        self._configs: tuple[Config, Config] | None = None
+        self._last = 0.0
+        self.blocks: list[tuple[bool, float]] = []  # with observation?, seconds
+        self.told_seconds: list[float] = []
+
+    def attach(self, trainer: Trainer) -> None:
+        never = trainer.config.train.model_copy(update={"log_every_steps": 1 << 40})
+        self._configs = (trainer.config, trainer.config.model_copy(update={"train": never}))
+        self.trainer, self._last = trainer, time.perf_counter()
+
+    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        for observer in self._observers:
+            observer.on_start(clock, total_images, message)
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        """The time from the end of one call to the end of the next is one step and all that watched it."""
+        assert self.trainer is not None and self._configs is not None
+        is_on = (clock.steps - 1) // self._block % 2 == 0
+        if is_on:
+            started = time.perf_counter()
+            for observer in self._observers:
+                observer.on_step(clock, metrics, logged)
+            self.told_seconds.append(time.perf_counter() - started)
+        if clock.steps % self._block == 0:
+            now = time.perf_counter()
+            self.blocks.append((is_on, now - self._last))
+            self._last = now
+            self.trainer.config = self._configs[clock.steps // self._block % 2]
+
+    def close(self) -> None:
+        for observer in self._observers:
+            observer.close()
+
+
+def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
+    """One run of the given number of pairs of blocks."""
+    has_tensorboard = "true" if importlib.util.find_spec("tensorboardX") else "false"
+    overrides = [
+        "model.depth=12", "model.width=384", "model.heads=6", "model.patch_size=2", "model.size=null", "train.images=null",
+        f"train.steps={2 * options.block * (options.pairs + 1)}", f"train.global_batch={options.batch}",
+        f"train.log_every_steps={options.block}", "parallel.threads=1", "parallel.expert=1", "sample.every_images=null",
+        "checkpoint.every_images=null", "checkpoint.every_steps=null", "sample.steps=1", "sample.images_per_class=1",
+        f"observe.tensorboard={has_tensorboard}", f"run_dir={folder}",
+    ]  # fmt: skip
+    config = load_config(str(ROOT / "configs" / "digits.yaml"), overrides)
+    info = find_rank(os.environ)
+    observers = build_observers(config, folder, info, MetricsPage(config, folder, info, page.path))
+    turns = Turns(observers, options.block)
+    with (
+        Comm(info) as comm,
+        open_trainer(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm, [turns]) as trainer,
+    ):
+        turns.attach(trainer)
+        trainer.run()
+    turns.close()
+    return turns
+
+
+def scrape_cpu_seconds(page: Page) -> float:
+    """CPU time of answering one scrape, without the socket."""
+    registry = CollectorRegistry()
+    registry.register(PageCollector(lambda: [page.path], lambda: 0.0))
+    return median_cpu_seconds(lambda: generate_latest(registry))
+
+
+def median_cpu_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(50):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of blocks compared")
+    parser.add_argument("--block", type=int, default=10, help="steps in a block, of which one is logged")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    page = Page.create(f"benchmark-{os.getpid()}")
+    try:
+        now = time.monotonic()
+        page.post_watch(Watch(0, True, 0, "training", 180.0, now, now, now))
+        with tempfile.TemporaryDirectory() as folder:
+            turns = measure(options, Path(folder), page)
+        report(turns, options.block, scrape_cpu_seconds(page))
+    finally:
+        page.close()
+        page.path.unlink()
+
+
+def report(turns: Turns, block: int, scrape_seconds: float) -> None:
+    """Print the ratios; the first pair warms up."""
+    seconds = [seconds for _, seconds in turns.blocks[2:]]
+    pairs = list(zip(seconds[0::2], seconds[1::2], strict=True))  # with, without
+    ratios = sorted(watched / alone for watched, alone in pairs)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    step = statistics.median(alone for _, alone in pairs) / block
+    told = statistics.mean(turns.told_seconds[block:])
+    print(f"{len(pairs)} pairs of {block} steps of {1000 * step:.0f} ms")
+    print("| | median | quartiles |\n|---|---|---|")
+    print(f"| step time with all observation / without | {middle:.4f} | {low:.4f}-{high:.4f} |")
+    print(f"| time in the observers / step time | {100 * told / step:.3f} % | |")
+    print(
+        f"| CPU time of a scrape every {SCRAPE_SECONDS:.0f} s / wall clock | {100 * scrape_seconds / SCRAPE_SECONDS:.3f} % | |"
+    )
+
+
+if __name__ == "__main__":
+    main()

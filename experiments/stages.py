@@ -1,0 +1,151 @@
+"""The experiment in the order in which it is done; what is finished is skipped, so that it can be killed anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.scoring import Scorer, gates_of
+from experiments.training import (
+    cpu_seconds_per_image,
+    flops_per_image,
+    held_out_curve,
+    is_trained,
+    run_config,
+    train,
+)
+from experiments.variants import BASELINE, SEARCH_SEED, VARIANTS, Scale
+from launcher.prepare import main as prepare
+from sdit.data.durable import replacing
+from sdit.errors import DataError, ExitCode
+from sdit.model import build_model
+from sdit.parallel.comm import Comm, find_rank, set_threads
+from sdit.train.checkpoint.load import load_trained
+
+
+def run_all(scale: Scale, work: Path, results: Path) -> ExitCode:
+    """Search, train, score; every variant of a seed before the next seed. Writes results/*.json."""
+    results.mkdir(parents=True, exist_ok=True)
+    prepare_data(scale, work)
+    info = find_rank(os.environ)
+    set_threads(info, 1)
+    with Comm(info) as comm:
+        experiment = Experiment(scale, work, results, comm)
+        return experiment.run()
+
+
+def prepare_data(scale: Scale, work: Path) -> None:
+    """Training and held-out images as shards; those that are there are checked. Raises: DataError."""
+    pad = ("--pad", "32") if scale.data == "fashion-mnist" else ()
+    for part in ("train", "test"):
+        folder = work / "data" / part
+        split = ("--split", part) if scale.data == "fashion-mnist" else ()
+        code = prepare([scale.data, *split, *pad, "--jobs", "1", "--out", str(folder)])
+        if code != ExitCode.DONE:
+            raise DataError(f"{folder}: preparing {scale.data} ended with {code}")
+
+
+class Experiment:
+    """All runs of one scale in one process."""
+
+    def __init__(self, scale: Scale, work: Path, results: Path, comm: Comm) -> None:
+        self.scale, self.work, self.results, self.comm = scale, work, results, comm
+
+    def run(self) -> ExitCode:
+        """Everything that is not there yet; stops early, with the code of the trainer, when asked to stop."""
+        code, rate = self._search()
+        if code != ExitCode.DONE:
+            return code
+        scorer = Scorer(self.scale, self.work)
+        if self._read("floor.json") is None:
+            self._write("floor.json", scorer.floor())
+        for seed in self.scale.seeds:
+            for variant in self.scale.variants:
+                code = self._train(variant, seed, rate)
+                if code != ExitCode.DONE:
+                    return code
+            self._score(scorer, seed, self.scale.scored_after[-1:])
+        for seed in self.scale.seeds:
+            self._score(scorer, seed, self.scale.scored_after[:-1])
+        return ExitCode.DONE
+
+    def _search(self) -> tuple[ExitCode, float]:
+        """The learning rate of the lowest held-out loss among short runs of the baseline."""
+        losses = {}
+        for rate in self.scale.learning_rates:
+            run_dir = self.work / "runs" / f"search-{rate:g}"
+            length = self.scale.search_images
+            more = (f"train.images={length}", f"optimizer.learning_rate={rate}", f"validation.every_images={length}")
+            config = run_config(self.scale, BASELINE, SEARCH_SEED, self.work, run_dir, *more)
+            if not is_trained(config):
+                say(f"search: learning rate {rate:g}")
+                code = train(config, self.comm)
+                if code != ExitCode.DONE:
+                    return code, rate
+            losses[rate] = held_out_curve(run_dir)[-1]["validation_loss"]
+        chosen = min(losses, key=lambda rate: losses[rate])
+        runs = [{"learning_rate": rate, "validation_loss": loss} for rate, loss in losses.items()]
+        facts = {"variant": BASELINE, "seed": SEARCH_SEED, "images": self.scale.search_images}
+        self._write("search.json", {**facts, "runs": runs, "chosen": chosen})
+        return ExitCode.DONE, chosen
+
+    def _run_dir(self, variant: str, seed: int) -> Path:
+        return self.work / "runs" / f"{variant}-seed{seed}"
+
+    def _train(self, variant: str, seed: int, rate: float) -> ExitCode:
+        run_dir = self._run_dir(variant, seed)
+        config = run_config(self.scale, variant, seed, self.work, run_dir, f"optimizer.learning_rate={rate}")
+        if not is_trained(config):
+            say(f"training {variant}, seed {seed}")
+            code = train(config, self.comm)
+            if code != ExitCode.DONE:
+                return code
+        name = f"{variant}-seed{seed}.json"
+        if self._read(name) is None:
+            seconds, steps = cpu_seconds_per_image(run_dir, config.train.global_batch)
+            cost = {"cpu_seconds_per_image": seconds, "measured_steps": steps}
+            cost |= {"flops_per_image": flops_per_image(config), "parameters": _parameters(config.model)}
+            result = {"variant": variant, "label": VARIANTS[variant].label, "seed": seed, "cost": cost}
+            result |= {"config": config.model_dump(mode="json", exclude={"run_dir", "data", "supervise", "observe"})}
+            self._write(name, {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []})
+        return ExitCode.DONE
+
+    def _score(self, scorer: Scorer, seed: int, after: tuple[int, ...]) -> None:
+        """Scores, and what the gates have learned, of the checkpoints after so many images of all variants of a seed."""
+        for images_seen in after:
+            for variant in self.scale.variants:
+                name = f"{variant}-seed{seed}.json"
+                result = self._read(name)
+                assert result is not None
+                if any(score["images_seen"] == images_seen for score in result["scores"]):
+                    continue
+                say(f"scoring {variant}, seed {seed}, after {images_seen} images")
+                trained = load_trained(self._run_dir(variant, seed) / "checkpoints" / f"images-{images_seen:012d}")
+                result["scores"].append(scorer.score(trained))
+                result["scores"].sort(key=lambda score: score["images_seen"])
+                if trained.config.model.variant == "switch":
+                    result["gates"].append(gates_of(trained))
+                    result["gates"].sort(key=lambda gates: gates["images_seen"])
+                self._write(name, result)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.results / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        """One key a line: short files that still compare well."""
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+        with replacing(self.results / name) as file:
+            file.write(f"{{\n{lines}\n}}\n".encode())
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in build_model(model, device="meta").parameters())
+
+
+def say(text: str) -> None:
+    """A line of the log, with the time."""
+    print(time.strftime("%H:%M:%S", time.gmtime()), text, flush=True)

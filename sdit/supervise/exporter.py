@@ -1,0 +1,221 @@
+"""The node's Prometheus exporter: threads of one supervisor that serve, and push, what the local ranks' pages hold."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import push_to_gateway
+
+from sdit.config import ObserveConfig
+from sdit.supervise.collector import PageCollector
+from sdit.supervise.files import write_json
+from sdit.supervise.metric_page import Watch
+
+PORTS_TRIED = 100
+SCRAPES_AT_ONCE = 16
+ACCEPT_SECONDS = 0.5  # between two looks whether the exporter is closed
+REQUEST_SECONDS = 10.0  # a scraper that says or takes nothing for so long is hung up on
+REVIVE_SECONDS = 2.0
+DISK_SECONDS = 15.0
+PUSH_TIMEOUT_SECONDS = 5.0
+SILENT_SECONDS = 30.0  # a supervisor that has not written for so long is not well
+_log = logging.getLogger(__name__)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = REQUEST_SECONDS
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not worth a line each."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers a bounded number of requests at once, each in a thread that nobody waits for."""
+
+    timeout = ACCEPT_SECONDS
+    request_queue_size = 64
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, address: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._free = threading.BoundedSemaphore(SCRAPES_AT_ONCE)
+        super().__init__((address, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread is to be had
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that hangs up, or on: its own affair."""
+        _log.debug("a request of %s failed", client_address, exc_info=True)
+
+
+class Exporter:
+    """Serves `pages()` on the configured port, or the next free one, and pushes them where that is asked for.
+
+    All of it happens in daemon threads: nothing here is waited for, and whatever fails is told once.
+    """
+
+    def __init__(self, run_dir: Path, config: ObserveConfig, host: str, pages: Callable[[], Sequence[Path]]) -> None:
+        self._run_dir, self._config, self._host = run_dir.absolute(), config, host
+        self._free_bytes: float | None = None
+        self._collector = PageCollector(pages, lambda: self._free_bytes)
+        self._registry = CollectorRegistry()
+        self._registry.register(self._collector)
+        self._server: _Server | None = None
+        self._jobs: dict[str, tuple[Callable[[], None], threading.Thread]] = {}
+        self._closed = threading.Event()
+        self._told: set[str] = set()
+        self._revived = 0.0
+        self.port: int | None = None
+        if config.metrics_port is not None:
+            self._run("sdit-exporter", self._serve)
+        if config.pushgateway is not None:
+            self._run("sdit-push", self._keep_pushing)
+        self._run("sdit-disk", self._watch_disk)
+
+    def check(self) -> None:
+        """Start threads again that have died. Called all the time."""
+        now = time.monotonic()
+        if now - self._revived < REVIVE_SECONDS:
+            return
+        self._revived = now
+        for name, (work, thread) in list(self._jobs.items()):
+            if not thread.is_alive() and name not in self._told:
+                self._run(name, work)
+
+    def close(self) -> None:
+        """Push a last time, hang up, and leave the list of targets."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._config.pushgateway is not None:
+            self._push()
+        if self.port is not None:
+            self._jobs["sdit-exporter"][1].join(2 * ACCEPT_SECONDS)
+            try:
+                self._targets.unlink(missing_ok=True)
+            except OSError as error:
+                self._tell_once("targets", f"{self._targets}: {error}")
+
+    @property
+    def _targets(self) -> Path:
+        return self._run_dir / "targets" / f"{self._host}.json"
+
+    def _run(self, name: str, work: Callable[[], None]) -> None:
+        def tell_of_failure() -> None:
+            try:
+                work()
+            except Exception as error:
+                _log.warning("%s: %s: %s; starting it again", name, type(error).__name__, error)
+
+        thread = threading.Thread(target=tell_of_failure, name=name, daemon=True)
+        self._jobs[name] = (work, thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        try:
+            server = self._listen()
+        except OSError as error:
+            address = f"{self._config.metrics_address}:{self._config.metrics_port}"
+            self._tell_once("sdit-exporter", f"observe.metrics_port: {address}: {error}; no metrics are served")
+            return
+        with server:
+            self._server, self.port = server, server.server_port
+            server.set_app(self._answer)
+            try:
+                self._write_targets(server.server_port)
+            except OSError as error:
+                self._tell_once("targets", f"{self._targets}: {error}; Prometheus must be told of port {self.port}")
+            while not self._closed.is_set():
+                server.handle_request()
+
+    def _listen(self) -> _Server:
+        address, wanted = self._config.metrics_address, self._config.metrics_port
+        assert wanted is not None
+        first = self.port or wanted
+        for port in range(first, min(first + PORTS_TRIED, 65_536)):
+            try:
+                server = _Server(address, port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            if port != wanted:
+                self._tell_once("port", f"observe.metrics_port: {wanted} is in use; metrics are served on {port}")
+            return server
+        raise OSError(errno.EADDRINUSE, f"ports up to {first + PORTS_TRIED - 1} are in use as well")
+
+    def _write_targets(self, port: int) -> None:
+        """The file that Prometheus' file_sd_configs finds this exporter by."""
+        address = self._config.metrics_address
+        if address in ("0.0.0.0", "::"):
+            address = self._host
+        target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        self._targets.parent.mkdir(exist_ok=True)
+        labels = {"run": self._run_dir.name, "node": self._host}
+        write_json(self._targets, [{"targets": [target], "labels": labels}])  # type: ignore[arg-type]
+
+    def _answer(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environment["PATH_INFO"] != "/healthz":
+            return make_wsgi_app(self._registry)(environment, start_response)
+        silent = [watch.rank for watch in self._collector.watches() if _is_silent(watch)]
+        start_response("503 Service Unavailable" if silent else "200 OK", [("Content-Type", "application/json")])
+        return [json.dumps({"silent_supervisors": silent}).encode()]
+
+    def _keep_pushing(self) -> None:
+        while not self._closed.wait(self._config.push_seconds):
+            self._push()
+
+    def _push(self) -> None:
+        gateway = self._config.pushgateway
+        assert gateway is not None
+        grouping = {"run": self._run_dir.name, "node": self._host}
+        try:
+            push_to_gateway(gateway, "sdit", self._registry, grouping, timeout=PUSH_TIMEOUT_SECONDS)
+        except (OSError, ValueError) as error:
+            self._tell_once("push", f"observe.pushgateway: {gateway}: {error}; training goes on")
+
+    def _watch_disk(self) -> None:
+        """Apart from the rest: a file system that hangs must not hang a scrape."""
+        while True:
+            try:
+                self._free_bytes = float(shutil.disk_usage(self._run_dir).free)
+            except OSError as error:
+                self._tell_once("disk", f"{self._run_dir}: {error}")
+            if self._closed.wait(DISK_SECONDS):
+                return
+
+    def _tell_once(self, topic: str, text: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            _log.warning("%s", text)
+
+
+def _is_silent(watch: Watch) -> bool:
+    return time.monotonic() - watch.written_at > SILENT_SECONDS
