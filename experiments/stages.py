@@ -25,6 +25,9 @@ from sdit.model import build_model
 from sdit.parallel.comm import Comm, find_rank, set_threads
 from sdit.train.checkpoint.load import load_trained
 
+# Keys of the config that say where things lie and who is told, not what was computed.
+OF_THE_MACHINE: Any = {"run_dir": True, "data": {"path"}, "validation": {"path"}, "supervise": True, "observe": True}
+
 
 def run_all(scale: Scale, work: Path, results: Path) -> ExitCode:
     """Search, train, score; every variant of a seed before the next seed. Writes results/*.json."""
@@ -109,7 +112,7 @@ class Experiment:
             cost = {"cpu_seconds_per_image": seconds, "measured_steps": steps}
             cost |= {"flops_per_image": flops_per_image(config), "parameters": _parameters(config.model)}
             result = {"variant": variant, "label": VARIANTS[variant].label, "seed": seed, "cost": cost}
-            result |= {"config": config.model_dump(mode="json", exclude={"run_dir", "data", "supervise", "observe"})}
+            result |= {"config": config.model_dump(mode="json", exclude=OF_THE_MACHINE)}
             self._write(name, {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []})
         return ExitCode.DONE
 

@@ -94,9 +94,11 @@ class ObserveConfig(Section):
         9400, "port of the node's Prometheus exporter; the next free one if taken; null: none", ge=1, le=65535
     )
     metrics_address: str = field("127.0.0.1", "address the exporter listens on; 0.0.0.0: all")
-    metrics_experts: int = field(512, "most (block, expert) pairs with series of their own; 0: none", ge=0)
+    metrics_experts: int = field(512, "most (block, expert) pairs with series of their own; 0: none", ge=0, le=16_384)
     peak_teraflops: float | None = field(
-        None, "peak of one device in the run's precision, in 10^12 FLOP/s, for model-FLOPs utilization; null: none", gt=0
+        None,
+        "peak of one device in the run's precision, in 10^12 FLOP/s, for model-FLOPs utilization; null: none",
+        gt=0,
     )
     pushgateway: str | None = field(None, "URL of a Pushgateway, for clusters that cannot scrape; null: none")
     push_seconds: float = field(30.0, "seconds between two pushes", gt=0)

@@ -32,7 +32,9 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step's plans say: (sample, expert) pairs dropped, and the fullest rank's work over the mean."""
+    """What plans say: the share of (sample, expert) pairs that the step dropped, the pairs dropped since the last
+    look by block, and the fullest rank's work over the mean in the step.
+    """
 
     dropped_fraction: float
     dropped_by_block: list[int]
@@ -61,6 +63,7 @@ class ExpertSpread:
         self._times: np.ndarray | None = None
         self._first_index = 0
         self._work: list[np.ndarray] = []
+        self._dropped = np.zeros(model.depth, dtype=np.int64)
 
     def apply(self, model: DiffusionTransformer, seed_weights: Any) -> None:
         """Leave each router the experts of this rank; `seed_weights(model)` fills what is on the meta device."""
@@ -111,6 +114,8 @@ class ExpertSpread:
     def begin_step(self, routes: Routes, first_index: int, tasks: np.ndarray) -> None:
         """Plan what the whole global batch has in common: tasks (N,) and, under a capacity, who is kept."""
         self._begin(routes, first_index, tasks, self.config.model.experts.capacity_factor)
+        if self._kept is not None:
+            self._dropped += dropped_per_block(self._kept)
 
     def begin_evaluation(self, routes: Routes, first_index: int, tasks: np.ndarray) -> None:
         """The same for a global batch of held-out samples, under `capacity_factor_eval`; no gradient is needed."""
@@ -144,12 +149,12 @@ class ExpertSpread:
         return self._swap(plan, samples)
 
     def statistics(self) -> StepStatistics:
-        """Of the present step's plans."""
-        depth = self.config.model.depth
-        dropped = np.zeros(depth, np.int64) if self._kept is None else dropped_per_block(self._kept)
-        share = float(dropped.sum()) / (1 if self._kept is None else self._kept.size)
+        """Of the present step's plans, and of the steps since the last call."""
+        share = 0.0 if self._kept is None else float(dropped_per_block(self._kept).sum()) / self._kept.size
+        dropped = self._dropped.tolist()
+        self._dropped[:] = 0
         work = load_max_over_mean(np.sum([work.sum(axis=0, keepdims=True) for work in self._work], axis=0))
-        return StepStatistics(share, dropped.tolist(), float(work.max()))
+        return StepStatistics(share, dropped, float(work.max()))
 
     @property
     def expert_parameters(self) -> int:

@@ -69,7 +69,7 @@ WRITTEN_BY_RANKS = (
     Family("sdit_dead_experts", "gauge", "Experts of a block that no timestep uses", ("block",)),
     Family("sdit_expert_load_max_over_mean_ratio", "gauge", "Load of the fullest expert over the mean, worst block"),
     Family(
-        "sdit_expert_dropped_samples_total", "counter", "Samples dropped by full experts in logged steps", ("block",)
+        "sdit_expert_dropped_samples_total", "counter", "(sample, expert) pairs dropped by full experts", ("block",)
     ),
     Family("sdit_expert_dropped_ratio", "gauge", "Share of (sample, expert) pairs dropped in the newest logged step"),
     Family("sdit_rank_load_max_over_mean_ratio", "gauge", "Expert work of the fullest rank over the mean"),

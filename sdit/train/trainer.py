@@ -128,6 +128,7 @@ class Trainer:
         metrics = dict(zip(PARTS, sums.parts, strict=True)) | {"grad_norm": sums.grad_norm}
         metrics |= {"learning_rate": learning_rate, **sums.traffic(self.comm.world)}
         metrics |= {"skipped_steps": self.skipped_steps, "bad_samples": int(flags["bad_samples"])}
+        metrics["bad_samples_by_reason"] = dict(self.loader.bad_samples)  # of this rank, in this process
         return metrics, flags["stop"] > 0
 
     def _accumulate(self, raw: Sequence[RawBatch]) -> StepSums:

@@ -93,4 +93,4 @@ def test_resident_memory_is_within_15_percent(measured: list[dict[str, Any]]) ->
             ratios.append(found["peak"] / plan.peak)
             phase = f"planned {plan.peak / 1e6:.0f} MB in {plan.peak_phase}"
             print(f"{Path(row['name']).name} rank {rank}: {phase}, ratio {ratios[-1]:.3f}")
-    assert 0.85 <= min(ratios) and max(ratios) <= 1.15
+    assert min(ratios) >= 0.85 and max(ratios) <= 1.15
