@@ -46,6 +46,8 @@ def _curves(runs: Runs) -> Figure:
             for variant, seeds in runs.items():
                 _mean_curve(axis, variant, seeds, curve, against_time)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
             axis.set_ylabel(name)
             axis.set_xlabel("CPU seconds of training" if against_time else "images")
             axis.grid(alpha=0.3, which="both")
@@ -80,6 +82,7 @@ def _differences(runs: Runs) -> Figure:
             if found:
                 axis.plot(np.mean(found), row, "|", color="black", markersize=16)
         axis.axvline(0, color="grey", linewidth=1)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel(f"{name} less DiT's, by seed (bar: mean); left is better")
         axis.set_yticks(range(len(variants)), [VARIANTS[name].label for name in variants])
         axis.grid(alpha=0.3, axis="x")

@@ -135,7 +135,7 @@ class MetricsPage(Observer):
         for name, key in BY_BIN.items():
             for number, value in zip(BINS, metrics.get(key, ()), strict=False):
                 page.set(name, math.nan if value is None else value, number)
-        for block, count in enumerate(metrics.get("dropped_by_block", ())):
+        for block, count in enumerate(metrics.get("dropped_by_block_since_logged", ())):
             page.add("sdit_expert_dropped_samples_total", count, str(block))
         for block, loads in enumerate(metrics.get("expert_load", ())):
             mean = sum(loads) / len(loads)

@@ -32,12 +32,14 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What plans say: the share of (sample, expert) pairs that the step dropped, the pairs dropped since the last
-    look by block, and the fullest rank's work over the mean in the step.
+    """What one step's plans say: (sample, expert) pairs dropped, and the fullest rank's work over the mean.
+
+    `dropped_since` (depth,) also counts the steps since the last look.
     """
 
     dropped_fraction: float
     dropped_by_block: list[int]
+    dropped_since: list[int]
     rank_work_max_over_mean: float
 
 
@@ -150,11 +152,11 @@ class ExpertSpread:
 
     def statistics(self) -> StepStatistics:
         """Of the present step's plans, and of the steps since the last call."""
-        share = 0.0 if self._kept is None else float(dropped_per_block(self._kept).sum()) / self._kept.size
-        dropped = self._dropped.tolist()
-        self._dropped[:] = 0
+        dropped = np.zeros_like(self._dropped) if self._kept is None else dropped_per_block(self._kept)
+        share = 0.0 if self._kept is None else float(dropped.sum()) / self._kept.size
+        since, self._dropped = self._dropped.tolist(), np.zeros_like(self._dropped)
         work = load_max_over_mean(np.sum([work.sum(axis=0, keepdims=True) for work in self._work], axis=0))
-        return StepStatistics(share, dropped, float(work.max()))
+        return StepStatistics(share, dropped.tolist(), since, float(work.max()))
 
     @property
     def expert_parameters(self) -> int:

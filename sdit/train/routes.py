@@ -93,6 +93,7 @@ class StepRoutes:
             statistics = self._spread.statistics()
             report["dropped_fraction"] = statistics.dropped_fraction
             report["dropped_by_block"] = statistics.dropped_by_block
+            report["dropped_by_block_since_logged"] = statistics.dropped_since
             report["rank_work_max_over_mean"] = statistics.rank_work_max_over_mean
         return report
 

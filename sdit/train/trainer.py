@@ -125,7 +125,7 @@ class Trainer:
                 raise RollBack(found)
         with self.times.part("optimizer"):
             learning_rate = self._update(sums.grad_norm)
-        metrics = dict(zip(PARTS, sums.parts, strict=True)) | {"grad_norm": sums.grad_norm}
+        metrics: dict[str, Any] = {**dict(zip(PARTS, sums.parts, strict=True)), "grad_norm": sums.grad_norm}
         metrics |= {"learning_rate": learning_rate, **sums.traffic(self.comm.world)}
         metrics |= {"skipped_steps": self.skipped_steps, "bad_samples": int(flags["bad_samples"])}
         metrics["bad_samples_by_reason"] = dict(self.loader.bad_samples)  # of this rank, in this process
