@@ -58,7 +58,7 @@ def plan_memory(job: Job, exchange: Exchange | None, device: DeviceKind, rank: i
     state = state_bytes(job, rank)
     activations, working = activation_bytes(job), working_bytes(job)
     gradients = gradient_bytes(job, rank)
-    bucket = bucket_bytes(job, device)
+    bucket, flattened = bucket_bytes(job, device), flattened_bytes(job)
     travelling = 0 if exchange is None else exchange.buffer_bytes
     lasting = lasting_gradient_bytes(job)
     base = state.weights + state.masters + state.moments + state.ema - state.offloaded + lasting
@@ -68,7 +68,7 @@ def plan_memory(job: Job, exchange: Exchange | None, device: DeviceKind, rank: i
     early = bucket if device == "cuda" else 0
     phases = {
         "start of backward": base + accumulated + activations + travelling + working + early,
-        "end of backward": base + max(accumulated, gradients - lasting) + bucket + working // 2,
+        "end of backward": base + max(accumulated + flattened, gradients - lasting) + bucket + working // 2,
         "optimizer step": base + gradients - lasting + update_bytes(job),
         "sampling": base + (0 if job.offload else held) + working,
     }
@@ -135,6 +135,14 @@ def bucket_bytes(job: Job, device: DeviceKind) -> int:
         return 0
     filled = job.bucket_numel if device == "cuda" else min(job.bucket_numel, job.numel)
     return job.element_bytes * filled * job.bucket_count
+
+
+def flattened_bytes(job: Job) -> int:
+    """ZeRO with several ranks copies what a process group reduces out of the bucket, before it keeps its own part."""
+    if job.stage == 0 or _keeps_gradients(job):
+        return 0
+    shared = [min(job.bucket_numel, group.numel) for group in job.groups if group.ranks > 1]
+    return job.element_bytes * max(shared, default=0)
 
 
 def update_bytes(job: Job) -> int:
