@@ -3,7 +3,7 @@
 
   doctor.py                                              one process
   deepspeed --num_gpus 2 launcher/doctor.py              the ranks of a launch; likewise torchrun, mpirun, srun
-  srun python launcher/doctor.py --run-dir RUN --json
+  srun python launcher/doctor.py --run-dir RUN --json    several nodes: with MASTER_ADDR set, as cluster/train.sbatch does
 
 The ranks meet over plain TCP at MASTER_ADDR:MASTER_PORT, which names who is missing; then the process group of the
 training is made and measured: latency and bandwidth between all pairs (beyond 16 ranks between ranks 1, 2, 4, ... apart),
@@ -46,6 +46,8 @@ from sdit.observe.doctor import (
 from sdit.observe.meeting import Meeting
 from sdit.observe.wire import MeetingError, Place
 from sdit.supervise.ranks import RankInfo, find_rank
+
+DEFAULT_PORT = "29500"  # as torchrun has it
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -154,7 +156,7 @@ def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: 
         host = "127.0.0.1" if info.local_world == info.world else socket.gethostname()
         return Place(*place_from_mpi(environment.get("MASTER_ADDR", host), free_port()))
     host = environment.get("MASTER_ADDR", "127.0.0.1" if info.local_world == info.world else "")
-    port = environment.get("MASTER_PORT", "")
+    port = environment.get("MASTER_PORT", DEFAULT_PORT)
     if not host:
         raise ConfigError(f"MASTER_ADDR: is not set ({info.describe()}); legal: name or address of rank 0's host")
     if not port.isdecimal() or not 0 < int(port) < 65536:

@@ -147,8 +147,7 @@ def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives
         if not separator:
             raise ConfigError(f"set: {setting!r} is not legal; legal: NAME=VALUE")
         variables[name] = value
-    if "SDIT_CONTAINER" not in variables:
-        variables.setdefault("SDIT_PYTHON", sys.executable)
+    variables.setdefault("SDIT_SUBMIT_PYTHON", sys.executable)  # unless env.sh names another, or a container
     arguments = ["--config", str(folder / "config.yaml"), "--ds_config", str(folder / "deepspeed.json")]
     return render(TEMPLATE.read_text(encoding="utf-8"), directives, variables, arguments)
 

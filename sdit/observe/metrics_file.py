@@ -23,9 +23,13 @@ class MetricsFile(Observer):
         self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        self.on_rollback(clock, message)
+        self.on_event(clock, "start", message)
+
+    def on_rollback(self, clock: Clock, text: str) -> None:
+        self.close()
         _keep_up_to(self._metrics, clock.images_seen)
         self._file = self._metrics.open("a", encoding="utf-8", buffering=1)
-        self.on_event(clock, "start", message)
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         for key in SPENT:

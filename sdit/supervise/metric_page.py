@@ -12,6 +12,7 @@ to be told, where a mapping would end the process. The file is sparse: only what
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -64,7 +65,8 @@ class _Part:
             raise ValueError(f"{len(data)} bytes do not fit into a part of {self._size} of a metrics page")
         self._writes += 1
         head = _HEAD.pack(self._writes, len(data), zlib.crc32(data))
-        os.pwrite(self._descriptor, head + data, self._place(self._writes))
+        if os.pwrite(self._descriptor, head + data, self._place(self._writes)) < len(head) + len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self) -> bytes | None:
         """What was last written whole; None: nothing yet."""

@@ -87,9 +87,10 @@ class Station:
 
     def close(self) -> None:
         """Serve no more, and take the page away."""
-        if self._page is not None and self._exporter is not None:
+        if self._exporter is not None:
             try:
-                self._page.post_watch(replace(self._watch, is_up=False, state="ended"))
+                if self._page is not None:
+                    self._page.post_watch(replace(self._watch, is_up=False, state="ended"))
             except OSError as error:
                 _log.warning("rank %d: %s", self._note.rank, error)
             self._exporter.close()

@@ -68,6 +68,8 @@ def open_trainer(
     with ExitStack() as stack:
         loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
         held_out = open_held_out(config, comm.world)
+        if held_out is not None:
+            stack.enter_context(held_out)
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
         found = store.find()
         spread = make_spread(config, batch, comm)
@@ -103,7 +105,6 @@ def open_trainer(
             engine = cast(Engine, faulty)
         validator = None
         if held_out is not None:
-            stack.enter_context(held_out)
             validator = Validator(config, batch, comm, objective, model, spread, held_out)
         told = [observer for observer in observers if comm.is_first or observer.every_rank]
         for observer in told:
@@ -111,6 +112,8 @@ def open_trainer(
         trainer = Trainer(
             config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse
         )  # fmt: skip
+        if found is not None:
+            trainer.saver.last = str(found.folder)
         try:
             yield trainer
         finally:

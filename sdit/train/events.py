@@ -22,6 +22,9 @@ class Observer:
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         """The run starts, afresh or resumed, as `message` says."""
 
+    def on_rollback(self, clock: Clock, text: str) -> None:
+        """The run went back to `clock`: what was told of later steps is void."""
+
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         """An optimizer step was taken; `metrics` has the keys of metrics.jsonl, `logged` marks those for the file."""
 

@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 import numpy as np
@@ -69,21 +70,28 @@ class WorkTimer:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._steps = 0
-        self._seconds = self._begun = 0.0
+        self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def begin(self) -> None:
-        """Work begins."""
-        self._begun = time.perf_counter()
-        if self._on_gpu:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """What runs inside keeps the host busy, such as loading data."""
+        begun = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - begun
 
-    def end(self) -> None:
-        """Work ends; the rank goes on to where it may have to wait."""
-        self._seconds += time.perf_counter() - self._begun
-        if self._on_gpu:
-            self._events[-1][1].record()
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """What runs inside keeps the device busy; on a GPU its own clock tells, as the host merely launches."""
+        if not self._on_gpu:
+            with self.host():
+                yield
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
 
     def count_step(self) -> None:
         """A step was taken; its kernels have run."""

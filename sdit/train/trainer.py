@@ -70,10 +70,8 @@ class Trainer:
         while self.state.clock.images_seen < self.config.train.total_images and not stop:
             before, started = self.state.clock, time.perf_counter()
             self.pulse.mark(phase, before.steps)
-            self.work.begin()
-            with self.times.part("data_wait"):
+            with self.work.host(), self.times.part("data_wait"):
                 raw = [next(micro_batches) for _ in range(self.batch.accumulation)]
-            self.work.end()
             try:
                 metrics, stop = self._step(raw)
             except RollBack as reason:
@@ -81,16 +79,14 @@ class Trainer:
                 micro_batches = self.loader.batches(self._requests())
                 continue
             self.state.clock, phase = before.after(self.batch.global_batch), Phase.STEP
-            self._tell(before, metrics, time.perf_counter() - started)
-            if self.state.clock.crosses(before, self.config.sample.every_images, None):
-                self._draw_samples()
-            if self.state.clock.crosses(before, self.config.observe.routing_every_images, None):
-                self._draw_routing()
+            self._tell(before, metrics, time.perf_counter() - started, stop)
             interval = self.config.checkpoint
             if stop or self.state.clock.crosses(before, interval.every_images, interval.every_steps):
                 self._save(must_work=stop)
+            if not stop:  # whoever wants the run to stop may not wait for pictures
+                self._draw(before)
         if not stop:
-            self._finish()
+            self._save(must_work=True)
         self.pulse.mark(Phase.END, self.state.clock.steps)
         return ExitCode.REQUEUE if stop else ExitCode.DONE
 
@@ -120,7 +116,8 @@ class Trainer:
             first = self.state.clock.first_sample
             found = f"loss {sums.parts[0]:.4g} on samples {first}..{first + self.batch.global_batch - 1}"
             self._event("loss_spike", found)
-            if self.config.train.rollback_on_spike and self.rollbacks < self.config.train.rollbacks:
+            may_roll_back = self.rollbacks < self.config.train.rollbacks and self.saver.last != "none"
+            if self.config.train.rollback_on_spike and may_roll_back:
                 self.engine.skip()
                 raise RollBack(found)
         with self.times.part("optimizer"):
@@ -144,9 +141,8 @@ class Trainer:
             samples = self.routes.begin_micro_step(micro_step, samples)
             drop = self.config.diffusion.label_drop
             batch = draw_batch(self.config, self.config.seed, samples, times[samples.index - first], drop, device)
-            self.work.begin()
-            losses = self.engine.forward(batch, self.routes.assignment, self.routes.balance_loads)
-            self.work.end()
+            with self.work.kernels():
+                losses = self.engine.forward(batch, self.routes.assignment, self.routes.balance_loads)
             self.pulse.tap()
             self.engine.backward(losses.total)
             parts += losses.parts / len(raw)
@@ -196,8 +192,9 @@ class Trainer:
         self.bad_steps.in_a_row = 0
         first, count = self.state.clock.left_out[-1]
         text = f"{reason}; back to {found.folder.name}, samples {first}..{first + count - 1} are left out"
+        self.bins.zero_()
         for observer in self.observers:
-            observer.on_start(self.state.clock, self.config.train.total_images, text)
+            observer.on_rollback(self.state.clock, text)
         self._event("rolled_back", text)
 
     def _flags(self) -> tuple[float, ...]:
@@ -205,11 +202,12 @@ class Trainer:
         bad_samples = float(self.loader.bad_in_epoch)
         return (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.routes.traffic())
 
-    def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float) -> None:
-        """Tell the observers of the step; with the held-out loss where it is due."""
+    def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float, stop: bool) -> None:
+        """Tell the observers of the step; with the held-out loss where it is due and the run is not to stop."""
         clock = self.state.clock
         at_end = clock.images_seen >= self.config.train.total_images
-        validate = clock.crosses(before, self.config.validation.every_images, None) or at_end
+        validate = self.validator is not None and not stop
+        validate = validate and (clock.crosses(before, self.config.validation.every_images, None) or at_end)
         logged = clock.steps % self.config.train.log_every_steps == 0 or at_end or validate
         record: dict[str, Any] = {"step": clock.steps, "images_seen": clock.images_seen, **metrics}
         record["images_per_second"] = self.batch.global_batch / seconds
@@ -230,14 +228,23 @@ class Trainer:
         for observer in self.observers:
             observer.on_step(clock, record, logged)
 
+    def _draw(self, before: Clock) -> None:
+        """The pictures that are due; both at the end of the run."""
+        clock, config = self.state.clock, self.config
+        at_end = clock.images_seen >= config.train.total_images
+        samples = clock.crosses(before, config.sample.every_images, None) or at_end
+        if samples:
+            self._draw_samples()
+        routing = clock.crosses(before, config.observe.routing_every_images, None)
+        if at_end or routing or (samples and config.observe.routing_every_images is None):
+            self._draw_routing()
+
     def _draw_samples(self) -> None:
         self.pulse.mark(Phase.SAMPLE, self.state.clock.steps)
         with self.times.part("sample"):
             images, labels = self.sampler.draw(self.engine, self.state.ema)
         for observer in self.observers:
             observer.on_samples(self.state.clock, images, labels, self.config.sample.images_per_class)
-        if self.config.observe.routing_every_images is None:
-            self._draw_routing()
 
     def _draw_routing(self) -> None:
         if self.config.model.variant == "switch" and self.observers:
@@ -257,10 +264,6 @@ class Trainer:
     def _tell_saved(self, folder: Path, seconds: float) -> None:
         for observer in self.observers:
             observer.on_checkpoint(self.state.clock, folder, seconds)
-
-    def _finish(self) -> None:
-        self._save(must_work=True)
-        self._draw_samples()
 
     def _event(self, kind: str, text: str) -> None:
         for observer in self.observers:

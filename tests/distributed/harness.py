@@ -92,7 +92,14 @@ def metrics_of(run_dir: Path) -> list[dict]:
     return read_metrics(run_dir)
 
 
-MACHINE_KEYS = ("images_per_second", "slowest_rank", "memory_bytes", "skipped_steps", "spent_since_logged", "bad_samples_by_reason")
+MACHINE_KEYS = (
+    "images_per_second",
+    "slowest_rank",
+    "memory_bytes",
+    "skipped_steps",
+    "spent_since_logged",
+    "bad_samples_by_reason",
+)
 
 
 def numbers_of(run_dir: Path) -> list[dict]:
