@@ -33,7 +33,8 @@ RECORD = {
     "memory_bytes": {"resident": 1 << 20, "device": 0}, "bad_samples_by_reason": {"undecodable": 2},
 }  # fmt: skip
 LOGGED = {
-    **RECORD, "expert_load": [[0.5, 0.25, 0.25, 0.0]] * 2, "expert_load_max_over_mean": 2.0, "dropped_by_block_since_logged": [3, 1],
+    **RECORD, "expert_load": [[0.5, 0.25, 0.25, 0.0]] * 2, "expert_load_max_over_mean": 2.0,
+    "dropped_by_block_since_logged": [3, 1],
     "dropped_fraction": 0.1, "loss_by_timestep": [0.5] * 19 + [None], "model_flops_utilization": 0.4,
     "rank_step_seconds_p50": 0.1, "rank_step_seconds_p99": 0.12, "slowest_rank": 1,
 }  # fmt: skip
