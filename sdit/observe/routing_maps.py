@@ -23,7 +23,7 @@ from sdit.observe.routing_drawer import undrawn
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
-FINISH_SECONDS = 20.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
+FINISH_SECONDS = 60.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _log = logging.getLogger(__name__)
 

@@ -59,6 +59,10 @@ class Engine:
         self.run("network", "prune", "--force")
         self._daemon.send_signal(signal.SIGTERM)
         self._daemon.wait(START_SECONDS)
+        for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()[::-1]:
+            mount = line.split()[1]
+            if mount.startswith(f"{self._folder}/"):  # such as network namespaces, which the daemon leaves
+                subprocess.run(["umount", "--lazy", mount], check=True)
 
 
 class Container:

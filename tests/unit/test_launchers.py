@@ -305,7 +305,8 @@ def test_a_run_is_trained_then_refused_as_another_model_then_drawn(sdit: Command
     assert train_process(tmp_path / "run", ALONE).status == ExitCode.DONE
     result = train_process(tmp_path / "run", "model.width=64", ALONE)
     refused(result, ExitCode.CONFIG, "model.width: 64 disagrees with 32 of the checkpoint")
-    names = [f"{folder}/images-000000000064.png" for folder in ("routing", "samples")]
+    # The map's picture is drawn by a process of its own, for which a busy machine may have no time before the run ends.
+    names = ["routing/images-000000000064.npz", "samples/images-000000000064.png"]
     assert all((tmp_path / "run" / name).exists() for name in names)
     assert sdit("routing", "--checkpoint", tmp_path / "run", "--out", tmp_path / "map.png").status == ExitCode.DONE
     assert sdit("sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "grid.png").status == ExitCode.DONE
