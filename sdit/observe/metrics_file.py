@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
+_log = logging.getLogger(__name__)
 SPENT = (  # seconds of rank 0, summed over the steps since the last logged one
     "step_seconds", "data_wait_seconds", "forward_backward_seconds", "exchange_wait_seconds", "optimizer_seconds",
     "checkpoint_seconds", "sample_seconds", "validation_seconds",
@@ -21,36 +23,43 @@ class MetricsFile(Observer):
     def __init__(self, run_dir: Path) -> None:
         self._metrics, self._events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
         self._spent = dict.fromkeys(SPENT, 0.0)
+        self._lost: dict[Path, int] = {}  # lines in a row that could not be written
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self.on_rollback(clock, message)
+        self._metrics.touch()
         self.on_event(clock, "start", message)
 
     def on_rollback(self, clock: Clock, text: str) -> None:
-        self.close()
         _keep_up_to(self._metrics, clock.images_seen)
-        self._file = self._metrics.open("a", encoding="utf-8", buffering=1)
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         for key in SPENT:
             self._spent[key] += metrics.get(key, 0.0)
         if logged:
             # A pause falls between two steps that are seldom logged: only the sums tell where the time went.
-            self._file.write(json.dumps({**metrics, "spent_since_logged": self._spent}) + "\n")
+            self._append(self._metrics, {**metrics, "spent_since_logged": self._spent})
             self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self.on_event(clock, "checkpoint", f"{folder.name} in {seconds:.2f} s")
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
-        with self._events.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"images_seen": clock.images_seen, "step": clock.steps, "event": kind, "text": text}) + "\n"
-            )
+        self._append(self._events, {"images_seen": clock.images_seen, "step": clock.steps, "event": kind, "text": text})
 
-    def close(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        """Add a line; on a full disk it is lost and told, and the run goes on, as it does without its checkpoint."""
+        line = json.dumps(record) + "\n"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}" if self._lost.get(path) else line)  # what was lost may have left half a line
+        except OSError as error:
+            self._lost[path] = self._lost.get(path, 0) + 1
+            if self._lost[path] == 1:
+                _log.warning("%s: a line is lost (%s); training goes on", path, error.strerror)
+            return
+        if self._lost.pop(path, 0):
+            _log.warning("%s: can be written again", path)
 
 
 def _keep_up_to(path: Path, images_seen: int) -> None:
