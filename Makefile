@@ -45,8 +45,8 @@ test-faults: install
 cluster-packages:
 	command -v apt-get >/dev/null || { echo "make test-cluster needs Debian's apt-get; install by hand: $(CLUSTER_PACKAGES)" >&2; exit 78; }
 	dpkg-query --show $(CLUSTER_PACKAGES) >/dev/null 2>&1 || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES) >/dev/null; }
-	command -v kubectl >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends kubernetes-client >/dev/null
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(CLUSTER_PACKAGES) >/dev/null; }
+	command -v kubectl >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq kubernetes-client >/dev/null
 
 test-cluster: install cluster-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
