@@ -25,6 +25,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(ExitCode.USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
+def positive_int(text: str) -> int:
+    """An argument's type: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
+    return value
+
+
 def exit_status(action: Callable[[], int]) -> int:
     """Run a launcher's work and return its exit status; what a user can mend is told in one line on stderr."""
     try:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status, progress_bar
+from launcher.command import Parser, exit_status, positive_int, progress_bar
 from launcher.sample import chosen_settings
 from sdit.errors import ConfigError, ExitCode
 
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source = parser.add_argument_group("which images").add_argument
     source("--checkpoint", type=Path, metavar="RUN", help="draw from this run, checkpoint folder, or published file")
     source("--samples", type=Path, metavar="NPZ", help="take the images of this file instead")
-    source("--images", type=_positive, metavar="N", help="images to draw")
+    source("--images", type=positive_int, metavar="N", help="images to draw")
     source("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
     source("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
     source("--vae", type=Path, metavar="VAE", help="folder of the AutoencoderKL that decodes a run on latents")
@@ -80,9 +80,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     target("--npz", type=Path, metavar="NPZ", help="also keep the drawn images, with labels")
     target("--save-reference", type=Path, metavar="NPZ", help="write the reference's statistics")
     cost = parser.add_argument_group("at what cost").add_argument
-    cost("--batch", type=_positive, default=64, metavar="N", help="images per rank and model call (default: 64)")
-    cost("--block", type=_positive, default=1024, metavar="N", help="images a kill can lose (default: 1024)")
-    cost("--threads", type=_positive, metavar="N", help="CPU threads per rank (default: its share of the cores)")
+    cost("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
+    cost("--block", type=positive_int, default=1024, metavar="N", help="images a kill can lose (default: 1024)")
+    cost("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
     cost("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
     options = parser.parse_args(arguments)
     _check_words(parser, options)
@@ -238,13 +238,6 @@ def write_result(
         file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
     print("  ".join(f"{name} {scores[name]:.6g}" for name in SHOWN if scores[name] is not None))
     print(options.out)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status
+from launcher.command import Parser, exit_status, positive_int
 from sdit.errors import ExitCode
 
 IMAGES_PER_PROCESS = 4096  # a process takes seconds to start; on 8 x 8 pictures that is more than its work
@@ -61,7 +61,7 @@ def _command_line() -> argparse.ArgumentParser:
         each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
         each.add_argument(
             "--samples-per-shard",
-            type=_positive,
+            type=positive_int,
             default=1024,
             metavar="N",
             help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
@@ -92,7 +92,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=_positive,
+        type=positive_int,
         required=True,
         metavar="PIXELS",
         help="centre crop and resize the images to this square",
@@ -115,25 +115,18 @@ def _add_vae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of the moments on disk (default: float32)"
     )
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="images per VAE pass (default: 16)")
+    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="images per VAE pass (default: 16)")
     parser.add_argument("--device", default="cpu", help="of the VAE, such as cuda (default: cpu)")
 
 
 def _add_jobs(parser: argparse.ArgumentParser, default: object) -> None:
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=positive_int,
         default=default,
         metavar="N",
         help="processes (default: one per core and 4,096 images; with --device cuda: 1)",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _default_jobs(options: argparse.Namespace, images: int) -> int:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status, progress_bar
+from launcher.command import Parser, exit_status, positive_int, progress_bar
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--images",
         "--num",
         dest="num",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help="number of images (not --num under deepspeed)",
     )
@@ -83,8 +83,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     draw("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
     draw("--seed", type=int, metavar="N", help="seed of all noise")
     cost = parser.add_argument_group("at what cost").add_argument
-    cost("--batch", type=_positive, default=64, metavar="N", help="images per rank and model call (default: 64)")
-    cost("--threads", type=_positive, metavar="N", help="CPU threads per rank (default: its share of the cores)")
+    cost("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
+    cost("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
     cost("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
     options = parser.parse_args(arguments)
     if not (options.out or options.npz or options.raw):
@@ -164,13 +164,6 @@ def chosen_labels(config: Config, settings: SampleConfig, options: argparse.Name
     if options.labels:
         return np.repeat(np.asarray(options.labels, dtype=np.int64), columns), columns
     return grid_labels(config), columns
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
-    return value
 
 
 def _labels(text: str) -> list[int]:

@@ -24,6 +24,7 @@ from sdit.data.faults import BadSample, BadShard
 from sdit.data.keyed import Draw
 from sdit.data.ledger import BadSampleLedger
 from sdit.data.order import KeyColumns, SampleOrder
+from sdit.data.pixels import from_levels
 from sdit.errors import DataError
 
 
@@ -144,8 +145,7 @@ class Loader:
         """Pixels (B, C, H, W) uint8 -> float32 in [-1, 1], half of them mirrored if asked for."""
         mirrored = self._mirrored(keys)
         values[mirrored] = values[mirrored, ..., ::-1]
-        x0: np.ndarray = values / np.float32(127.5) - np.float32(1)
-        return x0
+        return from_levels(values)
 
     def _latents(self, values: np.ndarray, keys: KeyColumns) -> np.ndarray:
         """Moments (B, O, 2C, H, W) -> a posterior draw (B, C, H, W) float32, scaled: mean + exp(logvar / 2) eps."""

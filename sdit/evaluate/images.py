@@ -19,7 +19,6 @@ from sdit.data.dataset import Dataset, EmbeddedDigits, PreparedFolder
 from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 
-ROUNDING = "round half to even of (x + 1) * 127.5, clipped to 0..255"
 BATCH = 500
 Shape = tuple[int, int, int]
 
@@ -151,9 +150,3 @@ def write_npz(path: Path, batches: Iterator[np.ndarray], shape: Shape, labels: n
                 file.write(np.ascontiguousarray(batch).data)
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels, allow_pickle=False)
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """(n, H, W, C) uint8 of images (n, C, H, W) in [-1, 1], by ROUNDING."""
-    levels = np.round((images.transpose(0, 2, 3, 1) + 1) * 127.5)
-    return np.clip(levels, 0, 255).astype(np.uint8)

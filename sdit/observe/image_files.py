@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
-from sdit.observe.pictures import save_grid, to_pixels
+from sdit.observe.pictures import save_grid
 
 MAX_GRID_IMAGES = 400
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdit.data.pixels import to_pixels
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
@@ -27,11 +28,6 @@ class SampleGrids(Observer):
         self._folder.mkdir(parents=True, exist_ok=True)
         path, facts = self._folder / f"images-{clock.images_seen:012d}.png", {"images_seen": clock.images_seen}
         save_grid(path, images, columns, facts)
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """(n, H, W, C) uint8 of images (n, C, H, W) in [-1, 1]."""
-    return np.clip(np.round((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def shown_channels(images: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ from sdit.config import Config
 from sdit.configfile import dump_config
 from sdit.errors import ConfigError
 from sdit.parallel.comm import Comm
+from sdit.redact import redact
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
-SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def prepare_run_dir(path: Path) -> None:
@@ -46,14 +46,10 @@ def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Co
         "ranks": comm.world,
         "ranks_found_by": comm.info.source,
         "device": str(comm.device),
-        "command": [word if not _is_secret(word) else "(hidden)" for word in sys.argv],
+        "command": [redact(word) for word in sys.argv],
         **layout,
     }
     (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_secret(word: str) -> bool:
-    return "=" in word and any(part in word.partition("=")[0].upper() for part in SECRET_WORDS)
 
 
 def _version(package: str) -> str:

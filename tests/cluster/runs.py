@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import random
-import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.harness import ROOT, metrics_of, tensors_of
+from tests.distributed.harness import ROOT, numbers_of, tensors_of
 
 BIN = Path(sys.executable).parent
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -26,7 +25,6 @@ DEEPSPEED_JSON = ROOT / "configs" / "deepspeed" / "zero1.json"
 RANKS, STEPS, BATCH = 4, 40, 32
 OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.every_steps=5", "checkpoint.keep_last=9")
 ARGUMENTS = ("--config", str(TINY), "--ds_config", str(DEEPSPEED_JSON), *OVERRIDES)
-MEASURED = re.compile(r"seconds|per_second|memory|slowest_rank|^spent")  # what is measured may differ between two runs
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
 RUN_SECONDS = 240.0
 
@@ -64,14 +62,9 @@ def checkpoint_at(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"images-{step * BATCH:012d}"
 
 
-def curve_of(run_dir: Path) -> list[dict[str, Any]]:
-    """All logged steps, without what was measured."""
-    return [{key: value for key, value in step.items() if not MEASURED.search(key)} for step in metrics_of(run_dir)]
-
-
 def assert_same_curve(actual: Path, expected: Path) -> None:
     """Every number of every step agrees to 1e-5."""
-    curves = curve_of(expected), curve_of(actual)
+    curves = numbers_of(expected), numbers_of(actual)
     assert [step["step"] for step in curves[0]] == list(range(1, STEPS + 1))
     for want, got in zip(*curves, strict=True):
         _assert_close(got, want, f"step {want['step']}")
@@ -79,7 +72,7 @@ def assert_same_curve(actual: Path, expected: Path) -> None:
 
 def assert_same_run(actual: Path, expected: Path) -> None:
     """Curve and final state agree bit for bit."""
-    assert curve_of(actual) == curve_of(expected)
+    assert numbers_of(actual) == numbers_of(expected)
     for kind in STATE:
         want, got = tensors_of(expected, kind), tensors_of(actual, kind)
         assert want.keys() == got.keys() and want

@@ -22,12 +22,11 @@ from tests.cluster.runs import (
     assert_same_run,
     checkpoint_at,
     commit_all,
-    curve_of,
     launch,
     wait_until,
 )
 from tests.cluster.slurm_cluster import SlurmCluster
-from tests.distributed.harness import ROOT
+from tests.distributed.harness import ROOT, numbers_of
 
 pytestmark = pytest.mark.cluster
 SCRIPT = str(ROOT / "cluster" / "train.sbatch")
@@ -120,7 +119,7 @@ def test_job_that_is_preempted_and_broken_ends_as_if_nothing_had_happened(
     )
     for number, (step, disturb) in enumerate(zip(SIGNAL_STEPS, disturbances, strict=True)):
         job.wait(lambda step=step: checkpoint_at(job.run_dir, step).exists(), f"step {step}")
-        assert len(curve_of(job.run_dir)) < STEPS, "the run had ended before it was disturbed"
+        assert len(numbers_of(job.run_dir)) < STEPS, "the run had ended before it was disturbed"
         disturb()
         job.wait(lambda number=number: job.field("Restarts") == str(number + 1), f"requeue {number + 1}")
     job.finish()
@@ -176,7 +175,7 @@ def test_array_of_seeds_that_was_submitted_keeps_them_apart(cluster: SlurmCluste
     assert cluster.states(job) == {"COMPLETED"}, "".join(log.read_text() for log in logs)
     seeds = [tmp_path / "run" / f"seed-{seed}" for seed in (1, 2)]
     assert [load_config(run / "config.yaml").seed for run in seeds] == [1, 2]
-    curves = [curve_of(run) for run in seeds]
+    curves = [numbers_of(run) for run in seeds]
     assert [[step["step"] for step in curve] for curve in curves] == [list(range(1, STEPS + 1))] * 2
     assert all(one["loss"] != other["loss"] for one, other in zip(*curves, strict=True))
     frozen = tmp_path / "run" / "submit" / "001"

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdit.configfile import config_keys
-from sdit.observe.rank_log import redact
 from sdit.observe.report.html import Html, card, grid, section, table, tag
 from sdit.observe.report.numbers import is_number
 from sdit.observe.report.record import RunRecord
 from sdit.observe.report.shared import run_tag
+from sdit.redact import redact
 
 MAX_RANKS = 32  # drawn one by one
 LAYOUT = ("ranks", "ranks_found_by", "device", "expert_parallel", "micro_batch", "accumulation")

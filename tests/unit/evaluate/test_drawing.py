@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.decode import LatentDecoder
 from sdit.evaluate.drawing import Blocks, Drawing
 from sdit.evaluate.generate import generate
-from sdit.evaluate.images import to_pixels
 from sdit.train.checkpoint.load import load_trained
 from tests.unit.written_run import tiny_config, write_run
 

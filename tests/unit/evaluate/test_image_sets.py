@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.images import BATCH, LabelledImages, NpzImages, open_images, to_pixels, write_npz
-from sdit.observe.pictures import to_pixels as shown_pixels
+from sdit.evaluate.images import BATCH, LabelledImages, NpzImages, open_images, write_npz
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (BATCH + 7, 3, 4, 3), dtype=np.uint8)
 
@@ -79,14 +78,6 @@ def test_a_prepared_folder_holds_the_images_it_was_made_of(tmp_path: Path) -> No
     assert (folder.count, folder.shape, folder.classes) == (1797, (8, 8, 1), 10)
     for ours, theirs in zip(folder.arrays(), embedded.arrays(), strict=True):
         assert np.array_equal(ours, theirs)
-
-
-def test_rounding_is_that_of_sampling() -> None:
-    images = np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
-    images.flat[:5] = [-1, 1, -1.5, 1.5, 0]
-    pixels = to_pixels(images)
-    assert pixels.shape == (4, 5, 5, 3) and np.array_equal(pixels, shown_pixels(images))
-    assert [int(value) for value in to_pixels(images[:1])[0, 0, :, 0]] == [0, 255, 0, 255, 128]
 
 
 def test_latents_are_no_images(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sdit.observe.rank_log import RankLog, redact
+from sdit.observe.rank_log import RankLog
+from sdit.redact import redact
 from sdit.supervise.ranks import RankInfo
 
 
