@@ -117,6 +117,19 @@ def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
     assert metrics_of(tmp_path / "run")[-1]["step"] == 130
 
 
+def test_stop_is_saved_before_any_picture_is_drawn(tmp_path: Path) -> None:
+    """Every step is due for a grid; the one that the stop is agreed on gets its checkpoint, and no grid."""
+    run = tmp_path / "run"
+    with run_with(run, settings=("train.steps=4000", f"sample.every_images={BATCH}")) as ranks:
+        eventually(lambda: newest_step(run) >= 8)
+        ranks.send(1, signal.SIGTERM)
+        assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
+    stopped_at = metrics_of(run)[-1]["images_seen"]
+    drawn = max(int(path.stem.removeprefix("images-")) for path in (run / "samples").glob("images-*.png"))
+    assert find_checkpoint(run).manifest["clock"]["images_seen"] == stopped_at
+    assert drawn == stopped_at - BATCH
+
+
 def test_faults_are_refused_outside_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,0 +1,64 @@
+"""What a step tells of itself: losses by timestep, sums over ranks, where the time went, memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from sdit.train.bins import BINS, bin_by_timestep, bin_means
+from sdit.train.module import PARTS as LOSSES
+from sdit.train.sums import FLAGS, pack, unpack
+from sdit.train.timing import PARTS, StepTimes, memory_bytes
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_losses_fall_into_the_bin_of_their_timestep(continuous: bool) -> None:
+    t = torch.tensor([0, 49, 50, 999, 999])
+    sums = bin_by_timestep(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), t / 1000 if continuous else t, 1000)
+    means = bin_means(sums)
+    assert len(means) == BINS and (means[0], means[1], means[-1]) == (1.5, 4.0, 12.0)
+    assert means[2:-1] == [None] * (BINS - 3)
+
+
+def test_what_is_packed_comes_out_under_its_name() -> None:
+    bins = torch.arange(2 * BINS, dtype=torch.float64).view(2, BINS)
+    parts = torch.arange(len(LOSSES), dtype=torch.float64)
+    flags = tuple(float(number) for number in range(10, 10 + len(FLAGS)))
+    share = pack(parts, torch.tensor(9.0, dtype=torch.float64), flags, bins)
+    sums = unpack(share * 2)  # two ranks with the same share
+    assert sums.parts == (2 * parts).tolist() and sums.grad_norm == 18**0.5
+    assert sums.flags == {name: 2 * value for name, value in zip(FLAGS, flags, strict=True)}
+    assert torch.equal(sums.bins, 2 * bins)
+    traffic = sums.traffic(world=2)
+    assert traffic["exchange_bytes"] == sum(sums.flags[name] for name in ("tokens", "weights", "seats"))
+    assert traffic["exchange_wait_seconds"] == sums.flags["waited_seconds"] / 2
+
+
+def test_gradient_norm_of_a_bad_sum_is_no_number() -> None:
+    bad = torch.tensor(float("nan"), dtype=torch.float64)
+    share = pack(torch.zeros(len(LOSSES), dtype=torch.float64), bad, (0.0,) * len(FLAGS), torch.zeros(2, BINS))
+    assert unpack(share).grad_norm != unpack(share).grad_norm
+
+
+def test_time_counts_for_the_part_it_was_spent_in() -> None:
+    times = StepTimes()
+    with times.part("checkpoint"):
+        time.sleep(0.01)
+    with pytest.raises(ValueError), times.part("data_wait"):
+        time.sleep(0.01)
+        raise ValueError
+    taken = times.take()
+    assert min(taken["checkpoint_seconds"], taken["data_wait_seconds"]) >= 0.01
+    assert taken["pause_seconds"] == taken["checkpoint_seconds"]  # waiting for data is no pause
+    assert set(taken) == {f"{name}_seconds" for name in (*PARTS, "pause")}
+    assert set(times.take().values()) == {0.0}
+
+
+def test_resident_memory_grows_with_what_is_touched() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    after = memory_bytes(torch.device("cpu"))
+    assert before["device"] == after["device"] == 0
+    assert 0.9 * len(block) <= after["resident"] - before["resident"] <= 2 * len(block)
