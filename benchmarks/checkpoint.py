@@ -2,6 +2,7 @@
 """What an asynchronous checkpoint costs the training loop: steps of one run with and without a write in the background.
 
 usage: python benchmarks/checkpoint.py [--rounds 6] [--batch 16]
+       python benchmarks/checkpoint.py --saves --size B/2 --ranks 4
 
 One rank trains; every other block of `BLOCK` steps begins with an asynchronous save, so that other load on the machine falls
 on both kinds of block alike. Two costs are told apart: `blocked` is what the loop waits for (the copy to memory and the
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from ranks import start_ranks
 
 from sdit.configfile import load_config
 from sdit.parallel.comm import Comm, find_rank
@@ -29,6 +31,8 @@ from sdit.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 12  # steps between two saves
+SAVES = 5
+SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12)}  # depth, width, heads; the images are the digits
 
 
 class Meter:
@@ -75,27 +79,61 @@ def measure(trainer: Trainer, rounds: int) -> tuple[list[float], list[float], li
     return plain, saving, blocked, trainer.state.checkpoint_bytes()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--size", default="S/2")
-    parser.add_argument("--batch", type=int, default=16)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, Comm(find_rank(os.environ)) as comm:
-        config = load_config(
-            ROOT / "configs" / "digits.yaml",
-            ["model.depth=12", "model.width=384", "model.heads=6", "train.steps=100000", "checkpoint.asynchronous=true",
-             "checkpoint.every_steps=null", f"train.global_batch={options.batch}", f"run_dir={folder}"],
-        )  # fmt: skip
-        with open_trainer(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm) as trainer:
-            plain, saving, blocked, size = measure(trainer, options.rounds)
+def save_in_place(trainer: Trainer, saves: int) -> list[float]:
+    """Seconds of each of several saves in a row, on all ranks together."""
+    seconds = []
+    for _ in range(saves):
+        trainer.comm.barrier()
+        started = time.perf_counter()
+        trainer.saver.save(must_work=True)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def report_saves(trainer: Trainer, size: str) -> None:
+    """A row of the table in the README."""
+    seconds, size_bytes = save_in_place(trainer, SAVES), trainer.state.checkpoint_bytes()
+    if trainer.comm.is_first:
+        spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
+        print(f"{size}, 3 experts, {size_bytes / 1e6:.0f} MB, {trainer.comm.world} ranks: {spread}", flush=True)
+
+
+def report_background(trainer: Trainer, rounds: int) -> None:
+    """What the loop waits for, and what whole steps cost."""
+    plain, saving, blocked, size = measure(trainer, rounds)
     ratio = statistics.median(b / (BLOCK * p) for b, p in zip(blocked, plain, strict=True))
     worst = max(b / p for b, p in zip(blocked, plain, strict=True))
     whole = [(s - p) / p for s, p in zip(saving, plain, strict=True)]
     print(f"{size / 1e6:.0f} MB, a save every {BLOCK} steps of {statistics.median(plain):.2f} s")
     print(f"blocked: {100 * ratio:.2f} % of all steps (a save blocks {100 * worst:.1f} % of one step at worst)")
     print(f"whole: {100 * statistics.median(whole):+.1f} % (from {100 * min(whole):+.1f} to {100 * max(whole):+.1f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6, help="pairs of blocks compared")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--saves", action="store_true", help="time saves in place instead, for --size on --ranks")
+    parser.add_argument("--size", choices=SIZES, default="S/2")
+    parser.add_argument("--ranks", type=int, default=1, help="processes to start")
+    options = parser.parse_args()
+    info = find_rank(os.environ)
+    if info.world < options.ranks:
+        sys.exit(start_ranks(options.ranks))
+    torch.set_num_threads(1)
+    depth, width, heads = SIZES[options.size]
+    with tempfile.TemporaryDirectory() as folder, Comm(info) as comm:
+        config = load_config(
+            ROOT / "configs" / "digits.yaml",
+            [f"model.depth={depth}", f"model.width={width}", f"model.heads={heads}", "model.experts.count=3",
+             "parallel.expert=1", "train.steps=100000", f"checkpoint.asynchronous={str(not options.saves).lower()}",
+             "checkpoint.every_steps=null", f"train.global_batch={options.batch}", f"run_dir={comm.from_first(folder)}"],
+        )  # fmt: skip
+        with open_trainer(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm) as trainer:
+            if options.saves:
+                report_saves(trainer, options.size)
+            else:
+                report_background(trainer, options.rounds)
 
 
 if __name__ == "__main__":

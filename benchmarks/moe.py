@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +34,7 @@ import torch
 import torch.distributed as dist
 from moe_peers import TOP_K, Case, Layer, all_layers
 from moe_step import compare_whole_steps
+from ranks import start_ranks
 from torch import Tensor
 
 from sdit.parallel.comm import Comm, find_rank
@@ -183,33 +182,6 @@ def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
 def _ratio(own: Sequence[float], base: Sequence[float]) -> float:
     """Median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
-
-
-def start_ranks(ranks: int) -> int:
-    """Run this command as `ranks` processes of one thread each; returns the first exit status that is not zero."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    quiet = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    shared = {
-        **quiet,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(ranks),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)},
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        return next((status for status in [process.wait() for process in processes] if status), 0)
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def main() -> None:
