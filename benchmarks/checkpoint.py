@@ -17,7 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,8 +45,8 @@ class Meter:
         for name in ("save", "hear"):
             setattr(trainer.saver, name, self._timed(getattr(trainer.saver, name)))
 
-    def _timed(self, method):
-        def call(*arguments):
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             started = time.perf_counter()
             result = method(*arguments)
             self.seconds += time.perf_counter() - started

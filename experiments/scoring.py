@@ -11,9 +11,10 @@ import numpy as np
 from experiments.variants import Scale
 from sdit.config import SampleConfig
 from sdit.data.dataset import PreparedFolder
+from sdit.data.pixels import to_pixels
 from sdit.evaluate.classifier import trained_features
 from sdit.evaluate.generate import generate
-from sdit.evaluate.images import LabelledImages, to_pixels
+from sdit.evaluate.images import LabelledImages
 from sdit.evaluate.metrics import frechet_distance
 from sdit.evaluate.statistics import statistics_of
 from sdit.model import solve_assignment
