@@ -118,7 +118,7 @@ class SuperviseConfig(Section):
     first_step_seconds: float = field(300.0, "longest first step (compilation, warm-up of the libraries)", gt=0)
     step_seconds: float = field(180.0, "longest step before a rank counts as stalled", gt=0)
     checkpoint_seconds: float = field(420.0, "longest write of a checkpoint", gt=0)
-    sample_seconds: float = field(1800.0, "longest drawing of a sample grid", gt=0)
+    sample_seconds: float = field(600.0, "longest sampler step of a grid, or batch of held-out images", gt=0)
     restarts: int = field(3, "restarts without a newer checkpoint between them before the run ends", ge=0)
     grace_seconds: float = field(60.0, "time to save and leave after a stop signal", gt=0)
     elastic: bool = field(False, "go on with the ranks that are left when a node is lost")

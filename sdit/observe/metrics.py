@@ -84,6 +84,12 @@ class MetricsPage(Observer):
                 self._tell_of_logged(self._writer, metrics)
         self._publish()
 
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        if self._writer is None or not self._is_first:
+            return
+        self._tell_of_values(self._writer, metrics)
+        self._publish()
+
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         if self._writer is None or not self._is_first:
             return
@@ -122,19 +128,22 @@ class MetricsPage(Observer):
         page.observe("sdit_step_seconds", metrics["step_seconds"])
         for part, key in PARTS.items():
             page.set("sdit_loss", metrics.get(key, math.nan), part)
-        for name, key in GAUGES.items():
-            if metrics.get(key) is not None:
-                page.set(name, metrics[key])
+        self._tell_of_values(page, metrics)
         tokens, weights = metrics.get("exchange_bytes_tokens", 0.0), metrics.get("exchange_bytes_weights", 0.0)
         seats = metrics.get("exchange_bytes", 0.0) - tokens - weights
         for mode, sent in {"tokens": tokens, "weights": weights, "seats": seats}.items():
             page.add("sdit_exchange_bytes_total", sent, mode)
         page.observe("sdit_exchange_seconds", metrics.get("exchange_wait_seconds", 0.0))
 
-    def _tell_of_logged(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+    def _tell_of_values(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+        for name, key in GAUGES.items():
+            if metrics.get(key) is not None:
+                page.set(name, metrics[key])
         for name, key in BY_BIN.items():
             for number, value in zip(BINS, metrics.get(key, ()), strict=False):
                 page.set(name, math.nan if value is None else value, number)
+
+    def _tell_of_logged(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
         for block, count in enumerate(metrics.get("dropped_by_block_since_logged", ())):
             page.add("sdit_expert_dropped_samples_total", count, str(block))
         for block, loads in enumerate(metrics.get("expert_load", ())):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import VALIDATION, Observer
 
 _log = logging.getLogger(__name__)
+KEY = "validation_loss"
 SPENT = (  # seconds of rank 0, summed over the steps since the last logged one
     "step_seconds", "data_wait_seconds", "forward_backward_seconds", "exchange_wait_seconds", "optimizer_seconds",
     "checkpoint_seconds", "sample_seconds", "validation_seconds",
@@ -41,11 +43,25 @@ class MetricsFile(Observer):
             self._append(self._metrics, {**metrics, "spent_since_logged": self._spent})
             self._spent = dict.fromkeys(SPENT, 0.0)
 
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        """Add the held-out loss to the line of its step."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        if lines and _images(lines[-1]) == clock.images_seen:
+            _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **metrics})])
+
+    def missing(self, clock: Clock) -> set[str]:
+        """The held-out loss, where the last line is the step's and lacks it."""
+        last = read_metrics(self._metrics.parent)[-1:]
+        lacks = [record for record in last if record["images_seen"] == clock.images_seen and KEY not in record]
+        return {VALIDATION} if lacks else set()
+
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self.on_event(clock, "checkpoint", f"{folder.name} in {seconds:.2f} s")
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
-        self._append(self._events, {"images_seen": clock.images_seen, "step": clock.steps, "event": kind, "text": text})
+        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
+        self._append(self._events, {**where, "event": kind, "text": text})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         """Add a line; on a full disk it is lost and told, and the run goes on, as it does without its checkpoint."""
@@ -66,9 +82,12 @@ def _keep_up_to(path: Path, images_seen: int) -> None:
     """Drop lines that the resumed run will write again, and a last line that a crash cut."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _images(line) <= images_seen]
+    _rewrite(path, [line for line in path.read_text(encoding="utf-8").splitlines() if _images(line) <= images_seen])
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdit.data.durable import replacing
 from sdit.data.pixels import to_pixels
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import SAMPLES, Observer
 
 MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor, so that a person sees them
 GAP_PIXELS = 2
@@ -24,10 +25,15 @@ class SampleGrids(Observer):
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "samples"
 
+    def missing(self, clock: Clock) -> set[str]:
+        return set() if self._path(clock).exists() else {SAMPLES}
+
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        path, facts = self._folder / f"images-{clock.images_seen:012d}.png", {"images_seen": clock.images_seen}
-        save_grid(path, images, columns, facts)
+        save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
+
+    def _path(self, clock: Clock) -> Path:
+        return self._folder / f"images-{clock.images_seen:012d}.png"
 
 
 def shown_channels(images: np.ndarray) -> np.ndarray:
@@ -48,7 +54,8 @@ def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
-    Image.fromarray(grid_pixels(pixels, columns)).save(path, pnginfo=text)
+    with replacing(path) as file:
+        Image.fromarray(grid_pixels(pixels, columns)).save(file, format="PNG", pnginfo=text)
 
 
 def grid_pixels(pixels: np.ndarray, columns: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
 from sdit.observe.routing_drawer import undrawn
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import ROUTING, Observer
 
 FINISH_SECONDS = 60.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -53,8 +53,11 @@ class RoutingMaps(Observer):
         if columns is not None:
             assignment = Assignment(np.asarray(columns, dtype=np.int64), expert_windows(self._model))
         snapshot = Snapshot.take(clock.images_seen, probs, self._model.experts.top_k, assignment, self._dropped)
-        snapshot.save(self._folder / f"images-{clock.images_seen:012d}.npz")
+        snapshot.save(self._path(clock))
         self._draw()
+
+    def missing(self, clock: Clock) -> set[str]:
+        return set() if self._path(clock).exists() else {ROUTING}
 
     def close(self) -> None:
         """Wait for the last pictures, but only of a run that is done: one that stops or fails must leave at once."""
@@ -63,6 +66,9 @@ class RoutingMaps(Observer):
         if time.monotonic() < deadline:  # a drawer that was about to end may have missed the last snapshot
             self._draw()
             self._await(deadline)
+
+    def _path(self, clock: Clock) -> Path:
+        return self._folder / f"images-{clock.images_seen:012d}.npz"
 
     def _draw(self) -> None:
         """Start a drawer if there is something to draw and none is at it."""

@@ -57,6 +57,14 @@ class Tolerant(Observer):
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self._try(lambda: self._sink.on_checkpoint(clock, folder, seconds))
 
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        self._try(lambda: self._sink.on_validation(clock, metrics))
+
+    def missing(self, clock: Clock) -> set[str]:
+        found: set[str] = set()
+        self._try(lambda: found.update(self._sink.missing(clock)))
+        return found
+
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         self._try(lambda: self._sink.on_event(clock, kind, text))
 
@@ -93,6 +101,9 @@ class TensorBoard(Observer):
         if logged:
             for key, value in scalars(metrics):
                 self._writer.add_scalar(key, value, clock.images_seen)
+
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        self.on_step(clock, metrics, logged=True)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
@@ -132,6 +143,9 @@ class WeightsAndBiases(Observer):
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         if logged:
             self._run.log(dict(scalars(metrics)), step=clock.images_seen)
+
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        self.on_step(clock, metrics, logged=True)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         import wandb

@@ -22,7 +22,7 @@ from sdit.supervise.pulse import Beat, Pulse
 VARIABLE = "SDIT_SUPERVISED"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STACK_SIGNAL = signal.SIGQUIT  # NCCL and schedulers use USR1 and USR2
-DUMP_SECONDS = 1.0
+DUMP_SECONDS = 3.0
 DUMP_QUIET_POLLS = 4  # 0.2 s: a busy machine may halt a process in the middle of its dump
 PR_SET_PDEATHSIG = 1
 
@@ -124,6 +124,7 @@ class Child:
         deadline, seen, quiet = time.monotonic() + DUMP_SECONDS, size, 0
         while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
+            self._signal(signal.SIGCONT)  # whatever stopped it may do so again in the middle of its dump
             now = self._stacks.stat().st_size
             whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
             seen, quiet = now, quiet + 1 if whole else 0

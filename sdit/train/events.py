@@ -10,6 +10,8 @@ import numpy as np
 
 from sdit.train.clock import Clock
 
+SAMPLES, ROUTING, VALIDATION = "samples", "routing", "validation"  # what a run makes between two steps
+
 
 class Observer:
     """Something that watches a run (metrics file, progress bar, pictures); overrides the calls it cares for.
@@ -28,6 +30,9 @@ class Observer:
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         """An optimizer step was taken; `metrics` has the keys of metrics.jsonl, `logged` marks those for the file."""
 
+    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+        """The held-out loss of a step that was told of without it, because a stop came between."""
+
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         """A grid was sampled: images (n, C, H, W) float32, row by row of `columns`."""
 
@@ -42,6 +47,10 @@ class Observer:
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         """Something happened that a person should know (skipped step, loss spike, failed checkpoint)."""
+
+    def missing(self, clock: Clock) -> set[str]:
+        """Asked when a process starts: of SAMPLES, ROUTING, VALIDATION, what this observer keeps and lacks of `clock`."""
+        return set()
 
     def close(self) -> None:
         """The run ends."""

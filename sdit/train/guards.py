@@ -22,6 +22,10 @@ class RollBack(Exception):
     """The step cannot stand: go back to a checkpoint and leave its samples out. Caught by the trainer."""
 
 
+class StopAgreed(Exception):
+    """All ranks know that one of them was asked to stop: save and leave. Caught by the trainer."""
+
+
 class BadStepGuard:
     """Counts non-finite steps in a row and ends the run when there are too many."""
 

@@ -48,27 +48,29 @@ class GridSampler:
     def __init__(self, config: Config, model: DiffusionTransformer, comm: Comm) -> None:
         self._config, self._model, self._comm = config, model, comm
 
-    def draw(self, engine: Engine, ema: Ema) -> tuple[np.ndarray, np.ndarray]:
-        """All images (n, C, H, W) and labels (n,), on every rank."""
+    def draw(self, engine: Engine, ema: Ema, step_done: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
+        """All images (n, C, H, W) and labels (n,), on every rank; what `step_done` raises after a sampler step ends it."""
         labels = grid_labels(self._config)
         training = self._model.training
         self._model.eval()
-        with engine.weights_of(ema.values), torch.no_grad():
-            images = self._share(labels)
-        self._model.train(training)
-        return images, labels
+        try:
+            with engine.weights_of(ema.values), torch.no_grad():
+                return self._share(labels, step_done), labels
+        finally:
+            self._model.train(training)
 
     def gate_probs(self) -> np.ndarray:
         """(depth, T, M) gate probabilities of all tasks with the present weights, for the routing map; no communication."""
         return self._model.all_gate_probs().cpu().numpy()
 
-    def _share(self, labels: np.ndarray) -> np.ndarray:
+    def _share(self, labels: np.ndarray, step_done: Callable[[], None]) -> np.ndarray:
         """Rank r draws images r, r + R, ...; all ranks make equally many model calls, as experts may be spread over them."""
         comm = self._comm
         per_rank = -(-len(labels) // comm.world)
         mine = np.minimum(np.arange(per_rank) * comm.world + comm.rank, len(labels) - 1)
+        config = self._config
         parts = [
-            sample_images(self._model, self._config, self._config.sample, chunk, labels[chunk])
+            sample_images(self._model, config, config.sample, chunk, labels[chunk], lambda _done, _steps: step_done())
             for chunk in np.array_split(mine, max(1, -(-per_rank // SAMPLE_BATCH)))
         ]
         return comm.interleave(torch.cat(parts))[: len(labels)].cpu().numpy()

@@ -26,8 +26,9 @@ from sdit.train.bins import BINS, bin_means
 from sdit.train.checkpoint.saver import Saver
 from sdit.train.clock import Clock, ema_decay, learning_rate_factor
 from sdit.train.events import Observer
-from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector, StopSignals, WorkTimer, rank_report
+from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector, StopAgreed, StopSignals, WorkTimer, rank_report
 from sdit.train.module import PARTS
+from sdit.train.pauses import Pauses
 from sdit.train.routes import StepRoutes
 from sdit.train.sampling import GridSampler
 from sdit.train.state import RunState
@@ -46,11 +47,14 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.config, self.batch, self.comm, self.engine = config, batch, comm, engine
         self.objective, self.loader, self.routes, self.state = objective, loader, routes, state
-        self.sampler, self.validator, self.observers, self.pulse = sampler, validator, observers, pulse
+        self.observers, self.pulse = observers, pulse
         self.bad_steps = BadStepGuard(config.train.max_bad_steps)
         self.spikes = SpikeDetector(config.train.spike_deviations)
         self.signals = StopSignals(pulse)
         self.work, self.times = WorkTimer(comm.device), StepTimes()
+        self.pauses = Pauses(
+            config, comm, engine, state, sampler, validator, observers, pulse, self.signals, self.times
+        )
         self.bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
         self.skipped_steps = 0
         self.saver = Saver(
@@ -63,11 +67,20 @@ class Trainer:
 
     def run(self) -> ExitCode:
         """Train to the configured end, or to a stop signal (then the state is saved and the code asks for a requeue)."""
-        if self.state.clock.images_seen >= self.config.train.total_images:
-            return ExitCode.DONE
-        micro_batches = self.loader.batches(self._requests())
-        stop, phase = False, Phase.FIRST_STEP
-        while self.state.clock.images_seen < self.config.train.total_images and not stop:
+        code = ExitCode.DONE
+        try:
+            self.pauses.make_up()
+            self._train()
+        except StopAgreed:
+            code = ExitCode.REQUEUE
+        self._save(must_work=True)
+        self.pulse.mark(Phase.END, self.state.clock.steps)
+        return code
+
+    def _train(self) -> None:
+        """Step after step to the configured end. Raises: StopAgreed, on all ranks, where a stop ends it sooner."""
+        micro_batches, phase = self.loader.batches(self._requests()), Phase.FIRST_STEP
+        while self.state.clock.images_seen < self.config.train.total_images:
             before, started = self.state.clock, time.perf_counter()
             self.pulse.mark(phase, before.steps)
             with self.work.host(), self.times.part("data_wait"):
@@ -81,14 +94,9 @@ class Trainer:
             self.state.clock, phase = before.after(self.batch.global_batch), Phase.STEP
             self._tell(before, metrics, time.perf_counter() - started, stop)
             interval = self.config.checkpoint
-            if stop or self.state.clock.crosses(before, interval.every_images, interval.every_steps):
-                self._save(must_work=stop)
-            if not stop:  # whoever wants the run to stop may not wait for pictures
-                self._draw(before)
-        if not stop:
-            self._save(must_work=True)
-        self.pulse.mark(Phase.END, self.state.clock.steps)
-        return ExitCode.REQUEUE if stop else ExitCode.DONE
+            if self.state.clock.crosses(before, interval.every_images, interval.every_steps):
+                self._save()
+            self.pauses.draw(before)
 
     def _step(self, raw: Sequence[RawBatch]) -> tuple[dict[str, Any], bool]:
         """One optimizer step on this rank's micro-batches, tried again while it is not finite: metrics, stop asked."""
@@ -203,11 +211,9 @@ class Trainer:
         return (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.routes.traffic())
 
     def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float, stop: bool) -> None:
-        """Tell the observers of the step; with the held-out loss where it is due and the run is not to stop."""
-        clock = self.state.clock
-        at_end = clock.images_seen >= self.config.train.total_images
-        validate = self.validator is not None and not stop
-        validate = validate and (clock.crosses(before, self.config.validation.every_images, None) or at_end)
+        """Tell the observers of the step; with the held-out loss where it is due. Raises: StopAgreed."""
+        clock, at_end = self.state.clock, self.state.clock.images_seen >= self.config.train.total_images
+        validate = self.pauses.validation_due(before)
         logged = clock.steps % self.config.train.log_every_steps == 0 or at_end or validate
         record: dict[str, Any] = {"step": clock.steps, "images_seen": clock.images_seen, **metrics}
         record["images_per_second"] = self.batch.global_batch / seconds
@@ -221,36 +227,14 @@ class Trainer:
             record |= self.routes.report() | rank_report(self.comm.gather(self.work.take()))
             record["loss_by_timestep"] = bin_means(self.bins)
             self.bins.zero_()
-        if self.validator is not None and validate:
-            self.pulse.mark(Phase.SAMPLE, clock.steps)
-            with self.times.part("validation"):
-                record |= self.validator.measure(self.engine, self.state.ema)
-        for observer in self.observers:
-            observer.on_step(clock, record, logged)
-
-    def _draw(self, before: Clock) -> None:
-        """The pictures that are due; both at the end of the run."""
-        clock, config = self.state.clock, self.config
-        at_end = clock.images_seen >= config.train.total_images
-        samples = clock.crosses(before, config.sample.every_images, None) or at_end
-        if samples:
-            self._draw_samples()
-        routing = clock.crosses(before, config.observe.routing_every_images, None)
-        if at_end or routing or (samples and config.observe.routing_every_images is None):
-            self._draw_routing()
-
-    def _draw_samples(self) -> None:
-        self.pulse.mark(Phase.SAMPLE, self.state.clock.steps)
-        with self.times.part("sample"):
-            images, labels = self.sampler.draw(self.engine, self.state.ema)
-        for observer in self.observers:
-            observer.on_samples(self.state.clock, images, labels, self.config.sample.images_per_class)
-
-    def _draw_routing(self) -> None:
-        if self.config.model.variant == "switch" and self.observers:
-            probs = self.sampler.gate_probs()
+        try:
+            if stop:
+                raise StopAgreed
+            if validate:
+                record |= self.pauses.validate()
+        finally:  # the step was taken, whatever comes after it
             for observer in self.observers:
-                observer.on_routing(self.state.clock, probs, self.state.prior_columns)
+                observer.on_step(clock, record, logged)
 
     def _save(self, must_work: bool = False) -> None:
         """Write a checkpoint of this moment, unless it is there already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,24 +49,28 @@ class Validator:
         self._seed = (config.validation.seed + SEED_OFFSET) % 2**64
         self.images = -(-config.validation.images // batch.global_batch) * batch.global_batch
 
-    def measure(self, engine: Engine, ema: Ema) -> dict[str, Any]:
-        """The validation keys of metrics.jsonl. All ranks call it together.
+    def measure(self, engine: Engine, ema: Ema, batch_done: Callable[[], None]) -> dict[str, Any]:
+        """The validation keys of metrics.jsonl. All ranks call it together; what `batch_done` raises ends it.
 
         `validation_loss` is the noise loss (with the bound's term where the variance is learned), unlike `loss` without
         the prior's and the balance's; labels are never dropped; experts keep what `experts.capacity_factor_eval` allows.
         """
         training = self._model.training
         self._model.eval()
-        with engine.weights_of(ema.values), torch.no_grad():
-            sums, bins = self._sums(engine)
-        self._model.train(training)
+        try:
+            with engine.weights_of(ema.values), torch.no_grad():
+                sums, bins = self._sums(engine, batch_done)
+        finally:
+            self._model.train(training)
+            if self._spread is not None:
+                self._spread.end_evaluation()
         totals = self._comm.sum(torch.cat([sums, bins.flatten()]))
         loss, mse = (totals[:2] / self.images).tolist()
         by_bin = bin_means(totals[2:].view(2, BINS))
         keys = {"validation_loss": loss, "validation_mse": mse, "validation_loss_by_timestep": by_bin}
         return keys | {"validation_images": self.images}
 
-    def _sums(self, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sums(self, engine: Engine, batch_done: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 sums over this rank's images: (2,) of loss and mse, and the bins of mse."""
         device, routes = self._comm.device, None
         if self._spread is not None:
@@ -88,8 +92,7 @@ class Validator:
                 mse, vlb = losses.parts[1], losses.parts[2]
                 sums += torch.stack([mse + vlb, mse])
                 bins += losses.bins
-        if self._spread is not None:
-            self._spread.end_evaluation()
+            batch_done()
         return sums * self._batch.micro_batch, bins
 
     def _times(self, first: int) -> np.ndarray:

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdit.data.encoders import png_encoder
+from sdit.data.prepare import prepare
+from sdit.data.sources import digits_source
 from sdit.errors import ExitCode
 from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
@@ -117,17 +120,37 @@ def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
     assert metrics_of(tmp_path / "run")[-1]["step"] == 130
 
 
-def test_stop_is_saved_before_any_picture_is_drawn(tmp_path: Path) -> None:
-    """Every step is due for a grid; the one that the stop is agreed on gets its checkpoint, and no grid."""
-    run = tmp_path / "run"
-    with run_with(run, settings=("train.steps=4000", f"sample.every_images={BATCH}")) as ranks:
-        eventually(lambda: newest_step(run) >= 8)
+def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: Path) -> None:
+    """Every step is due for the held-out loss, and the last grid takes 400 sampler steps: stopped in both, nothing lacks."""
+    held_out, run = tmp_path / "held-out", tmp_path / "run"
+    prepare(digits_source(), png_encoder(), held_out, 256, 1, False)
+    settings = (
+        f"validation.every_images={BATCH}", f"validation.path={held_out}", "validation.images=128", "parallel.expert=2",
+        "sample.sampler=ddpm", "sample.steps=400", "sample.images_per_class=16",
+    )  # fmt: skip
+    with run_with(run, settings=settings) as ranks:
+        eventually(lambda: len(metrics_of(run)) >= 5)
         ranks.send(1, signal.SIGTERM)
         assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
-    stopped_at = metrics_of(run)[-1]["images_seen"]
-    drawn = max(int(path.stem.removeprefix("images-")) for path in (run / "samples").glob("images-*.png"))
-    assert find_checkpoint(run).manifest["clock"]["images_seen"] == stopped_at
-    assert drawn == stopped_at - BATCH
+    stopped_at = metrics_of(run)[-1]
+    assert "validation_loss" not in stopped_at and stopped_at["step"] < STEPS
+    assert find_checkpoint(run).manifest["clock"]["steps"] == stopped_at["step"]
+    with run_with(run, settings=settings) as ranks:
+        eventually(lambda: list((run / "routing").glob("*.npz")))  # the map is written, the grid is being drawn
+        ranks.send(0, signal.SIGUSR1)
+        assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
+    assert len(metrics_of(run)) == STEPS and not (run / "samples").exists()
+    assert find_checkpoint(run).manifest["clock"]["steps"] == STEPS
+    with run_with(run, settings=settings) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    undisturbed = tmp_path / "undisturbed"
+    with run_with(undisturbed, settings=settings) as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    assert_same_run(run, undisturbed)
+    curves = [[record["validation_loss"] for record in metrics_of(folder)] for folder in (run, undisturbed)]
+    assert curves[0] == curves[1] and len(curves[0]) == STEPS
+    grids = [list((folder / "samples").iterdir()) for folder in (run, undisturbed)]
+    assert len(grids[0]) == 1 and grids[0][0].read_bytes() == grids[1][0].read_bytes()
 
 
 def test_faults_are_refused_outside_tests(

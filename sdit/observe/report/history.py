@@ -126,13 +126,13 @@ def faults_section(runs: Sequence[RunRecord]) -> Html:
     for number, run in enumerate(runs):
         lines = [_event(run, event) for event in run.events if event.get("event") not in QUIET]
         content: list[object] = [
-            _capped(("step", "what", ""), lines) if lines else tag("p", "no events", class_="empty")
+            _capped(("when (UTC)", "step", "what", ""), lines) if lines else tag("p", "no events", class_="empty")
         ]
         ended = [attempt for attempt in run.attempts if attempt.get("text")]
         if ended:
             content.append(tag("h3", "Attempts that ended early"))
-            attempts = [(attempt.get("attempt", "—"), _end(attempt), attempt["text"]) for attempt in ended]
-            content.append(_capped(("attempt", "outcome", ""), attempts))
+            attempts = [(_when(end), end.get("attempt", "—"), _end(end), end["text"]) for end in ended]
+            content.append(_capped(("when (UTC)", "attempt", "outcome", ""), attempts))
         bad = run.last.get("bad_samples")
         if is_number(bad) and bad:
             content.append(tag("p", f"{bad:.0f} unreadable samples were replaced in the last epoch.", class_="note"))
@@ -149,7 +149,17 @@ def _event(run: RunRecord, event: Mapping[str, object]) -> tuple[object, ...]:
         colour = "warn"
     step = event.get("step")
     lines = [escape(line) for line in str(event.get("text", "")).splitlines()]
-    return (step if is_number(step) else "—", tag("span", name, class_=f"badge {colour}"), join(lines, "<br>"))
+    return (
+        _when(event),
+        step if is_number(step) else "—",
+        tag("span", name, class_=f"badge {colour}"),
+        join(lines, "<br>"),
+    )
+
+
+def _when(record: Mapping[str, object]) -> str:
+    """Date and time to the minute; runs of older versions did not keep it."""
+    return str(record.get("time", "—"))[:16].replace("T", " ")
 
 
 def _end(attempt: Mapping[str, object]) -> Html:

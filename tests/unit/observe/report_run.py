@@ -70,7 +70,14 @@ def write_folder(folder: Path, variant: str = "switch") -> Path:
         (640, "start", "resumed at 640 images"),
     ]
     lines = [
-        {"images_seen": images, "step": images // BATCH, "event": kind, "text": text} for images, kind, text in events
+        {
+            "time": "2026-03-01T03:04:05+00:00",
+            "images_seen": images,
+            "step": images // BATCH,
+            "event": kind,
+            "text": text,
+        }
+        for images, kind, text in events
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     attempt = {"attempt": 1, "restart": True, "exit_code": 70, "text": "rank 1, host n, step 41: killed by SIGKILL"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.train.clock import Clock
+from sdit.train.events import VALIDATION
 
 
 def tell(metrics: MetricsFile, steps: range) -> None:
@@ -42,3 +44,25 @@ def test_a_full_disk_loses_lines_but_not_the_run(tmp_path: Path, caplog: pytest.
     records, torn = read_records(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 6, 7] and torn == 1
     assert caplog.records[-1].message.endswith("can be written again")
+
+
+def test_held_out_loss_that_came_late_joins_the_line_of_its_step(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.on_start(Clock(), 320, "fresh")
+    assert metrics.missing(Clock()) == set()
+    tell(metrics, range(1, 4))
+    resumed = MetricsFile(tmp_path)
+    resumed.on_start(Clock(96, 3), 320, "resumed")
+    assert resumed.missing(Clock(96, 3)) == {VALIDATION}
+    assert resumed.missing(Clock(128, 4)) == set()  # of another step nothing is known
+    resumed.on_validation(Clock(96, 3), {"validation_loss": 0.5})
+    assert resumed.missing(Clock(96, 3)) == set()
+    assert [record.get("validation_loss") for record in read_metrics(tmp_path)] == [None, None, 0.5]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_events_bear_the_time_of_day(tmp_path: Path) -> None:
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    MetricsFile(tmp_path).on_event(Clock(32, 1), "loss_spike", "loss 7")
+    (event,), _ = read_records(tmp_path / "events.jsonl")
+    assert before <= datetime.fromisoformat(event["time"]) <= datetime.now(timezone.utc)

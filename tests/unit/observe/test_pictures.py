@@ -13,6 +13,7 @@ from sdit.errors import ConfigError
 from sdit.observe.image_files import MAX_GRID_IMAGES, ImageFiles
 from sdit.observe.pictures import GAP_GREY, GAP_PIXELS, MIN_TILE_PIXELS, SampleGrids, save_grid
 from sdit.train.clock import Clock
+from sdit.train.events import SAMPLES
 
 
 def flat_images(values: list[float], channels: int = 1, size: int = 8) -> np.ndarray:
@@ -63,7 +64,9 @@ def test_a_run_leaves_a_grid_at_every_drawing(tmp_path: Path) -> None:
     grids = SampleGrids(tmp_path)
     grids.on_start(Clock(), 256, "fresh")
     for clock in (Clock(128, 1), Clock(256, 2)):
+        assert grids.missing(clock) == {SAMPLES}
         grids.on_samples(clock, flat_images([0.0, 1.0]), np.array([0, 1]), 2)
+        assert grids.missing(clock) == set()
     grids.close()
     names = ["images-000000000128.png", "images-000000000256.png"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names

@@ -86,6 +86,7 @@ def test_figures_are_those_of_the_files(folder: Path) -> None:
     for fact in ("960", "of 960", "1 skipped step", "killed by SIGKILL", "0.25 s", "16 = 2 ranks x 8 images", "torch"):
         assert fact in words
     assert re.search(r"restarts\s*1", words)
+    assert re.search(r"2026-03-01 03:04\s*20\s*skipped step", words)
 
 
 def test_runs_are_shown_side_by_side(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from sdit.observe.routing_drawer import draw_all, undrawn
 from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.routing_pictures import ANIMATION_FRAMES, MAP_PIXELS, evenly
 from sdit.train.clock import Clock
+from sdit.train.events import ROUTING
 
 DEPTH, TASKS, EXPERTS, TOP_K = 3, 40, 4, 2
 CONFIG = {"depth": DEPTH, "width": 16, "heads": 2, "timesteps": TASKS, "experts": {"count": EXPERTS, "top_k": TOP_K}}
@@ -158,7 +159,9 @@ def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: 
     maps.on_start(Clock(), 256, "fresh")
     for clock in (Clock(128, 1), Clock(256, 2)):
         maps.on_step(clock, {}, True)
+        assert maps.missing(clock) == {ROUTING}
         maps.on_routing(clock, probs, list(range(DEPTH * EXPERTS)))
+        assert maps.missing(clock) == set()
         assert (tmp_path / "routing" / f"images-{clock.images_seen:012d}.npz").exists()
     maps.close()
     names = {path.name for path in (tmp_path / "routing").glob("[!.]*")}

@@ -1,0 +1,101 @@
+"""What is due between two steps: the held-out loss, the sample grid, the routing map.
+
+A stop cuts a pause short, whichever rank it was asked of, and so may a kill; the resumed run then makes up for what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sdit.config import Config
+from sdit.parallel.comm import Comm
+from sdit.parallel.engine import Engine
+from sdit.supervise.pulse import Phase, Pulse
+from sdit.train.clock import Clock
+from sdit.train.events import ROUTING, SAMPLES, VALIDATION, Observer
+from sdit.train.guards import StopAgreed, StopSignals
+from sdit.train.sampling import GridSampler
+from sdit.train.state import RunState
+from sdit.train.timing import StepTimes
+from sdit.train.validation import Validator
+
+
+class Pauses:
+    """The pauses of one run; all ranks call its methods together. Raises StopAgreed where one is cut short."""
+
+    def __init__(
+        self, config: Config, comm: Comm, engine: Engine, state: RunState, sampler: GridSampler,
+        validator: Validator | None, observers: Sequence[Observer], pulse: Pulse, signals: StopSignals, times: StepTimes,
+    ) -> None:  # fmt: skip
+        self._config, self._comm, self._engine, self._state = config, comm, engine, state
+        self._sampler, self._validator, self._observers = sampler, validator, observers
+        self._pulse, self._signals, self._times = pulse, signals, times
+
+    def make_up(self) -> None:
+        """At the start of a process: what was due at the clock's present, and its files do not hold."""
+        clock = self._state.clock
+        missing: set[str] = set().union(*(observer.missing(clock) for observer in self._observers))
+        missing = set(self._comm.from_first(sorted(missing)))
+        if not clock.steps or not missing:
+            return
+        before = replace(clock, images_seen=clock.images_seen - self._config.train.global_batch, steps=clock.steps - 1)
+        if VALIDATION in missing and self.validation_due(before):
+            measured = self.validate()
+            for observer in self._observers:
+                observer.on_validation(clock, measured)
+        self._draw(missing & self._due(before))
+
+    def validation_due(self, before: Clock) -> bool:
+        """Whether the held-out loss is to be measured between `before` and now."""
+        if self._validator is None:
+            return False
+        return self._state.clock.crosses(before, self._config.validation.every_images, None) or self._at_end
+
+    def validate(self) -> dict[str, Any]:
+        """The validation keys of metrics.jsonl."""
+        assert self._validator is not None
+        self._pulse.mark(Phase.SAMPLE, self._state.clock.steps)
+        with self._times.part("validation"):
+            return self._validator.measure(self._engine, self._state.ema, self._stop_point)
+
+    def draw(self, before: Clock) -> None:
+        """The pictures that are due between `before` and now; both at the end of the run."""
+        self._draw(self._due(before))
+
+    def _due(self, before: Clock) -> set[str]:
+        clock, own_rhythm = self._state.clock, self._config.observe.routing_every_images
+        due = set()
+        if clock.crosses(before, self._config.sample.every_images, None) or self._at_end:
+            due.add(SAMPLES)
+        maps = bool(due) if own_rhythm is None else clock.crosses(before, own_rhythm, None)
+        if self._config.model.variant == "switch" and (maps or self._at_end):
+            due.add(ROUTING)
+        return due
+
+    def _draw(self, due: set[str]) -> None:
+        state, sample = self._state, self._config.sample
+        if ROUTING in due and self._observers:  # milliseconds; the grid may be cut short
+            probs = self._sampler.gate_probs()
+            for observer in self._observers:
+                observer.on_routing(state.clock, probs, state.prior_columns)
+        if SAMPLES in due:
+            self._pulse.mark(Phase.SAMPLE, state.clock.steps)
+            with self._times.part("sample"):
+                images, labels = self._sampler.draw(self._engine, state.ema, self._stop_point)
+            for observer in self._observers:
+                observer.on_samples(state.clock, images, labels, sample.images_per_class)
+
+    @property
+    def _at_end(self) -> bool:
+        return self._state.clock.images_seen >= self._config.train.total_images
+
+    def _stop_point(self) -> None:
+        """Progress was made inside a pause. Raises: StopAgreed, on all ranks, when any of them was asked to stop."""
+        self._pulse.tap()
+        asked = torch.tensor([float(self._signals.requested)], device=self._comm.device)
+        if self._comm.sum(asked).item():
+            raise StopAgreed
