@@ -3,9 +3,9 @@
 
 The model has S/8's shape (12 blocks of width 384, 16 tokens) and runs on one CPU core. With observation: the metrics page,
 metrics.jsonl, progress lines, the rank's log, TensorBoard where it is installed, and what a logged step computes (routing
-report, slow ranks). Without: none of these. Neighbouring blocks are compared, so that other load on the machine falls on both
-alike. Scrapes are answered by another process and are given as its CPU time. Sample grids and routing maps are no part of a
-step; they are made at intervals of their own.
+report, slow ranks). Without: none of these. A block with it is compared with the mean of its two neighbours, so that other load
+on the machine falls on both alike. Scrapes are answered by another process and are given as its CPU time. Sample grids and
+routing maps are no part of a step; they are made at intervals of their own.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class Turns(Observer):
         self._observers, self._block = observers, block
         self.trainer: Trainer | None = None
         self._configs: tuple[Config, Config] | None = None
-        self._last = 0.0
-        self.blocks: list[tuple[bool, float]] = []  # with observation?, seconds
+        self._last = (0.0, 0.0)
+        self.blocks: list[
+            tuple[float, float]
+        ] = []  # seconds and CPU seconds of a block: with observation, without, with ...
         self.told_seconds: list[float] = []
 
     def attach(self, trainer: Trainer) -> None:
         never = trainer.config.train.model_copy(update={"log_every_steps": 1 << 40})
         self._configs = (trainer.config, trainer.config.model_copy(update={"train": never}))
-        self.trainer, self._last = trainer, time.perf_counter()
+        self.trainer, self._last = trainer, _clocks()
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         for observer in self._observers:
@@ -72,14 +74,19 @@ class Turns(Observer):
                 observer.on_step(clock, metrics, logged)
             self.told_seconds.append(time.perf_counter() - started)
         if clock.steps % self._block == 0:
-            now = time.perf_counter()
-            self.blocks.append((is_on, now - self._last))
+            now = _clocks()
+            self.blocks.append((now[0] - self._last[0], now[1] - self._last[1]))
             self._last = now
             self.trainer.config = self._configs[clock.steps // self._block % 2]
 
     def close(self) -> None:
         for observer in self._observers:
             observer.close()
+
+
+def _clocks() -> tuple[float, float]:
+    """The clock on the wall, and the CPU time of this process, which other load on the machine disturbs less."""
+    return time.perf_counter(), time.process_time()
 
 
 def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
@@ -143,15 +150,18 @@ def main() -> None:
 
 def report(turns: Turns, block: int, scrape_seconds: float) -> None:
     """Print the ratios; the first pair warms up."""
-    seconds = [seconds for _, seconds in turns.blocks[2:]]
-    pairs = list(zip(seconds[0::2], seconds[1::2], strict=True))  # with, without
-    ratios = sorted(watched / alone for watched, alone in pairs)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    step = statistics.median(alone for _, alone in pairs) / block
+    watched, alone = turns.blocks[2::2], turns.blocks[1::2]
+    step = statistics.median(seconds for seconds, _ in alone) / block
     told = statistics.mean(turns.told_seconds[block:])
-    print(f"{len(pairs)} pairs of {block} steps of {1000 * step:.0f} ms")
+    print(f"{len(watched)} pairs of {block} steps of {1000 * step:.0f} ms")
     print("| | median | quartiles |\n|---|---|---|")
-    print(f"| step time with all observation / without | {middle:.4f} | {low:.4f}-{high:.4f} |")
+    for name, clock in (("step time", 0), ("CPU time of a step", 1)):
+        ratios = [
+            2 * seconds[clock] / (before[clock] + after[clock])
+            for seconds, before, after in zip(watched, alone, alone[1:], strict=False)
+        ]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} with all observation / without | {middle:.4f} | {low:.4f}-{high:.4f} |")
     print(f"| time in the observers / step time | {100 * told / step:.3f} % | |")
     print(
         f"| CPU time of a scrape every {SCRAPE_SECONDS:.0f} s / wall clock | {100 * scrape_seconds / SCRAPE_SECONDS:.3f} % | |"
