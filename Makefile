@@ -54,6 +54,8 @@ test-cluster: install cluster-packages
 bench: install
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/observe.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

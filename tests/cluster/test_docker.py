@@ -19,7 +19,8 @@ RESTRICTED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=n
 OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.keep_last=9")
 SLOWLY = tuple(f"--fault=slow@0:{step}!" for step in range(STEPS))  # 0.2 s each: time to be stopped in
 PROBE = "/opt/sdit/docker/health.py"
-TRAIN_SECONDS = 240.0
+TRAIN_SECONDS, DEMO_SECONDS = 240.0, 1200.0
+DEMO_STEPS = 1200
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,24 @@ def test_stop_saves_and_the_same_command_goes_on(engine: Engine, image: str, run
         assert f"images-{stopped_at * BATCH:012d}" in second.logs()
     assert_same_curve(run_dir, reference)
     assert {path.stat().st_uid for path in run_dir.rglob("*")} == {USER}
+
+
+def test_the_demo_is_stopped_and_trained_to_its_end(engine: Engine, image: str, tmp_path: Path) -> None:
+    """The README's command with no config of ours, on two ranks: the embedded default, all 1,200 steps of it."""
+    runs = writable_folder(tmp_path, "runs")
+    variables = ("--env=RANKS_PER_NODE=2", "--env=OMP_NUM_THREADS=1")
+    command = (*RESTRICTED, "--shm-size=1g", f"--volume={runs}:/runs", *variables, image, "train")
+    run_dir = runs / "digits"
+    with Container(engine, *command) as first:
+        wait_until(lambda: _steps(run_dir) >= 2, TRAIN_SECONDS, "two logged steps", first.logs)
+        assert first.stop(grace_seconds=60) == 75, first.logs()
+    stopped_at = metrics_of(run_dir)[-1]["step"]
+    with Container(engine, *command) as second:
+        assert second.code(DEMO_SECONDS) == 0, second.logs()
+        assert "resumed at" in second.logs()
+    assert stopped_at < DEMO_STEPS == metrics_of(run_dir)[-1]["step"]
+    assert (run_dir / "samples" / f"images-{metrics_of(run_dir)[-1]['images_seen']:012d}.png").exists()
+    assert metrics_of(run_dir)[-1]["mse"] < metrics_of(run_dir)[0]["mse"] / 5
 
 
 def test_health_check_sees_a_supervisor_that_stands_still(engine: Engine, image: str, runs: Path) -> None:
