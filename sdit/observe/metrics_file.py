@@ -44,10 +44,14 @@ class MetricsFile(Observer):
             self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
-        """Add the held-out loss to the line of its step."""
+        """Add the held-out loss to the line of its step; on a full disk it is missing until the next start."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        if lines and _images(lines[-1]) == clock.images_seen:
+        if not lines or _images(lines[-1]) != clock.images_seen:
+            return
+        try:
             _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **metrics})])
+        except OSError as error:
+            _log.warning("%s: the held-out loss is not in it (%s); training goes on", self._metrics, error.strerror)
 
     def missing(self, clock: Clock) -> set[str]:
         """The held-out loss, where the last line is the step's and lacks it."""
@@ -94,7 +98,7 @@ def _rewrite(path: Path, lines: list[str]) -> None:
 def _images(line: str) -> float:
     try:
         return float(json.loads(line)["images_seen"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

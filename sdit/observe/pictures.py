@@ -25,6 +25,12 @@ class SampleGrids(Observer):
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "samples"
 
+    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
+        self.on_rollback(clock, message)
+
+    def on_rollback(self, clock: Clock, text: str) -> None:
+        remove_after(self._folder, clock.images_seen)
+
     def missing(self, clock: Clock) -> set[str]:
         return set() if self._path(clock).exists() else {SAMPLES}
 
@@ -34,6 +40,14 @@ class SampleGrids(Observer):
 
     def _path(self, clock: Clock) -> Path:
         return self._folder / f"images-{clock.images_seen:012d}.png"
+
+
+def remove_after(folder: Path, images_seen: int) -> None:
+    """Delete the files images-N.* with N > images_seen: the run went back, and will write others of these moments."""
+    for path in folder.glob("images-*.*"):
+        number = path.stem.removeprefix("images-")
+        if number.isdigit() and int(number) > images_seen:
+            path.unlink(missing_ok=True)
 
 
 def shown_channels(images: np.ndarray) -> np.ndarray:
@@ -54,8 +68,9 @@ def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with replacing(path) as file:
-        Image.fromarray(grid_pixels(pixels, columns)).save(file, format="PNG", pnginfo=text)
+        Image.fromarray(grid_pixels(pixels, columns)).save(file, format=kind, pnginfo=text)
 
 
 def grid_pixels(pixels: np.ndarray, columns: int) -> np.ndarray:

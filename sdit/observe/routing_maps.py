@@ -18,12 +18,13 @@ import sdit
 from sdit.config import ModelConfig
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
+from sdit.observe.pictures import remove_after
 from sdit.observe.routing import Snapshot
 from sdit.observe.routing_drawer import undrawn
 from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, Observer
 
-FINISH_SECONDS = 60.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
+FINISH_SECONDS = 20.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _log = logging.getLogger(__name__)
 
@@ -35,12 +36,13 @@ class RoutingMaps(Observer):
         self._folder, self._model, self._finish_seconds = run_dir / "routing", model, finish_seconds
         self._dropped: np.ndarray | None = None
         self._drawer: subprocess.Popen[str] | None = None
-        self._warned = False
+        self._warned, self._may_wait = False, True
         self._total_images = self._images_left = 0
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self._total_images, self._images_left = total_images, total_images - clock.images_seen
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.on_rollback(clock, message)
         self._draw()
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
@@ -56,12 +58,19 @@ class RoutingMaps(Observer):
         snapshot.save(self._path(clock))
         self._draw()
 
+    def on_stop(self, clock: Clock) -> None:
+        self._may_wait = False
+
+    def on_rollback(self, clock: Clock, text: str) -> None:
+        remove_after(self._folder, clock.images_seen)
+
     def missing(self, clock: Clock) -> set[str]:
         return set() if self._path(clock).exists() else {ROUTING}
 
     def close(self) -> None:
         """Wait for the last pictures, but only of a run that is done: one that stops or fails must leave at once."""
-        deadline = time.monotonic() + (self._finish_seconds if self._images_left <= 0 else 0.0)
+        is_done = self._images_left <= 0 and self._may_wait
+        deadline = time.monotonic() + (self._finish_seconds if is_done else 0.0)
         self._await(deadline)
         if time.monotonic() < deadline:  # a drawer that was about to end may have missed the last snapshot
             self._draw()

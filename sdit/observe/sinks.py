@@ -57,6 +57,12 @@ class Tolerant(Observer):
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self._try(lambda: self._sink.on_checkpoint(clock, folder, seconds))
 
+    def on_stop(self, clock: Clock) -> None:
+        self._try(lambda: self._sink.on_stop(clock))
+
+    def on_rollback(self, clock: Clock, text: str) -> None:
+        self._try(lambda: self._sink.on_rollback(clock, text))
+
     def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
         self._try(lambda: self._sink.on_validation(clock, metrics))
 

@@ -110,7 +110,8 @@ def open_trainer(
         for observer in told:
             observer.on_start(state.clock, config.train.total_images, message)
         trainer = Trainer(
-            config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse
+            config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse,
+            supervised.attempt,
         )  # fmt: skip
         if found is not None:
             trainer.saver.last = str(found.folder)

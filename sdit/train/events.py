@@ -48,6 +48,9 @@ class Observer:
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         """Something happened that a person should know (skipped step, loss spike, failed checkpoint)."""
 
+    def on_stop(self, clock: Clock) -> None:
+        """The run was asked to stop and is to leave within its grace: `close` may not wait for anything."""
+
     def missing(self, clock: Clock) -> set[str]:
         """Asked when a process starts: of SAMPLES, ROUTING, VALIDATION, what this observer keeps and lacks of `clock`."""
         return set()

@@ -1,6 +1,6 @@
 """What is due between two steps: the held-out loss, the sample grid, the routing map.
 
-A stop cuts a pause short, whichever rank it was asked of, and so may a kill; the resumed run then makes up for what is missing.
+A stop cuts a pause short, whichever rank it was asked of, and so may a kill; the next launch then makes up for what is missing.
 """
 
 from __future__ import annotations
@@ -30,24 +30,37 @@ class Pauses:
     def __init__(
         self, config: Config, comm: Comm, engine: Engine, state: RunState, sampler: GridSampler,
         validator: Validator | None, observers: Sequence[Observer], pulse: Pulse, signals: StopSignals, times: StepTimes,
+        attempt: int,
     ) -> None:  # fmt: skip
         self._config, self._comm, self._engine, self._state = config, comm, engine, state
         self._sampler, self._validator, self._observers = sampler, validator, observers
-        self._pulse, self._signals, self._times = pulse, signals, times
+        self._pulse, self._signals, self._times, self._attempt = pulse, signals, times, attempt
 
     def make_up(self) -> None:
-        """At the start of a process: what was due at the clock's present, and its files do not hold."""
+        """At the start of a process: what was due at the clock's present, and its files do not hold.
+
+        Only the first attempt of a launch does so: what ends an attempt each time it is tried may not end the run.
+        """
         clock = self._state.clock
         missing: set[str] = set().union(*(observer.missing(clock) for observer in self._observers))
         missing = set(self._comm.from_first(sorted(missing)))
-        if not clock.steps or not missing:
+        if not clock.steps:
             return
-        before = replace(clock, images_seen=clock.images_seen - self._config.train.global_batch, steps=clock.steps - 1)
-        if VALIDATION in missing and self.validation_due(before):
+        before_images = max(0, clock.images_seen - self._config.train.global_batch)
+        before = replace(clock, images_seen=before_images, steps=clock.steps - 1)
+        missing &= self._due(before) | ({VALIDATION} if self.validation_due(before) else set())
+        if not missing:
+            return
+        names = f"{' and '.join(sorted(missing))} of {clock.images_seen} images"
+        if self._attempt > 1:
+            self._tell("not_made_up", f"{names}: an attempt may have ended there; the next launch tries again")
+            return
+        self._tell("made_up", f"{names}: the run had ended before they were there")
+        if VALIDATION in missing:
             measured = self.validate()
             for observer in self._observers:
                 observer.on_validation(clock, measured)
-        self._draw(missing & self._due(before))
+        self._draw(missing)
 
     def validation_due(self, before: Clock) -> bool:
         """Whether the held-out loss is to be measured between `before` and now."""
@@ -88,6 +101,10 @@ class Pauses:
                 images, labels = self._sampler.draw(self._engine, state.ema, self._stop_point)
             for observer in self._observers:
                 observer.on_samples(state.clock, images, labels, sample.images_per_class)
+
+    def _tell(self, kind: str, text: str) -> None:
+        for observer in self._observers:
+            observer.on_event(self._state.clock, kind, text)
 
     @property
     def _at_end(self) -> bool:

@@ -51,7 +51,7 @@ class RunState:
         return None if module is None else module.ids
 
     def snapshot(self) -> Snapshot:
-        """This rank's part of the state; on a CPU the arrays are views of the live state."""
+        """This rank's part of the state; arrays of what lives on the host (on a CPU all, or what is offloaded) are views."""
         owned = self.engine.owned
         tensors: dict[str, np.ndarray] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -64,7 +64,8 @@ class RunState:
             more_tensors, more_shapes = collect(kind, owned, values, self.expert_ids)
             tensors |= more_tensors
             shapes |= more_shapes
-        return Snapshot(self.clock.images_seen, tensors, shapes, self._facts())
+        is_live = any(value.device.type == "cpu" for _, values in kinds for value in values)
+        return Snapshot(self.clock.images_seen, tensors, shapes, self._facts(), is_live)
 
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint over all ranks: masters, EMA and moments, four bytes each."""

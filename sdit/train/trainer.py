@@ -43,7 +43,7 @@ class Trainer:
     def __init__(
         self, config: Config, batch: BatchPlan, comm: Comm, engine: Engine, objective: Objective, loader: Loader,
         routes: StepRoutes, state: RunState, sampler: GridSampler, validator: Validator | None,
-        observers: Sequence[Observer], pulse: Pulse,
+        observers: Sequence[Observer], pulse: Pulse, attempt: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.batch, self.comm, self.engine = config, batch, comm, engine
         self.objective, self.loader, self.routes, self.state = objective, loader, routes, state
@@ -53,7 +53,7 @@ class Trainer:
         self.signals = StopSignals(pulse)
         self.work, self.times = WorkTimer(comm.device), StepTimes()
         self.pauses = Pauses(
-            config, comm, engine, state, sampler, validator, observers, pulse, self.signals, self.times
+            config, comm, engine, state, sampler, validator, observers, pulse, self.signals, self.times, attempt
         )
         self.bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
         self.skipped_steps = 0
@@ -73,6 +73,8 @@ class Trainer:
             self._train()
         except StopAgreed:
             code = ExitCode.REQUEUE
+            for observer in self.observers:
+                observer.on_stop(self.state.clock)
         self._save(must_work=True)
         self.pulse.mark(Phase.END, self.state.clock.steps)
         return code

@@ -90,11 +90,11 @@ class Saver:
             self.hear(*self._comm.sum(flags).tolist())
 
     def _still(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot in memory that the next step does not change: on a CPU its arrays are views of the live state.
+        """The snapshot in memory that the next step does not change; arrays of what lives on a GPU are copies already.
 
         The copies are kept for the next time: measured for 605 MB, 0.27 s into new memory, 0.04 s into the old.
         """
-        if self._comm.device.type != "cpu":
+        if not snapshot.is_live:
             return snapshot
         for key, flat in snapshot.tensors.items():
             if key not in self._copies or self._copies[key].shape != flat.shape:

@@ -85,12 +85,16 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of the state: flat float32 `tensors` by key, logical `shapes`, `facts` for the manifest."""
+    """This rank's part of the state: flat float32 `tensors` by key, logical `shapes`, `facts` for the manifest.
+
+    `is_live`: some tensors are views of the state, which the next step will change.
+    """
 
     images_seen: int
     tensors: Mapping[str, np.ndarray]
     shapes: Mapping[str, tuple[int, ...]]
     facts: Mapping[str, Any]
+    is_live: bool = False
 
 
 class CheckpointStore:

@@ -61,6 +61,18 @@ def test_held_out_loss_that_came_late_joins_the_line_of_its_step(tmp_path: Path)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_held_out_loss_that_finds_no_room_leaves_the_file_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.on_start(Clock(), 320, "fresh")
+    tell(metrics, range(1, 3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.tmp").symlink_to("/dev/full")
+    metrics.on_validation(Clock(64, 2), {"validation_loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and "No space left" in caplog.text
+
+
 def test_events_bear_the_time_of_day(tmp_path: Path) -> None:
     before = datetime.now(timezone.utc).replace(microsecond=0)
     MetricsFile(tmp_path).on_event(Clock(32, 1), "loss_spike", "loss 7")

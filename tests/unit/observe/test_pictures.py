@@ -70,6 +70,10 @@ def test_a_run_leaves_a_grid_at_every_drawing(tmp_path: Path) -> None:
     grids.close()
     names = ["images-000000000128.png", "images-000000000256.png"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
+    grids.on_rollback(Clock(128, 1), "back")  # what came after is void
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == names[:1]
+    SampleGrids(tmp_path).on_start(Clock(), 256, "fresh")
+    assert not list((tmp_path / "samples").iterdir())
 
 
 def test_all_files_hold_the_same_images(tmp_path: Path) -> None:

@@ -169,14 +169,18 @@ def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: 
     assert names == pictures | {"training.png", "training.gif"}
 
 
-@pytest.mark.parametrize(("images_seen", "finish_seconds"), [(128, 3600), (256, 0)])
+@pytest.mark.parametrize(
+    ("images_seen", "finish_seconds", "stops"), [(128, 3600, False), (256, 0, False), (256, 3600, True)]
+)
 def test_a_run_that_stops_or_has_waited_long_enough_leaves_the_drawing_for_later(
-    tmp_path: Path, probs: np.ndarray, images_seen: int, finish_seconds: float
+    tmp_path: Path, probs: np.ndarray, images_seen: int, finish_seconds: float, stops: bool
 ) -> None:
     maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds)
     maps.on_start(Clock(), 256, "fresh")
     maps.on_step(Clock(images_seen, 1), {}, True)
     maps.on_routing(Clock(images_seen, 1), probs, None)
+    if stops:  # in the drawing of the last grid
+        maps.on_stop(Clock(images_seen, 1))
     maps.close()
     assert len(undrawn(tmp_path / "routing")) == 1
 
