@@ -94,7 +94,7 @@ class Snapshot:
     tensors: Mapping[str, np.ndarray]
     shapes: Mapping[str, tuple[int, ...]]
     facts: Mapping[str, Any]
-    is_live: bool = False
+    is_live: bool = True
 
 
 class CheckpointStore:
