@@ -17,13 +17,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from meter import Meter
 from ranks import start_ranks
 
 from sdit.configfile import load_config
@@ -37,27 +36,9 @@ SAVES = 5
 SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12)}  # depth, width, heads; the images are the digits
 
 
-class Meter:
-    """Seconds that the loop spends in the saver's methods."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.seconds = 0.0
-        for name in ("save", "hear"):
-            setattr(trainer.saver, name, self._timed(getattr(trainer.saver, name)))
-
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = method(*arguments)
-            self.seconds += time.perf_counter() - started
-            return result
-
-        return call
-
-
 def measure(trainer: Trainer, rounds: int) -> tuple[list[float], list[float], list[float], int]:
     """Per round: mean seconds of a step without and with a save, seconds blocked by the save; bytes of a checkpoint."""
-    meter, requests = Meter(trainer), trainer.loader.batches(trainer._requests())
+    meter, requests = Meter(trainer.saver, ("save", "hear")), trainer.loader.batches(trainer._requests())
 
     def block(save: bool) -> float:
         started = time.perf_counter()

@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from meter import Meter
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sdit.config import Config
@@ -48,6 +49,7 @@ class Turns(Observer):
     def __init__(self, observers: list[Observer], block: int) -> None:
         self._observers, self._block = observers, block
         self.trainer: Trainer | None = None
+        self.report: Meter | None = None
         self._configs: tuple[Config, Config] | None = None
         self._last = (0.0, 0.0)
         self.blocks: list[
@@ -58,15 +60,7 @@ class Turns(Observer):
     def attach(self, trainer: Trainer) -> None:
         never = trainer.config.train.model_copy(update={"log_every_steps": 1 << 40})
         self._configs = (trainer.config, trainer.config.model_copy(update={"train": never}))
-        report = trainer.routes.report
-
-        def timed_report() -> dict[str, Any]:
-            started = time.perf_counter()
-            found = report()
-            self.told_seconds += time.perf_counter() - started
-            return found
-
-        trainer.routes.report = timed_report  # type: ignore[method-assign]
+        self.report = Meter(trainer.routes, ("report",))
         self.trainer, self._last = trainer, _clocks()
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
@@ -162,7 +156,8 @@ def report(turns: Turns, block: int, scrape_seconds: float) -> None:
     """Print the ratios; the first pair warms up."""
     watched, alone = turns.blocks[2::2], turns.blocks[1::2]
     step = statistics.median(seconds for seconds, _ in alone) / block
-    told = turns.told_seconds / turns.told_steps
+    assert turns.report is not None
+    told = (turns.told_seconds + turns.report.seconds) / turns.told_steps
     print(f"{len(watched)} pairs of {block} steps of {1000 * step:.0f} ms")
     print("| | median | quartiles |\n|---|---|---|")
     for name, clock in (("step time", 0), ("CPU time of a step", 1)):

@@ -121,19 +121,20 @@ def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
 
 
 def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: Path) -> None:
-    """The held-out loss takes 100 batches, the last grid 400 sampler steps: stopped in the middle of both, nothing lacks."""
+    """The held-out loss takes 200 batches, the last grid 400 sampler steps: stopped in the middle of both, nothing lacks."""
     held_out, run = tmp_path / "held-out", tmp_path / "run"
     prepare(digits_source(), png_encoder(), held_out, 256, 1, False)
     settings = (
-        f"validation.every_images={5 * BATCH}", f"validation.path={held_out}", "validation.images=3200", "parallel.expert=2",
+        f"validation.every_images={6 * BATCH}", f"validation.path={held_out}", "validation.images=6400", "parallel.expert=2",
         "sample.sampler=ddpm", "sample.steps=400", "sample.images_per_class=16",
     )  # fmt: skip
     with run_with(run, settings=settings) as ranks:
-        eventually(lambda: len(metrics_of(run)) >= 4)  # the fifth step is due
+        eventually(lambda: len(metrics_of(run)) >= 5)  # the sixth step is due
+        time.sleep(0.3)  # it is taken, and its held-out loss is under way
         ranks.send(1, signal.SIGTERM)
         assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
     stopped_at = metrics_of(run)[-1]
-    assert "validation_loss" not in stopped_at and stopped_at["step"] == 5
+    assert "validation_loss" not in stopped_at and stopped_at["step"] == 6
     assert find_checkpoint(run).manifest["clock"]["steps"] == stopped_at["step"]
     with run_with(run, settings=settings) as ranks:
         eventually(lambda: list((run / "routing").glob("*.npz")))  # the map is written, the grid is being drawn
@@ -148,11 +149,11 @@ def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: P
         assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
     assert_same_run(run, undisturbed)
     curves = [[record.get("validation_loss") for record in metrics_of(folder)] for folder in (run, undisturbed)]
-    assert curves[0] == curves[1] and sum(value is not None for value in curves[0]) == STEPS // 5
+    assert curves[0] == curves[1] and sum(value is not None for value in curves[0]) == STEPS // 6 + 1
     grids = [list((folder / "samples").iterdir()) for folder in (run, undisturbed)]
     assert len(grids[0]) == 1 and grids[0][0].read_bytes() == grids[1][0].read_bytes()
     assert [
-        "validation of 160" in events(run, "made_up")[0]["text"],
+        "validation of 192" in events(run, "made_up")[0]["text"],
         "samples of" in events(run, "made_up")[1]["text"],
     ] == [True] * 2
 
