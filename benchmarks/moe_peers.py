@@ -120,7 +120,7 @@ def spread_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "we
         spread.begin_step(gate.routes, 0, tasks)
         spread.begin_micro_step(0, loaded)
         view = spread.dispatcher.view(torch.from_numpy(tasks[index]))
-        return spread.dispatcher.start(0, z, gate.gates(view.task, view.experts), experts)()
+        return spread.dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
 
     at_hand = int(spread.layout.at_hand.sum())
     name = f"ours, auto ({at_hand} of {case.experts} at hand)" if exchange == "auto" else f"ours, {exchange}"
@@ -134,7 +134,7 @@ def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
 
     def forward(z: Tensor) -> Tensor:
         view = dispatcher.view(torch.from_numpy(gate.draw()[comm.rank :: case.ranks]))
-        return dispatcher.start(0, z, gate.gates(view.task, view.experts), experts)()
+        return dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
 
     name = "ours, EP = 1, gradients all-reduced" if reduces else "ours, EP = 1"
     return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()], reduces)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""DiT, DTR and Switch-DiT at equal images on Fashion-MNIST: held-out loss and FID against images and CPU time.
+"""DiT, DTR and Switch-DiT at equal images on Fashion-MNIST: held-out loss and FID against images and wall-clock.
 
   convergence.py                    everything: search, 7 variants x 3 seeds, scores, tables, plots (hours on one core)
+  convergence.py --seeds 1 2        of these seeds alone: several such commands may run side by side, one a core, once
+                                    the search is done
   convergence.py --quick            the same with tiny models, in a minute; writes into the work folder only
   convergence.py --write            only the tables and the plots, from results/*.json
 
@@ -9,7 +11,8 @@ Tables go between the marks in README.md beside this script, and the summary bet
 project's README.md, where there are any.
 
 Needs Debian's dataset-fashion-mnist (--quick: the digits inside scikit-learn). Killed, the same command goes on, and what is
-finished is skipped. Runs and checkpoints lie in the work folder, results/*.json and the plots beside this script.
+finished is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike. Runs and
+checkpoints lie in the work folder, results/*.json and the plots beside this script.
 Exit status: 0 done, 64 wrong command line, 65 bad data, 70 crash, 74 file system error, 75 stopped (repeat it), 78 bad config.
 """
 
@@ -39,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="JSON files, tables and plots (default: experiments; WORK for --quick)",
     )
+    add("--seeds", type=int, nargs="+", metavar="N", help="train and score these seeds only (default: all)")
     add("--quick", action="store_true", help="tiny models, two variants, two seeds")
     add("--write", action="store_true", help="write tables and plots from the JSON files, train nothing")
     return parser.parse_args(arguments)
@@ -56,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
         from experiments.stages import run_all  # torch takes seconds to import: not for --help
         from experiments.variants import FULL, QUICK
 
-        code = run_all(QUICK if options.quick else FULL, work, results / "results")
+        scale = QUICK if options.quick else FULL
+        code = run_all(scale, work, results / "results", options.seeds or scale.seeds)
         if code != ExitCode.DONE:
             return code
     from experiments.study import write_study

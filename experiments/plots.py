@@ -1,4 +1,4 @@
-"""Curves against images and CPU time, differences by seed, and what the gates have learned."""
+"""Curves against images and wall-clock, differences by seed, and what the gates have learned."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _curves(runs: Runs) -> Figure:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.set_ylabel(name)
-            axis.set_xlabel("CPU seconds of training" if against_time else "images")
+            axis.set_xlabel("seconds of training (wall-clock)" if against_time else "images")
             axis.grid(alpha=0.3, which="both")
     axes[0, 0].legend(fontsize=8)
     return figure
@@ -61,7 +61,7 @@ def _mean_curve(axis: Axes, variant: str, seeds: dict[int, Run], curve: Curve, a
     for run in seeds.values():
         for seen, value in curve(run):
             values.setdefault(seen, []).append(value)
-    seconds = np.mean([run["cost"]["cpu_seconds_per_image"] for run in seeds.values()])
+    seconds = np.mean([run["cost"]["wall_seconds_per_image"] for run in seeds.values()])
     images = sorted(count for count, found in values.items() if len(found) == len(seeds))
     if not images:
         return

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.scoring import Scorer, gates_of
 from experiments.training import (
-    cpu_seconds_per_image,
     flops_per_image,
     held_out_curve,
     is_trained,
     run_config,
+    seconds_per_image,
     train,
 )
 from experiments.variants import BASELINE, SEARCH_SEED, VARIANTS, Scale
 from launcher.prepare import main as prepare
+from sdit.config import Config
 from sdit.data.durable import replacing
 from sdit.errors import DataError, ExitCode
 from sdit.model import build_model
@@ -29,7 +31,7 @@ from sdit.train.checkpoint.load import load_trained
 OF_THE_MACHINE: Any = {"run_dir": True, "data": {"path"}, "validation": {"path"}, "supervise": True, "observe": True}
 
 
-def run_all(scale: Scale, work: Path, results: Path) -> ExitCode:
+def run_all(scale: Scale, work: Path, results: Path, seeds: Sequence[int]) -> ExitCode:
     """Search, train, score; every variant of a seed before the next seed. Writes results/*.json."""
     results.mkdir(parents=True, exist_ok=True)
     prepare_data(scale, work)
@@ -37,7 +39,7 @@ def run_all(scale: Scale, work: Path, results: Path) -> ExitCode:
     set_threads(info, 1)
     with Comm(info) as comm:
         experiment = Experiment(scale, work, results, comm)
-        return experiment.run()
+        return experiment.run(seeds)
 
 
 def prepare_data(scale: Scale, work: Path) -> None:
@@ -57,21 +59,20 @@ class Experiment:
     def __init__(self, scale: Scale, work: Path, results: Path, comm: Comm) -> None:
         self.scale, self.work, self.results, self.comm = scale, work, results, comm
 
-    def run(self) -> ExitCode:
-        """Everything that is not there yet; stops early, with the code of the trainer, when asked to stop."""
+    def run(self, seeds: Sequence[int]) -> ExitCode:
+        """Everything of `seeds` that is not there yet; stops early, with the code of the trainer, when asked to stop."""
         code, rate = self._search()
         if code != ExitCode.DONE:
             return code
         scorer = Scorer(self.scale, self.work)
         if self._read("floor.json") is None:
             self._write("floor.json", scorer.floor())
-        for seed in self.scale.seeds:
-            for variant in self.scale.variants:
-                code = self._train(variant, seed, rate)
-                if code != ExitCode.DONE:
-                    return code
+        for seed in seeds:
+            code = self._train(seed, rate)
+            if code != ExitCode.DONE:
+                return code
             self._score(scorer, seed, self.scale.scored_after[-1:])
-        for seed in self.scale.seeds:
+        for seed in seeds:
             self._score(scorer, seed, self.scale.scored_after[:-1])
         return ExitCode.DONE
 
@@ -98,23 +99,36 @@ class Experiment:
     def _run_dir(self, variant: str, seed: int) -> Path:
         return self.work / "runs" / f"{variant}-seed{seed}"
 
-    def _train(self, variant: str, seed: int, rate: float) -> ExitCode:
-        run_dir = self._run_dir(variant, seed)
-        config = run_config(self.scale, variant, seed, self.work, run_dir, f"optimizer.learning_rate={rate}")
-        if not is_trained(config):
-            say(f"training {variant}, seed {seed}")
-            code = train(config, self.comm)
-            if code != ExitCode.DONE:
-                return code
-        name = f"{variant}-seed{seed}.json"
-        if self._read(name) is None:
-            seconds, steps = cpu_seconds_per_image(run_dir, config.train.global_batch)
-            cost = {"cpu_seconds_per_image": seconds, "measured_steps": steps}
-            cost |= {"flops_per_image": flops_per_image(config), "parameters": _parameters(config.model)}
-            result = {"variant": variant, "label": VARIANTS[variant].label, "seed": seed, "cost": cost}
-            result |= {"config": config.model_dump(mode="json", exclude=OF_THE_MACHINE)}
-            self._write(name, {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []})
+    def _train(self, seed: int, rate: float) -> ExitCode:
+        """All variants of a seed, in turns: what else the machine does meanwhile falls on all of them alike."""
+        runs = {variant: self._config(variant, seed, rate) for variant in self.scale.variants}
+        total = runs[BASELINE].train.total_images
+        for until in range(self.scale.turn_images, total + 1, self.scale.turn_images):
+            for variant, config in runs.items():
+                if is_trained(config, until):
+                    continue
+                say(f"training {variant}, seed {seed}, to {until} images")
+                code = train(config, self.comm, until)
+                if code != ExitCode.DONE:
+                    return code
+        for variant, config in runs.items():
+            name = f"{variant}-seed{seed}.json"
+            if self._read(name) is None:
+                self._write(name, self._result(variant, seed, config))
         return ExitCode.DONE
+
+    def _config(self, variant: str, seed: int, rate: float) -> Config:
+        run_dir = self._run_dir(variant, seed)
+        return run_config(self.scale, variant, seed, self.work, run_dir, f"optimizer.learning_rate={rate}")
+
+    def _result(self, variant: str, seed: int, config: Config) -> dict[str, Any]:
+        """What a finished run leaves behind, before it is scored."""
+        run_dir = Path(config.run_dir)
+        cost = seconds_per_image(run_dir, config.train.global_batch)
+        cost |= {"flops_per_image": flops_per_image(config), "parameters": _parameters(config.model)}
+        result = {"variant": variant, "label": VARIANTS[variant].label, "seed": seed, "cost": cost}
+        result |= {"config": config.model_dump(mode="json", exclude=OF_THE_MACHINE)}
+        return {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []}
 
     def _score(self, scorer: Scorer, seed: int, after: tuple[int, ...]) -> None:
         """Scores, and what the gates have learned, of the checkpoints after so many images of all variants of a seed."""

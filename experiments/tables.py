@@ -29,8 +29,18 @@ def fid(run: Run) -> float | None:
     return next((score["fid"] for score in run["scores"] if score["images_seen"] == last), None)
 
 
-def cpu_milliseconds(run: Run) -> float:
-    return 1e3 * run["cost"]["cpu_seconds_per_image"]
+def wall_milliseconds(run: Run) -> float:
+    """Wall-clock of training for an image."""
+    return 1e3 * run["cost"]["wall_seconds_per_image"]
+
+
+def relative_time(runs: Runs, variant: str) -> list[float]:
+    """Wall-clock of training over the baseline's, seed by seed: the models of a seed took turns."""
+    return [
+        wall_milliseconds(run) / wall_milliseconds(runs[BASELINE][seed])
+        for seed, run in sorted(runs[variant].items())
+        if seed in runs.get(BASELINE, {})
+    ]
 
 
 def values_of(seeds: dict[int, Run], measure: Callable[[Run], float | None]) -> list[float]:
@@ -70,13 +80,13 @@ def results_table(runs: Runs) -> str:
         rows.append([
             VARIANTS[variant].label,
             f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops_per_image'] / 1e6:.0f}",
-            spread(values_of(seeds, cpu_milliseconds), 2),
+            spread(values_of(seeds, wall_milliseconds), 2), spread(relative_time(runs, variant), 2),
             spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
             spread(values_of(seeds, held_out_mse), 4), difference(runs, variant, held_out_mse, 4),
             spread(values_of(seeds, fid), 1), difference(runs, variant, fid, 1),
         ])  # fmt: skip
     head = [
-        "model", "parameters, M", "MFLOP / image", "CPU ms / image", "held-out loss", "less DiT's", "held-out MSE",
+        "model", "parameters, M", "MFLOP / image", "ms / image", "time / DiT's", "held-out loss", "less DiT's", "held-out MSE",
         "less DiT's", "FID", "less DiT's",
     ]  # fmt: skip
     return table(head, rows)
@@ -86,13 +96,13 @@ def summary_table(runs: Runs) -> str:
     """The results in few columns."""
     rows = [
         [
-            VARIANTS[variant].label, spread(values_of(seeds, cpu_milliseconds), 1),
+            VARIANTS[variant].label, spread(relative_time(runs, variant), 2),
             spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
             spread(values_of(seeds, fid), 0), difference(runs, variant, fid, 0),
         ]
         for variant, seeds in runs.items()
     ]  # fmt: skip
-    return table(["model", "CPU ms / image", "held-out loss", "less DiT's", "FID", "less DiT's"], rows)
+    return table(["model", "time / DiT's", "held-out loss", "less DiT's", "FID", "less DiT's"], rows)
 
 
 def difference(runs: Runs, variant: str, measure: Callable[[Run], float | None], digits: int) -> str:

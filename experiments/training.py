@@ -1,8 +1,9 @@
-"""One run of the experiment: the trainer's own run directory, and beside it what the training cost in CPU time."""
+"""One run of the experiment: the trainer's own run directory, and beside it what the training cost in time."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -21,37 +22,54 @@ from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics
 from sdit.observe.progress import Progress
 from sdit.parallel.comm import Comm
+from sdit.supervise.child import Supervised
+from sdit.supervise.pulse import Pulse
 from sdit.train.build import open_trainer
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 from sdit.train.module import TrainModule
 
 DEEPSPEED = {"zero_optimization": {"stage": 0}}
-CPU_FILE = "cpu.jsonl"
+TIMES_FILE = "times.jsonl"
 
 
-class CpuClock(Observer):
-    """Appends to RUN/cpu.jsonl how many steps were taken and how much CPU time they took, in all threads.
+class StepTimer(Observer):
+    """Appends to RUN/times.jsonl how many steps were taken and how long they took, by the wall and in CPU time of all threads.
 
-    Wall-clock means nothing on a shared machine. Steps around a checkpoint or a held-out loss are not counted, nor the first.
+    Steps around a checkpoint or a held-out loss are not counted, nor the first of a process.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / CPU_FILE
-        self._before: float | None = None
-        self._steps, self._seconds = 0, 0.0
+        self._path = run_dir / TIMES_FILE
+        self._before: tuple[float, float] | None = None
+        self._steps, self._wall_seconds, self._cpu_seconds = 0, 0.0, 0.0
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
-        now = time.process_time()
+        now = (time.perf_counter(), time.process_time())
         if self._before is not None and metrics["pause_seconds"] == 0 and "validation_loss" not in metrics:
             self._steps += 1
-            self._seconds += now - self._before
+            self._wall_seconds += now[0] - self._before[0]
+            self._cpu_seconds += now[1] - self._before[1]
         if logged and self._steps:
-            record = {"images_seen": clock.images_seen, "steps": self._steps, "cpu_seconds": self._seconds}
+            seconds = {"wall_seconds": self._wall_seconds, "cpu_seconds": self._cpu_seconds}
+            record = {"images_seen": clock.images_seen, "steps": self._steps, **seconds}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            self._steps, self._seconds = 0, 0.0
-        self._before = time.process_time()
+            self._steps, self._wall_seconds, self._cpu_seconds = 0, 0.0, 0.0
+        self._before = (time.perf_counter(), time.process_time())
+
+
+class Turn(Observer):
+    """Asks the run to stop when it has seen `until` images: the next model's turn."""
+
+    def __init__(self, pulse: Pulse, until: int) -> None:
+        self._pulse, self._until = pulse, until
+        self.is_over = False
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        if clock.images_seen >= self._until:
+            self.is_over = True
+            self._pulse.request_stop()
 
 
 def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path, *more: str) -> Config:
@@ -60,17 +78,23 @@ def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path,
     return load_config(CONFIG, [*scale.overrides, *VARIANTS[variant].overrides, *places, *more])
 
 
-def train(config: Config, comm: Comm) -> ExitCode:
-    """Train to the end, from wherever the run stands."""
+def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
+    """Train from wherever the run stands, to the end or for a turn: to the step after `until` images.
+
+    DONE at either, the trainer's code where it was asked to stop before.
+    """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    observers = [MetricsFile(run_dir), CpuClock(run_dir), Progress()]
+    supervised = Supervised(Pulse())
+    turn = Turn(supervised.pulse, until or config.train.total_images)
+    observers = [MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn]
     try:
-        with open_trainer(config, DEEPSPEED, "experiment", comm, observers) as trainer:
-            return trainer.run()
+        with open_trainer(config, DEEPSPEED, "experiment", comm, observers, supervised) as trainer:
+            code = trainer.run()
     finally:
         for observer in observers:
             observer.close()
+    return ExitCode.DONE if turn.is_over else code
 
 
 def held_out_curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -79,18 +103,25 @@ def held_out_curve(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in keys} for record in read_metrics(run_dir) if "validation_loss" in record]
 
 
-def is_trained(config: Config) -> bool:
-    """Whether the run has come to its end."""
+def is_trained(config: Config, until: int | None = None) -> bool:
+    """Whether the run has come to `until` images, or to its end."""
     run_dir = Path(config.run_dir)
     curve = held_out_curve(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    return bool(curve) and curve[-1]["images_seen"] == config.train.total_images
+    return bool(curve) and curve[-1]["images_seen"] >= (until or config.train.total_images)
 
 
-def cpu_seconds_per_image(run_dir: Path, global_batch: int) -> tuple[float, int]:
-    """CPU seconds that training took for an image, and the number of steps this is the mean of."""
-    records = [json.loads(line) for line in (run_dir / CPU_FILE).read_text(encoding="utf-8").splitlines()]
-    steps = sum(record["steps"] for record in records)
-    return sum(record["cpu_seconds"] for record in records) / (steps * global_batch), steps
+def seconds_per_image(run_dir: Path, global_batch: int) -> dict[str, float]:
+    """What training took for an image: `wall_seconds_per_image`, `cpu_seconds_per_image`, and `measured_steps`.
+
+    Medians over the intervals between logged steps, so that a burst of other load on the machine does not count.
+    """
+    records = [json.loads(line) for line in (run_dir / TIMES_FILE).read_text(encoding="utf-8").splitlines()]
+    cost: dict[str, float] = {"measured_steps": sum(record["steps"] for record in records)}
+    for clock in ("wall_seconds", "cpu_seconds"):
+        cost[f"{clock}_per_image"] = statistics.median(
+            record[clock] / (record["steps"] * global_batch) for record in records
+        )
+    return cost
 
 
 def flops_per_image(config: Config) -> float:

@@ -41,11 +41,12 @@ class Scale:
     overrides: tuple[str, ...] = ()
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
-    search_images: int = 8_192
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    search_images: int = 16_384
     sampled_images: int = 1_000
     sampler_steps: int = 10
-    scored_after: tuple[int, ...] = (4_096, 8_192, 16_384)  # checkpoints that are kept; the last is the end
+    scored_after: tuple[int, ...] = (16_384, 32_768, 49_152, 65_536)  # checkpoints that are kept; the last is the end
+    turn_images: int = 4_096  # trained of one variant before the next has its turn
 
 
 FULL = Scale()
@@ -57,5 +58,5 @@ QUICK = Scale(
         "checkpoint.keep_every_images=128", "validation.every_images=128", "validation.images=64",
     ),
     variants=("dit", "switch"), seeds=(0, 1), learning_rates=(1e-3, 2e-3), search_images=64,
-    sampled_images=200, sampler_steps=2, scored_after=(128, 256),
+    sampled_images=200, sampler_steps=2, scored_after=(128, 256), turn_images=128,
 )  # fmt: skip

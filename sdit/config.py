@@ -187,6 +187,9 @@ class ParallelConfig(Section):
     )
     exchange_refresh_images: int = field(51_200, "images between two decisions of exchange: auto", ge=1)
     overlap: bool = field(True, "hide the exchange behind work that does not need it")
+    halves: bool = field(
+        False, "compute each micro-batch in two halves that take turns: one travels while the other is computed"
+    )
     placement: Literal["index", "balanced", "path"] = field("path", "which expert sits on which rank")
     placement_refresh_images: int = field(51_200, "images between two checks whether re-placement pays", ge=1)
     seating: Literal["order", "path"] = field("path", "which rank of an EP group computes which sample")
@@ -196,6 +199,16 @@ class ParallelConfig(Section):
     compile: bool = field(False, "torch.compile the blocks (needs a C++ compiler)")
     device: Literal["auto", "cpu", "cuda"] = field("auto", "where ranks compute; auto: on GPUs if there are any")
     threads: int | None = field(None, "CPU threads per rank; null: cores of the node over its ranks", ge=1)
+
+    @model_validator(mode="after")
+    def _halves_stand_alone(self) -> ParallelConfig:
+        if self.halves and (self.compile or self.activation_checkpointing != "none"):
+            compiles = str(self.compile).lower()
+            raise ValueError(
+                "halves: true needs compile false and activation_checkpointing none, "
+                f"not {compiles} and {self.activation_checkpointing}: those take a block as one piece"
+            )
+        return self
 
 
 class Config(Section):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
+ONE_PART = (slice(None),)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,27 @@ class TaskView:
     `task` (G,) int64 gate tasks: the rank's own B samples, or those of its whole expert-parallel group;
     `own` picks the rank's B rows out of G; `experts` (depth, G, k) int64 fixes the choice (None: the model takes its own
     top-k); `kept` (depth, G, k) bool is False where an expert was full and drops the sample (None: dropless).
+    `parts` of the B rows take turns: one is computed while what another sent is on its way.
     """
 
     task: Tensor
     own: slice | Tensor
     experts: Tensor | None = None
     kept: Tensor | None = None
+    parts: tuple[slice, ...] = ONE_PART
+
+
+class Mixture(Protocol):
+    """The mixture of a block under way."""
+
+    def serve(self) -> None:
+        """Wait for what others sent here, compute it and start sending it back. What is computed between `start`, this and
+        `wait` hides the exchange; left out, `wait` does it."""
+        ...
+
+    def wait(self) -> Tensor:
+        """m_i(z, t) (B, L, D)."""
+        ...
 
 
 class Dispatcher(Protocol):
@@ -93,11 +110,11 @@ class Dispatcher(Protocol):
         """Called once per forward pass, before block 0, with the gate tasks (B,) of the rank's samples."""
         ...
 
-    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Callable[[], Tensor]:
-        """Begin m_i(z, t) (B, L, D) for tokens `z` (B, L, D) and sparse `gates` (G, M) of the view's samples.
+    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Mixture:
+        """Begin m_i(z, t) (B, L, D) for tokens `z` (B, L, D), the rows of a part of the view, and sparse `gates` (G, M) of
+        all its samples. The parts of a block are begun in order.
 
-        The call that is returned waits for the result; what is computed before it hides the exchange. Gates are zero where an
-        expert is unused or dropped. All gradients (z, gates, expert weights) flow by autograd.
+        Gates are zero where an expert is unused or dropped. All gradients (z, gates, expert weights) flow by autograd.
         """
         ...
 

@@ -6,46 +6,51 @@ B own samples of n in the group, L tokens, D width, M experts of which this rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sdit.contracts import TaskView
+from sdit.contracts import Mixture, TaskView
+from sdit.model.moe.dispatch import Ready
 from sdit.model.moe.experts import Expert, Experts, LinearExperts
 from sdit.model.moe.merged import merged_linear
 from sdit.model.moe.placement import Layout
-from sdit.model.moe.plan import MicroPlan, Work
+from sdit.model.moe.plan import MicroPlan
 from sdit.parallel.exchange import Pending, Wire, begin_rows, begin_share
 from sdit.parallel.experts import SpreadExperts, flat_rows, unflatten_rows
+from sdit.parallel.jobs import BlockJobs, Job, upload
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Work on the device: `samples` (R,), `columns` (K,) of the group's gates; `counted` (K,) is 0 for those left out;
-    `busy` are the rows that use any column (None: all), and `by_column` lists those that use each."""
+class _Exchange:
+    """A mixture whose rows are on their way: `mixed` (B, L, D) is what was computed here of it."""
 
-    samples: Tensor
-    columns: Tensor
-    counted: Tensor | None
-    busy: Tensor | None
-    by_column: list[tuple[int, Tensor]]
+    def __init__(
+        self, wire: Wire, todo: BlockJobs, gates: Tensor, experts: Experts | SpreadExperts, mixed: Tensor, outward: Pending,
+        then: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._wire, self._todo, self._gates, self._experts = wire, todo, gates, experts
+        self._mixed, self._then = mixed, then
+        self._outward: Pending | None = outward
+        self._homeward: Pending | None = None
 
+    def serve(self) -> None:
+        """Compute what arrived and start sending it back."""
+        if self._outward is None:
+            return
+        todo, arrived = self._todo, self._outward.wait()
+        served = _mix_rows(arrived, self._gates, todo.remote, self._experts, {})
+        self._homeward = begin_rows(self._wire, served.to(arrived.dtype), todo.receive_splits, todo.send_splits)
+        self._outward = None
 
-@dataclass(frozen=True)
-class _Block:
-    send_rows: Tensor
-    send_splits: list[int]
-    receive_splits: list[int]
-    local: _Job
-    remote: _Job
-    travels: bool
-    hand_counts: list[int]
-    hand_slots: Tensor
+    def wait(self) -> Tensor:
+        self.serve()
+        assert self._homeward is not None
+        returned = self._homeward.wait().to(self._mixed.dtype)
+        self._then()
+        return self._mixed.index_add(0, self._todo.send_rows, returned)
 
 
 class ExchangeDispatcher:
@@ -54,14 +59,21 @@ class ExchangeDispatcher:
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._plan: MicroPlan | None = None
-        self._blocks: list[_Block] = []
+        self._blocks: list[list[BlockJobs]] = []  # [part][block]
+        self._borrowed: dict[str, Tensor] = {}  # by the first part of a block, for the others
+        self._experts: tuple[Experts | SpreadExperts, ...] = ()
+        self._ahead: Pending | None = None  # weights for the next block
         self._shared = False
         self.evaluates = False  # follow the plan although no gradient is needed
 
-    def follow(self, plan: MicroPlan, layout: Layout, travels: Sequence[bool], device: torch.device) -> None:
+    def look_ahead(self, experts: Sequence[Experts | SpreadExperts]) -> None:
+        """From now on the weights that a block needs travel while the block before it is computed; `experts` of all blocks."""
+        self._experts = tuple(experts)
+
+    def follow(self, plan: MicroPlan, layout: Layout, device: torch.device) -> None:
         """Take over the plan of a micro-step; all its indices go to the device in one copy."""
-        self._plan, self._device = plan, device
-        self._blocks = _upload(plan, layout, travels, self._wire.place, device)
+        self._plan, self._ahead = plan, None
+        self._blocks = upload(plan, layout, self._wire.place, device)
 
     def view(self, task: Tensor) -> TaskView:
         """The group's samples in seated order with the plan's choice; while sampling, the one task of all samples."""
@@ -73,38 +85,37 @@ class ExchangeDispatcher:
         assert plan is not None and plan.own.stop - plan.own.start == len(task), "no plan for this micro-step"
         kept = None if plan.kept is None else torch.from_numpy(plan.kept).to(task.device, non_blocking=True)
         tasks = torch.from_numpy(plan.tasks).to(task.device, non_blocking=True)
-        return TaskView(tasks, plan.own, torch.from_numpy(plan.experts).to(task.device, non_blocking=True), kept)
+        experts = torch.from_numpy(plan.experts).to(task.device, non_blocking=True)
+        return TaskView(tasks, plan.own, experts, kept, tuple(part.rows for part in plan.parts))
 
-    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Callable[[], Tensor]:
-        """Begin m (B, L, D) for own tokens z (B, L, D) and the group's gates (n, M), or (1, M) while sampling."""
+    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Mixture:
+        """Begin m (B, L, D) for own tokens z (B, L, D) of a part and the group's gates (n, M), or (1, M) while sampling."""
         assert isinstance(experts, (Experts, SpreadExperts))
         if self._shared:
-            return lambda: self._mix_shared(z, gates, experts)
-        todo = self._blocks[block]
-        sharing = self._share(experts, todo)
+            return Ready(self._mix_shared(z, gates, experts))
+        todo = self._blocks[part][block]
+        if part == 0:
+            sharing, self._ahead = self._ahead or self._share(experts, todo), None
         outward = None
         if todo.travels:
             outward = begin_rows(self._wire, z.index_select(0, todo.send_rows), todo.send_splits, todo.receive_splits)
-        borrowed = {} if sharing is None else unflatten_rows(experts, sharing.wait())
-        mixed = _mix_rows(z, gates, todo.local, experts, borrowed)
-        homeward = self._serve(outward, gates, todo, experts, z) if outward is not None else None
+        if part == 0:
+            self._borrowed = {} if sharing is None else unflatten_rows(experts, sharing.wait())
+        mixed = _mix_rows(z, gates, todo.local, experts, self._borrowed)
+        if part + 1 == len(self._blocks):
+            self._borrowed = {}  # nothing but the graph keeps them
+        then = partial(self._share_ahead, block) if part == 0 else _nothing
+        if outward is None:
+            then()
+            return Ready(mixed)
+        return _Exchange(self._wire, todo, gates, experts, mixed, outward, then)
 
-        def finish() -> Tensor:
-            if homeward is None:
-                return mixed
-            return mixed.index_add(0, todo.send_rows, homeward.wait().to(mixed.dtype))
+    def _share_ahead(self, block: int) -> None:
+        """Once nothing of this block is under way, begin what the next one needs."""
+        if block + 1 < len(self._experts):
+            self._ahead = self._share(self._experts[block + 1], self._blocks[0][block + 1])
 
-        return finish
-
-    def _serve(
-        self, outward: Pending, gates: Tensor, todo: _Block, experts: Experts | SpreadExperts, z: Tensor
-    ) -> Pending:
-        """Compute what arrived and start sending it back."""
-        arrived = outward.wait()
-        served = _mix_rows(arrived, gates, todo.remote, experts, {})
-        return begin_rows(self._wire, served.to(z.dtype), todo.receive_splits, todo.send_splits)
-
-    def _share(self, experts: Experts | SpreadExperts, todo: _Block) -> Pending | None:
+    def _share(self, experts: Experts | SpreadExperts, todo: BlockJobs) -> Pending | None:
         """Exchange the weights of all experts at hand; None where there are none."""
         if not sum(todo.hand_counts) or self._wire.ranks == 1:
             return None
@@ -136,12 +147,16 @@ class ExchangeDispatcher:
         return served[self._wire.place * rows : (self._wire.place + 1) * rows]
 
 
+def _nothing() -> None:
+    """What follows the other parts of a block."""
+
+
 def _local(experts: Experts | SpreadExperts) -> Experts:
     return experts.local if isinstance(experts, SpreadExperts) else experts
 
 
 def _mix_rows(
-    z: Tensor, gates: Tensor, job: _Job, experts: Experts | SpreadExperts, borrowed: dict[str, Tensor]
+    z: Tensor, gates: Tensor, job: Job, experts: Experts | SpreadExperts, borrowed: dict[str, Tensor]
 ) -> Tensor:
     """(rows, L, D) of tokens z with the job's experts: columns of own experts first, then those borrowed."""
     local = _local(experts)
@@ -166,7 +181,7 @@ def _mix_rows(
     return _Depend.apply(mixed, *idle) if idle else mixed
 
 
-def _idle_inputs(job: _Job, rows: Sequence[Tensor], own: Sequence[Expert], borrowed: Sequence[Tensor]) -> list[Tensor]:
+def _idle_inputs(job: Job, rows: Sequence[Tensor], own: Sequence[Expert], borrowed: Sequence[Tensor]) -> list[Tensor]:
     """The inputs of a job that its result does not use: all rows, own experts (one stands for all) or borrowed."""
     used = [column for column, _ in job.by_column]
     idle = [] if used else list(rows)
@@ -197,77 +212,3 @@ class _Depend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
-
-
-class _Packer:
-    """Collects index arrays on the host; `views` are their slices of one device tensor."""
-
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
-
-    def keep(self, values: np.ndarray) -> int:
-        self._arrays.append(np.asarray(values, dtype=np.int64))
-        return len(self._arrays) - 1
-
-    def views(self, device: torch.device) -> tuple[Tensor, ...]:
-        packed = torch.from_numpy(np.concatenate(self._arrays)).to(device, non_blocking=True)
-        return packed.split([len(array) for array in self._arrays])
-
-
-@dataclass(frozen=True)
-class _JobDraft:
-    samples: int
-    columns: int
-    counted: int | None
-    busy: int | None
-    by_column: list[tuple[int, int]]
-
-    def job(self, views: Sequence[Tensor]) -> _Job:
-        counted = None if self.counted is None else views[self.counted]
-        busy = None if self.busy is None else views[self.busy]
-        by_column = [(column, views[rows]) for column, rows in self.by_column]
-        return _Job(views[self.samples], views[self.columns], counted, busy, by_column)
-
-
-def _upload(plan: MicroPlan, layout: Layout, travels: Sequence[bool], place: int, device: torch.device) -> list[_Block]:
-    """The plan's index arrays on the device: one packed copy, then views."""
-    packer, drafts = _Packer(), []
-    own_samples = np.arange(plan.own.start, plan.own.stop)
-    for block, slots, hand in zip(plan.blocks, layout.slots, layout.at_hand, strict=True):
-        foreign = [ids[hand[ids]] for rank, ids in enumerate(slots) if rank != place]
-        local = _draft(packer, block.local, np.concatenate([slots[place], *foreign]), own_samples, None)
-        counted = None if not hand[slots[place]].any() else ~hand[slots[place]]
-        remote = _draft(packer, block.remote, slots[place], block.remote.samples, counted)
-        counts = [int(hand[ids].sum()) for ids in slots]
-        drafts.append(
-            (packer.keep(block.send_rows), local, remote, counts, packer.keep(np.flatnonzero(hand[slots[place]])))
-        )
-    views = packer.views(device)
-    return [
-        _Block(
-            send_rows=views[send],
-            send_splits=block.send_splits.tolist(),
-            receive_splits=block.receive_splits.tolist(),
-            local=local.job(views),
-            remote=remote.job(views),
-            travels=bool(moves),
-            hand_counts=counts,
-            hand_slots=views[hand_slots],
-        )
-        for block, moves, (send, local, remote, counts, hand_slots) in zip(plan.blocks, travels, drafts, strict=True)
-    ]
-
-
-def _draft(
-    packer: _Packer, work: Work, columns: np.ndarray, samples: np.ndarray, counted: np.ndarray | None
-) -> _JobDraft:
-    """A job on all rows `samples` (rising): gate rows, gate columns, and per column the rows that use its expert."""
-    rows = np.searchsorted(samples, work.samples[work.pair_rows])
-    users = [(column, rows[work.pair_experts == expert]) for column, expert in enumerate(columns)]
-    return _JobDraft(
-        samples=packer.keep(samples),
-        columns=packer.keep(columns),
-        counted=None if counted is None else packer.keep(counted),
-        busy=None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples)),
-        by_column=[(column, packer.keep(used)) for column, used in users if len(used)],
-    )

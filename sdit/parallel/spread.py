@@ -16,7 +16,7 @@ from sdit.model.dit import Router
 from sdit.model.moe.capacity import Capacity, dropped_per_block, keep_samples
 from sdit.model.moe.choice import Choice, choose_exchange, decide_layout, worth_moving
 from sdit.model.moe.experts import Experts, build_experts
-from sdit.model.moe.placement import Layout, ranks_needed
+from sdit.model.moe.placement import Layout
 from sdit.model.moe.plan import MicroPlan, plan_micro_step
 from sdit.model.moe.routes import Routes, load_max_over_mean
 from sdit.model.moe.traffic import Costs, Practice, expert_parameters, rank_work
@@ -75,9 +75,15 @@ class ExpertSpread:
         model.to_empty(device=self.comm.device)
         seed_weights(model)
         if self.ranks > 1:
+            spread = []
             for router in model.routers:
                 assert isinstance(router, Router) and isinstance(router.experts, Experts)
                 router.experts = SpreadExperts(router.experts, self.config.model.experts.count, self.ranks)
+                spread.append(router.experts)
+            parallel = self.config.parallel
+            # A block that is computed again in backward would look ahead in the wrong direction.
+            if parallel.overlap and parallel.activation_checkpointing == "none" and not parallel.compile:
+                self.dispatcher.look_ahead(spread)
         model.dispatcher = self.dispatcher
 
     def stored(self) -> dict[str, Any]:
@@ -140,13 +146,9 @@ class ExpertSpread:
         assert self._routes is not None and self._times is not None
         plan = plan_micro_step(
             self._routes, self._times, self._kept, self.layout, self.batch, self.groups,
-            self.comm.rank, micro_step, self._first_index, self.config.parallel.seating,
+            self.comm.rank, micro_step, self._first_index, self.config.parallel.seating, self.config.parallel.halves,
         )  # fmt: skip
-        needed = ranks_needed(plan.experts, self.layout, plan.kept)
-        seat = np.arange(len(plan.tasks)) // self.batch.micro_batch
-        needed[:, np.arange(len(seat)), seat] = False
-        travels = [bool(block.any()) for block in needed]
-        self.dispatcher.follow(plan, self.layout, travels, self.comm.device)
+        self.dispatcher.follow(plan, self.layout, self.comm.device)
         self._work.append(rank_work(plan.experts, self.layout, plan.kept))
         return self._swap(plan, samples)
 

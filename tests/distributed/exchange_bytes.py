@@ -72,7 +72,7 @@ def our_bytes(
     z = torch.zeros(per_rank, 1, SMALL, requires_grad=True)
     for block in range(S2_DEPTH):
         local = build_experts(model.experts, SMALL, spread.layout.slots[block, spread.place].tolist())
-        spread.dispatcher.start(block, z, gates[block], SpreadExperts(local, S2_COUNT, ranks))().sum().backward(
+        spread.dispatcher.start(block, z, gates[block], SpreadExperts(local, S2_COUNT, ranks)).wait().sum().backward(
             retain_graph=True
         )
     sizes, _ = spread.traffic.take()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,12 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
 from sdit.config import ExpertsConfig
+from sdit.contracts import ONE_PART, Mixture
+from sdit.model.moe.dispatch import Ready
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
-from sdit.model.moe.placement import Layout, ranks_needed
-from sdit.model.moe.plan import MicroPlan, plan_blocks
+from sdit.model.moe.placement import Layout
+from sdit.model.moe.plan import MicroPlan, PartPlan, part_rows, plan_blocks
 from sdit.model.moe.traffic import Costs, expert_parameters
 from sdit.parallel.comm import Comm, find_rank
 from sdit.parallel.dispatch import ExchangeDispatcher
@@ -47,6 +49,7 @@ class Drawn(NamedTuple):
     layout: Layout
     experts: np.ndarray
     kept: np.ndarray | None
+    halves: bool
 
 
 def draw(seed: int, world: int) -> Drawn:
@@ -66,7 +69,8 @@ def draw(seed: int, world: int) -> Drawn:
     kept = rng.random(experts.shape) < 0.5 if scenario == "capacity drops" else None
     kept = np.zeros(experts.shape, dtype=bool) if scenario == "all dropped" else kept
     config = ExpertsConfig(count=count, top_k=top_k, kind=kind, mlp_ratio=2.0)  # type: ignore[arg-type]
-    return Drawn(scenario, config, rng.random() < 0.5, Layout(place, at_hand, ranks), experts, kept)
+    overlap, halves = rng.random(2) < 0.5
+    return Drawn(scenario, config, bool(overlap), Layout(place, at_hand, ranks), experts, kept, bool(halves))
 
 
 class Inputs(NamedTuple):
@@ -91,10 +95,17 @@ def draw_inputs(drawn: Drawn, seed: int) -> Inputs:
     return Inputs(normal(samples, TOKENS, WIDTH).requires_grad_(), probs, stacks, normal(samples, TOKENS, WIDTH))
 
 
-def run_blocks(z: Tensor, mix: Callable[[int, Tensor], Tensor], depth: int) -> Tensor:
+def run_blocks(z: Tensor, start: Callable[[int, Tensor, int], Mixture], depth: int, parts: Sequence[slice]) -> Tensor:
+    """The blocks on tokens z (B, L, D), in the turns that the model takes."""
+    rows = [z[part] for part in parts]
+    under_way = [start(0, rows[part], part) for part in range(len(parts))]
     for block in range(depth):
-        z = z + torch.tanh(mix(block, z))
-    return z
+        for part in range(len(parts)):
+            under_way[(part + 1) % len(parts)].serve()
+            rows[part] = rows[part] + torch.tanh(under_way[part].wait())
+            if block + 1 < depth:
+                under_way[part] = start(block + 1, rows[part], part)
+    return torch.cat(rows)
 
 
 def run_dense(drawn: Drawn, inputs: Inputs) -> Tensor:
@@ -103,11 +114,11 @@ def run_dense(drawn: Drawn, inputs: Inputs) -> Tensor:
     gates = sparse_gates(inputs.probs, chosen, None if drawn.kept is None else torch.from_numpy(drawn.kept))
     functions = [build_experts(drawn.config, WIDTH).each(**stack) for stack in inputs.stacks]
 
-    def mix(block: int, z: Tensor) -> Tensor:
+    def mix(block: int, z: Tensor, _: int) -> Ready:
         terms = [gates[block, :, j, None, None] * expert(z) for j, expert in enumerate(functions[block])]
-        return torch.stack(terms).sum(0)
+        return Ready(torch.stack(terms).sum(0))
 
-    return run_blocks(inputs.z, mix, len(inputs.stacks))
+    return run_blocks(inputs.z, mix, len(inputs.stacks), ONE_PART)
 
 
 def spread_rows(config: ExpertsConfig, stack: dict[str, Tensor], ids: np.ndarray, ranks: int) -> SpreadExperts:
@@ -134,17 +145,26 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
     wire = wire_of(comm, ranks, drawn.overlap)
     per_rank = samples // ranks
     own = slice(wire.place * per_rank, (wire.place + 1) * per_rank)
-    blocks = plan_blocks(drawn.experts, drawn.kept, layout, wire.place)
-    plan = MicroPlan(np.arange(samples), np.arange(samples), own, drawn.experts, drawn.kept, None, blocks)
+    parts = tuple(
+        PartPlan(rows, plan_blocks(drawn.experts, drawn.kept, layout, wire.place, rows))
+        for rows in part_rows(per_rank, drawn.halves)
+    )
+    plan = MicroPlan(np.arange(samples), np.arange(samples), own, drawn.experts, drawn.kept, None, parts)
     dispatcher = ExchangeDispatcher(wire)
-    dispatcher.follow(plan, layout, travelling(drawn.experts, drawn.kept, layout), comm.device)
+    dispatcher.follow(plan, layout, comm.device)
+    slots = layout.slots[:, wire.place]
+    experts = [spread_rows(drawn.config, stack, ids, ranks) for stack, ids in zip(mine.stacks, slots, strict=True)]
+    if drawn.overlap:
+        dispatcher.look_ahead(experts)
     view = dispatcher.view(torch.arange(samples)[own])
     assert view.experts is not None
     gates = sparse_gates(mine.probs, view.experts, view.kept)
-    slots = layout.slots[:, wire.place]
-    experts = [spread_rows(drawn.config, stack, ids, ranks) for stack, ids in zip(mine.stacks, slots, strict=True)]
     z = mine.z.detach()[own].requires_grad_()
-    out = run_blocks(z, lambda block, rows: dispatcher.start(block, rows, gates[block], experts[block])(), depth)
+
+    def start(block: int, rows: Tensor, part: int) -> Mixture:
+        return dispatcher.start(block, rows, gates[block], experts[block], part)
+
+    out = run_blocks(z, start, depth, view.parts)
     (out * mine.cotangent[own]).sum().backward()
     assert (
         mine.probs.grad is not None and truth.probs.grad is not None and truth.z.grad is not None and z.grad is not None
@@ -163,19 +183,12 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
     sizes, _ = wire.traffic.take()
     row, expert = TOKENS * WIDTH * 8, 8 * expert_parameters(drawn.config.kind, WIDTH, 2 * WIDTH)
     costs = Costs(row, expert, ranks)
-    planned = sum(
-        b.sent_bytes(costs, hand, place == wire.place)
-        for b, hand, place in zip(blocks, layout.at_hand, layout.place, strict=True)
+    planned = sum(  # the weights at hand go once, whatever the parts
+        block.sent_bytes(costs, hand if number == 0 else np.zeros_like(hand), place == wire.place)
+        for number, part in enumerate(parts)
+        for block, hand, place in zip(part.blocks, layout.at_hand, layout.place, strict=True)
     )
-    return {"errors": errors, "surplus_bytes": sum(sizes.values()) - planned}
-
-
-def travelling(experts: np.ndarray, kept: np.ndarray | None, layout: Layout) -> np.ndarray:
-    """(depth,) bool: some sample of the group travels in the block."""
-    needed = ranks_needed(experts, layout, kept)
-    seat = np.arange(experts.shape[1]) // (experts.shape[1] // layout.ranks)
-    needed[:, np.arange(len(seat)), seat] = False
-    return needed.any(axis=(1, 2))
+    return {"errors": errors, "surplus_bytes": sum(sizes.values()) - planned, "parts": len(parts)}
 
 
 def random_routings(comm: Comm, folder: Path) -> list[dict[str, Any]]:
@@ -185,7 +198,8 @@ def random_routings(comm: Comm, folder: Path) -> list[dict[str, Any]]:
         drawn = draw(seed, comm.world)
         worst = {key: max(rank["errors"][key] for rank in ranks) for key in ranks[0]["errors"]}
         surplus = [rank["surplus_bytes"] for rank in ranks]
-        found.append({"scenario": drawn.scenario, "kind": drawn.config.kind, "errors": worst, "surplus_bytes": surplus})
+        facts = {"scenario": drawn.scenario, "kind": drawn.config.kind, "parts": ranks[0]["parts"]}
+        found.append({**facts, "errors": worst, "surplus_bytes": surplus})
     return found
 
 

@@ -45,9 +45,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_routing_equals_the_dense_computation(found: dict, scenario: str, kind: str) -> None:
-    """Results and gradients of tokens, gates and every expert, on every rank, with overlap and without."""
+    """Results and gradients of tokens, gates and every expert, on every rank, with overlap and without, whole and in halves."""
     rows = [row for row in found["random_routings"] if (row["scenario"], row["kind"]) == (scenario, kind)]
     assert len(rows) >= ROUTINGS // (2 * len(SCENARIOS))
+    in_halves = sum(row["parts"] == 2 for row in rows)
+    assert in_halves == 0 if scenario == "one sample per rank" else 5 < in_halves < len(rows) - 5
     for row in rows:
         assert max(row["errors"].values()) <= LONGEST_SUM * ROUNDING, row
 

@@ -59,28 +59,30 @@ class Layout(NamedTuple):
     placement: str
     seating: str
     overlap: str
+    halves: str
     micro: int
 
     def overrides(self) -> tuple[str, ...]:
-        names = ("expert", "exchange", "placement", "seating", "overlap")
-        values = (self.experts, self.exchange, self.placement, self.seating, self.overlap)
+        names = ("expert", "exchange", "placement", "seating", "overlap", "halves")
+        values = (self.experts, self.exchange, self.placement, self.seating, self.overlap, self.halves)
         settings = [f"parallel.{name}={value}" for name, value in zip(names, values, strict=True)]
         return (*settings, f"train.micro_batch={self.micro}")
 
 
 CHOICES = (
-    (2, 4), (0, 1, 2), ("tokens", "weights", "auto"), ("index", "path"), ("order", "path"), ("true", "false"), (8, 4),
+    (2, 4), (0, 1, 2), ("tokens", "weights", "auto"), ("index", "path"), ("order", "path"), ("true", "false"),
+    ("true", "false"), (8, 4),
 )  # fmt: skip
 COVERING = [  # every pair of choices is in one of these
-    Layout(2, 0, "tokens", "path", "order", "true", 8),
-    Layout(2, 1, "tokens", "index", "path", "false", 8),
-    Layout(2, 1, "weights", "path", "order", "true", 4),
-    Layout(2, 2, "auto", "path", "path", "false", 4),
-    Layout(4, 0, "auto", "path", "order", "false", 8),
-    Layout(4, 0, "weights", "index", "path", "false", 4),
-    Layout(4, 1, "auto", "index", "order", "true", 8),
-    Layout(4, 2, "tokens", "index", "path", "true", 4),
-    Layout(4, 2, "weights", "path", "order", "true", 8),
+    Layout(2, 0, "tokens", "path", "order", "true", "true", 8),
+    Layout(2, 1, "tokens", "index", "path", "false", "true", 8),
+    Layout(2, 1, "weights", "path", "order", "true", "true", 4),
+    Layout(2, 2, "auto", "path", "path", "false", "false", 4),
+    Layout(4, 0, "auto", "path", "order", "false", "true", 8),
+    Layout(4, 0, "weights", "index", "path", "false", "false", 4),
+    Layout(4, 1, "auto", "index", "order", "true", "false", 8),
+    Layout(4, 2, "tokens", "index", "path", "true", "false", 4),
+    Layout(4, 2, "weights", "path", "order", "true", "true", 8),
 ]
 
 

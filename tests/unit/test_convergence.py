@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import study, tables
+from experiments import stages, study, tables
 from experiments.stages import Experiment
-from experiments.training import CpuClock, cpu_seconds_per_image, flops_per_image, is_trained, run_config
+from experiments.training import StepTimer, Turn, flops_per_image, is_trained, run_config, seconds_per_image
 from experiments.variants import FULL, QUICK, VARIANTS
-from sdit.errors import DataError
+from sdit.config import Config
+from sdit.errors import DataError, ExitCode
 from sdit.plan.flops import flops_per_image as planned_flops
+from sdit.supervise.pulse import Pulse
 from sdit.train.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +23,7 @@ BINS = 20
 FULL_CONFIG = run_config(FULL, "dit", 0, Path("work"), Path("run")).model_dump(mode="json")
 
 
-def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
+def run_of(variant: str, seed: int, loss: float, fid: float | None, seconds: float = 0.005) -> dict:
     """A finished run's result, as small as the tables allow."""
     held_out = {
         "images_seen": 100, "validation_loss": loss, "validation_mse": loss, "validation_images": 8,
@@ -29,7 +31,12 @@ def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
     }  # fmt: skip
     facts = {"images": 8, "sampler": "ddim", "steps": 2}
     scores = [] if fid is None else [{"images_seen": 100, "fid": fid, **facts}]
-    cost = {"cpu_seconds_per_image": 0.005, "flops_per_image": 1e8, "parameters": 500_000}
+    cost = {
+        "wall_seconds_per_image": seconds,
+        "cpu_seconds_per_image": 0.005,
+        "flops_per_image": 1e8,
+        "parameters": 500_000,
+    }
     return {"variant": variant, "seed": seed, "held_out": [held_out], "scores": scores, "gates": [], "cost": cost}
 
 
@@ -37,13 +44,19 @@ def run_of(variant: str, seed: int, loss: float, fid: float | None) -> dict:
 def runs() -> tables.Runs:
     # The seeds differ by 1, the variants by 0.1 and 0.3 within a seed: only pairing shows that the second is steadily worse.
     return {
-        "dit": {0: run_of("dit", 0, 1.0, 50.0), 1: run_of("dit", 1, 2.0, 60.0)},
-        "switch": {0: run_of("switch", 0, 1.1, 40.0), 1: run_of("switch", 1, 2.3, None)},
+        "dit": {0: run_of("dit", 0, 1.0, 50.0, 0.004), 1: run_of("dit", 1, 2.0, 60.0, 0.010)},
+        "switch": {0: run_of("switch", 0, 1.1, 40.0, 0.006), 1: run_of("switch", 1, 2.3, None, 0.015)},
     }
 
 
 def test_differences_are_taken_within_a_seed(runs: tables.Runs) -> None:
     assert tables.paired(runs, "switch", tables.held_out_loss) == pytest.approx([0.1, 0.3])
+
+
+def test_times_are_compared_within_a_seed(runs: tables.Runs) -> None:
+    assert tables.relative_time(runs, "switch") == pytest.approx([1.5, 1.5])
+    del runs["dit"][0]
+    assert tables.relative_time(runs, "switch") == pytest.approx([1.5])
 
 
 def test_a_seed_without_a_score_has_no_difference(runs: tables.Runs) -> None:
@@ -120,13 +133,49 @@ def test_counted_flops_are_the_planners(variant: str, tmp_path: Path) -> None:
     assert flops_per_image(config) == pytest.approx(planned_flops(config.model).train, rel=0.01)
 
 
-def test_cpu_clock_leaves_out_pauses_and_the_first_step(tmp_path: Path) -> None:
-    clock = CpuClock(tmp_path)
+def test_step_timer_leaves_out_pauses_and_the_first_step(tmp_path: Path) -> None:
+    timer = StepTimer(tmp_path)
     steps = [{"pause_seconds": 0.0}, {"pause_seconds": 0.0}, {"pause_seconds": 1.0}, {"pause_seconds": 0.0}]
     steps.append({"pause_seconds": 0.0, "validation_loss": 1.0})
     for number, metrics in enumerate(steps, start=1):
-        clock.on_step(Clock(8 * number, number), metrics, logged=True)
-    assert cpu_seconds_per_image(tmp_path, global_batch=8)[1] == 2
+        timer.on_step(Clock(8 * number, number), metrics, logged=True)
+    assert seconds_per_image(tmp_path, global_batch=8)["measured_steps"] == 2
+
+
+def test_a_burst_of_other_load_does_not_count(tmp_path: Path) -> None:
+    intervals = [(10, 0.8, 0.4), (10, 0.8, 0.4), (10, 80.0, 0.6), (5, 0.4, 0.2), (5, 0.4, 0.2)]
+    lines = [json.dumps({"steps": steps, "wall_seconds": wall, "cpu_seconds": cpu}) for steps, wall, cpu in intervals]
+    (tmp_path / "times.jsonl").write_text("\n".join(lines) + "\n")
+    cost = seconds_per_image(tmp_path, global_batch=8)
+    assert cost == pytest.approx({"wall_seconds_per_image": 0.01, "cpu_seconds_per_image": 0.005, "measured_steps": 40})
+
+
+def test_a_turn_ends_at_its_images_and_not_before() -> None:
+    pulse = Pulse()
+    turn = Turn(pulse, until=64)
+    turn.on_step(Clock(32, 1), {}, logged=False)
+    assert not turn.is_over and not pulse.stop_requested
+    turn.on_step(Clock(64, 2), {}, logged=False)
+    assert turn.is_over and pulse.stop_requested
+
+
+def test_models_of_a_seed_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    order = []
+
+    def train(config: Config, comm: object, until: int) -> ExitCode:
+        order.append((config.model.variant, until))
+        seen[config.run_dir] = until
+        return ExitCode.REQUEUE if len(order) == 3 else ExitCode.DONE
+
+    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(stages, "is_trained", lambda config, until: seen.get(config.run_dir, 0) >= until)
+    experiment = Experiment(QUICK, tmp_path, tmp_path, comm=None)  # type: ignore[arg-type]
+    assert experiment._train(0, 1e-3) == ExitCode.REQUEUE  # a stop ends the experiment within its turn
+    assert order == [("dit", 128), ("switch", 128), ("dit", 256)]
+    monkeypatch.setattr(experiment, "_read", lambda name: {})
+    assert experiment._train(0, 1e-3) == ExitCode.DONE  # and what had its turn is not trained again
+    assert order[3:] == [("switch", 256)]
 
 
 def test_a_run_is_finished_at_its_last_image_only(tmp_path: Path) -> None:
@@ -138,7 +187,7 @@ def test_a_run_is_finished_at_its_last_image_only(tmp_path: Path) -> None:
         line = json.dumps({**record, "validation_images": 1, "images_seen": images_seen})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
-    assert is_trained(config)
+    assert is_trained(config) and is_trained(config, until=128) and not is_trained(config, until=512)
 
 
 def test_kept_checkpoints_are_those_that_are_scored() -> None:
@@ -146,6 +195,8 @@ def test_kept_checkpoints_are_those_that_are_scored() -> None:
         config = run_config(scale, "dit", 0, Path("work"), Path("run"))
         every = config.checkpoint.keep_every_images
         assert every is not None and all(images % every == 0 for images in scale.scored_after)
+        assert scale.scored_after[-1] % scale.turn_images == 0
+        assert scale.turn_images % config.validation.every_images == 0  # by which a turn is known to be over
         assert scale.scored_after[-1] == config.train.total_images
 
 
@@ -170,7 +221,8 @@ def test_quick_experiment_goes_on_and_writes_its_study(tmp_path: Path) -> None:
         return result.stdout
 
     first = run()
-    assert first.count(" training ") == len(QUICK.variants) * len(QUICK.seeds)
+    turns = QUICK.scored_after[-1] // QUICK.turn_images
+    assert turns > 1 and first.count(" training ") == len(QUICK.variants) * len(QUICK.seeds) * turns
     results = tmp_path / "results"
     runs = study.read_runs(results)
     assert [list(seeds) for seeds in runs.values()] == [list(QUICK.seeds)] * len(QUICK.variants)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sdit.contracts import TaskView
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A mixture that waits for nothing."""
+
+    mixed: Tensor
+
+    def serve(self) -> None:
+        """Nobody sent anything."""
+
+    def wait(self) -> Tensor:
+        return self.mixed
 
 
 class LocalDispatcher:
@@ -20,9 +32,9 @@ class LocalDispatcher:
             return TaskView(task=task[:1], own=torch.zeros(len(task), dtype=torch.int64, device=task.device))
         return TaskView(task=task, own=slice(None))
 
-    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Callable[[], Tensor]:
+    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Ready:
         """The mixture, with nothing to wait for."""
-        return partial(self.mix, block, z, gates, experts)
+        return Ready(self.mix(block, z, gates, experts))
 
     def mix(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Tensor:
         """m_i(z, t) (B, L, D) for tokens z (B, L, D) and gates (B, M), or (1, M) for all samples."""

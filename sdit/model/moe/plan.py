@@ -31,12 +31,12 @@ class Work:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One rank's exchange in one block.
+    """One rank's exchange in one block, of the rows that are computed together.
 
     `send_rows` (S,) own rows by destination, then row; a row goes once per destination, whatever it needs there.
     `send_splits`, `receive_splits` (P,) rows to and from each rank. `local`: what own rows need of experts owned or at
     hand; `remote`: what the arrived rows, by source, then row, need here. Results return in the order of arrival, so
-    `send_rows` also says where they are added.
+    `send_rows` also says where they are added. `travels`: some row of the group does, in either direction of any rank.
     """
 
     send_rows: np.ndarray
@@ -44,6 +44,7 @@ class BlockPlan:
     receive_splits: np.ndarray
     local: Work
     remote: Work
+    travels: bool
 
     def sent_bytes(self, costs: Costs, at_hand: np.ndarray, owned: np.ndarray) -> int:
         """Exact bytes this rank sends in this block; `at_hand`, `owned` (M,) bool say which experts are so."""
@@ -52,11 +53,20 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """`rows` of the rank's B that are computed together, and their exchange in every block."""
+
+    rows: slice
+    blocks: tuple[BlockPlan, ...]
+
+
+@dataclass(frozen=True)
 class MicroPlan:
     """One rank's plan of one micro-step.
 
     `positions` (n,) of the group's samples in the global batch, in seated order; `tasks` (n,); `own` are this rank's;
     `experts` (depth, n, k), and `kept` of the same shape (None: dropless). `swap` is None where nobody changes seats.
+    `parts` take turns in computing while what the others sent is on its way.
     """
 
     positions: np.ndarray
@@ -65,7 +75,7 @@ class MicroPlan:
     experts: np.ndarray
     kept: np.ndarray | None
     swap: Swap | None
-    blocks: tuple[BlockPlan, ...]
+    parts: tuple[PartPlan, ...]
 
 
 def group_positions(batch: BatchPlan, groups: ExpertGroups, rank: int, micro_step: int, first_index: int) -> np.ndarray:
@@ -88,6 +98,7 @@ def plan_micro_step(
     micro_step: int,
     first_index: int,
     seating: SeatingKind = "path",
+    halves: bool = False,
 ) -> MicroPlan:
     """The plan of `rank` for one micro-step of the global batch with `tasks` (N,) and `kept` (depth, N, k)."""
     positions = group_positions(batch, groups, rank, micro_step, first_index)
@@ -106,12 +117,28 @@ def plan_micro_step(
         experts=experts,
         kept=group_kept,
         swap=None if (seats == home).all() else plan_swap(home, seats, ranks, place),
-        blocks=plan_blocks(experts, group_kept, layout, place),
+        parts=tuple(
+            PartPlan(rows, plan_blocks(experts, group_kept, layout, place, rows))
+            for rows in part_rows(batch.micro_batch, halves and ranks > 1)
+        ),
     )
 
 
-def plan_blocks(experts: np.ndarray, kept: np.ndarray | None, layout: Layout, place: int) -> tuple[BlockPlan, ...]:
-    """The exchange of the rank at `place` in every block, for the group's `experts` (depth, n, k) in seated order."""
+def part_rows(micro_batch: int, halves: bool) -> tuple[slice, ...]:
+    """The parts of a rank's rows: all of them, or two halves, the first not the smaller one."""
+    middle = -(-micro_batch // 2)
+    return (slice(0, middle), slice(middle, micro_batch)) if halves and micro_batch > 1 else (slice(0, micro_batch),)
+
+
+def plan_blocks(
+    experts: np.ndarray, kept: np.ndarray | None, layout: Layout, place: int, rows: slice = slice(None)
+) -> tuple[BlockPlan, ...]:
+    """The exchange of the rank at `place` in every block, for the group's `experts` (depth, n, k) in seated order.
+
+    `rows` of every rank take part; `send_rows` counts from the first of them.
+    """
+    seats = np.arange(experts.shape[1]).reshape(layout.ranks, -1)[:, rows].ravel()
+    experts, kept = experts[:, seats], None if kept is None else kept[:, seats]
     depth, samples, _ = experts.shape
     per_rank = samples // layout.ranks
     own = slice(place * per_rank, (place + 1) * per_rank)
@@ -125,18 +152,23 @@ def plan_blocks(experts: np.ndarray, kept: np.ndarray | None, layout: Layout, pl
         mine, at_hand = mine & kept, at_hand & kept
     local = np.zeros(experts.shape, dtype=bool)
     local[:, own] = (mine | at_hand)[:, own]
-    local_work = _work(experts, local)
-    remote_work = _work(experts, mine & ~at_hand & receives[:, :, None])
+    local_work = _work(experts, local, seats)
+    remote_work = _work(experts, mine & ~at_hand & receives[:, :, None], seats)
     send_rows = _per_block(np.nonzero(sends), depth, 2)
     send_splits = sends.sum(axis=2)
     receive_splits = receives.reshape(depth, layout.ranks, per_rank).sum(axis=2)
+    travels = [bool(block.any()) for block in needed]
     return tuple(
-        BlockPlan(*parts) for parts in zip(send_rows, send_splits, receive_splits, local_work, remote_work, strict=True)
+        BlockPlan(send_rows[i], send_splits[i], receive_splits[i], local_work[i], remote_work[i], travels[i])
+        for i in range(depth)
     )
 
 
-def _work(experts: np.ndarray, wanted: np.ndarray) -> list[Work]:
-    """Per block, the rows with a wanted (sample, choice) and the pairs on them; `experts`, `wanted` (depth, n, k)."""
+def _work(experts: np.ndarray, wanted: np.ndarray, seats: np.ndarray) -> list[Work]:
+    """Per block, the rows with a wanted (sample, choice) and the pairs on them; `experts`, `wanted` (depth, n, k).
+
+    `seats` (n,) of the samples in the group.
+    """
     depth = len(experts)
     rows = wanted.any(axis=2)
     row_of_sample = np.cumsum(rows, axis=1) - 1
@@ -144,7 +176,8 @@ def _work(experts: np.ndarray, wanted: np.ndarray) -> list[Work]:
     expert = experts[block, sample, choice]
     order = np.lexsort((sample, expert, block))
     pairs = (block[order], row_of_sample[block, sample][order], expert[order])
-    parts = (_per_block(np.nonzero(rows), depth, 1), _per_block(pairs, depth, 1), _per_block(pairs, depth, 2))
+    served, sample = np.nonzero(rows)
+    parts = (_per_block((served, seats[sample]), depth, 1), _per_block(pairs, depth, 1), _per_block(pairs, depth, 2))
     return [Work(*arrays) for arrays in zip(*parts, strict=True)]
 
 

@@ -11,7 +11,7 @@ from learned_gates import prior_routes, random_routes
 from sdit.data.order import rank_indices
 from sdit.model.moe.capacity import Capacity, keep_samples
 from sdit.model.moe.placement import Layout, place_experts
-from sdit.model.moe.plan import BlockPlan, MicroPlan, Work, plan_blocks, plan_micro_step
+from sdit.model.moe.plan import BlockPlan, MicroPlan, Work, part_rows, plan_blocks, plan_micro_step
 from sdit.model.moe.routes import Routes, exact_loads, expert_counts, hottest
 from sdit.model.moe.traffic import Costs, group_hops, rank_work
 from sdit.topology import ExpertGroups, plan_batch
@@ -59,10 +59,12 @@ def _compute(case: Case, block: int, work: Work, tokens: np.ndarray, served: lis
     return result
 
 
-def _exchange(case: Case, block: int, plans: list[BlockPlan]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The block's result (n,) by way of the wire, and all pairs served anywhere."""
-    ranks, per_rank = case.layout.ranks, len(case.x) // case.layout.ranks
-    own = case.x.reshape(ranks, per_rank)
+def _exchange(
+    case: Case, block: int, plans: list[BlockPlan], rows: slice = slice(None)
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The block's result by way of the wire, of those `rows` of every rank, and all pairs served anywhere."""
+    ranks, per_rank, first = case.layout.ranks, len(case.x) // case.layout.ranks, rows.start or 0
+    own = case.x.reshape(ranks, per_rank)[:, rows]
     served: list[tuple[int, int]] = []
     mail = [np.split(own[r][plan.send_rows], np.cumsum(plan.send_splits)[:-1]) for r, plan in enumerate(plans)]
     answers = []
@@ -76,8 +78,8 @@ def _exchange(case: Case, block: int, plans: list[BlockPlan]) -> tuple[np.ndarra
         )
     result = np.zeros_like(own)
     for rank, plan in enumerate(plans):
-        rows = plan.local.samples - rank * per_rank
-        result[rank][rows] += _compute(case, block, plan.local, own[rank][rows], served)
+        at = plan.local.samples - rank * per_rank - first
+        result[rank][at] += _compute(case, block, plan.local, own[rank][at], served)
         np.add.at(result[rank], plan.send_rows, np.concatenate([answers[peer][rank] for peer in range(ranks)]))
     return result.ravel(), served
 
@@ -93,6 +95,47 @@ def test_the_exchange_serves_every_kept_pair_once_and_returns_it_to_its_row(seed
         kept = np.ones(case.experts.shape, bool) if case.kept is None else case.kept
         sample, choice = np.nonzero(kept[block])
         assert sorted(served) == sorted(zip(sample.tolist(), case.experts[block, sample, choice].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(10))
+def test_halves_of_the_rows_serve_together_what_the_whole_does_with_as_many_hops(seed: int, shape: str) -> None:
+    case = _case(seed, shape)
+    ranks, per_rank = case.layout.ranks, len(case.x) // case.layout.ranks
+    parts = part_rows(per_rank, halves=True)
+    assert len(parts) == (1 if per_rank == 1 else 2)
+    whole = [plan_blocks(case.experts, case.kept, case.layout, place) for place in range(ranks)]
+    plans = [
+        [plan_blocks(case.experts, case.kept, case.layout, place, rows) for place in range(ranks)] for rows in parts
+    ]
+    for block in range(len(case.experts)):
+        of_halves = [
+            _exchange(case, block, [p[block] for p in plan], rows) for plan, rows in zip(plans, parts, strict=True)
+        ]
+        result = np.concatenate([part.reshape(ranks, -1) for part, _ in of_halves], axis=1).ravel()
+        assert (result == case.dense(block)).all()
+        served = sorted(pair for _, pairs in of_halves for pair in pairs)
+        assert served == sorted(_exchange(case, block, [plan[block] for plan in whole])[1])
+        for place in range(ranks):
+            splits = sum(plan[place][block].send_splits for plan in plans)
+            assert (splits == whole[place][block].send_splits).all()
+        assert whole[0][block].travels == any(plan[0][block].travels for plan in plans)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
+def test_parts_hold_every_row_once(micro_batch: int, halves: bool) -> None:
+    rows = np.concatenate([np.arange(micro_batch)[part] for part in part_rows(micro_batch, halves)])
+    assert (rows == np.arange(micro_batch)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_travels_says_whether_any_row_of_the_group_does(seed: int) -> None:
+    case = _case(seed)
+    plans = [plan_blocks(case.experts, case.kept, case.layout, place) for place in range(case.layout.ranks)]
+    for block in range(len(case.experts)):
+        sent = sum(len(plan[block].send_rows) for plan in plans)
+        assert {plan[block].travels for plan in plans} == {sent > 0}
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -137,7 +180,7 @@ def _step(
     batch, groups = plan_batch(len(tasks), micro, world), ExpertGroups(world, ranks)
     return [
         [
-            plan_micro_step(routes, tasks, kept, layout, batch, groups, rank, step, first)
+            plan_micro_step(routes, tasks, kept, layout, batch, groups, rank, step, first, halves=world == 8)
             for step in range(batch.accumulation)
         ]
         for rank in range(world)
@@ -161,7 +204,8 @@ def test_the_kept_set_is_the_same_for_every_layout_and_served_once(policy: str |
         served = np.zeros_like(expected)
         for plans in _step(routes, tasks, kept, world, ranks, micro):
             for plan in plans:
-                for block, exchange in enumerate(plan.blocks):
+                exchanges = [(block, exchange) for part in plan.parts for block, exchange in enumerate(part.blocks)]
+                for block, exchange in exchanges:
                     for work in (exchange.local, exchange.remote):
                         np.add.at(served[block], (plan.positions[work.samples[work.pair_rows]], work.pair_experts), 1)
         assert (served == expected).all(), (world, ranks, micro)
