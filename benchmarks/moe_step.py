@@ -24,6 +24,23 @@ from sdit.train.build import open_trainer
 from sdit.train.trainer import Trainer
 
 EXPERTS, PICTURES, CLASSES = 4, 64, 10
+ALONE = "EP = 1"
+
+
+def layouts(ranks: int) -> dict[str, ParallelConfig]:
+    """What is compared, by name; everything that is not said is by default."""
+    spread = {
+        "auto": {},
+        "auto, no overlap": {"overlap": False},
+        "tokens, no overlap": {"exchange": "tokens", "overlap": False},
+        "tokens": {"exchange": "tokens"},
+        "tokens, in halves": {"exchange": "tokens", "halves": True},
+    }
+    alone = ParallelConfig(expert=1, threads=1)
+    return {ALONE: alone} | {
+        f"EP = {ranks}, {name}": ParallelConfig(expert=ranks, threads=1, **settings)  # type: ignore[arg-type]
+        for name, settings in spread.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -37,26 +54,26 @@ class Record:
 
 
 def compare_whole_steps(comm: Comm, batch: int, rounds: int) -> None:
-    """Print the table: the system's own training step, every default on, ZeRO 1; both layouts take turns."""
+    """Print the table: the system's own training step, every default on, ZeRO 1; the layouts take turns."""
     folder = comm.from_first(tempfile.mkdtemp() if comm.is_first else "")
     if comm.is_first:
         write_pictures(Path(folder) / "data")
     comm.barrier()
-    records: dict[int, list[Record]] = {1: [], comm.world: []}
+    records: dict[str, list[Record]] = {}
     with ExitStack() as stack:
         steps = {}
-        for ranks in records:
-            config = run_config(folder, ranks, batch * comm.world)
+        for number, (name, parallel) in enumerate(layouts(comm.world).items()):
+            config = run_config(f"{folder}/data", f"{folder}/run-{number}", parallel, batch * comm.world)
             zero = {"zero_optimization": {"stage": 1}}
-            steps[ranks] = training_step(stack.enter_context(open_trainer(config, zero, "benchmark", comm)))
+            steps[name] = training_step(stack.enter_context(open_trainer(config, zero, "benchmark", comm)))
         for _ in range(rounds + 2):
-            for ranks, step in steps.items():
-                records[ranks].append(timed(step, comm))
+            for name, step in steps.items():
+                records.setdefault(name, []).append(timed(step, comm))
     if comm.is_first:
         print(
             f"Switch-DiT-S/2, M = {EXPERTS}, {comm.world} ranks x {batch} images, ZeRO 1, median of {rounds} steps in turn"
         )
-        show({ranks: series[2:] for ranks, series in records.items()})  # the first step places the experts
+        show({name: series[2:] for name, series in records.items()})  # the first step places the experts
 
 
 def timed(step: Callable[[], dict[str, float]], comm: Comm) -> Record:
@@ -69,14 +86,14 @@ def timed(step: Callable[[], dict[str, float]], comm: Comm) -> Record:
     return Record(max(seconds), sum(cpu), metrics["exchange_wait_seconds"], metrics["exchange_bytes"])
 
 
-def show(records: dict[int, list[Record]]) -> None:
+def show(records: dict[str, list[Record]]) -> None:
     """Print medians, and of ratios the median over rounds: what else the machine does falls on both sides."""
     print(
         "| layout | s per step | of EP = 1 | CPU s, all ranks | of EP = 1 | s waiting for experts | MB sent for experts |"
     )
     print("|---|---|---|---|---|---|---|")
-    for ranks, series in records.items():
-        pairs = list(zip(series, records[1], strict=True))
+    for name, series in records.items():
+        pairs = list(zip(series, records[ALONE], strict=True))
         ratio = statistics.median(own.seconds / base.seconds for own, base in pairs)
         cpu_ratio = statistics.median(own.cpu_seconds / base.cpu_seconds for own, base in pairs)
         seconds, cpu, wait = (
@@ -84,17 +101,17 @@ def show(records: dict[int, list[Record]]) -> None:
             for key in ("seconds", "cpu_seconds", "wait_seconds")
         )
         sent = series[-1].sent_bytes / 1e6
-        print(f"| EP = {ranks} | {seconds:.2f} | {ratio:.3f} | {cpu:.2f} | {cpu_ratio:.3f} | {wait:.2f} | {sent:.1f} |")
+        print(f"| {name} | {seconds:.2f} | {ratio:.3f} | {cpu:.2f} | {cpu_ratio:.3f} | {wait:.2f} | {sent:.1f} |")
 
 
-def run_config(folder: str, ranks: int, global_batch: int) -> Config:
-    """Switch-DiT-S/2 on pictures of 32 x 32 (256 tokens), experts over `ranks` ranks, everything else by default."""
+def run_config(data: str, run_dir: str, parallel: ParallelConfig, global_batch: int) -> Config:
+    """Switch-DiT-S/2 on pictures of 32 x 32 (256 tokens)."""
     return Config(
         model=ModelConfig(size="S/2", channels=3, classes=CLASSES, experts=ExpertsConfig(count=EXPERTS)),
-        data=DataConfig(source="shards", path=f"{folder}/data", streams=1),
-        parallel=ParallelConfig(expert=ranks, threads=1),
+        data=DataConfig(source="shards", path=data, streams=1),
+        parallel=parallel,
         train=TrainConfig(steps=1000, global_batch=global_batch),
-        run_dir=f"{folder}/run-{ranks}",
+        run_dir=run_dir,
     )
 
 

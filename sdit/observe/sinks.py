@@ -124,7 +124,7 @@ class TensorBoard(Observer):
 
 
 class WeightsAndBiases(Observer):
-    """A W&B run of the folder's name; offline runs lie in RUN/wandb until `wandb sync` sends them."""
+    """A W&B run of the folder's name, over images seen; offline runs lie in RUN/wandb until `wandb sync` sends them."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
         self._run_dir, self._config = run_dir, config
@@ -145,10 +145,13 @@ class WeightsAndBiases(Observer):
                 console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
             ),
         )  # fmt: skip
+        # W&B throws away what comes late for a step of its own; a value of an earlier image is made up for, or trained again.
+        self._run.define_metric("images_seen")
+        self._run.define_metric("*", step_metric="images_seen")
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         if logged:
-            self._run.log(dict(scalars(metrics)), step=clock.images_seen)
+            self._log(clock, dict(scalars(metrics)))
 
     def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
         self.on_step(clock, metrics, logged=True)
@@ -157,7 +160,10 @@ class WeightsAndBiases(Observer):
         import wandb
 
         pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
-        self._run.log({"samples": wandb.Image(pixels)}, step=clock.images_seen)
+        self._log(clock, {"samples": wandb.Image(pixels)})
+
+    def _log(self, clock: Clock, values: dict[str, Any]) -> None:
+        self._run.log({**values, "images_seen": clock.images_seen})
 
     def close(self) -> None:
         if self._run is not None:

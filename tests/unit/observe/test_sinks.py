@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,26 @@ def test_tensorboard_gets_scalars_and_grids_over_images_seen(tmp_path: Path) -> 
     assert not [step for _, step in found if step == 192]
 
 
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """What was logged to an offline run: records in LevelDB's log format, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    body, place, parts, rows = path.read_bytes(), 7, b"", []  # after W&B's own header
+    while place < len(body):
+        if 32768 - place % 32768 < 7:  # no room for a record's head: padding
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", body, place + 4)
+        parts += body[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            items = Record.FromString(parts).history.item
+            names = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            rows += [names] if names else []
+            parts = b""
+    return rows
+
+
 @pytest.mark.slow
 def test_weights_and_biases_offline_leaves_a_run_to_be_synced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb")
@@ -130,6 +151,10 @@ def test_weights_and_biases_offline_leaves_a_run_to_be_synced(tmp_path: Path, ca
     sink.on_start(Clock(), 256, "fresh")
     sink.on_step(Clock(128, 1), RECORD, logged=True)
     sink.on_samples(Clock(256, 2), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)
+    sink.on_validation(Clock(128, 1), {"validation_loss": 0.25})  # made up for, or trained again after a step back
     sink.close()
     assert not caplog.records
-    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    rows = wandb_history(path)
+    assert [row["images_seen"] for row in rows] == [128, 256, 128]
+    assert rows[0]["loss"] == 0.5 and rows[1]["samples/format"] == "png" and rows[2]["validation_loss"] == 0.25
