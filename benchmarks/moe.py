@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """The expert layer against its peers, on gloo ranks of this machine: time, bytes on the wire, peak memory.
 
-usage: python benchmarks/moe.py --ranks 2 [--quick] [--whole-step]
+usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--whole-step]
+
+Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work shows:
+  unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 400ms;
+                      python benchmarks/moe.py --whole-step --ranks 2 --batch 8'
 
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
@@ -21,7 +25,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -43,6 +47,9 @@ TOKENS = 256
 SIZES: tuple[Literal["S/2", "B/2"], ...] = ("S/2", "B/2")
 COUNTS = (4, 16)
 KINDS: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
+RIVALS = ("tokens", "weights", "EP = 1", "EP = 1, summed", "DeepSpeed", "fairscale")
+SENDERS = ("auto", "tokens", "weights", "EP = 1, summed", "DeepSpeed", "fairscale")
+HOLDERS = ("auto", "tokens", "weights", "EP = 1", "DeepSpeed", "fairscale")
 
 
 @dataclass
@@ -152,31 +159,46 @@ def _of_all_ranks(comm: Comm, *values: float) -> list[list[float]]:
 
 def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
     """The cases of the table: all, those of one size, or the first alone if it has to be quick."""
-    every = [Case(size, count, kind, options.batch, ranks) for size, count, kind in product(SIZES, COUNTS, KINDS)]
+    every = [
+        Case(size, count, kind, options.batch // ranks, ranks) for size, count, kind in product(SIZES, COUNTS, KINDS)
+    ]
     chosen = [case for case in every if options.size in (None, case.size)]
     return chosen[:1] if options.quick else chosen
 
 
 def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
-    """Print the table of all cases, on rank 0."""
-    say: Callable[..., None] = print if comm.is_first else lambda *_, **__: None
-    shape = f"{comm.world} ranks x {options.batch} samples of {TOKENS} tokens, k = {TOP_K}"
-    say(f"{shape}, 1 thread per rank, median of {options.rounds} rounds")
-    say("| size | M | experts | layer | ms | time / auto | CPU time / auto | MB sent per rank | peak MB |")
-    say("|---|---|---|---|---|---|---|---|---|", flush=True)
+    """Print a line of the table for every case, on rank 0."""
     for case in cases(options, comm.world):
         torch.manual_seed(10 + comm.rank)
         z = torch.randn(case.batch, TOKENS, case.width, requires_grad=True)
-        outcomes = race(all_layers(case, comm), z, torch.randn_like(z), options.rounds, comm)
-        for each in outcomes:
-            figures = (
-                f"{1e3 * statistics.median(each.seconds):.0f}",
-                f"{_ratio(each.seconds, outcomes[0].seconds):.2f}",
-                f"{_ratio(each.cpu_seconds, outcomes[0].cpu_seconds):.2f}",
-                f"{each.sent_bytes / 1e6:.1f}",
-                f"{each.peak_bytes / 1e6:.0f}",
-            )
-            say("| " + " | ".join((case.size, str(case.experts), case.kind, each.name, *figures)) + " |", flush=True)
+        layers = all_layers(case, comm)
+        outcomes = {each.name: each for each in race(layers, z, torch.randn_like(z), options.rounds, comm)}
+        if comm.is_first:
+            print(table_line(case, layers[0].at_hand, outcomes), flush=True)
+
+
+HEAD = (
+    "ranks", "size", "M", "experts", "`auto`, ms", "at hand", *(f"{name}, CPU time" for name in RIVALS),
+    "DeepSpeed, fairscale: time", f"MB sent: {' / '.join(SENDERS)}", f"peak MB: {' / '.join(HOLDERS)}",
+)  # fmt: skip
+
+
+def table_line(case: Case, at_hand: int, outcomes: dict[str, Outcome]) -> str:
+    """One line: `auto` in milliseconds, the CPU time of the others over its, and their wall-clock, bytes and memory."""
+    auto = outcomes["auto"]
+    cells = [
+        str(case.ranks), case.size, str(case.experts), case.kind,
+        f"{1e3 * statistics.median(auto.seconds):.0f}", str(at_hand),
+        *(f"{_ratio(outcomes[name].cpu_seconds, auto.cpu_seconds):.2f}" for name in RIVALS),
+        ", ".join(f"{_ratio(outcomes[name].seconds, auto.seconds):.2f}" for name in ("DeepSpeed", "fairscale")),
+        " / ".join(f"{outcomes[name].sent_bytes / 1e6:.1f}" for name in SENDERS),
+        " / ".join(f"{outcomes[name].peak_bytes / 1e6:.0f}" for name in HOLDERS),
+    ]  # fmt: skip
+    return _line(cells)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _ratio(own: Sequence[float], base: Sequence[float]) -> float:
@@ -186,24 +208,35 @@ def _ratio(own: Sequence[float], base: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start")
-    parser.add_argument("--batch", type=int, default=8, help="samples per rank and step")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes to start, one after another")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step, over all ranks")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per layer")
     parser.add_argument("--size", choices=SIZES, help="this model size only")
     parser.add_argument("--quick", action="store_true", help="4 linear experts of the first size only")
     parser.add_argument(
-        "--whole-step", action="store_true", help="whole training steps with EP = 1 and EP = ranks instead"
+        "--whole-step", action="store_true", help="whole training steps, by layout of the experts, instead"
     )
     options = parser.parse_args()
-    info = find_rank(os.environ)
-    if info.world == 1:
-        sys.exit(start_ranks(options.ranks))
+    if os.environ.get("WORLD_SIZE") is None:
+        sys.exit(start_all(options))
     torch.set_num_threads(1)
-    with Comm(info, timeout_seconds=300) as comm:
+    with Comm(find_rank(os.environ), timeout_seconds=300) as comm:
         if options.whole_step:
-            compare_whole_steps(comm, options.batch, options.rounds)
+            compare_whole_steps(comm, options.batch // comm.world, options.rounds)
         else:
             compare_layers(options, comm)
+
+
+def start_all(options: argparse.Namespace) -> int:
+    """The heads of the table, then this command as so many processes at a time; the first status that is not zero."""
+    if not options.whole_step:
+        print(
+            f"{options.batch} samples of {TOKENS} tokens over all ranks, k = {TOP_K}, 1 thread per rank, medians of "
+            f"{options.rounds} rounds; times over those of `auto`"
+        )
+        print(_line(HEAD))
+        print(_line(["---"] * len(HEAD)), flush=True)
+    return next((status for status in map(start_ranks, options.ranks) if status), 0)
 
 
 if __name__ == "__main__":

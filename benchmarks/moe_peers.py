@@ -60,12 +60,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to time: `forward` maps tokens (B, L, D) to (B, L, D); `reduces` if gradients of its experts are summed."""
+    """A layer to time: `forward` maps tokens (B, L, D) to (B, L, D); `reduces` if gradients of its experts are summed over
+    all ranks; `at_hand` experts come to the samples."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     reduces: bool = False
+    at_hand: int = 0
 
     def step(self, z: Tensor, grad: Tensor) -> None:
         """Forward and backward, and the all-reduce that data parallelism needs where every rank holds all experts."""
@@ -123,8 +125,7 @@ def spread_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "we
         return spread.dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
 
     at_hand = int(spread.layout.at_hand.sum())
-    name = f"ours, auto ({at_hand} of {case.experts} at hand)" if exchange == "auto" else f"ours, {exchange}"
-    return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()])
+    return Layer(exchange, forward, [*experts.parameters(), *gate.linear.parameters()], at_hand=at_hand)
 
 
 def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
@@ -136,7 +137,7 @@ def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
         view = dispatcher.view(torch.from_numpy(gate.draw()[comm.rank :: case.ranks]))
         return dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
 
-    name = "ours, EP = 1, gradients all-reduced" if reduces else "ours, EP = 1"
+    name = "EP = 1, summed" if reduces else "EP = 1"
     return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()], reduces)
 
 
@@ -145,7 +146,7 @@ def deepspeed_layer(case: Case) -> Layer:
     torch.manual_seed(3)
     layer = MoE(case.width, _expert(case), case.experts, ep_size=case.ranks, k=TOP_K, drop_tokens=False)
     layer.set_deepspeed_parallelism()
-    return Layer("DeepSpeed MoE", lambda z: layer(z)[0], list(layer.parameters()))
+    return Layer("DeepSpeed", lambda z: layer(z)[0], list(layer.parameters()))
 
 
 def fairscale_layer(case: Case) -> Layer:
@@ -154,7 +155,7 @@ def fairscale_layer(case: Case) -> Layer:
     expert = _expert(case)
     experts = nn.ModuleList([deepcopy(expert) for _ in range(case.experts // case.ranks)])
     layer = MOELayer(Top2Gate(case.width, case.experts), experts)
-    return Layer("fairscale MOELayer", layer, list(layer.parameters()))
+    return Layer("fairscale", layer, list(layer.parameters()))
 
 
 def all_layers(case: Case, comm: Comm) -> list[Layer]:
