@@ -1,4 +1,4 @@
-"""Curves against images and wall-clock, differences by seed, and what the gates have learned."""
+"""Curves against images and wall-clock, differences by seed, samples, and what the gates have learned."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ def fid_curve(run: Run) -> list[tuple[int, float]]:
 
 
 def draw_plots(runs: Runs, folder: Path) -> list[Path]:
-    """Write curves.png, differences.png and, if there are gates, gates.png."""
+    """Write curves.png, differences.png and, where there is something to show, samples.png and gates.png."""
     drawn = [_save(_curves(runs), folder / "curves.png"), _save(_differences(runs), folder / "differences.png")]
     gates = {name: found for name, seeds in runs.items() if (found := _last_gates(seeds))}
+    strips = {name: path for name in runs if (path := folder / "results" / f"{name}.png").exists()}
+    if strips:
+        drawn.append(_save(_samples(strips), folder / "samples.png"))
     if gates:
         drawn.append(_save(_gates(gates), folder / "gates.png"))
     return drawn
@@ -87,6 +90,17 @@ def _differences(runs: Runs) -> Figure:
         axis.set_yticks(range(len(variants)), [VARIANTS[name].label for name in variants])
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
+    return figure
+
+
+def _samples(strips: dict[str, Path]) -> Figure:
+    """One image of every class, a row for each model."""
+    figure, axes = pyplot.subplots(len(strips), 1, figsize=(9, 0.75 * len(strips)), layout="constrained", squeeze=False)
+    for axis, (variant, path) in zip(axes[:, 0], strips.items(), strict=True):
+        axis.imshow(pyplot.imread(path), cmap="gray", vmin=0, vmax=1)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(VARIANTS[variant].label, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 

@@ -38,12 +38,23 @@ class Scorer:
 
     def score(self, trained: Trained) -> dict[str, Any]:
         """Scores of a model's samples: the same labels, noise and sampler for every model."""
-        settings = trained.config.sample.model_dump() | {"sampler": SAMPLER, "steps": self._scale.sampler_steps}
-        labels = np.resize(np.arange(trained.config.model.classes, dtype=np.int64), self._scale.sampled_images)
-        drawn = generate(trained, SampleConfig(**settings), labels, batch=100)
-        facts = {"sampler": SAMPLER, "steps": self._scale.sampler_steps, "guidance": settings["guidance"]}
-        fid = self._fid(to_pixels(images) for images in drawn)
-        return {"images_seen": trained.clock.images_seen, "fid": fid, "images": len(labels), **facts, "weights": "ema"}
+        settings, images = self._settings(trained), self._scale.sampled_images
+        facts = {"sampler": settings.sampler, "steps": settings.steps, "guidance": settings.guidance}
+        fid = self._fid(self._draw(trained, images))
+        return {"images_seen": trained.clock.images_seen, "fid": fid, "images": images, **facts, "weights": "ema"}
+
+    def strip(self, trained: Trained) -> np.ndarray:
+        """(classes, H, W, C) uint8: the first image of every class, as it is scored."""
+        return next(self._draw(trained, trained.config.model.classes))
+
+    def _draw(self, trained: Trained, images: int) -> Iterator[np.ndarray]:
+        """(n, H, W, C) uint8 pixels at a time."""
+        labels = np.resize(np.arange(trained.config.model.classes, dtype=np.int64), images)
+        return map(to_pixels, generate(trained, self._settings(trained), labels, batch=100))
+
+    def _settings(self, trained: Trained) -> SampleConfig:
+        values = trained.config.sample.model_dump() | {"sampler": SAMPLER, "steps": self._scale.sampler_steps}
+        return SampleConfig(**values)
 
     def floor(self) -> dict[str, Any]:
         """The FID of as many real held-out images: what a perfect model would get."""

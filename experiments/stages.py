@@ -24,6 +24,7 @@ from sdit.config import Config
 from sdit.data.durable import replacing
 from sdit.errors import DataError, ExitCode
 from sdit.model import build_model
+from sdit.observe.pictures import save_pixels
 from sdit.parallel.comm import Comm, find_rank, set_threads
 from sdit.train.checkpoint.load import load_trained
 
@@ -74,6 +75,7 @@ class Experiment:
             self._score(scorer, seed, self.scale.scored_after[-1:])
         for seed in seeds:
             self._score(scorer, seed, self.scale.scored_after[:-1])
+        self._draw_strips(scorer, seeds)
         return ExitCode.DONE
 
     def _search(self) -> tuple[ExitCode, float]:
@@ -147,6 +149,14 @@ class Experiment:
                     result["gates"].append(gates_of(trained))
                     result["gates"].sort(key=lambda gates: gates["images_seen"])
                 self._write(name, result)
+
+    def _draw_strips(self, scorer: Scorer, seeds: Sequence[int]) -> None:
+        """A few samples of every model of the first seed, for people to look at."""
+        for variant in self.scale.variants:
+            path = self.results / f"{variant}.png"
+            if self.scale.seeds[0] in seeds and not path.exists():
+                trained = load_trained(self._run_dir(variant, self.scale.seeds[0]))
+                save_pixels(path, scorer.strip(trained), trained.config.model.classes)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.results / name

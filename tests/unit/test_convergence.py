@@ -230,6 +230,7 @@ def test_quick_experiment_goes_on_and_writes_its_study(tmp_path: Path) -> None:
     table = (tmp_path / "README.md").read_text()
     assert tables.results_table(runs) in table
     assert (tmp_path / "curves.png").stat().st_size < 500_000
+    assert {path.stem for path in results.glob("*.png")} == set(QUICK.variants) and (tmp_path / "samples.png").exists()
 
     lost = results / "switch-seed1.json"
     before = lost.read_text()
