@@ -25,15 +25,19 @@ from sdit.parallel.jobs import BlockJobs, Job, upload
 
 
 class _Exchange:
-    """A mixture whose rows are on their way: `mixed` (B, L, D) is what was computed here of it."""
+    """A mixture whose rows are on their way, if any (`outward`): `mixed` (B, L, D) is what was computed here of it.
+
+    `then` is called when it is complete. That it is so where no row travels, too, keeps the order of backward, hence of the
+    gradients that fill ZeRO's buckets, the same in all groups.
+    """
 
     def __init__(
-        self, wire: Wire, todo: BlockJobs, gates: Tensor, experts: Experts | SpreadExperts, mixed: Tensor, outward: Pending,
-        then: Callable[[], None],
+        self, wire: Wire, todo: BlockJobs, gates: Tensor, experts: Experts | SpreadExperts, mixed: Tensor,
+        outward: Pending | None, then: Callable[[], None],
     ) -> None:  # fmt: skip
         self._wire, self._todo, self._gates, self._experts = wire, todo, gates, experts
         self._mixed, self._then = mixed, then
-        self._outward: Pending | None = outward
+        self._outward = outward
         self._homeward: Pending | None = None
 
     def serve(self) -> None:
@@ -47,10 +51,11 @@ class _Exchange:
 
     def wait(self) -> Tensor:
         self.serve()
-        assert self._homeward is not None
-        returned = self._homeward.wait().to(self._mixed.dtype)
+        mixed = self._mixed
+        if self._homeward is not None:
+            mixed = mixed.index_add(0, self._todo.send_rows, self._homeward.wait().to(mixed.dtype))
         self._then()
-        return self._mixed.index_add(0, self._todo.send_rows, returned)
+        return mixed
 
 
 class ExchangeDispatcher:
@@ -105,9 +110,6 @@ class ExchangeDispatcher:
         if part + 1 == len(self._blocks):
             self._borrowed = {}  # nothing but the graph keeps them
         then = partial(self._share_ahead, block) if part == 0 else _nothing
-        if outward is None:
-            then()
-            return Ready(mixed)
         return _Exchange(self._wire, todo, gates, experts, mixed, outward, then)
 
     def _share_ahead(self, block: int) -> None:
