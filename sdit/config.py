@@ -188,7 +188,9 @@ class ParallelConfig(Section):
     exchange_refresh_images: int = field(51_200, "images between two decisions of exchange: auto", ge=1)
     overlap: bool = field(True, "hide the exchange behind work that does not need it")
     halves: bool = field(
-        False, "compute each micro-batch in two halves that take turns: one travels while the other is computed"
+        False,
+        "compute each micro-batch in two halves that take turns: one travels while the other is computed "
+        "(nothing to gain without overlap, with EP 1 or with micro-batches of 1)",
     )
     placement: Literal["index", "balanced", "path"] = field("path", "which expert sits on which rank")
     placement_refresh_images: int = field(51_200, "images between two checks whether re-placement pays", ge=1)

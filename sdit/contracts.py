@@ -91,7 +91,7 @@ class TaskView:
 
 
 class Mixture(Protocol):
-    """The mixture of a block under way."""
+    """The mixture of a part in a block, under way."""
 
     def serve(self) -> None:
         """Wait for what others sent here, compute it and start sending it back. What is computed between `start`, this and
@@ -99,7 +99,7 @@ class Mixture(Protocol):
         ...
 
     def wait(self) -> Tensor:
-        """m_i(z, t) (B, L, D)."""
+        """m_i(z, t) (B, L, D). Called once, for the first part before its next block is started."""
         ...
 
 
@@ -112,7 +112,7 @@ class Dispatcher(Protocol):
 
     def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Mixture:
         """Begin m_i(z, t) (B, L, D) for tokens `z` (B, L, D), the rows of a part of the view, and sparse `gates` (G, M) of
-        all its samples. The parts of a block are begun in order.
+        all its samples. All parts of a block are begun in order, before any of the next block.
 
         Gates are zero where an expert is unused or dropped. All gradients (z, gates, expert weights) flow by autograd.
         """

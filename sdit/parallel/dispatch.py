@@ -28,16 +28,16 @@ class _Exchange:
     """A mixture whose rows are on their way, if any (`outward`): `mixed` (B, L, D) is what was computed here of it.
 
     `then` is called when it is complete. That it is so where no row travels, too, keeps the order of backward, hence of the
-    gradients that fill ZeRO's buckets, the same in all groups.
+    gradients that fill ZeRO's buckets, the same in all groups, whose routes differ.
     """
 
     def __init__(
         self, wire: Wire, todo: BlockJobs, gates: Tensor, experts: Experts | SpreadExperts, mixed: Tensor,
-        outward: Pending | None, then: Callable[[], None],
+        outward: Pending | None, then: Callable[[], None] | None,
     ) -> None:  # fmt: skip
         self._wire, self._todo, self._gates, self._experts = wire, todo, gates, experts
-        self._mixed, self._then = mixed, then
-        self._outward = outward
+        self._mixed: Tensor | None = mixed
+        self._outward, self._then = outward, then
         self._homeward: Pending | None = None
 
     def serve(self) -> None:
@@ -51,10 +51,12 @@ class _Exchange:
 
     def wait(self) -> Tensor:
         self.serve()
-        mixed = self._mixed
+        mixed, self._mixed = self._mixed, None
+        assert mixed is not None, "a mixture is waited for once"
         if self._homeward is not None:
             mixed = mixed.index_add(0, self._todo.send_rows, self._homeward.wait().to(mixed.dtype))
-        self._then()
+        if self._then is not None:
+            self._then()
         return mixed
 
 
@@ -65,19 +67,20 @@ class ExchangeDispatcher:
         self._wire = wire
         self._plan: MicroPlan | None = None
         self._blocks: list[list[BlockJobs]] = []  # [part][block]
-        self._borrowed: dict[str, Tensor] = {}  # by the first part of a block, for the others
+        self._at_hand: dict[str, Tensor] = {}  # received by the first part of a block, for all of them
         self._experts: tuple[Experts | SpreadExperts, ...] = ()
-        self._ahead: Pending | None = None  # weights for the next block
+        self._ahead: tuple[int, Pending] | None = None  # the next block, and the weights on their way for it
         self._shared = False
         self.evaluates = False  # follow the plan although no gradient is needed
 
     def look_ahead(self, experts: Sequence[Experts | SpreadExperts]) -> None:
-        """From now on the weights that a block needs travel while the block before it is computed; `experts` of all blocks."""
+        """From now on the weights that a block needs travel behind attention and MLP of the one before; `experts` of all."""
         self._experts = tuple(experts)
 
     def follow(self, plan: MicroPlan, layout: Layout, device: torch.device) -> None:
         """Take over the plan of a micro-step; all its indices go to the device in one copy."""
-        self._plan, self._ahead = plan, None
+        assert self._ahead is None, "weights are on their way for a block that did not follow"
+        self._plan = plan
         self._blocks = upload(plan, layout, self._wire.place, device)
 
     def view(self, task: Tensor) -> TaskView:
@@ -98,24 +101,38 @@ class ExchangeDispatcher:
         assert isinstance(experts, (Experts, SpreadExperts))
         if self._shared:
             return Ready(self._mix_shared(z, gates, experts))
-        todo = self._blocks[part][block]
-        if part == 0:
-            sharing, self._ahead = self._ahead or self._share(experts, todo), None
-        outward = None
+        todo, outward = self._blocks[part][block], None
         if todo.travels:
             outward = begin_rows(self._wire, z.index_select(0, todo.send_rows), todo.send_splits, todo.receive_splits)
         if part == 0:
-            self._borrowed = {} if sharing is None else unflatten_rows(experts, sharing.wait())
-        mixed = _mix_rows(z, gates, todo.local, experts, self._borrowed)
+            self._at_hand = self._receive_weights(block, experts)
+        mixed = _mix_rows(z, gates, todo.local, experts, self._at_hand)
         if part + 1 == len(self._blocks):
-            self._borrowed = {}  # nothing but the graph keeps them
-        then = partial(self._share_ahead, block) if part == 0 else _nothing
+            self._at_hand = {}  # from here on only the graph keeps them
+        then = partial(self._share_ahead, block) if part == 0 else None
         return _Exchange(self._wire, todo, gates, experts, mixed, outward, then)
 
+    def _receive_weights(self, block: int, experts: Experts | SpreadExperts) -> dict[str, Tensor]:
+        """Parameters (n, ...) by name of the experts that come to the samples, those of linear ones behind the rank's own."""
+        if self._ahead is not None:
+            (sent_for, sharing), self._ahead = self._ahead, None
+            assert sent_for == block, f"weights of block {sent_for} are on their way, block {block} is computed"
+        else:
+            begun = self._share(experts, self._blocks[0][block])
+            if begun is None:
+                return {}
+            sharing = begun
+        borrowed = unflatten_rows(experts, sharing.wait())
+        local = _local(experts)
+        if isinstance(local, LinearExperts):
+            return {name: torch.cat([getattr(local, name), rows]) for name, rows in borrowed.items()}
+        return borrowed
+
     def _share_ahead(self, block: int) -> None:
-        """Once nothing of this block is under way, begin what the next one needs."""
+        """Once the first part's mixture of this block is there, begin what the next block needs."""
         if block + 1 < len(self._experts):
-            self._ahead = self._share(self._experts[block + 1], self._blocks[0][block + 1])
+            sharing = self._share(self._experts[block + 1], self._blocks[0][block + 1])
+            self._ahead = None if sharing is None else (block + 1, sharing)
 
     def _share(self, experts: Experts | SpreadExperts, todo: BlockJobs) -> Pending | None:
         """Exchange the weights of all experts at hand; None where there are none."""
@@ -137,20 +154,19 @@ class ExchangeDispatcher:
             return (z.to(merged.dtype).flatten(0, 1) @ merged[0, :-width].view(-1, width) + merged[0, -width:]).view_as(
                 z
             )
-        partial = experts(z, gates[:, own])
+        served_here = experts(z, gates[:, own])
         # Every rank has other samples: each gets the others' tokens, serves its own experts and adds up.
         rows = len(z)
         everyone = [torch.empty_like(z) for _ in range(self._wire.ranks)]
         dist.all_gather(everyone, z.contiguous(), group=self._wire.group)
         served = torch.cat(
-            [partial if i == self._wire.place else experts(other, gates[:, own]) for i, other in enumerate(everyone)]
+            [
+                served_here if i == self._wire.place else experts(other, gates[:, own])
+                for i, other in enumerate(everyone)
+            ]
         )
         dist.all_reduce(served, group=self._wire.group)
         return served[self._wire.place * rows : (self._wire.place + 1) * rows]
-
-
-def _nothing() -> None:
-    """What follows the other parts of a block."""
 
 
 def _local(experts: Experts | SpreadExperts) -> Experts:
@@ -158,14 +174,13 @@ def _local(experts: Experts | SpreadExperts) -> Experts:
 
 
 def _mix_rows(
-    z: Tensor, gates: Tensor, job: Job, experts: Experts | SpreadExperts, borrowed: dict[str, Tensor]
+    z: Tensor, gates: Tensor, job: Job, experts: Experts | SpreadExperts, at_hand: dict[str, Tensor]
 ) -> Tensor:
-    """(rows, L, D) of tokens z with the job's experts: columns of own experts first, then those borrowed."""
+    """(rows, L, D) of tokens z with the job's experts: columns of own experts first, then those that came here."""
     local = _local(experts)
     weights = gates.index_select(0, job.samples).index_select(1, job.columns)
     if isinstance(local, LinearExperts):
-        w = torch.cat([local.w, borrowed["w"]]) if borrowed else local.w
-        b = torch.cat([local.b, borrowed["b"]]) if borrowed else local.b
+        w, b = at_hand.get("w", local.w), at_hand.get("b", local.b)
         # A visitor's experts at hand are computed where it came from: their columns do not count here.
         weights = weights if job.counted is None else weights * job.counted
         if job.busy is None:
@@ -173,13 +188,13 @@ def _mix_rows(
         busy = merged_linear(z.index_select(0, job.busy), weights.index_select(0, job.busy), w, b)
         return busy.new_zeros(z.shape).index_add_(0, job.busy, busy)
     own = experts.each()
-    functions = own + (experts.each(**borrowed) if borrowed else [])
+    functions = own + (experts.each(**at_hand) if at_hand else [])
     tokens = z.to(next(local.parameters()).dtype)
     mixed = torch.zeros_like(tokens)
     for column, rows in job.by_column:
         gate = weights[:, column].index_select(0, rows).to(tokens.dtype)
         mixed.index_add_(0, rows, functions[column](tokens.index_select(0, rows)) * gate[:, None, None])
-    idle = _idle_inputs(job, (tokens, weights), own, list(borrowed.values()))
+    idle = _idle_inputs(job, (tokens, weights), own, list(at_hand.values()))
     return _Depend.apply(mixed, *idle) if idle else mixed
 
 

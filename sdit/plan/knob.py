@@ -47,7 +47,7 @@ def _knobs(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config, d
         text = f"train.micro_batch={size}: the same numbers in more passes"
         yield text, _with(config, "train", micro_batch=size), deepspeed
     if parallel.activation_checkpointing == "none":
-        name = "parallel.activation_checkpointing=block" + " parallel.halves=false" * parallel.halves
+        name = "parallel.activation_checkpointing=block" + (" parallel.halves=false" if parallel.halves else "")
         text = f"{name}: a third more arithmetic"
         yield text, _with(config, "parallel", activation_checkpointing="block", halves=False), deepspeed
     if config.model.variant == "switch":

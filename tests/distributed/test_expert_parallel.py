@@ -94,9 +94,11 @@ class Trained(NamedTuple):
     ranks: int
     overrides: tuple[str, ...]
     stage: int
+    bucket_numel: int | None = None  # DeepSpeed's reduce_bucket_size
 
     def case(self, folder: Path) -> dict:
-        return case(folder / self.name, TINY, *RUNS[self.like], *self.overrides, stage=self.stage)
+        more = {} if self.bucket_numel is None else {"zero": {"reduce_bucket_size": self.bucket_numel}}
+        return case(folder / self.name, TINY, *RUNS[self.like], *self.overrides, stage=self.stage, **more)
 
 
 def layout_of(like: str, index: int) -> Trained:
@@ -108,6 +110,13 @@ def expert_run(like: str, name: str, ranks: int, experts: int, *more: str, stage
     return Trained(like, f"{like}-{name}", ranks, (f"parallel.expert={experts}", *more), stage)
 
 
+def small_buckets(name: str, stage: int, *more: str) -> Trained:
+    """Two groups with routes of their own whose buckets are full within a block: gradients in another order would hang."""
+    run = expert_run("moving", name, 4, 2, "train.micro_batch=4", "parallel.exchange=auto", *more, stage=stage)
+    return run._replace(bucket_numel=3000)
+
+
+SMALL_BUCKETS = ((1, "false"), (2, "true"))
 STRAIGHT = layout_of("adamw", 3)  # the run that others go on from
 EXACT = [
     *(layout_of("sgd", index) for index in range(len(COVERING))),
@@ -120,6 +129,7 @@ EXACT = [
     *(layout_of("many-mlp-sgd", index) for index in (3, 5)),
     expert_run("adamw", "block", 4, 2, "parallel.activation_checkpointing=block"),
     expert_run("mlp-sgd", "offload", 4, 4, "parallel.activation_checkpointing=offload", "train.micro_batch=4", stage=2),
+    *(small_buckets(f"small-buckets-{stage}", stage, f"parallel.halves={halves}") for stage, halves in SMALL_BUCKETS),
     expert_run("moving", "2", 4, 2),
     expert_run("moving", "4", 4, 4, stage=2),
     expert_run("sgd", "2-of-2", 2, 2, stage=2),
