@@ -72,9 +72,10 @@ class Experiment:
             code = self._train(seed, rate)
             if code != ExitCode.DONE:
                 return code
-            self._score(scorer, seed, self.scale.scored_after[-1:])
+            self._score(scorer, seed, rate)
         for seed in seeds:
-            self._score(scorer, seed, self.scale.scored_after[:-1])
+            for images_seen in self.scale.scored_after:
+                self._score(scorer, seed, rate, images_seen)
         self._draw_strips(scorer, seeds)
         return ExitCode.DONE
 
@@ -104,9 +105,10 @@ class Experiment:
     def _train(self, seed: int, rate: float) -> ExitCode:
         """All variants of a seed, in turns: what else the machine does meanwhile falls on all of them alike."""
         runs = {variant: self._config(variant, seed, rate) for variant in self.scale.variants}
-        total = runs[BASELINE].train.total_images
-        for until in range(self.scale.turn_images, total + 1, self.scale.turn_images):
+        longest = max(config.train.total_images for config in runs.values())
+        for turn in range(self.scale.turn_images, longest + 1, self.scale.turn_images):
             for variant, config in runs.items():
+                until = min(turn, config.train.total_images)
                 if is_trained(config, until):
                     continue
                 say(f"training {variant}, seed {seed}, to {until} images")
@@ -132,23 +134,23 @@ class Experiment:
         result |= {"config": config.model_dump(mode="json", exclude=OF_THE_MACHINE)}
         return {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []}
 
-    def _score(self, scorer: Scorer, seed: int, after: tuple[int, ...]) -> None:
-        """Scores, and what the gates have learned, of the checkpoints after so many images of all variants of a seed."""
-        for images_seen in after:
-            for variant in self.scale.variants:
-                name = f"{variant}-seed{seed}.json"
-                result = self._read(name)
-                assert result is not None
-                if any(score["images_seen"] == images_seen for score in result["scores"]):
-                    continue
-                say(f"scoring {variant}, seed {seed}, after {images_seen} images")
-                trained = load_trained(self._run_dir(variant, seed) / "checkpoints" / f"images-{images_seen:012d}")
-                result["scores"].append(scorer.score(trained))
-                result["scores"].sort(key=lambda score: score["images_seen"])
-                if trained.config.model.variant == "switch":
-                    result["gates"].append(gates_of(trained))
-                    result["gates"].sort(key=lambda gates: gates["images_seen"])
-                self._write(name, result)
+    def _score(self, scorer: Scorer, seed: int, rate: float, images_seen: int | None = None) -> None:
+        """Scores, and what the gates have learned, of all variants of a seed after so many images (None: at the end)."""
+        for variant in self.scale.variants:
+            name = f"{variant}-seed{seed}.json"
+            result = self._read(name)
+            assert result is not None
+            seen = images_seen or self._config(variant, seed, rate).train.total_images
+            if any(score["images_seen"] == seen for score in result["scores"]):
+                continue
+            say(f"scoring {variant}, seed {seed}, after {seen} images")
+            trained = load_trained(self._run_dir(variant, seed) / "checkpoints" / f"images-{seen:012d}")
+            result["scores"].append(scorer.score(trained))
+            result["scores"].sort(key=lambda score: score["images_seen"])
+            if trained.config.model.variant == "switch":
+                result["gates"].append(gates_of(trained))
+                result["gates"].sort(key=lambda gates: gates["images_seen"])
+            self._write(name, result)
 
     def _draw_strips(self, scorer: Scorer, seeds: Sequence[int]) -> None:
         """A few samples of every model of the first seed, for people to look at."""
