@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +18,51 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass
 class Traffic:
-    """What was really sent and waited for since the last `take`."""
+    """What was really sent and waited for since the last `take`.
 
-    bytes: dict[str, int] = field(default_factory=dict)  # by mode: tokens, weights, seats
-    wait_seconds: float = 0.0
+    On a GPU the host merely queues a wait; there the device's clock tells how long its stream stood still, and a wait that is
+    not over yet is counted by a later `take`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._on_gpu = torch.device(device).type == "cuda"
+        self._bytes: dict[str, int] = {}  # by mode: tokens, weights, seats
+        self._wait_seconds = 0.0
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def add(self, mode: str, size_bytes: int) -> None:
-        self.bytes[mode] = self.bytes.get(mode, 0) + size_bytes
+        self._bytes[mode] = self._bytes.get(mode, 0) + size_bytes
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nothing but a transfer is waited for inside."""
+        if self._on_gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._stalls.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._wait_seconds += time.perf_counter() - started
 
     def take(self) -> tuple[dict[str, int], float]:
         """Return bytes by mode and seconds of waiting, and start again from zero."""
-        taken = (self.bytes, self.wait_seconds)
-        self.bytes, self.wait_seconds = {}, 0.0
+        over = [end.query() for _, end in self._stalls]
+        milliseconds = [
+            begin.elapsed_time(end) for (begin, end), is_over in zip(self._stalls, over, strict=True) if is_over
+        ]
+        self._stalls = [stall for stall, is_over in zip(self._stalls, over, strict=True) if not is_over]
+        self._wait_seconds += sum(milliseconds) / 1000
+        taken = (self._bytes, self._wait_seconds)
+        self._bytes, self._wait_seconds = {}, 0.0
         return taken
+
+    def forget(self) -> None:
+        """Leave out what was sent and waited for since the last `take`."""
+        self._bytes, self._wait_seconds, self._stalls = {}, 0.0, []
 
 
 @dataclass(frozen=True)
@@ -68,9 +99,8 @@ class Wire:
     def wait(self, work: Any) -> None:
         """Wait for a transfer; the time spent here is what nothing could hide."""
         if work is not None:
-            started = time.perf_counter()
-            work.wait()
-            self.traffic.wait_seconds += time.perf_counter() - started
+            with self.traffic.waiting():
+                work.wait()
 
 
 class _Transfer:

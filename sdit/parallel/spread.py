@@ -52,7 +52,7 @@ class ExpertSpread:
         self.config, self.batch, self.comm, self.ranks = config, batch, comm, ranks
         self.groups = ExpertGroups(comm.world, ranks)
         make_expert_groups(ranks)
-        self.traffic = Traffic()
+        self.traffic = Traffic(comm.device)
         group = deepspeed_groups._get_expert_parallel_group(f"ep_size_{ranks}")
         self.place = self.groups.place_of(comm.rank)
         self.wire = Wire(group, self.place, ranks, config.parallel.overlap, self.traffic)
@@ -134,7 +134,7 @@ class ExpertSpread:
     def end_evaluation(self) -> None:
         """Back to training and sampling; the traffic of the held-out samples is not counted."""
         self.dispatcher.evaluates = False
-        self.traffic.take()
+        self.traffic.forget()
 
     def _begin(self, routes: Routes, first_index: int, tasks: np.ndarray, factor: float | None) -> None:
         self._routes, self._times, self._first_index, self._kept, self._work = routes, tasks, first_index, None, []
