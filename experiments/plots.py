@@ -95,12 +95,14 @@ def _differences(runs: Runs) -> Figure:
 
 def _samples(strips: dict[str, Path]) -> Figure:
     """One image of every class, a row for each model."""
-    figure, axes = pyplot.subplots(len(strips), 1, figsize=(9, 0.75 * len(strips)), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(strips), 1, figsize=(6.5, 0.85 * len(strips)), layout="constrained", squeeze=False
+    )
     for axis, (variant, path) in zip(axes[:, 0], strips.items(), strict=True):
         axis.imshow(pyplot.imread(path), cmap="gray", vmin=0, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_ylabel(VARIANTS[variant].label, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_title(VARIANTS[variant].label, loc="left", fontsize=8, pad=2)
     return figure
 
 
