@@ -18,6 +18,10 @@ def read_runs(folder: Path) -> Runs:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{variant}-seed*.json"))]
         if found:
             runs[variant] = {run["seed"]: run for run in found}
+    for variant, seeds in runs.items():
+        twins = runs.get(VARIANTS[variant].timed_as or "", {})
+        for seed in seeds.keys() & twins.keys():
+            seeds[seed]["cost"]["wall_seconds_per_image"] = twins[seed]["cost"]["wall_seconds_per_image"]
     return runs
 
 

@@ -53,6 +53,14 @@ def test_differences_are_taken_within_a_seed(runs: tables.Runs) -> None:
     assert tables.paired(runs, "switch", tables.held_out_loss) == pytest.approx([0.1, 0.3])
 
 
+def test_the_same_step_has_the_same_time_per_image(runs: tables.Runs, tmp_path: Path) -> None:
+    runs["dit-longer"] = {0: run_of("dit-longer", 0, 1.0, 50.0, seconds=0.003)}
+    for variant, seeds in runs.items():
+        for seed, run in seeds.items():
+            (tmp_path / f"{variant}-seed{seed}.json").write_text(json.dumps(run))
+    assert tables.relative_time(study.read_runs(tmp_path), "dit-longer") == [1.0]
+
+
 def test_a_longer_run_takes_longer(runs: tables.Runs) -> None:
     runs["switch"][0]["held_out"][-1]["images_seen"] *= 2
     assert tables.relative_time(runs, "switch") == pytest.approx([3.0, 1.5])
