@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """DiT, DTR and Switch-DiT at equal images on Fashion-MNIST: held-out loss and FID against images and wall-clock.
 
-  convergence.py                    everything: search, 7 variants x 3 seeds, scores, tables, plots (hours on one core)
+  convergence.py                    everything: search, 8 variants x 3 seeds, scores, tables, plots (two hours on one core)
   convergence.py --seeds 1 2        of these seeds alone: several such commands may run side by side, one a core, once
                                     the search is done
   convergence.py --quick            the same with tiny models, in a minute; writes into the work folder only
