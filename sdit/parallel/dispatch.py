@@ -23,6 +23,10 @@ from sdit.parallel.exchange import Pending, Wire, begin_rows, begin_share
 from sdit.parallel.experts import SpreadExperts, flat_rows, unflatten_rows
 from sdit.parallel.jobs import BlockJobs, Job, upload
 
+# A transfer's token has a shape without its memory, which torch.compile cannot trace: its graph breaks here, and the rest of a block is
+# compiled.
+eagerly = torch.compiler.disable
+
 
 class _Exchange:
     """A mixture whose rows are on their way, if any (`outward`): `mixed` (B, L, D) is what was computed here of it.
@@ -40,6 +44,7 @@ class _Exchange:
         self._outward, self._then = outward, then
         self._homeward: Pending | None = None
 
+    @eagerly
     def serve(self) -> None:
         """Compute what arrived and start sending it back."""
         if self._outward is None:
@@ -49,6 +54,7 @@ class _Exchange:
         self._homeward = begin_rows(self._wire, served.to(arrived.dtype), todo.receive_splits, todo.send_splits)
         self._outward = None
 
+    @eagerly
     def wait(self) -> Tensor:
         self.serve()
         mixed, self._mixed = self._mixed, None
@@ -96,6 +102,7 @@ class ExchangeDispatcher:
         experts = torch.from_numpy(plan.experts).to(task.device, non_blocking=True)
         return TaskView(tasks, plan.own, experts, kept, tuple(part.rows for part in plan.parts))
 
+    @eagerly
     def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Mixture:
         """Begin m (B, L, D) for own tokens z (B, L, D) of a part and the group's gates (n, M), or (1, M) while sampling."""
         assert isinstance(experts, (Experts, SpreadExperts))

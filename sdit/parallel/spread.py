@@ -81,9 +81,8 @@ class ExpertSpread:
                 router.experts = SpreadExperts(router.experts, self.config.model.experts.count, self.ranks)
                 spread.append(router.experts)
             parallel = self.config.parallel
-            # A block that is computed again in backward would look ahead in the wrong direction; a compiled one is traced
-            # without the transfers that another began.
-            if parallel.overlap and parallel.activation_checkpointing == "none" and not parallel.compile:
+            # A block that is computed again in backward would look ahead in the wrong direction.
+            if parallel.overlap and parallel.activation_checkpointing == "none":
                 self.dispatcher.look_ahead(spread)
         model.dispatcher = self.dispatcher
 
