@@ -5,7 +5,7 @@ usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--whole-step]
 
 Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work shows:
   unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 400ms;
-                      python benchmarks/moe.py --whole-step --ranks 2 --batch 8'
+                      python benchmarks/moe.py --whole-step --ranks 2 --batch 8 --rounds 5'
 
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which

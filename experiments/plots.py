@@ -18,6 +18,7 @@ from experiments.tables import Run, Runs, fid, held_out_loss, paired
 from experiments.variants import BASELINE, VARIANTS
 
 DPI = 80
+LOSSES_SHOWN = 1.5  # times the lowest
 COLOURS = dict(zip(VARIANTS, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
 Curve = Callable[[Run], list[tuple[int, float]]]  # (images seen, value) of a run
 
@@ -52,6 +53,11 @@ def _curves(runs: Runs) -> Figure:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.set_ylabel(name)
+            if curve is loss_curve:  # the first images say little, and take most of the axis
+                axis.set_ylim(
+                    top=LOSSES_SHOWN
+                    * min(value for seeds in runs.values() for run in seeds.values() for _, value in curve(run))
+                )
             axis.set_xlabel("seconds of training (wall-clock)" if against_time else "images")
             axis.grid(alpha=0.3, which="both")
     axes[0, 0].legend(fontsize=8)
@@ -87,6 +93,7 @@ def _differences(runs: Runs) -> Figure:
         axis.axvline(0, color="grey", linewidth=1)
         axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel(f"{name} less DiT's, by seed (bar: mean); left is better")
+        axis.set_ylim(-0.6, len(variants) - 0.4)
         axis.set_yticks(range(len(variants)), [VARIANTS[name].label for name in variants])
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
@@ -117,12 +124,12 @@ def _gates(gates: dict[str, dict[str, Any]]) -> Figure:
     for column, (variant, found) in enumerate(gates.items()):
         shared = axes[0, column].imshow(found["overlap"], vmin=0, vmax=1, origin="lower", extent=(0, 1, 0, 1))
         axes[0, column].set_title(VARIANTS[variant].label, fontsize=8)
-        axes[0, column].set_xlabel("t / T", fontsize=8)
+        axes[0, column].set_xlabel("t / T (1: noise alone)", fontsize=8)
         loads = axes[1, column].imshow(found["loads"], vmin=0, vmax=1, aspect="auto", cmap="magma")
         axes[1, column].set_xlabel("expert", fontsize=8)
     axes[0, 0].set_ylabel("t / T", fontsize=8)
     axes[1, 0].set_ylabel("block", fontsize=8)
-    figure.colorbar(shared, ax=axes[0], label="shared units")
+    figure.colorbar(shared, ax=axes[0], label="share of the path in common")
     figure.colorbar(loads, ax=axes[1], label="share of tasks")
     return figure
 

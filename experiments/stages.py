@@ -6,11 +6,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiments.scoring import Scorer, gates_of
+from experiments.study import changed_keys
 from experiments.training import (
+    checkpoint_of,
     flops_per_image,
     held_out_curve,
     is_trained,
@@ -54,6 +57,12 @@ def prepare_data(scale: Scale, work: Path) -> None:
             raise DataError(f"{folder}: preparing {scale.data} ended with {code}")
 
 
+def recorded(config: Config) -> dict[str, Any]:
+    """The part of a run's config that its result keeps."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude=OF_THE_MACHINE)
+    return values
+
+
 class Experiment:
     """All runs of one scale in one process."""
 
@@ -61,30 +70,41 @@ class Experiment:
         self.scale, self.work, self.results, self.comm = scale, work, results, comm
 
     def run(self, seeds: Sequence[int]) -> ExitCode:
-        """Everything of `seeds` that is not there yet; stops early, with the code of the trainer, when asked to stop."""
+        """Everything of `seeds` whose result is not there yet; stops early, with the trainer's code, when asked to stop.
+
+        Raises: DataError when a result is there that was made with another config.
+        """
         code, rate = self._search()
         if code != ExitCode.DONE:
             return code
-        scorer = Scorer(self.scale, self.work)
-        if self._read("floor.json") is None:
-            self._write("floor.json", scorer.floor())
         for seed in seeds:
             code = self._train(seed, rate)
             if code != ExitCode.DONE:
                 return code
-            self._score(scorer, seed, rate)
+            self._score(seed, rate)
         for seed in seeds:
             for images_seen in self.scale.scored_after:
-                self._score(scorer, seed, rate, images_seen)
-        self._draw_strips(scorer, seeds)
+                self._score(seed, rate, images_seen)
+        self._draw_strips(seeds)
+        if self._read("floor.json") is None:
+            self._write("floor.json", self._scorer.floor())
         return ExitCode.DONE
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.scale, self.work)
 
     def _search(self) -> tuple[ExitCode, float]:
         """The learning rate of the lowest held-out loss among short runs of the baseline."""
+        facts = {"variant": BASELINE, "seed": SEARCH_SEED, "images": self.scale.search_images}
+        found = self._read("search.json")
+        rates = list(self.scale.learning_rates)
+        if found and found | facts == found and [run["learning_rate"] for run in found["runs"]] == rates:
+            return ExitCode.DONE, found["chosen"]
         losses = {}
         for rate in self.scale.learning_rates:
-            run_dir = self.work / "runs" / f"search-{rate:g}"
             length = self.scale.search_images
+            run_dir = self.work / "runs" / f"search-{rate:g}-{length}"
             more = (f"train.images={length}", f"optimizer.learning_rate={rate}", f"validation.every_images={length}")
             config = run_config(self.scale, BASELINE, SEARCH_SEED, self.work, run_dir, *more)
             if not is_trained(config):
@@ -95,7 +115,6 @@ class Experiment:
             losses[rate] = held_out_curve(run_dir)[-1]["validation_loss"]
         chosen = min(losses, key=lambda rate: losses[rate])
         runs = [{"learning_rate": rate, "validation_loss": loss} for rate, loss in losses.items()]
-        facts = {"variant": BASELINE, "seed": SEARCH_SEED, "images": self.scale.search_images}
         self._write("search.json", {**facts, "runs": runs, "chosen": chosen})
         return ExitCode.DONE, chosen
 
@@ -105,10 +124,12 @@ class Experiment:
     def _train(self, seed: int, rate: float) -> ExitCode:
         """All variants of a seed, in turns: what else the machine does meanwhile falls on all of them alike."""
         runs = {variant: self._config(variant, seed, rate) for variant in self.scale.variants}
-        longest = max(config.train.total_images for config in runs.values())
-        for turn in range(self.scale.turn_images, longest + 1, self.scale.turn_images):
+        runs = {variant: config for variant, config in runs.items() if not self._has_result(variant, seed, config)}
+        turn = self.scale.turn_images
+        turns = max((-(-config.train.total_images // turn) for config in runs.values()), default=0)
+        for number in range(1, turns + 1):
             for variant, config in runs.items():
-                until = min(turn, config.train.total_images)
+                until = min(number * turn, config.train.total_images)
                 if is_trained(config, until):
                     continue
                 say(f"training {variant}, seed {seed}, to {until} images")
@@ -116,10 +137,21 @@ class Experiment:
                 if code != ExitCode.DONE:
                     return code
         for variant, config in runs.items():
-            name = f"{variant}-seed{seed}.json"
-            if self._read(name) is None:
-                self._write(name, self._result(variant, seed, config))
+            self._write(f"{variant}-seed{seed}.json", self._result(variant, seed, config))
         return ExitCode.DONE
+
+    def _has_result(self, variant: str, seed: int, config: Config) -> bool:
+        """Raises: DataError when there is one that was made with another config."""
+        name = f"{variant}-seed{seed}.json"
+        result = self._read(name)
+        if result is None:
+            return False
+        for key, then, now in changed_keys(result["config"], recorded(config)):
+            raise DataError(
+                f"{self.results / name}: was made with {key} {then}, the experiment now has {now}; "
+                "legal: --results and --work of other folders, or without that file"
+            )
+        return True
 
     def _config(self, variant: str, seed: int, rate: float) -> Config:
         run_dir = self._run_dir(variant, seed)
@@ -131,10 +163,12 @@ class Experiment:
         cost = seconds_per_image(run_dir, config.train.global_batch)
         cost |= {"flops_per_image": flops_per_image(config), "parameters": _parameters(config.model)}
         result = {"variant": variant, "label": VARIANTS[variant].label, "seed": seed, "cost": cost}
-        result |= {"config": config.model_dump(mode="json", exclude=OF_THE_MACHINE)}
-        return {**result, "held_out": held_out_curve(run_dir), "scores": [], "gates": []}
+        result |= {"config": recorded(config)}
+        curve = held_out_curve(run_dir)
+        assert curve[-1]["images_seen"] == config.train.total_images, f"{run_dir} has not come to its end"
+        return {**result, "held_out": curve, "scores": [], "gates": []}
 
-    def _score(self, scorer: Scorer, seed: int, rate: float, images_seen: int | None = None) -> None:
+    def _score(self, seed: int, rate: float, images_seen: int | None = None) -> None:
         """Scores, and what the gates have learned, of all variants of a seed after so many images (None: at the end)."""
         for variant in self.scale.variants:
             name = f"{variant}-seed{seed}.json"
@@ -144,21 +178,21 @@ class Experiment:
             if any(score["images_seen"] == seen for score in result["scores"]):
                 continue
             say(f"scoring {variant}, seed {seed}, after {seen} images")
-            trained = load_trained(self._run_dir(variant, seed) / "checkpoints" / f"images-{seen:012d}")
-            result["scores"].append(scorer.score(trained))
+            trained = load_trained(checkpoint_of(self._run_dir(variant, seed), seen))
+            result["scores"].append(self._scorer.score(trained))
             result["scores"].sort(key=lambda score: score["images_seen"])
             if trained.config.model.variant == "switch":
                 result["gates"].append(gates_of(trained))
                 result["gates"].sort(key=lambda gates: gates["images_seen"])
             self._write(name, result)
 
-    def _draw_strips(self, scorer: Scorer, seeds: Sequence[int]) -> None:
+    def _draw_strips(self, seeds: Sequence[int]) -> None:
         """A few samples of every model of the first seed, for people to look at."""
         for variant in self.scale.variants:
             path = self.results / f"{variant}.png"
             if self.scale.seeds[0] in seeds and not path.exists():
                 trained = load_trained(self._run_dir(variant, self.scale.seeds[0]))
-                save_pixels(path, scorer.strip(trained), trained.config.model.classes)
+                save_pixels(path, self._scorer.strip(trained), trained.config.model.classes)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.results / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ def read_runs(folder: Path) -> Runs:
         for seed in seeds.keys() & twins.keys():
             seeds[seed]["cost"]["wall_seconds_per_image"] = twins[seed]["cost"]["wall_seconds_per_image"]
     return runs
+
+
+def changed_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value then, value now) of what two configs hold differently; keys that one of them does not know are equal."""
+    for key in then.keys() & now.keys():
+        if isinstance(then[key], dict) and isinstance(now[key], dict):
+            yield from changed_keys(then[key], now[key], f"{prefix}{key}.")
+        elif then[key] != now[key]:
+            yield f"{prefix}{key}", then[key], now[key]
+
+
+def check_alike(runs: Runs) -> None:
+    """Raises: DataError when results differ in more than the model, its prior, the seed and the length."""
+    first = next(iter(next(iter(runs.values())).values()))
+    for variant, seeds in runs.items():
+        for seed, run in seeds.items():
+            for key, one, other in changed_keys(first["config"], run["config"]):
+                if not key.startswith(("model.", "prior.", "seed", "train.images")):
+                    raise DataError(
+                        f"results/{variant}-seed{seed}.json: has {key} {other}, {first['variant']}-seed{first['seed']}.json "
+                        f"{one}; legal: results of one experiment"
+                    )
 
 
 def setup(runs: Runs) -> str:
@@ -46,7 +69,7 @@ def setup(runs: Runs) -> str:
 def floor_text(floor: dict[str, Any]) -> str:
     """What real images score."""
     return (
-        f"FID of the same number of real held-out images: {floor['fid']:.1f}, the floor that no model can pass "
+        f"FID of the same number of real held-out images: {floor['fid']:.1f} "
         f"(features: a classifier of {100 * floor['features']['held_out_accuracy']:.1f} % held-out accuracy)."
     )
 
@@ -62,6 +85,7 @@ def write_study(folder: Path, front_page: Path | None = None) -> list[Path]:
     runs = read_runs(results)
     if not runs:
         raise DataError(f"{results}: holds no result of a finished run; train first, without --write")
+    check_alike(runs)
     blocks = {"setup": setup(runs), "results": results_table(runs), "timesteps": timestep_table(runs)}
     blocks["gates"] = gates_table(runs)
     for name, describe in (("search", search_table), ("floor", floor_text)):

@@ -85,7 +85,7 @@ def results_table(runs: Runs) -> str:
         rows.append([
             VARIANTS[variant].label,
             f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops_per_image'] / 1e6:.0f}",
-            spread(values_of(seeds, wall_milliseconds), 2), spread(relative_time(runs, variant), 2),
+            spread(values_of(seeds, wall_milliseconds), 2), spread(relative_time(runs, variant), 3),
             spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
             spread(values_of(seeds, held_out_mse), 4), difference(runs, variant, held_out_mse, 4),
             spread(values_of(seeds, fid), 1), difference(runs, variant, fid, 1),
@@ -101,7 +101,7 @@ def summary_table(runs: Runs) -> str:
     """The results in few columns."""
     rows = [
         [
-            VARIANTS[variant].label, spread(relative_time(runs, variant), 2),
+            VARIANTS[variant].label, spread(relative_time(runs, variant), 3),
             spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
             spread(values_of(seeds, fid), 0), difference(runs, variant, fid, 0),
         ]

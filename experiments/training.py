@@ -19,10 +19,11 @@ from sdit.contracts import Batch
 from sdit.diffusion import build_objective
 from sdit.errors import ExitCode
 from sdit.model import build_model, solve_assignment
-from sdit.observe.metrics_file import MetricsFile, read_metrics
+from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
 from sdit.parallel.comm import Comm
 from sdit.supervise.child import Supervised
+from sdit.supervise.lock import RunLock
 from sdit.supervise.pulse import Pulse
 from sdit.train.build import open_trainer
 from sdit.train.clock import Clock
@@ -64,11 +65,9 @@ class Turn(Observer):
 
     def __init__(self, pulse: Pulse, until: int) -> None:
         self._pulse, self._until = pulse, until
-        self.is_over = False
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
         if clock.images_seen >= self._until:
-            self.is_over = True
             self._pulse.request_stop()
 
 
@@ -79,22 +78,26 @@ def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path,
 
 
 def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
-    """Train from wherever the run stands, to the end or for a turn: to the step after `until` images.
+    """Train from wherever the run stands, to its end or for a turn: to the step after `until` images.
 
-    DONE at either, the trainer's code where it was asked to stop before.
+    DONE when the run or the turn is over, REQUEUE where somebody asked this process to stop.
+
+    Raises: ConfigError when another process trains this run.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     supervised = Supervised(Pulse())
     turn = Turn(supervised.pulse, until or config.train.total_images)
     observers = [MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn]
-    try:
-        with open_trainer(config, DEEPSPEED, "experiment", comm, observers, supervised) as trainer:
-            code = trainer.run()
-    finally:
-        for observer in observers:
-            observer.close()
-    return ExitCode.DONE if turn.is_over else code
+    with RunLock(run_dir):
+        try:
+            with open_trainer(config, DEEPSPEED, "experiment", comm, observers, supervised) as trainer:
+                trainer.run()
+                was_asked = trainer.signals.received is not None  # the end of a turn is no signal
+        finally:
+            for observer in observers:
+                observer.close()
+    return ExitCode.REQUEUE if was_asked else ExitCode.DONE
 
 
 def held_out_curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -103,11 +106,17 @@ def held_out_curve(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in keys} for record in read_metrics(run_dir) if "validation_loss" in record]
 
 
+def checkpoint_of(run_dir: Path, images_seen: int) -> Path:
+    return run_dir / "checkpoints" / f"images-{images_seen:012d}"
+
+
 def is_trained(config: Config, until: int | None = None) -> bool:
-    """Whether the run has come to `until` images, or to its end."""
-    run_dir = Path(config.run_dir)
+    """Whether the run has come to `until` images, or to its end with its last checkpoint."""
+    run_dir, total = Path(config.run_dir), config.train.total_images
     curve = held_out_curve(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    return bool(curve) and curve[-1]["images_seen"] >= (until or config.train.total_images)
+    until = until or total
+    reached = bool(curve) and curve[-1]["images_seen"] >= until
+    return reached and (until < total or checkpoint_of(run_dir, total).is_dir())
 
 
 def seconds_per_image(run_dir: Path, global_batch: int) -> dict[str, float]:
@@ -115,7 +124,7 @@ def seconds_per_image(run_dir: Path, global_batch: int) -> dict[str, float]:
 
     Medians over the intervals between logged steps, so that a burst of other load on the machine does not count.
     """
-    records = [json.loads(line) for line in (run_dir / TIMES_FILE).read_text(encoding="utf-8").splitlines()]
+    records, _ = read_records(run_dir / TIMES_FILE)
     cost: dict[str, float] = {"measured_steps": sum(record["steps"] for record in records)}
     for clock in ("wall_seconds", "cpu_seconds"):
         cost[f"{clock}_per_image"] = statistics.median(

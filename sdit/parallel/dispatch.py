@@ -23,8 +23,8 @@ from sdit.parallel.exchange import Pending, Wire, begin_rows, begin_share
 from sdit.parallel.experts import SpreadExperts, flat_rows, unflatten_rows
 from sdit.parallel.jobs import BlockJobs, Job, upload
 
-# A transfer's token has a shape without its memory, which torch.compile cannot trace: its graph breaks here, and the rest of a block is
-# compiled.
+# A transfer's token has a shape without its memory, which torch.compile cannot trace: its graph breaks here, and compiles what
+# lies between.
 eagerly = torch.compiler.disable
 
 

@@ -4,13 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import stages, study, tables
 from experiments.stages import Experiment
-from experiments.training import StepTimer, Turn, flops_per_image, is_trained, run_config, seconds_per_image
+from experiments.training import (
+    StepTimer,
+    Turn,
+    checkpoint_of,
+    flops_per_image,
+    is_trained,
+    run_config,
+    seconds_per_image,
+)
 from experiments.variants import FULL, QUICK, VARIANTS
 from sdit.config import Config
 from sdit.errors import DataError, ExitCode
@@ -124,6 +133,16 @@ def test_summary_goes_to_the_front_page_where_it_is_marked(runs: tables.Runs, tm
     assert tables.summary_table(runs) in front_page.read_text()
 
 
+def test_results_of_two_experiments_are_not_put_in_one_table(runs: tables.Runs) -> None:
+    for seeds in runs.values():
+        for seed, run in seeds.items():
+            run["config"] = {**FULL_CONFIG, "seed": seed, "model": {"variant": run["variant"]}}
+    study.check_alike(runs)
+    runs["switch"][1]["config"]["optimizer"] = {**FULL_CONFIG["optimizer"], "learning_rate": 1.0}
+    with pytest.raises(DataError, match=r"switch-seed1\.json: has optimizer\.learning_rate 1\.0, dit-seed0\.json"):
+        study.check_alike(runs)
+
+
 def test_no_results_are_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no result of a finished run"):
         study.write_study(tmp_path)
@@ -161,7 +180,7 @@ def test_step_timer_leaves_out_pauses_and_the_first_step(tmp_path: Path) -> None
 def test_a_burst_of_other_load_does_not_count(tmp_path: Path) -> None:
     intervals = [(10, 0.8, 0.4), (10, 0.8, 0.4), (10, 80.0, 0.6), (5, 0.4, 0.2), (5, 0.4, 0.2)]
     lines = [json.dumps({"steps": steps, "wall_seconds": wall, "cpu_seconds": cpu}) for steps, wall, cpu in intervals]
-    (tmp_path / "times.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "times.jsonl").write_text("\n".join([*lines, '{"steps": 5, "wall_sec']))  # a crash cut the last one
     cost = seconds_per_image(tmp_path, global_batch=8)
     assert cost == pytest.approx({"wall_seconds_per_image": 0.01, "cpu_seconds_per_image": 0.005, "measured_steps": 40})
 
@@ -170,9 +189,9 @@ def test_a_turn_ends_at_its_images_and_not_before() -> None:
     pulse = Pulse()
     turn = Turn(pulse, until=64)
     turn.on_step(Clock(32, 1), {}, logged=False)
-    assert not turn.is_over and not pulse.stop_requested
+    assert not pulse.stop_requested
     turn.on_step(Clock(64, 2), {}, logged=False)
-    assert turn.is_over and pulse.stop_requested
+    assert pulse.stop_requested
 
 
 def test_models_of_a_seed_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,21 +208,48 @@ def test_models_of_a_seed_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
     experiment = Experiment(QUICK, tmp_path, tmp_path, comm=None)  # type: ignore[arg-type]
     assert experiment._train(0, 1e-3) == ExitCode.REQUEUE  # a stop ends the experiment within its turn
     assert order == [("dit", 128), ("switch", 128), ("dit", 256)]
-    monkeypatch.setattr(experiment, "_read", lambda name: {})
+    monkeypatch.setattr(experiment, "_result", lambda variant, seed, config: {"config": stages.recorded(config)})
     assert experiment._train(0, 1e-3) == ExitCode.DONE  # and what had its turn is not trained again
     assert order[3:] == [("switch", 256)]
+    seen.clear()
+    assert experiment._train(0, 1e-3) == ExitCode.DONE and len(order) == 4  # nor what has left its result
+    with pytest.raises(
+        DataError, match=r"dit-seed0\.json: was made with optimizer\.learning_rate 0\.001.* now has 0\.002"
+    ):
+        experiment._train(0, 2e-3)
+
+
+def test_a_search_that_was_made_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment(QUICK, tmp_path, tmp_path, comm=None)  # type: ignore[arg-type]
+    losses = dict(zip(QUICK.learning_rates, (2.0, 1.0), strict=True))
+    trained = []
+
+    def train(config: Config, comm: object) -> ExitCode:
+        trained.append(config.optimizer.learning_rate)
+        return ExitCode.DONE
+
+    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(stages, "held_out_curve", lambda run_dir: [{"validation_loss": losses[trained[-1]]}])
+    for _ in range(2):
+        assert experiment._search() == (ExitCode.DONE, QUICK.learning_rates[1])
+    assert trained == list(QUICK.learning_rates)
+    longer = Experiment(replace(QUICK, search_images=128), tmp_path, tmp_path, comm=None)  # type: ignore[arg-type]
+    assert longer._search()[0] == ExitCode.DONE and len(trained) == 2 * len(QUICK.learning_rates)
 
 
 def test_a_run_is_finished_at_its_last_image_only(tmp_path: Path) -> None:
     config = run_config(QUICK, "dit", 0, tmp_path, tmp_path)
     assert not is_trained(config)
     record = {"images_seen": 128, "validation_loss": 1, "validation_mse": 1, "validation_loss_by_timestep": []}
-    for images_seen in (128, config.train.total_images):
+    total = config.train.total_images
+    for images_seen in (128, total):
         assert not is_trained(config)
         line = json.dumps({**record, "validation_images": 1, "images_seen": images_seen})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
-    assert is_trained(config) and is_trained(config, until=128) and not is_trained(config, until=512)
+    assert is_trained(config, until=128) and not is_trained(config)  # the last checkpoint is not there
+    checkpoint_of(tmp_path, total).mkdir(parents=True)
+    assert is_trained(config) and not is_trained(config, until=2 * total)
 
 
 def test_kept_checkpoints_are_those_that_are_scored() -> None:
@@ -221,6 +267,16 @@ def test_written_values_are_read_back(tmp_path: Path) -> None:
     experiment._write("x.json", values)
     assert experiment._read("x.json") == values
     assert experiment._read("y.json") is None
+
+
+def test_a_signal_ends_the_experiment_and_the_end_of_a_turn_does_not(tmp_path: Path) -> None:
+    """Also in the last step of a turn or of the run, whose held-out loss is then missing until the next launch."""
+    script = Path(__file__).with_name("stopped_training.py")
+    result = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    done, stopped = [ExitCode.DONE, True], [ExitCode.REQUEUE, False]
+    assert found == {"never": [done, done], "128": [stopped, done, done], "256": [done, stopped, done]}
 
 
 @pytest.mark.slow
