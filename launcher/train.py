@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     command = [sys.executable, __file__, *arguments]
     code = exit_status(lambda: run_or_supervise(options, rank, command))
-    if rank.is_supervised and code != ExitCode.DONE:
+    if rank.is_supervised:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # the libraries' own ends may wait for ranks that are gone
+        os._exit(code)  # all is closed; the libraries' own ends may wait for ranks that are gone, or crash
     return code
 
 

@@ -190,7 +190,7 @@ class ParallelConfig(Section):
     halves: bool = field(
         False,
         "compute each micro-batch in two halves that take turns: one travels while the other is computed "
-        "(nothing to gain without overlap, with EP 1 or with micro-batches of 1)",
+        "(for slow wires; only a loss without overlap, with EP 1, or where all experts are at hand)",
     )
     placement: Literal["index", "balanced", "path"] = field("path", "which expert sits on which rank")
     placement_refresh_images: int = field(51_200, "images between two checks whether re-placement pays", ge=1)
