@@ -82,9 +82,21 @@ def train_together(world: int, cases: list[dict], folder: Path) -> None:
     listing = folder / f"cases-{world}.json"
     listing.write_text(json.dumps(cases))
     results = run_ranks(world, [sys.executable, str(WORKER), str(listing)])
+    failed = [(rank, result) for rank, result in enumerate(results) if result.returncode]
     # The rank that failed first says why; the others only that it went away.
-    logs = sorted((result.stdout[-3000:] for result in results if result.returncode), key=lambda log: "by peer" in log)
-    assert not logs, logs[0]
+    failed.sort(key=lambda each: "by peer" in each[1].stdout)
+    logs = [f"rank {rank} ended with {result.returncode}:\n{result.stdout[-3000:]}" for rank, result in failed]
+    assert not logs, "\n".join(logs)
+
+
+def leave() -> None:
+    """End a rank's process that is done as launcher/train.py does.
+
+    The interpreter's own end was once seen to abort ("terminate called without an active exception") on a busy machine.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

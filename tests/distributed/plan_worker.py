@@ -13,6 +13,7 @@ import torch
 from sdit.configfile import load_config
 from sdit.parallel.comm import Comm, find_rank
 from sdit.train.build import open_trainer
+from tests.distributed.harness import leave
 
 
 def status_bytes(key: str) -> int:
@@ -60,3 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
