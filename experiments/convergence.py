@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.command import Parser, exit_status
+from sdit.cli import leave
 from sdit.errors import ExitCode
 
 HERE = Path(__file__).resolve().parent
@@ -73,4 +74,4 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    leave(main())

@@ -27,6 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, positive_int, progress_bar
+from sdit.cli import leave
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -176,4 +177,4 @@ def _labels(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status
+from sdit.cli import leave
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
@@ -78,9 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = [sys.executable, __file__, *arguments]
     code = exit_status(lambda: run_or_supervise(options, rank, command))
     if rank.is_supervised:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # all is closed; the libraries' own ends may wait for ranks that are gone, or crash
+        leave(code)
     return code
 
 
@@ -167,7 +166,4 @@ def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], 
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code == ExitCode.REQUEUE else sys.exit(code)
+    leave(main())

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from sdit import __version__
 from sdit.errors import ExitCode
@@ -51,12 +52,21 @@ def _manual() -> str:
 
 def main() -> None:
     """The installed command."""
-    code = run(sys.argv[1:])
+    leave(run(sys.argv[1:]))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, in which all that is ours is closed, without the interpreter's own end.
+
+    There threads of the libraries may hold the process up, waiting for ranks that are gone, and gloo's may abort it
+    ("terminate called without an active exception", pytorch issue 190489): a run that is done would count as crashed.
+    MPI alone wants to be seen off.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == ExitCode.REQUEUE:
-        os._exit(code)  # a stop was asked for: threads of the launcher's libraries must not hold the process up
-    sys.exit(code)
+    if "mpi4py.MPI" in sys.modules and code != ExitCode.REQUEUE:
+        sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
+from sdit.cli import leave
 from sdit.config import ExpertsConfig
 from sdit.contracts import ONE_PART, Mixture
 from sdit.model.moe.dispatch import Ready
@@ -35,7 +36,6 @@ from sdit.parallel.experts import SpreadExperts, make_expert_groups
 from sdit.topology import ExpertGroups
 from tests.distributed.exchange_bytes import measured_bytes
 from tests.distributed.exchange_state import error, held_sizes, moved_experts, sampled_images
-from tests.distributed.harness import leave
 
 ROUTINGS, TOKENS, WIDTH = 500, 2, 6
 SCENARIOS = ("any", "one expert for all", "one sample per rank", "few experts", "capacity drops", "all dropped")
@@ -219,4 +219,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave(0)

@@ -89,16 +89,6 @@ def train_together(world: int, cases: list[dict], folder: Path) -> None:
     assert not logs, "\n".join(logs)
 
 
-def leave() -> None:
-    """End a rank's process that is done as launcher/train.py does.
-
-    The interpreter's own end was once seen to abort ("terminate called without an active exception") on a busy machine.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 def metrics_of(run_dir: Path) -> list[dict]:
     """All logged steps of a run."""
     return read_metrics(run_dir)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.parallel.comm import Comm, find_rank
 from sdit.train.build import open_trainer
-from tests.distributed.harness import leave
 
 
 def status_bytes(key: str) -> int:
@@ -61,4 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave(0)

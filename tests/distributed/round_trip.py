@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.parallel.comm import Comm, find_rank
 from sdit.train.build import open_trainer
 from sdit.train.checkpoint.store import CheckpointStore
 from sdit.train.state import RunState
-from tests.distributed.harness import leave
 
 
 def poison(state: RunState) -> None:
@@ -52,4 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave(0)

@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.observe.metrics_file import MetricsFile
 from sdit.parallel.comm import Comm, find_rank
 from sdit.train.build import open_trainer
-from tests.distributed.harness import leave
 
 
 def train(case: dict, comm: Comm) -> None:
@@ -35,4 +35,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave(0)

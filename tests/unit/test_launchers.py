@@ -98,6 +98,26 @@ def test_a_mistyped_verb_is_guessed(sdit: Command) -> None:
     refused(sdit("xyz"), ExitCode.USAGE, "legal: train, sample")
 
 
+@pytest.mark.parametrize(
+    ("code", "mpi", "ends"),
+    [
+        (ExitCode.DONE, False, False),
+        (ExitCode.CONFIG, False, False),
+        (ExitCode.DONE, True, True),
+        (ExitCode.REQUEUE, True, False),
+    ],
+)
+def test_a_process_leaves_without_the_interpreters_end_unless_mpi_wants_it(
+    code: ExitCode, mpi: bool, ends: bool
+) -> None:
+    script = "import atexit, sys; from sdit.cli import leave; atexit.register(print, 'ended'); print('told')\n"
+    script += "sys.modules['mpi4py.MPI'] = sys\n" if mpi else ""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{script}leave({int(code)})"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (result.returncode, result.stdout.split()) == (code, ["told", "ended"] if ends else ["told"])
+
+
 def test_a_launcher_runs_from_any_folder(drawn_from: SimpleNamespace, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and name not in RANK_WORDS}
     command = [
