@@ -29,7 +29,6 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status
-from sdit.cli import leave
 from sdit.errors import ConfigError, ExitCode
 from sdit.observe.doctor import (
     GIB,
@@ -196,4 +195,7 @@ def _positive(text: str) -> float:
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a failed process group may wait for ranks that are gone
