@@ -7,9 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/digits
 RANKS ?= 2
-CLUSTER_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi3 docker.io debootstrap openssh-server openssh-client pdsh shellcheck prometheus chromium tini iptables iproute2
+CLUSTER_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi3 docker.io debootstrap openssh-server openssh-client pdsh shellcheck prometheus chromium tini iptables iproute2 btrfs-progs
 
-.PHONY: install demo test test-slow test-faults test-cluster cluster-packages check bench clean
+.PHONY: install demo test test-slow test-faults test-cluster cluster-packages soak check bench clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,11 @@ test-slow: install
 
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" tests/faults tests/distributed/test_resume.py
+
+# Faults at random instants for MINUTES; root and btrfs-progs add full disks and quotas. Figures: docs/faults.md.
+MINUTES ?= 25
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 # Real schedulers, engines and browsers from Debian's packages; needs root. Another build of kubectl may be there already.
 cluster-packages:

@@ -24,9 +24,18 @@ class Ranks:
     def __init__(
         self, world: int, command: list[str], log: Path, only: tuple[int, ...] | None = None, **environment: str
     ) -> None:
-        self.log, self._command = log, command
-        self._environments = [{**values, **environment} for values in rank_environments(world)]
-        self.processes = [self._launch(rank) for rank in (only if only is not None else range(world))]
+        environments = [{**values, **environment} for values in rank_environments(world)]
+        self._start(command, log, environments, only if only is not None else tuple(range(world)))
+
+    def _start(self, command: list[str], log: Path, environments: list[dict[str, str]], only: tuple[int, ...]) -> None:
+        self.log, self._command, self._environments = log, command, environments
+        self.processes = [self._launch(rank) for rank in only]
+
+    def again(self, log: Path) -> Ranks:
+        """Launch the same command a second time, in the same environment."""
+        second = object.__new__(Ranks)
+        second._start(self._command, log, self._environments, tuple(range(len(self._environments))))
+        return second
 
     def _launch(self, rank: int) -> subprocess.Popen:
         with self.log.open("a") as file:
@@ -78,8 +87,10 @@ def start_fake(
     return Ranks(world, command, run_dir.with_suffix(".log"), only)
 
 
-def start_real(world: int, run_dir: Path, config: Path, *arguments: str, stage: int = 1) -> Ranks:
-    """The command that a user gives, once per rank, with fault injection allowed."""
+def start_real(
+    world: int, run_dir: Path, config: Path, *arguments: str, stage: int = 1, log: Path | None = None
+) -> Ranks:
+    """The command that a user gives, once per rank, with fault injection allowed. `log`: default is next to the run."""
     deepspeed = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     command = [
         sys.executable,
@@ -89,7 +100,8 @@ def start_real(world: int, run_dir: Path, config: Path, *arguments: str, stage: 
         "--ds_config",
         str(deepspeed),
     ]
-    return Ranks(world, [*command, "--run-dir", str(run_dir), *arguments], run_dir.with_suffix(".log"), SDIT_FAULTS="1")
+    command += ["--run-dir", str(run_dir), *arguments]
+    return Ranks(world, command, log or run_dir.with_suffix(".log"), SDIT_FAULTS="1")
 
 
 def eventually(look: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
