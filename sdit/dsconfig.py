@@ -161,10 +161,10 @@ class _KeyReader:
 
     def _legal(self, rule: Passed, path: str, value: Any) -> Any:
         whole = isinstance(value, float) and value.is_integer() and rule.legal.whole
-        value = int(value) if whole else value  # 5e8 is how people write a bucket
-        if not rule.legal.allows(value):
+        number = int(value) if whole else value  # 5e8 is how people write a bucket
+        if not rule.legal.allows(number):
             raise self._illegal(path, value, f'{rule.legal.text}, "auto"')
-        return value
+        return number
 
     def _require_harmless(self, rule: Ours | Refused, path: str, value: Any) -> None:
         """Raise ConfigError unless a key that DeepSpeed does not receive would change nothing."""
