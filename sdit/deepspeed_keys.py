@@ -246,7 +246,6 @@ KEYS: dict[str, Rule] = {
     "steps_per_print": Passed(Legal((None,), least=1), 'steps between two lines of DeepSpeed; needs log_level "info"'),
     "log_level": Passed(Legal(("debug", "info", "warning", "error", "critical")), "of DeepSpeed's own lines"),
     "wall_clock_breakdown": Passed(FLAG, "print the times of forward, backward and step; waits for the device"),
-    "memory_breakdown": Passed(FLAG, "print the memory in use at each phase"),
     "disable_python_gc": Passed(FLAG, "no cyclic garbage collection while training"),
     "timers": Block({"throughput": Block({"enabled": Passed(FLAG), "synchronized": Passed(FLAG)})}),
     "flops_profiler": Block(
@@ -374,6 +373,7 @@ KEYS: dict[str, Rule] = {
     **_refused("DeepSpeed 0.19.8 ignores it", disable_allgather=False),
     **_refused("images have no vocabulary", vocabulary_size=None),
     **_refused('log_level "info" prints the configuration', dump_state=False),
+    **_refused("RUN/metrics.jsonl holds the memory of the ranks", memory_breakdown=False),
     **_refused("set zero_optimization.allgather_bucket_size", allgather_size=()),
     **_refused("the dense gradients of the label table are reduced", sparse_gradients=False),
     **_refused(REMOVED, graph_harvesting=False),
@@ -446,7 +446,7 @@ def _cells(rule: Rule) -> list[str]:
 def harmless_text(rule: Ours | Refused) -> str:
     """Return the values that the JSON may hold under a key that sdit does not pass on, as JSON."""
     if rule.block is not None:
-        return '{"enabled": false}'
+        return "{}" if rule.block and "enabled" not in rule.block else '{"enabled": false}'
     return ", ".join([*(json.dumps(value) for value in rule.harmless), '"auto"'])
 
 
