@@ -121,7 +121,7 @@ def _refused(reason: str, **harmless: Any) -> dict[str, Rule]:
 
 
 FLAG = Legal((True, False))
-MOST_NUMBERS = 10_000_000_000  # of a bucket: DeepSpeed allocates it
+MOST_NUMBERS = 2_000_000_000  # of a bucket; DeepSpeed allocates all of it, here 8 GB in fp32
 STAGE_3 = "it acts at ZeRO stage 3 only"
 NVME = 'it acts with device "nvme" only, and the legal devices are "none" and "cpu"'
 NO_TENSORS = "sdit has no tensor parallelism; parallel.expert shards the experts"

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from sdit import cli
-from sdit.errors import ExitCode
+from sdit.config import Config
+from sdit.dsconfig import merge_deepspeed
+from sdit.errors import ConfigError, ExitCode
+from sdit.topology import BatchPlan
 from tests.distributed.harness import ROOT, case, metrics_of, tensors_of, train_together
 
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -200,7 +203,7 @@ def test_comments_are_left_out(check: Check) -> None:
 
 ILLEGAL = [
     (zero(1, reduce_bucket_size=value), f"reduce_bucket_size: {json.dumps(value)} is not legal; legal: a whole number")
-    for value in (-1, 0, 1.5, "5e8", True, None, [1], {"a": 1}, 1e300)
+    for value in (-1, 0, 1.5, "5e8", True, None, [1], {"a": 1}, 1e10, 1e300)
 ] + [
     (zero(1, overlap_comm="true"), 'overlap_comm: "true" is not legal; legal: true, false'),
     (zero(1, overlap_comm=1), "overlap_comm: 1 is not legal; legal: true, false"),
@@ -236,6 +239,33 @@ ILLEGAL = [
 def test_illegal_values_are_refused(check: Check, content: Any, line: str) -> None:
     """D3: One line names the key, its value and what is legal."""
     assert_refused(check(content), line)
+
+
+ODD = [
+    None, True, False, 0, 1, -1, 0.5, 1e400, 10**50, "", "x", "AUTO", "5e8", "\ud800", "\n", [], [[1]], {}, {"": {}},
+    {"enabled": 1}, {"enabled": {}}, {"_": 0},
+]  # fmt: skip
+
+
+def test_no_value_of_any_key_is_a_traceback() -> None:
+    """D3: Any value of any key is merged, or refused in one line."""
+    from sdit.deepspeed_keys import rules
+
+    paths = {".".join(path.split(".")[:depth]) for path, _ in rules() for depth in (1, 2, 3, 4)}
+    refusals = 0
+    for path in sorted(paths):
+        for value in ODD:
+            content: Any = value
+            for key in reversed(path.split(".")):
+                content = {key: content}
+            try:
+                merged = merge_deepspeed(Config(), BatchPlan(256, 256, 1), content, "ds.json")
+            except ConfigError as error:
+                refusals += 1
+                assert "\n" not in str(error) and len(str(error)) < 500, error
+            else:
+                json.dumps(merged, allow_nan=False)
+    assert refusals > len(paths)
 
 
 HUGGING_FACE = {  # the ZeRO-2 example of the Transformers manual, with everything that it allows to be "auto"
@@ -382,7 +412,7 @@ PASSED = {  # DeepSpeed JSON beside the ZeRO stage; every passed key is in one o
 }  # fmt: skip
 
 
-STAGES = [(name, stage) for name in PASSED for stage in (1, 2)]
+STAGES = [("buckets", 2), ("overlap", 1), ("overlap", 2), ("offload", 2), ("reports", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +453,7 @@ def test_every_passed_key_is_trained_with() -> None:
         for path in leaves({**top, "zero_optimization": {"stage": 1, **keys}})
     }
     passed = {key for key, rule in rules() if isinstance(rule, Passed)}
-    assert passed and passed <= tried
+    assert passed and passed <= tried and {name for name, _ in STAGES} == set(PASSED)
 
 
 def test_the_manual_holds_the_table() -> None:
