@@ -256,8 +256,9 @@ def _require_agreement(key: str, value: Any, setting: str, ours: Any, agreed: tu
 
 def _same(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
-        pairs = zip(value, wanted, strict=True) if isinstance(value, list) and len(value) == len(wanted) else [(0, "")]
-        return all(each == "auto" or _same(each, other) for each, other in pairs)
+        if not isinstance(value, list) or len(value) != len(wanted):
+            return False
+        return all(each == "auto" or _same(each, other) for each, other in zip(value, wanted, strict=True))
     if isinstance(wanted, str) and isinstance(value, str):
         return value.lower() == wanted.lower()
     return is_one_of(value, (wanted,))
