@@ -25,8 +25,9 @@ if str(ROOT) not in sys.path:
 from launcher.command import Parser, exit_status
 from sdit.config import Config
 from sdit.configfile import load_config
-from sdit.dsconfig import read_deepspeed_json
+from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
 from sdit.errors import ExitCode
+from sdit.topology import plan_batch
 
 DEFAULT_DEEPSPEED = ROOT / "configs" / "deepspeed" / "zero1.json"
 GIB = 2**30
@@ -61,13 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     deepspeed = read_deepspeed_json(options.ds_config)
     config = load_config(options.config, options.overrides)
+    world = options.nodes * options.gpus_per_node
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
+    merge_deepspeed(config, batch, deepspeed, str(options.ds_config))  # refuses before torch is imported
     from sdit.plan.knob import find_knob  # these import torch: not for --help and wrong configs
     from sdit.plan.layout import Job, plan_job
     from sdit.plan.memory import Memory, plan_memory
     from sdit.plan.report import Plan, as_json, as_table
     from sdit.plan.traffic import Exchange, plan_exchange
-
-    world = options.nodes * options.gpus_per_node
 
     def plan(config: Config, values: dict[str, Any]) -> tuple[Job, Exchange | None, Memory]:
         job = plan_job(config, values, options.ds_config, world, options.gpus_per_node)

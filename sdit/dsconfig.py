@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdit.config import Config
+from sdit.deepspeed_keys import (
+    KEYS,
+    SCHEDULE,
+    Block,
+    Ours,
+    Passed,
+    Refused,
+    Renamed,
+    Rule,
+    Shared,
+    harmless_text,
+    is_one_of,
+    rules,
+)
 from sdit.errors import ConfigError
 from sdit.topology import BatchPlan
 
-OURS = {  # keys that only the YAML decides, with the YAML key to use
-    "scheduler": "optimizer.warmup_images, optimizer.decay",
-    "fp16": "train.precision (fp32 or bf16)",
-    "amp": "train.precision (fp32 or bf16)",
-    "data_efficiency": "data.*",
-    "curriculum_learning": "data.*",
-    "activation_checkpointing": "parallel.activation_checkpointing",
-    "pipeline": "parallel.*",
-    "tensor_parallel": "parallel.*",
-    "expert_parallel": "parallel.expert",
-    "zenflow": "configs/deepspeed/zero2_offload.json",
-}
+COMMENT_MARKS = ("_", "//", "#")  # a key that begins so is a comment
+COMMENT_NAMES = ("comment", "comments")
+DEFAULT_STAGE = 1  # of "stage": "auto", as in configs/deepspeed/zero1.json
+SHOWN_LETTERS = 60
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
@@ -47,55 +56,46 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def zero_stage(values: dict[str, Any], source: str) -> int:
-    """Return the ZeRO stage (0, 1 or 2) a DeepSpeed JSON asks for."""
+    """Return the ZeRO stage (0, 1 or 2) that a DeepSpeed JSON asks for."""
     section = values.get("zero_optimization", {})
     if section is False or section is None:
         return 0
-    stage = section.get("stage", 0) if isinstance(section, dict) else None
-    if stage not in (0, 1, 2) or isinstance(stage, bool):
+    if section == "auto":
+        return DEFAULT_STAGE
+    if not isinstance(section, dict):
         raise ConfigError(
-            f"{source}: zero_optimization.stage: {stage!r} is not supported; legal: 0, 1, 2 "
+            f"{source}: zero_optimization: {_shown(section)} is not legal; "
+            'legal: an object such as {"stage": 1}, or false'
+        )
+    stage = section.get("stage", 0)
+    if stage == "auto":
+        return DEFAULT_STAGE
+    if not is_one_of(stage, (0, 1, 2)):
+        raise ConfigError(
+            f"{source}: zero_optimization.stage: {_shown(stage)} is not supported; legal: 0, 1, 2 "
             "(stage 3 cannot hold expert-parallel layers: spread experts with parallel.expert and use stage 2)"
         )
-    return stage
+    return int(stage)
 
 
 def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the JSON `deepspeed.initialize` gets: `values` with every `"auto"` and unset shared key filled from the YAML.
+    """Return the JSON that `deepspeed.initialize` gets: the passed keys of `values` and what the config says.
 
     Raises:
-        ConfigError: a shared value that is set and differs, or a key that only the YAML may set; both sources are named.
+        ConfigError: an unknown key, a value that is not legal, a shared value that differs from the config's,
+            or a key that only the config may set; the message names the key, its value and what is legal.
     """
-    merged = json.loads(json.dumps(values))
-    for key, yaml_key in OURS.items():
-        section = merged.get(key)
-        if section and not (isinstance(section, dict) and section.get("enabled") is False):
-            raise ConfigError(
-                f"{source}: {key}: is not for the DeepSpeed JSON; legal: set {yaml_key} in the YAML config"
-            )
-        merged.pop(key, None)
-    zero = _section(merged, "zero_optimization", source)
     stage = zero_stage(values, source)
-    if zero.get("reduce_scatter") is False:
-        raise ConfigError(
-            f"{source}: zero_optimization.reduce_scatter: false would mix different experts' gradients; legal: true"
-        )
-    optimizer = config.optimizer
-    shared: list[tuple[str, Any, str]] = [
-        ("train_batch_size", split.global_batch, "train.global_batch"),
-        ("train_micro_batch_size_per_gpu", split.micro_batch, "train.micro_batch"),
-        ("gradient_accumulation_steps", split.accumulation, "train.global_batch / (train.micro_batch x ranks)"),
-        ("gradient_clipping", optimizer.clip_grad_norm or 0.0, "optimizer.clip_grad_norm"),
-        ("bf16.enabled", config.train.precision == "bf16", "train.precision"),
-        ("optimizer.type", {"adamw": "AdamW", "sgd": "SGD"}[optimizer.kind], "optimizer.kind"),
-        ("optimizer.params.lr", optimizer.learning_rate, "optimizer.learning_rate"),
-        ("optimizer.params.betas", [optimizer.beta1, optimizer.beta2], "optimizer.beta1, optimizer.beta2"),
-        ("optimizer.params.eps", optimizer.epsilon, "optimizer.epsilon"),
-        ("optimizer.params.weight_decay", optimizer.weight_decay, "optimizer.weight_decay"),
-    ]
-    for key, wanted, yaml_key in shared:
-        _agree(merged, key, wanted, yaml_key, source)
-    merged.pop("optimizer", None)  # built by us: the uncertainty weights need their own group
+    reader = _KeyReader(source)
+    merged: dict[str, Any] = {}
+    reader.read(values, KEYS, "", merged)
+    agreed = _agreed_values(config, split, stage)
+    for key, (value, setting) in reader.shared.items():
+        _require_agreement(key, value, setting, *agreed[key], source)
+    zero = merged.setdefault("zero_optimization", {})
+    _check_stage(zero, stage, source)
+    _check_scheduler(values, source)
+    zero["stage"] = stage
     merged.update(
         train_batch_size=split.global_batch,
         train_micro_batch_size_per_gpu=split.micro_batch,
@@ -105,37 +105,207 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
         zero_force_ds_cpu_optimizer=False,
     )
     merged.setdefault("steps_per_print", 1 << 40)
-    zero["stage"] = stage
-    merged["zero_optimization"] = zero
     _set_precision(merged, config, stage)
     return merged
 
 
+class _KeyReader:
+    """Reads a JSON by the table of keys. `shared`: (value, key of the config) of what the config must agree with."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.shared: dict[str, tuple[Any, str]] = {}
+
+    def read(self, values: Mapping[str, Any], keys: Mapping[str, Rule], prefix: str, passed: dict[str, Any]) -> None:
+        """Read one object; put what DeepSpeed receives into `passed`."""
+        for key, value in self._named(values, keys, prefix).items():
+            rule, path = keys[key], f"{prefix}{key}"
+            if isinstance(rule, Block):
+                self._read_block(rule, path, value, passed.setdefault(key, {}))
+                if not passed[key]:
+                    del passed[key]
+            elif is_one_of(value, ("auto",)):
+                continue
+            elif isinstance(rule, Shared):
+                self.shared[path] = value, rule.setting
+            elif isinstance(rule, Passed):
+                passed[key] = self._legal(rule, path, value)
+            elif isinstance(rule, Ours | Refused):
+                self._require_harmless(rule, path, value)
+
+    def _named(self, values: Mapping[str, Any], keys: Mapping[str, Rule], prefix: str) -> dict[str, Any]:
+        """Return the object without comments and with old names replaced. Raises: ConfigError for an unknown key."""
+        named: dict[str, Any] = {}
+        for key, value in _without_comments(values).items():
+            self._require_known(key, keys, prefix)
+            rule, name = keys[key], key
+            if isinstance(rule, Renamed):
+                name = rule.name
+                if name in values:
+                    raise ConfigError(
+                        f"{self.source}: {prefix}{key}: is an old name of {prefix}{name}, and both are given; "
+                        f"legal: {prefix}{name}"
+                    )
+                if rule.values is not None and not isinstance(value, bool | None):
+                    raise self._illegal(f"{prefix}{key}", value, "true, false")
+                if rule.values is not None:
+                    value = rule.values.get(value)
+            named[name] = value
+        return named
+
+    def _read_block(self, rule: Block, path: str, value: Any, passed: dict[str, Any]) -> None:
+        if isinstance(value, dict):
+            self.read(value, rule.keys, f"{path}.", passed)
+        elif not is_one_of(value, rule.absent):
+            raise self._illegal(path, value, "an object")
+
+    def _legal(self, rule: Passed, path: str, value: Any) -> Any:
+        whole = isinstance(value, float) and value.is_integer() and rule.legal.whole
+        number = int(value) if whole else value  # 5e8 is how people write a bucket
+        if not rule.legal.allows(number):
+            raise self._illegal(path, value, f'{rule.legal.text}, "auto"')
+        return number
+
+    def _require_harmless(self, rule: Ours | Refused, path: str, value: Any) -> None:
+        """Raise ConfigError unless a key that DeepSpeed does not receive would change nothing."""
+        if rule.block is None:
+            if is_one_of(value, rule.harmless):
+                return
+            shown = f"{path}: {_shown(value)}"
+        else:
+            if isinstance(value, dict):
+                value = _without_comments(value)
+            if is_one_of(value, (None, False, {})):
+                return
+            if isinstance(value, dict) and is_one_of(value.get("enabled"), (False, "auto")):
+                for key in value if rule.block else ():
+                    self._require_known(key, rule.block, f"{path}.")
+                return
+            shown = f"{path}:"
+        if isinstance(rule, Ours):
+            raise ConfigError(
+                f"{self.source}: {shown} is not for the DeepSpeed JSON; "
+                f"legal: set {rule.setting} in the YAML config, and {harmless_text(rule)} or nothing here"
+            )
+        raise ConfigError(
+            f"{self.source}: {shown} is not supported: {rule.reason}; legal: {harmless_text(rule)}, or no such key"
+        )
+
+    def _require_known(self, key: str, keys: Mapping[str, Any], prefix: str) -> None:
+        if key not in keys:
+            raise ConfigError(f"{self.source}: {_shown_key(prefix + key)}: unknown key{_guess(key, keys, prefix)}")
+
+    def _illegal(self, path: str, value: Any, legal: str) -> ConfigError:
+        return ConfigError(f"{self.source}: {path}: {_shown(value)} is not legal; legal: {legal}")
+
+
+def _without_comments(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in values.items()
+        if not key.startswith(COMMENT_MARKS) and key.lower() not in COMMENT_NAMES
+    }
+
+
+def _guess(key: str, keys: Mapping[str, Any], prefix: str) -> str:
+    """Return "; did you mean KEY?" for the nearest key of the same object, or the same key of another object."""
+    wanted = key.lower()
+    elsewhere = [path for path, _ in rules() if path.rpartition(".")[2] == wanted]
+    lowered = {known.lower(): known for known in keys}
+    near = difflib.get_close_matches(wanted, lowered, n=1, cutoff=0.6)
+    if near and (near[0] == wanted or not elsewhere):
+        return f"; did you mean {prefix}{lowered[near[0]]}?"
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return "; docs/deepspeed-json.md lists the keys; the key of a comment begins with _ or //"
+
+
+def _agreed_values(config: Config, split: BatchPlan, stage: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return, by dotted key of the JSON, the config's value and the values of the JSON that agree with it."""
+    optimizer, precision = config.optimizer, config.train.precision
+    kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.kind]
+    betas = [optimizer.beta1, optimizer.beta2]
+    clip = optimizer.clip_grad_norm
+    clips = (0.0, None) if clip is None else (clip,)
+    accumulated = precision if stage == 0 else "fp32"
+    return {
+        "train_batch_size": (split.global_batch, (split.global_batch,)),
+        "train_micro_batch_size_per_gpu": (split.micro_batch, (split.micro_batch,)),
+        "gradient_accumulation_steps": (split.accumulation, (split.accumulation,)),
+        "gradient_clipping": (clip, clips),
+        "bf16.enabled": (precision, (precision == "bf16",)),
+        "optimizer.type": (optimizer.kind, (kind,)),
+        "optimizer.params.lr": (optimizer.learning_rate, (optimizer.learning_rate,)),
+        "optimizer.params.betas": (betas, (betas,)),
+        "optimizer.params.eps": (optimizer.epsilon, (optimizer.epsilon,)),
+        "optimizer.params.weight_decay": (optimizer.weight_decay, (optimizer.weight_decay,)),
+        "optimizer.params.max_grad_norm": (clip, clips),
+        "communication_data_type": (precision, (None, "fp32") if precision == "fp32" else (None,)),
+        "data_types.grad_accum_dtype": (precision, (accumulated, None)),
+    }
+
+
+def _require_agreement(key: str, value: Any, setting: str, ours: Any, agreed: tuple[Any, ...], source: str) -> None:
+    if not any(_same(value, each) for each in agreed):
+        legal = ", ".join(json.dumps(each) for each in agreed)
+        raise ConfigError(
+            f"{source}: {key}: {_shown(value)} disagrees with {setting}: {json.dumps(ours)} of the YAML config; "
+            f'legal: {legal}, "auto"'
+        )
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        if not isinstance(value, list) or len(value) != len(wanted):
+            return False
+        return all(each == "auto" or _same(each, other) for each, other in zip(value, wanted, strict=True))
+    if isinstance(wanted, str) and isinstance(value, str):
+        return value.lower() == wanted.lower()
+    return is_one_of(value, (wanted,))
+
+
+def _check_stage(zero: dict[str, Any], stage: int, source: str) -> None:
+    """Refuse passed keys that have no effect at this stage, or with which DeepSpeed cannot train experts."""
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    if device != "none" and stage == 0:
+        raise ConfigError(
+            f'{source}: zero_optimization.offload_optimizer.device: "{device}" has no effect at stage 0; '
+            'legal: "none", or stage 1 or 2'
+        )
+    if zero.get("contiguous_gradients") is False and stage == 2:
+        raise ConfigError(
+            f"{source}: zero_optimization.contiguous_gradients: false cannot train experts at stage 2; "
+            "legal: true, or stage 0 or 1"
+        )
+
+
+def _check_scheduler(values: Mapping[str, Any], source: str) -> None:
+    """Refuse a scheduler without parameters: DeepSpeed would use its own numbers."""
+    scheduler = values.get("scheduler")
+    if not isinstance(scheduler, dict) or scheduler.get("params"):
+        return
+    if not is_one_of(scheduler.get("type"), (None, "auto")):
+        raise ConfigError(
+            f"{source}: scheduler.type: {_shown(scheduler['type'])} without scheduler.params; "
+            f'legal: set {SCHEDULE} in the YAML config, and "scheduler": "auto" or nothing here'
+        )
+
+
 def _set_precision(merged: dict[str, Any], config: Config, stage: int) -> None:
     bf16 = config.train.precision == "bf16"
-    merged["bf16"] = {**(merged.get("bf16") or {}), "enabled": bf16}
+    merged["bf16"] = {"enabled": bf16}
     if bf16:
         merged["bf16"]["check_grad_overflow"] = False  # checked by us, before the step, on all ranks alike
         if stage > 0:
-            merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            merged["data_types"] = {"grad_accum_dtype": "fp32"}
 
 
-def _section(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
-    section = values.setdefault(key, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{source}: {key}: must be an object")
-    return section
+def _shown(value: Any) -> str:
+    """Return a JSON value on one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 3]}..."
 
 
-def _agree(values: dict[str, Any], key: str, wanted: Any, yaml_key: str, source: str) -> None:
-    node: Any = values
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return
-        node = node[part]
-    same = str(node).lower() == str(wanted).lower() if isinstance(wanted, str) else node == wanted
-    if node != "auto" and not same:
-        raise ConfigError(
-            f"{source}: {key}: {json.dumps(node)} disagrees with {yaml_key}: {json.dumps(wanted)} of the YAML config; "
-            'legal: the same value, or "auto"'
-        )
+def _shown_key(key: str) -> str:
+    """Return a key as it is, or quoted and cut if it holds other signs than names do."""
+    return key if re.fullmatch(r"[\w.-]{1,100}", key, re.ASCII) else _shown(key)

@@ -15,7 +15,7 @@ from sdit.train.build import open_trainer
 
 
 def train(case: dict, comm: Comm) -> None:
-    deepspeed = {"zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
+    deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
     observers = [MetricsFile(Path(config.run_dir))] if comm.is_first else []
     with open_trainer(config, deepspeed, "case", comm, observers) as trainer:
