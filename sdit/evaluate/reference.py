@@ -16,7 +16,6 @@ from sdit.evaluate.features import Batches, FeatureNetwork
 from sdit.evaluate.images import ImageSet, LabelledImages, Shape, open_images, readable_npz
 from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
 
-
 UNKNOWN = Classes(0)
 
 
