@@ -166,7 +166,7 @@ def chosen_labels(trained: Trained, settings: SampleConfig, options: argparse.Na
     classes, columns = trained.classes, settings.images_per_class
     chosen = [label for text in options.labels or () for label in choose_labels(text, classes, "--labels")]
     if options.num is not None:
-        cycle = chosen or range(max(1, classes.count))
+        cycle = chosen or classes.labels or [0]
         labels = np.resize(np.asarray(cycle, dtype=np.int64), options.num)
         return labels, len(cycle) if len(cycle) <= MAX_COLUMNS else math.isqrt(min(options.num, MAX_COLUMNS**2) - 1) + 1
     if chosen:

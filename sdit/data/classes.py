@@ -23,11 +23,17 @@ _ITEM = re.compile(r'\s*(?:((?:name:|label:)?)"((?:[^"]|"")*)"\s*|([^,]*))(?:,|$
 class Classes:
     """Labels 0..count-1 and what each of them is called; `names` is empty where the names are not known.
 
-    `count` 0: there are no labels.
+    `count` 0: there are no labels. No image bears the labels `empty`.
     """
 
     count: int
     names: tuple[str, ...] = ()
+    empty: tuple[int, ...] = ()
+
+    @property
+    def labels(self) -> list[int]:
+        """The labels that images bear, in order."""
+        return [label for label in range(self.count) if label not in self.empty]
 
     def describe(self, label: int) -> str:
         """`3 (Dress)`, or `3` where the names are not known or the name is the number."""
@@ -91,6 +97,9 @@ def choose_labels(given: str | int | Sequence[str | int], classes: Classes, key:
         labels = _text_labels(given, classes, key)
     if not labels:
         raise ConfigError(f"{key}: is empty; legal: {LABEL_SYNTAX}")
+    untrained = [label for label in labels if label in classes.empty]
+    if untrained:
+        raise ConfigError(f"{key}: label {classes.describe(untrained[0])} has no image in the data; legal: the others")
     return labels
 
 

@@ -27,11 +27,14 @@ class DataIdentity(BaseModel):
     total: int = Field(ge=1)
     classes: int = Field(ge=0)
     class_names: tuple[str, ...] = ()
+    empty_classes: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataIdentity:
         if self.class_names and len(self.class_names) != self.classes:
             raise ValueError(f"class_names: {len(self.class_names)} names for {self.classes} classes")
+        if self.empty_classes and not set(self.empty_classes) < set(range(self.classes)):
+            raise ValueError(f"empty_classes: {self.empty_classes}; legal: some of the labels 0..{self.classes - 1}")
         return self
 
     @classmethod
@@ -43,12 +46,13 @@ class DataIdentity(BaseModel):
             total=facts.total,
             classes=facts.classes,
             class_names=facts.class_names,
+            empty_classes=facts.empty_classes,
         )
 
     @property
     def labels(self) -> Classes:
         """What the labels mean."""
-        return Classes(self.classes, self.class_names)
+        return Classes(self.classes, self.class_names, self.empty_classes)
 
     def describe(self) -> str:
         """`1797 images of 10 classes (fingerprint 1a2b3c4d5e6f)`."""

@@ -47,7 +47,7 @@ class Drawing:
     @property
     def labels(self) -> np.ndarray:
         """(N,) int64."""
-        return np.arange(self.count, dtype=np.int64) % max(1, self.trained.classes.count)
+        return np.resize(np.array(self.trained.classes.labels or [0], dtype=np.int64), self.count)
 
     @property
     def shape(self) -> Shape:
@@ -61,7 +61,7 @@ class Drawing:
     @property
     def facts(self) -> dict[str, Any]:
         """Everything that decides the images except how many there are, as JSON."""
-        config, chosen = self.trained.config, self.settings
+        config, chosen, empty = self.trained.config, self.settings, self.trained.classes.empty
         return {
             "checkpoint_sha256": checkpoint_digest(self.trained.origin),
             "weights": self.weights,
@@ -71,6 +71,7 @@ class Drawing:
             "guided_channels": chosen.guided_channels,
             "seed": chosen.seed,
             "classes": self.trained.classes.count,
+            **({"empty_classes": list(empty)} if empty else {}),
             "diffusion": config.diffusion.model_dump(mode="json"),
             "vae_sha256": None if self.decoder is None else self.decoder.digest,
             "latent_scale": None if self.decoder is None else config.data.latent_scale,

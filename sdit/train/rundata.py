@@ -43,17 +43,20 @@ def check_classes(config: Config, training: DataIdentity, older: bool) -> list[N
 
     Raises: DataError if the model has labels that no image bears, unless the config allows it.
     """
-    wanted, held = config.model.classes, training.classes
+    wanted, held, where = config.model.classes, training.classes, _where(config.data)
+    notes = []
+    if wanted and training.empty_classes:
+        empty = ", ".join(map(training.labels.describe, training.empty_classes))
+        notes.append(Note("empty_classes", f"{where} holds no image of the labels {empty}; they are never sampled"))
     if wanted <= held:
-        return []
-    where = _where(config.data)
+        return notes
     fact = f"model.classes: {wanted}, but {where} holds {held} classes"
     labels = f"label {held}" if wanted == held + 1 else f"labels {held}..{wanted - 1}"
     if not config.data.allow_unused_classes and not older:
         raise DataError(
             f"{fact}: {labels} would never be trained; legal: model.classes {held}, or data.allow_unused_classes: true"
         )
-    return [Note("unused_classes", f"{fact}; {labels} are never trained and never sampled")]
+    return [*notes, Note("unused_classes", f"{fact}; {labels}: never trained and never sampled")]
 
 
 def check_held_out(config: Config, training: DataIdentity, held_out: DataIdentity, older: bool) -> list[Note]:

@@ -43,7 +43,7 @@ def grid_rows(config: Config, classes: Classes) -> list[int]:
     """
     if config.sample.labels is not None:
         return choose_labels(config.sample.labels, classes, "sample.labels")
-    return list(range(min(config.sample.classes, classes.count))) if classes.count else [0] * config.sample.classes
+    return classes.labels[: config.sample.classes] if classes.count else [0] * config.sample.classes
 
 
 def grid_labels(config: Config, classes: Classes) -> np.ndarray:

@@ -190,6 +190,33 @@ def test_the_number_of_classes(classes: int, held: int, allowed: bool, older: bo
         )
 
 
+def test_classes_without_images_are_not_drawn(place: Path, sdit: Command, tmp_path: Path) -> None:
+    """C1: A class that the data keep without an image is never drawn, and is refused by name and by number."""
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    folder = find_checkpoint(run).folder
+    body = read_manifest(folder)
+    write_manifest(folder, {**body, "data": {**body.get("data", {}), "empty_classes": [1]}})
+    trained = load_trained(run)
+    assert Drawing(trained, "ema", trained.config.sample, 5, None).labels.tolist() == [0, 2, 0, 2, 0]
+    for given in ("cat", "0-2"):
+        result = sdit("sample", "--checkpoint", run, "--out", tmp_path / "x.png", "--labels", given)
+        refused(result, ExitCode.CONFIG, "label 1 (cat) has no image in the data")
+
+
+def test_an_index_keeps_which_classes_are_empty(place: Path, tmp_path: Path) -> None:
+    """C1: index.json names labels without an image where there are some, and is as before where there are none."""
+    from sdit.data.index import read_index, write_index
+
+    index = read_index(place / "data")
+    assert "empty_classes" not in (place / "data" / "index.json").read_text()
+    facts = index.facts.model_copy(update={"empty_classes": (1,)})
+    write_index(tmp_path, index.model_copy(update={"facts": facts}))
+    assert read_index(tmp_path).facts.empty_classes == (1,)
+    write_index(tmp_path, index.model_copy(update={"facts": index.facts.model_copy(update={"empty_classes": (3,)})}))
+    with pytest.raises(DataError, match=r"empty_classes: \(3,\); legal"):
+        read_index(tmp_path)
+
+
 # C2: the held-out images and the reference have other classes
 
 
@@ -373,6 +400,20 @@ def test_changed_held_out_images_are_logged() -> None:
     now = RunData(training, identity(("a", "b"), "new"))
     assert [note.kind for note in check_unchanged(config_of({}), now, before, "x")] == ["held_out_data_changed"]
     assert not check_unchanged(config_of({}), RunData(training, None), before, "x")
+
+
+def test_other_images_on_another_host_are_refused() -> None:
+    """C3: Ranks compare their data, because a path can be another disk on another host."""
+    from sdit.train.rundata import RunData, check_same_on_all_ranks
+
+    data = RunData(identity(("a", "b"), "one"), None)
+
+    def comm_of(*ranks: list[str]) -> Any:
+        return SimpleNamespace(gather=lambda mine: list(ranks))
+
+    check_same_on_all_ranks(data, comm_of(["one", ""], ["one", ""]))
+    with pytest.raises(DataError, match=r"data\.path: holds other images on rank 2 than on rank 0"):
+        check_same_on_all_ranks(data, comm_of(["one", ""], ["one", ""], ["two", ""]))
 
 
 def test_the_embedded_digits_have_a_fingerprint() -> None:
