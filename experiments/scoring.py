@@ -45,11 +45,11 @@ class Scorer:
 
     def strip(self, trained: Trained) -> np.ndarray:
         """(classes, H, W, C) uint8: the first image of every class, as it is scored."""
-        return next(self._draw(trained, trained.config.model.classes))
+        return next(self._draw(trained, len(trained.classes.labels)))
 
     def _draw(self, trained: Trained, images: int) -> Iterator[np.ndarray]:
         """(n, H, W, C) uint8 pixels at a time."""
-        labels = np.resize(np.arange(trained.config.model.classes, dtype=np.int64), images)
+        labels = np.resize(np.array(trained.classes.labels, dtype=np.int64), images)
         return map(to_pixels, generate(trained, self._settings(trained), labels, batch=100))
 
     def _settings(self, trained: Trained) -> SampleConfig:

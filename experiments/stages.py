@@ -192,7 +192,7 @@ class Experiment:
             path = self.results / f"{variant}.png"
             if self.scale.seeds[0] in seeds and not path.exists():
                 trained = load_trained(self._run_dir(variant, self.scale.seeds[0]))
-                save_pixels(path, self._scorer.strip(trained), trained.config.model.classes)
+                save_pixels(path, self._scorer.strip(trained), len(trained.classes.labels))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.results / name

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdit.evaluate.images import ImageSet, LabelledImages
     from sdit.evaluate.reference import Reference, ReferenceSource
     from sdit.supervise.ranks import RankInfo
+    from sdit.train.checkpoint.load import Trained
 
 TRAINED = "trained"
 SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
@@ -48,7 +49,8 @@ features:
   trained       a small classifier trained on --train-on, seeded, minutes once, then cached; for small images. Its scores
                 can be compared with one another, not with published ones
   FILE.pt       the TorchScript inception-2015-12-05.pt, for scores as published; a local file, nothing is fetched
-labels: image i bears label i modulo the classes.
+labels: image i bears label i modulo the classes that were trained. Reference images of other classes are refused: a
+  distance to them says nothing about the model. --allow-other-classes scores all the same, and OUT says so.
 --out gets a JSON of the scores and of all that they depend on. Drawn images are kept in OUT.parts until it is written.
 Settings that are not given are those of the run's config. Exit status: 0 done, 64 wrong command line, 65 bad data,
 74 unreadable checkpoint or unwritable file, 75 stopped (repeat it), 78 impossible setting.
@@ -71,6 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source("--seed", type=int, metavar="N", help="seed of all noise")
     against = parser.add_argument_group("against what").add_argument
     against("--reference", required=True, metavar="SOURCE", help="folder, digits, or npz; see below")
+    against("--allow-other-classes", action="store_true", help="score although the reference has other classes")
     against("--features", default=TRAINED, metavar="NET", help=f"{TRAINED} or a file; see below (default: {TRAINED})")
     against("--train-on", metavar="SOURCE", help="labelled images for trained features (default: --reference)")
     against("--feature-seed", type=int, default=0, metavar="N", help="seed of trained features (default: 0)")
@@ -181,7 +184,10 @@ def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -
         if options.vae is not None:
             decoder = LatentDecoder(options.vae, config.model.channels, config.data.latent_scale, device)
         drawing = Drawing(trained, options.weights, chosen_settings(config, options), options.images, decoder)
-        blocks = Blocks(options.out.with_suffix(".parts"), drawing, options.block)
+        other_classes = check_classes(source, trained, options.allow_other_classes)
+        if other_classes and info.rank == 0:
+            print(f"warning: {other_classes}", file=sys.stderr)
+        blocks = Blocks(options.out.with_suffix(".parts"), drawing, options.block, other_classes)
         check_shape(source, blocks)
         show = stack.enter_context(progress_bar("img", "draw")) if info.rank == 0 else None
         blocks.draw(comm, options.batch, show)
@@ -192,6 +198,25 @@ def check_shape(source: ReferenceSource, images: ImageSet) -> None:
     """ConfigError if the reference is known to hold images of another size or other channels."""
     if source.shape not in (None, images.shape):
         raise ConfigError(f"--reference: {source.name} holds images {source.shape}, those to score have {images.shape}")
+
+
+def check_classes(source: ReferenceSource, trained: Trained, allowed: bool) -> str:
+    """Return how the reference's classes differ from those that the model was trained on; empty if they do not.
+
+    Their order does not matter to a score, and where only their numbers are known, nothing is refused.
+    Raises: ConfigError if their names differ, unless it is `allowed`.
+    """
+    from sdit.data.classes import class_differences
+
+    # An unconditional model draws the classes of its data as well.
+    model = trained.data.labels if trained.data is not None else trained.classes
+    differences = class_differences(source.classes, model, ordered=False)
+    if not differences:
+        return ""
+    fact = f"--reference: {source.name} does not hold the classes of {trained.origin}: {differences}"
+    if source.classes.names and model.names and not allowed:
+        raise ConfigError(f"{fact}; legal: a reference of the same classes, or --allow-other-classes")
+    return fact
 
 
 def feature_network(options: argparse.Namespace, training: LabelledImages | None) -> FeatureNetwork:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdit.config import Config, SampleConfig
+    from sdit.train.checkpoint.load import Trained
 
 SETTINGS = (
     "sampler",
@@ -53,6 +53,12 @@ which labels:
   neither --labels nor --images   the grid of the run's config: sample.classes rows, sample.images_per_class columns
   --labels                        sample.images_per_class images of each
   --images                        image i bears label number i of --labels, or of all classes, again and again
+  Classes that no training image had are never drawn.
+how to name labels:
+  3  5-7  Trouser                 label 3, labels 5 to 7, the class that is called Trouser; several between commas
+  '"tench, Tinca tinca"'          a name with commas, in double quotes; not needed if it is the whole LIST
+  name:10  label:10               the class that is called 10, and label number 10; a plain 10 is a label number, and is
+                                  refused if another label is called 10
 Settings that are not given are those of the run's config. Exit status: 0 done, 64 wrong command line,
 74 unreadable checkpoint or unwritable file, 78 impossible setting.
 """
@@ -77,7 +83,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="number of images (not --num under deepspeed)",
     )
-    draw("--labels", type=_labels, metavar="LIST", help="such as 0,3,5-7")
+    labels_help = "labels or class names, such as 0,3,5-7 or Trouser,Bag; may be given several times; see below"
+    draw("--labels", type=_label_list, action="append", metavar="LIST", help=labels_help)
     draw("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun for flow")
     draw("--steps", type=int, metavar="N", help="sampling steps")
     draw("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
@@ -117,11 +124,12 @@ def run(options: argparse.Namespace) -> int:
         device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
         settings = chosen_settings(trained.config, options)
-        labels, columns = chosen_labels(trained.config, settings, options)
+        labels, columns = chosen_labels(trained, settings, options)
         files = None
         if info.rank == 0:
             facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": options.weights}
             facts |= settings.model_dump(include={"sampler", "steps", "guidance", "guided_channels", "seed"})
+            facts["labels"] = ", ".join(map(trained.classes.describe, dict.fromkeys(labels.tolist())))
             files = stack.enter_context(ImageFiles(options.out, options.npz, options.raw, labels, columns, facts))
         show = stack.enter_context(progress_bar("step", f"{len(labels)} images")) if files is not None else None
         for images in generate(trained, settings, labels, comm, options.batch, show):
@@ -148,32 +156,33 @@ def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig
     return settings
 
 
-def chosen_labels(config: Config, settings: SampleConfig, options: argparse.Namespace) -> tuple[np.ndarray, int]:
-    """Label (N,) int64 of every image, and the columns of the grid. Raises: ConfigError."""
+def chosen_labels(trained: Trained, settings: SampleConfig, options: argparse.Namespace) -> tuple[np.ndarray, int]:
+    """Label (N,) int64 of every image, of the trained classes, and the columns of the grid. Raises: ConfigError."""
     import numpy as np
 
+    from sdit.data.classes import choose_labels
     from sdit.train.sampling import grid_labels
 
-    classes, columns = config.model.classes, settings.images_per_class
-    if options.labels and max(options.labels) >= classes:
-        legal = f"0..{classes - 1} (model.classes {classes})" if classes else "none, the model is unconditional"
-        raise ConfigError(f"--labels: {max(options.labels)} is no class of the model; legal: {legal}")
+    classes, columns = trained.classes, settings.images_per_class
+    chosen = [label for text in options.labels or () for label in choose_labels(text, classes, "--labels")]
     if options.num is not None:
-        cycle = options.labels or range(max(1, classes))
+        cycle = chosen or classes.labels or [0]
         labels = np.resize(np.asarray(cycle, dtype=np.int64), options.num)
         return labels, len(cycle) if len(cycle) <= MAX_COLUMNS else math.isqrt(min(options.num, MAX_COLUMNS**2) - 1) + 1
-    if options.labels:
-        return np.repeat(np.asarray(options.labels, dtype=np.int64), columns), columns
-    return grid_labels(config), columns
+    if chosen:
+        return np.repeat(np.asarray(chosen, dtype=np.int64), columns), columns
+    return grid_labels(trained.config, classes), columns
 
 
-def _labels(text: str) -> list[int]:
-    """Labels in a list such as 0,3,5-7."""
-    matches = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
-    spans = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches if match is not None]
-    if len(spans) < len(matches) or not all(spans):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of labels; legal: numbers and ranges, such as 0,3,5-7")
-    return [label for span in spans for label in span]
+def _label_list(text: str) -> str:
+    """An option's type: a list of labels and class names, which the checkpoint decides on."""
+    from sdit.data.classes import check_label_syntax
+
+    try:
+        check_label_syntax(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 if __name__ == "__main__":

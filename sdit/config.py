@@ -59,7 +59,7 @@ class ModelConfig(Section):
     patch_size: int = field(2, "pixels (or latent cells) along one side of a token", ge=1)
     input_size: int = field(32, "height = width of the image or latent, in pixels; a multiple of patch_size", ge=1)
     channels: int = field(4, "channels of the image or latent", ge=1)
-    classes: int = field(1000, "number of labels; 0: unconditional", ge=0)
+    classes: int = field(1000, "number of labels, that of the data; 0: unconditional, labels are not used", ge=0)
     learn_variance: bool = field(True, "predict the reverse variance as well (doubles the output channels)")
     mlp_ratio: float = field(4.0, "hidden width of the MLP over the width", gt=0)
     timesteps: int = field(1000, "T, denoising tasks the gate knows", ge=2)
@@ -143,6 +143,12 @@ class DataConfig(Section):
     latent_scale: float = field(0.18215, "factor on VAE latents (latent shards only)", gt=0)
     max_bad_fraction: float = field(
         0.0, "share of an epoch's samples that may be unreadable before the run stops", ge=0, le=1
+    )
+    allow_unused_classes: bool = field(
+        False, "train although model.classes is more than the classes of the data; the other labels are never sampled"
+    )
+    allow_change: bool = field(
+        False, "resume although the images or classes are not those that the checkpoint was trained on"
     )
 
     @model_validator(mode="after")

@@ -69,7 +69,10 @@ class SampleConfig(Section):
     guidance: float = field(1.5, "classifier-free guidance scale; 1: none", ge=0)
     guided_channels: int | None = field(None, "channels that guidance acts on; null: all image channels", ge=1)
     images_per_class: int = field(8, "columns of the grid", ge=1)
-    classes: int = field(10, "rows of the grid, one label each", ge=1)
+    classes: int = field(10, "rows of the grid, one label each: the first ones of the data", ge=1)
+    labels: str | int | list[str | int] | None = field(
+        None, "rows of the grid in place of sample.classes: labels and class names, such as 0,3,Bag or [0, 3, Bag]"
+    )
     seed: int = field(0, "seed of the initial noise", ge=0)
 
 
@@ -78,6 +81,9 @@ class ValidationConfig(Section):
     path: str | None = field(None, "prepared folder of held-out images, written by launcher/prepare.py")
     images: int = field(1024, "held-out images measured; rounded up to whole global batches", ge=1)
     seed: int = field(0, "seed of their order, timesteps and noise, the same in every measurement", ge=0)
+    allow_other_classes: bool = field(
+        False, "measure although the held-out classes, their names or their order are not those of the training data"
+    )
 
     @model_validator(mode="after")
     def _path_is_set(self) -> ValidationConfig:

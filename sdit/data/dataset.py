@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -28,10 +30,13 @@ class Shard(Protocol):
 
 
 class Dataset(Protocol):
-    """Shards of `counts` samples each."""
+    """Shards of `counts` samples each. Data sets of equal `fingerprint` hold the same samples in the same order."""
 
     facts: DatasetFacts
     counts: tuple[int, ...]
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def open(self, shard: int) -> Shard:
         """Read a shard; BadShard when none of it can be used."""
@@ -45,6 +50,7 @@ class PreparedFolder:
         index = read_index(folder)
         self.facts = index.facts
         self.counts = tuple(record.samples for record in index.shards)
+        self.fingerprint = index.fingerprint
         self._records = index.shards
         self._folder = folder
 
@@ -59,6 +65,13 @@ class EmbeddedDigits:
         self.facts = DIGITS_FACTS
         self._starts = range(0, DIGITS_FACTS.total, DIGITS_PER_SHARD)
         self.counts = tuple(min(DIGITS_PER_SHARD, DIGITS_FACTS.total - start) for start in self._starts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        pixels, labels = digits()
+        content = hashlib.sha256(f"digits {self.counts}\n".encode())
+        content.update(pixels.tobytes() + labels.tobytes())
+        return content.hexdigest()
 
     def open(self, shard: int) -> Shard:
         return _DigitsShard(self._starts[shard], self.counts[shard])
@@ -87,9 +100,9 @@ def dataset_facts(data: DataConfig) -> DatasetFacts:
     return DIGITS_FACTS if data.source == "digits" else read_index(_folder(data)).facts
 
 
-def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig) -> None:
-    """DataError unless the model takes the data set's samples as they are."""
-    where = "the embedded digits" if data.source == "digits" else f"data.path {data.path}"
+def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: str = "data.path") -> None:
+    """DataError unless the model takes the data set's samples as they are; `key` names the folder in the message."""
+    where = "the embedded digits" if data.source == "digits" else f"{key} {data.path}"
     if facts.size != model.input_size:
         raise DataError(f"model.input_size: {model.input_size}, but {where} holds {facts.kind} of size {facts.size}")
     if facts.channels != model.channels:
@@ -97,7 +110,7 @@ def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig) -> None
             f"model.channels: {model.channels}, but {where} holds {facts.kind} of {facts.channels} channels"
         )
     if model.classes and not 0 < facts.classes <= model.classes:
-        held = f"{facts.classes} classes" if facts.classes else "no labels; legal: 0"
+        held = f"{facts.classes} classes; legal: {facts.classes}" if facts.classes else "no labels; legal: 0"
         raise DataError(f"model.classes: {model.classes}, but {where} holds {held}")
     if data.flip and facts.kind == "latents" and not facts.mirrored:
         raise DataError(f"data.flip: True, but {where} holds no latents of mirrored images; prepare them with --flip")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ class DatasetFacts(_Record):
     size: int = Field(ge=1, description="height = width in pixels or latent cells")
     classes: int = Field(ge=0, description="labels are 0..classes-1; 0: unlabelled")
     class_names: tuple[str, ...] = ()
+    empty_classes: tuple[int, ...] = Field(default=(), description="labels that no sample bears, on purpose")
     mirrored: bool = Field(default=False, description="latents: moments of the mirrored image are stored as well")
     latent_scale: float | None = Field(default=None, description="latents: the factor that the VAE's authors recommend")
 
@@ -35,6 +38,8 @@ class DatasetFacts(_Record):
             raise ValueError(f"channels: {self.channels}; legal for images: 1 (grey), 3 (RGB)")
         if self.class_names and len(self.class_names) != self.classes:
             raise ValueError(f"class_names: {len(self.class_names)} names for {self.classes} classes")
+        if self.empty_classes and not set(self.empty_classes) < set(range(self.classes)):
+            raise ValueError(f"empty_classes: {self.empty_classes}; legal: some of the labels 0..{self.classes - 1}")
         return self
 
 
@@ -64,6 +69,23 @@ class DatasetIndex(_Record):
             raise ValueError("shards: a name occurs twice")
         return self
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what the samples are, their classes in order, and the checksums of all shards in order.
+
+        It does not depend on where the folder is, and no shard is read. Equal fingerprints give the same run.
+        """
+        facts = self.facts
+        content = {
+            "kind": facts.kind,
+            "channels": facts.channels,
+            "size": facts.size,
+            "classes": facts.classes,
+            "class_names": facts.class_names,
+            "shards": [(shard.sha256, shard.samples) for shard in self.shards],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def read_index(folder: Path) -> DatasetIndex:
     """The index of a prepared folder; DataError when there is none or it cannot be trusted."""
@@ -85,5 +107,6 @@ def read_index(folder: Path) -> DatasetIndex:
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
     """Write index.json in one step; it comes last, so a folder that has one is complete."""
+    unused = {"facts": {"empty_classes"}} if not index.facts.empty_classes else None  # older versions refuse the field
     with replacing(folder / INDEX_NAME) as file:
-        file.write(index.model_dump_json(indent=1).encode() + b"\n")
+        file.write(index.model_dump_json(indent=1, exclude=unused).encode() + b"\n")

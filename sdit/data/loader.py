@@ -21,6 +21,7 @@ from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, open_dataset
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
+from sdit.data.identity import DataIdentity
 from sdit.data.keyed import Draw
 from sdit.data.ledger import BadSampleLedger
 from sdit.data.order import KeyColumns, SampleOrder
@@ -50,6 +51,11 @@ class Loader:
         streams = data.streams // math.gcd(data.streams, ranks)
         self._shards = ShardCache(self._open, capacity=2 * streams + 2)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="sdit-data")
+
+    @property
+    def identity(self) -> DataIdentity:
+        """Which images these are."""
+        return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint)
 
     @property
     def bad_samples(self) -> Counter[str]:

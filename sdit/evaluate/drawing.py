@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drawing:
-    """`count` images of a trained model: label i modulo the classes, noise keyed by (settings.seed, i)."""
+    """`count` images of a trained model: label i modulo the trained classes, noise keyed by (settings.seed, i)."""
 
     trained: Trained
     weights: str
@@ -47,7 +47,7 @@ class Drawing:
     @property
     def labels(self) -> np.ndarray:
         """(N,) int64."""
-        return np.arange(self.count, dtype=np.int64) % max(1, self.trained.config.model.classes)
+        return np.resize(np.array(self.trained.classes.labels or [0], dtype=np.int64), self.count)
 
     @property
     def shape(self) -> Shape:
@@ -61,7 +61,7 @@ class Drawing:
     @property
     def facts(self) -> dict[str, Any]:
         """Everything that decides the images except how many there are, as JSON."""
-        config, chosen = self.trained.config, self.settings
+        config, chosen, empty = self.trained.config, self.settings, self.trained.classes.empty
         return {
             "checkpoint_sha256": checkpoint_digest(self.trained.origin),
             "weights": self.weights,
@@ -70,7 +70,8 @@ class Drawing:
             "guidance": chosen.guidance,
             "guided_channels": chosen.guided_channels,
             "seed": chosen.seed,
-            "classes": config.model.classes,
+            "classes": self.trained.classes.count,
+            **({"empty_classes": list(empty)} if empty else {}),
             "diffusion": config.diffusion.model_dump(mode="json"),
             "vae_sha256": None if self.decoder is None else self.decoder.digest,
             "latent_scale": None if self.decoder is None else config.data.latent_scale,
@@ -89,10 +90,13 @@ def checkpoint_digest(path: Path) -> str:
 
 
 class Blocks:
-    """The images of a drawing in files of `size` images in a folder named after all that decides them; an ImageSet."""
+    """The images of a drawing in files of `size` images in a folder named after all that decides them; an ImageSet.
 
-    def __init__(self, folder: Path, drawing: Drawing, size: int) -> None:
-        self._drawing, self._size = drawing, size
+    `other_classes`: how those of the reference differ, for the result.
+    """
+
+    def __init__(self, folder: Path, drawing: Drawing, size: int, other_classes: str = "") -> None:
+        self._drawing, self._size, self._other_classes = drawing, size, other_classes
         self.name, self.count, self.shape = str(drawing.trained.origin), drawing.count, drawing.shape
         key = json.dumps({**drawing.facts, "block": size}, sort_keys=True)
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -123,7 +127,8 @@ class Blocks:
         """What was drawn, as JSON."""
         trained = self._drawing.trained
         origin = {"checkpoint": str(trained.origin), "images_seen": trained.clock.images_seen}
-        return origin | self._drawing.facts
+        noted = {"other_classes": self._other_classes} if self._other_classes else {}
+        return origin | self._drawing.facts | noted
 
     def write_npz(self, path: Path) -> None:
         """Write all images with their labels, as evaluation code for ImageNet reads them."""

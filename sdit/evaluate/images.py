@@ -62,6 +62,7 @@ class LabelledImages:
         if facts.kind != "images":
             raise ConfigError(f"{name}: holds latents; legal: a folder of images")
         self.name, self.count, self.classes = name, facts.total, facts.classes
+        self.class_names = facts.class_names
         self.shape = (facts.size, facts.size, facts.channels)
         self._dataset = dataset
 

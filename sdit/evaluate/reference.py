@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sdit.data.classes import Classes
 from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.features import Batches, FeatureNetwork
-from sdit.evaluate.images import ImageSet, Shape, open_images, readable_npz
+from sdit.evaluate.images import ImageSet, LabelledImages, Shape, open_images, readable_npz
 from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
+
+UNKNOWN = Classes(0)
 
 
 @dataclass(frozen=True)
 class Reference:
     """Statistics of the images that others are held against.
 
-    `name` for people; `network` sha256 of the feature network, or None where a foreign file does not say.
+    `name` for people; `network` sha256 of the feature network, or None where a foreign file does not say; `classes` of
+    the images, of which nothing is known (0, no names) where a file does not say.
     """
 
     name: str
     statistics: FeatureStatistics
     network: str | None
+    classes: Classes = UNKNOWN
 
 
 def reference_of(images: Batches, network: FeatureNetwork, name: str, seen: Seen | None = None) -> Reference:
@@ -45,7 +50,13 @@ def check_network(reference: Reference, network: FeatureNetwork) -> None:
 def save_reference(path: Path, reference: Reference) -> None:
     """Write mu (D,) and sigma (D, D) under the names that ADM's and pytorch-fid's code read, and what only ours does."""
     real = reference.statistics
-    facts = {"name": reference.name, "network": reference.network, "count": real.count, "images": real.images}
+    facts: dict[str, Any] = {
+        "name": reference.name,
+        "network": reference.network,
+        "count": real.count,
+        "images": real.images,
+    }
+    facts |= {"classes": reference.classes.count, "class_names": list(reference.classes.names)}
     arrays: dict[str, Any] = {"mu": real.mean, "sigma": real.covariance, "sdit": np.array(json.dumps(facts))}
     if real.features is not None:
         arrays["features"] = real.features
@@ -67,6 +78,13 @@ class ReferenceSource:
             self.images = open_images(source)
 
     @property
+    def classes(self) -> Classes:
+        """The classes of the reference's images; 0 where they are not known, as of an npz that another program wrote."""
+        if isinstance(self.images, LabelledImages):
+            return Classes(self.images.classes, self.images.class_names)
+        return UNKNOWN if self.statistics is None else self.statistics.classes
+
+    @property
     def shape(self) -> Shape | None:
         """(H, W, C) of the reference's images, where it has some."""
         return None if self.images is None else self.images.shape
@@ -81,7 +99,7 @@ class ReferenceSource:
         """
         if self.statistics is None:
             assert self.images is not None
-            return reference_of(self.images.batches(), network, self.name, seen)
+            return replace(reference_of(self.images.batches(), network, self.name, seen), classes=self.classes)
         check_network(self.statistics, network)
         if self.images is None:
             return self.statistics
@@ -89,7 +107,7 @@ class ReferenceSource:
         merged = FeatureStatistics(
             given.count, given.mean, given.covariance, own.features, own.logits, given.images or own.images
         )
-        return Reference(self.name, merged, self.statistics.network)
+        return Reference(self.name, merged, self.statistics.network, self.classes)
 
 
 def _holds_images(path: Path) -> bool:
@@ -110,4 +128,13 @@ def _read_statistics(path: Path) -> Reference | None:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape}; legal: (D,) and (D, D)")
     statistics = FeatureStatistics(facts.get("count"), mean, covariance, features, None, facts.get("images"))
-    return Reference(str(facts.get("name", path)), statistics, facts.get("network"))
+    return Reference(str(facts.get("name", path)), statistics, facts.get("network"), _classes(facts, path))
+
+
+def _classes(facts: dict[str, Any], path: Path) -> Classes:
+    """The classes that --save-reference wrote; none are known of other files."""
+    count, names = facts.get("classes", 0), facts.get("class_names", [])
+    is_text = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not isinstance(count, int) or not is_text or (names and len(names) != count):
+        raise DataError(f"{path}: classes {count!r} and class_names do not fit together; make the file again")
+    return Classes(count, tuple(names))

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sdit.config import Config, OptimizerConfig
-from sdit.data.loader import build_loader
+from sdit.data.identity import DataIdentity, trained_classes
+from sdit.data.loader import Loader, build_loader
 from sdit.diffusion import SamplerSettings, build_objective
 from sdit.dsconfig import merge_deepspeed
 from sdit.errors import ConfigError
@@ -25,14 +26,22 @@ from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Pulse
 from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
 from sdit.train.checkpoint.space import check_space
-from sdit.train.checkpoint.store import CheckpointStore
+from sdit.train.checkpoint.store import CheckpointStore, Found
 from sdit.train.ema import Ema
 from sdit.train.events import Observer
 from sdit.train.injection import FaultyEngine
 from sdit.train.module import TrainModule
 from sdit.train.routes import StepRoutes
+from sdit.train.rundata import (
+    Note,
+    RunData,
+    check_classes,
+    check_same_on_all_ranks,
+    check_unchanged,
+    is_older_run,
+)
 from sdit.train.rundir import describe_run, prepare_run_dir
-from sdit.train.sampling import GridSampler
+from sdit.train.sampling import GridSampler, grid_labels, grid_rows
 from sdit.train.state import RunState
 from sdit.train.trainer import Trainer
 from sdit.train.validation import Validator, open_held_out
@@ -67,11 +76,13 @@ def open_trainer(
     comm.barrier()
     with ExitStack() as stack:
         loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
-        held_out = open_held_out(config, comm.world)
-        if held_out is not None:
-            stack.enter_context(held_out)
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
         found = store.find()
+        data, held_out, notes = check_data(config, comm, loader.identity, found)
+        if held_out is not None:
+            stack.enter_context(held_out)
+        classes = trained_classes(config.model, data.training)
+        rows = [classes.describe(label) for label in grid_rows(config, classes)]
         spread = make_spread(config, batch, comm)
         restored = spread is not None and found is not None and spread.restore(found.manifest.get("expert_layout"))
         if spread is None:
@@ -86,7 +97,7 @@ def open_trainer(
         optimizer = make_optimizer(groups, config.optimizer)
         engine = Engine(module, optimizer, merged, comm, config.optimizer.kind)
         supervised = supervised or Supervised(Pulse())
-        state = RunState(config, engine, Ema(engine.owned), model, store, spread)
+        state = RunState(config, engine, Ema(engine.owned), model, store, data, spread)
         state.layout_restored = restored
         message = f"fresh start: no checkpoint in {store.folder}"
         if found is not None:
@@ -96,10 +107,11 @@ def open_trainer(
             message += "".join(f"\n  changed: {change}" for change in changes)
         begin_checkpoints(state, config)
         if comm.is_first:
-            layout = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
+            layout: dict[str, Any] = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
             layout["expert_parallel"] = 1 if spread is None else spread.ranks
-            describe_run(run_dir, config, merged, comm, layout)
-        routes, sampler = StepRoutes(config, model, state, spread), GridSampler(config, model, comm)
+            describe_run(run_dir, config, merged, comm, layout | data.stored() | {"sample_rows": rows})
+        routes = StepRoutes(config, model, state, spread)
+        sampler = GridSampler(config, model, comm, grid_labels(config, classes))
         if faults:
             faulty = FaultyEngine(engine, faults, supervised.attempt, lambda: state.clock.steps)
             engine = cast(Engine, faulty)
@@ -109,6 +121,8 @@ def open_trainer(
         told = [observer for observer in observers if comm.is_first or observer.every_rank]
         for observer in told:
             observer.on_start(state.clock, config.train.total_images, message)
+            for note in notes:
+                observer.on_event(state.clock, note.kind, note.text)
         trainer = Trainer(
             config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse,
             supervised.attempt,
@@ -119,6 +133,21 @@ def open_trainer(
             yield trainer
         finally:
             trainer.signals.close()
+
+
+def check_data(
+    config: Config, comm: Comm, training: DataIdentity, found: Found | None
+) -> tuple[RunData, Loader | None, list[Note]]:
+    """Open the held-out images and compare all data; return what the user allowed to differ. Raises: DataError."""
+    manifest = None if found is None else found.manifest
+    older = is_older_run(manifest)
+    notes = check_classes(config, training, older)
+    held_out, more = open_held_out(config, training, comm.world, older)
+    data = RunData(training, None if held_out is None else held_out.identity)
+    check_same_on_all_ranks(data, comm)
+    if found is not None:
+        more += check_unchanged(config, data, found.manifest, str(found.folder))
+    return data, held_out, notes + more
 
 
 def begin_checkpoints(state: RunState, config: Config) -> None:

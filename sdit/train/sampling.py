@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdit.config import Config, SampleConfig
+from sdit.data.classes import Classes, choose_labels
 from sdit.diffusion import SamplerSettings, Stream, draw_noise, sample
 from sdit.model import DiffusionTransformer, forward_with_guidance
 from sdit.parallel.comm import Comm
@@ -35,22 +36,30 @@ def sample_images(
     return sample(predict, noise, torch.from_numpy(labels).to(device), sampler, settings.seed, indices, progress)
 
 
-def grid_labels(config: Config) -> np.ndarray:
-    """Labels (rows * columns,) of the sample grid: one class per row."""
-    rows = min(config.sample.classes, config.model.classes) if config.model.classes else config.sample.classes
-    labels = np.repeat(np.arange(rows, dtype=np.int64), config.sample.images_per_class)
-    return labels if config.model.classes else np.zeros_like(labels)
+def grid_rows(config: Config, classes: Classes) -> list[int]:
+    """The label of every row of the sample grid, of the trained `classes`; 0 for all rows of an unconditional model.
+
+    Raises: ConfigError for a `sample.labels` that is none of them.
+    """
+    if config.sample.labels is not None:
+        return choose_labels(config.sample.labels, classes, "sample.labels")
+    return classes.labels[: config.sample.classes] if classes.count else [0] * config.sample.classes
+
+
+def grid_labels(config: Config, classes: Classes) -> np.ndarray:
+    """Labels (rows * columns,) int64 of the sample grid: one class per row."""
+    return np.repeat(np.array(grid_rows(config, classes), dtype=np.int64), config.sample.images_per_class)
 
 
 class GridSampler:
     """Draws the run's sample grid from the EMA, shared out over the ranks."""
 
-    def __init__(self, config: Config, model: DiffusionTransformer, comm: Comm) -> None:
-        self._config, self._model, self._comm = config, model, comm
+    def __init__(self, config: Config, model: DiffusionTransformer, comm: Comm, labels: np.ndarray) -> None:
+        self._config, self._model, self._comm, self._labels = config, model, comm, labels
 
     def draw(self, engine: Engine, ema: Ema, step_done: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
         """All images (n, C, H, W) and labels (n,), on every rank; what `step_done` raises after a sampler step ends it."""
-        labels = grid_labels(self._config)
+        labels = self._labels
         training = self._model.training
         self._model.eval()
         try:

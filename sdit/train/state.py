@@ -26,6 +26,7 @@ from sdit.train.checkpoint.naming import ExpertIds, named_spans
 from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.train.clock import Clock
 from sdit.train.ema import Ema
+from sdit.train.rundata import RunData
 
 FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
 FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
@@ -36,9 +37,10 @@ class RunState:
 
     def __init__(
         self, config: Config, engine: Engine, ema: Ema, model: DiffusionTransformer, store: CheckpointStore,
-        spread: ExpertSpread | None = None,
+        data: RunData, spread: ExpertSpread | None = None,
     ) -> None:  # fmt: skip
         self.config, self.engine, self.ema, self.store, self.spread = config, engine, ema, store, spread
+        self._data = data
         self.layout_restored = False
         self.clock = Clock()
         self.prior_columns: list[int] | None = None
@@ -80,6 +82,7 @@ class RunState:
             "config": self.config.model_dump(mode="json"),
             "prior_columns": self.prior_columns,
             "expert_layout": None if self.spread is None else self.spread.stored(),
+            **self._data.stored(),
             "written_by": {
                 "sdit": sdit.__version__,
                 "torch": torch.__version__,

@@ -10,7 +10,9 @@ import torch
 
 from sdit.config import Config, DataConfig
 from sdit.contracts import RawBatch
-from sdit.data.loader import Loader, build_loader
+from sdit.data.dataset import check_fit, open_dataset
+from sdit.data.identity import DataIdentity
+from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
 from sdit.diffusion import Objective, draw_timesteps
 from sdit.model import DiffusionTransformer
@@ -22,19 +24,26 @@ from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS, bin_means
 from sdit.train.ema import Ema
 from sdit.train.routes import gate_routes, tasks_of
+from sdit.train.rundata import Note, check_held_out
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
 
 
-def open_held_out(config: Config, ranks: int) -> Loader | None:
-    """The loader of the held-out images; None where the config asks for none. Raises: DataError."""
+def open_held_out(config: Config, training: DataIdentity, ranks: int, older: bool) -> tuple[Loader | None, list[Note]]:
+    """The loader of the held-out images, and what there is to say of them; None where the config asks for none.
+
+    Raises: DataError if they do not fit the model or the training images; see `check_held_out`.
+    """
     validation = config.validation
     if validation.every_images is None or validation.path is None:
-        return None
+        return None, []
     data = DataConfig(
         source="shards", path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
     )
-    return build_loader(data, config.model, validation.seed, ranks)
+    dataset = open_dataset(data)
+    notes = check_held_out(config, training, DataIdentity.of(dataset.facts, dataset.fingerprint), older)
+    check_fit(dataset.facts, data, config.model, "validation.path")
+    return Loader(dataset, data, validation.seed, ranks, labelled=config.model.classes > 0), notes
 
 
 class Validator:

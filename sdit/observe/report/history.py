@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sdit.observe.report.data import grid_rows
 from sdit.observe.report.html import Html, card, escape, grid, join, section, table, tag
 from sdit.observe.report.images import file_uri
 from sdit.observe.report.numbers import curve, is_number, rough, seconds, short, size
@@ -93,6 +94,8 @@ def samples_section(runs: Sequence[RunRecord]) -> Html:
                 f"{len(figures)} of {len(run.samples)} grids; a row is a class, noise and labels are the same in all."
             )
             frames = tag("div", *figures, class_="frames" if len(runs) > 1 else "frames big")
+            rows = grid_rows(run)
+            note += f" Rows from the top: {rows}." if rows else ""
             cards.append(card("Drawn from the averaged weights", frames, note=note, run=run_tag(runs, number)))
     return section(
         "samples", "Samples over time", grid(*cards, class_="grid" if len(runs) > 1 else "grid wide") if cards else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdit import __version__
+from sdit.observe.report.data import data_section
 from sdit.observe.report.history import checkpoints_section, faults_section, samples_section, summary
 from sdit.observe.report.html import Html, join, tag
 from sdit.observe.report.losses import loss_section
@@ -22,6 +23,7 @@ SECTIONS = {
     "experts": ("Experts", routes_section),
     "faults": ("Faults", faults_section),
     "checkpoints": ("Checkpoints", checkpoints_section),
+    "data": ("Data", data_section),
     "topology": ("Topology", topology_section),
     "config": ("Config", config_section),
     "environment": ("Environment", environment_section),

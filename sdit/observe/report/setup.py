@@ -14,6 +14,7 @@ from sdit.redact import redact
 
 MAX_RANKS = 32  # drawn one by one
 LAYOUT = ("ranks", "ranks_found_by", "device", "expert_parallel", "micro_batch", "accumulation")
+DATA = ("data", "held_out_data", "sample_rows")
 
 
 def topology_section(runs: Sequence[RunRecord]) -> Html:
@@ -116,7 +117,7 @@ def environment_section(runs: Sequence[RunRecord]) -> Html:
 def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in environment.items():
-        if name in LAYOUT:
+        if name in LAYOUT + DATA:  # in sections of their own
             continue
         if isinstance(value, Mapping):
             found |= {str(key): _shown(part) for key, part in value.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import sdit
 from sdit.config import Config
+from sdit.data.identity import DataIdentity, stored_identity
 from sdit.errors import CheckpointError
 from sdit.interop import published_buffers, to_published, write_published_file
 from sdit.model import DiffusionTransformer, build_model
@@ -51,7 +52,8 @@ def export_safetensors(
     Raises: CheckpointError, ConfigError.
     """
     found, config = find_trained(checkpoint)
-    facts = _facts(config, Clock(**found.manifest["clock"]), weights)
+    data = stored_identity(found.manifest.get("data"), str(found.folder))
+    facts = _facts(config, Clock(**found.manifest["clock"]), weights, data)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         entries = [
@@ -67,7 +69,7 @@ def export_safetensors(
 def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype) -> dict[str, str]:
     """The same as a .pt file, as published code reads it, through a model in memory."""
     trained = load_model(checkpoint, weights)
-    facts = _facts(trained.config, trained.clock, weights)
+    facts = _facts(trained.config, trained.clock, weights, trained.data)
     published = to_published(trained.model).items()
     write_published_file(
         out, {name: value.to(dtype) if value.is_floating_point() else value for name, value in published}, facts
@@ -75,8 +77,9 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
     return facts
 
 
-def _facts(config: Config, clock: Clock, weights: Weights) -> dict[str, str]:
-    return {
+def _facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
+    known = {} if data is None else {"data": json.dumps(data.model_dump(mode="json"))}
+    return known | {
         "format": "pt",
         "sdit": sdit.__version__,
         "variant": config.model.variant,

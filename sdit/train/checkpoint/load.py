@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sdit.config import Config
 from sdit.configfile import load_config, parse_config
+from sdit.data.classes import Classes
+from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
@@ -30,12 +32,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all its experts, in eval mode, with its run's config and clock; `origin` is what was read."""
+    """A model with all its experts, in eval mode, with its run's config and clock; `origin` is what was read.
+
+    `data` are the images that it was trained on; None where the file does not say.
+    """
 
     model: DiffusionTransformer
     config: Config
     clock: Clock
     origin: Path
+    data: DataIdentity | None = None
+
+    @property
+    def classes(self) -> Classes:
+        """The labels that it was trained on."""
+        return trained_classes(self.config.model, self.data)
 
 
 def load_trained(
@@ -65,7 +76,8 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         for part, view in checkpoint_parts(model):
             fill_part(view, shards, weights, part)
-    return Trained(model.eval(), config, Clock.from_json(found.manifest["clock"]), found.folder)
+    data = stored_identity(found.manifest.get("data"), str(found.folder))
+    return Trained(model.eval(), config, Clock.from_json(found.manifest["clock"]), found.folder, data)
 
 
 def find_trained(path: Path) -> tuple[Found, Config]:
@@ -112,7 +124,17 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
     model = build_model(run.model, device="meta").to_empty(device=device)
     fill_buffers(model)
     load_published(model, tensors)
-    return Trained(model.eval(), run, Clock(int(facts.get("images_seen", 0)), int(facts.get("steps", 0))), path)
+    clock = Clock(int(facts.get("images_seen", 0)), int(facts.get("steps", 0)))
+    return Trained(model.eval(), run, clock, path, _data(facts, path))
+
+
+def _data(facts: dict[str, str], path: Path) -> DataIdentity | None:
+    """What an exported file says of the images that its model was trained on."""
+    try:
+        value = json.loads(facts.get("data", "null"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: data: is not valid JSON") from None
+    return stored_identity(value, str(path))
 
 
 def _metadata(path: Path) -> dict[str, str]:

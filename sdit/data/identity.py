@@ -1,0 +1,90 @@
+"""Which images a run was trained on: a fingerprint and the classes, as checkpoints and exported files keep them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdit.config import ModelConfig
+from sdit.data.classes import Classes, class_differences
+from sdit.data.index import DatasetFacts
+from sdit.errors import CheckpointError
+
+SHOWN_DIGITS = 12  # of a fingerprint in a message
+
+
+class DataIdentity(BaseModel):
+    """The `fingerprint` of a data set with its number of images and its classes; equal fingerprints, equal images.
+
+    Fields of later versions are ignored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    fingerprint: str = Field(min_length=1)
+    kind: str
+    total: int = Field(ge=1)
+    classes: int = Field(ge=0)
+    class_names: tuple[str, ...] = ()
+    empty_classes: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataIdentity:
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names: {len(self.class_names)} names for {self.classes} classes")
+        if self.empty_classes and not set(self.empty_classes) < set(range(self.classes)):
+            raise ValueError(f"empty_classes: {self.empty_classes}; legal: some of the labels 0..{self.classes - 1}")
+        return self
+
+    @classmethod
+    def of(cls, facts: DatasetFacts, fingerprint: str) -> DataIdentity:
+        """The identity of an open data set."""
+        return cls(
+            fingerprint=fingerprint,
+            kind=facts.kind,
+            total=facts.total,
+            classes=facts.classes,
+            class_names=facts.class_names,
+            empty_classes=facts.empty_classes,
+        )
+
+    @property
+    def labels(self) -> Classes:
+        """What the labels mean."""
+        return Classes(self.classes, self.class_names, self.empty_classes)
+
+    def describe(self) -> str:
+        """`1797 images of 10 classes (fingerprint 1a2b3c4d5e6f)`."""
+        classes = f"of {self.classes} classes" if self.classes else "without labels"
+        return f"{self.total} {self.kind} {classes} (fingerprint {self.fingerprint[:SHOWN_DIGITS]})"
+
+
+def trained_classes(model: ModelConfig, data: DataIdentity | None) -> Classes:
+    """Return the labels that a model was trained on: those of its data; of its config where the data are not known."""
+    if data is None or not 0 < data.classes <= model.classes:
+        return Classes(model.classes)
+    return data.labels
+
+
+def stored_identity(value: Any, where: str) -> DataIdentity | None:
+    """The identity that a manifest or an exported file holds; None if an older version wrote it without one.
+
+    Raises: CheckpointError, naming `where`, if it cannot be understood.
+    """
+    if value is None:
+        return None
+    try:
+        return DataIdentity.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(["data", *(str(part) for part in first["loc"])])
+        raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
+
+
+def describe_change(before: DataIdentity, now: DataIdentity) -> str:
+    """Return what changed from `before` to `now`, in one line; empty if they are the same images."""
+    if before.fingerprint == now.fingerprint:
+        return ""
+    differences = class_differences(now.labels, before.labels)
+    return f"{before.describe()} -> {now.describe()}" + (f"; {differences}" if differences else "")
