@@ -7,18 +7,21 @@
   prepare.py latents --images TREE --size 256 --vae VAE --flip --out FOLDER
   prepare.py --verify FOLDER                                   check every shard and every sample
 
-The same command again goes on where it was stopped and keeps what is intact. index.json is written last.
+The same command again continues where it was stopped and keeps what is intact. --skip-bad may be added later.
+If images were added to TREE, --add-images appends them in new shards. index.json is written last.
 Exit status: 0 done, 64 wrong command line, 65 bad data, 74 file system error, 75 stopped (repeat it), 78 bad option.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -26,6 +29,9 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, exit_status, positive_int
 from sdit.errors import ExitCode
+
+if TYPE_CHECKING:
+    from sdit.data.folders import FolderSource
 
 IMAGES_PER_PROCESS = 4096  # a process takes seconds to start; on 8 x 8 pictures that is more than its work
 
@@ -37,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (options.source is None) == (options.verify is None):
         parser.error("give a source (digits, fashion-mnist, folder, latents) or --verify FOLDER")
     logging.basicConfig(format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what a terminal cannot show
     return exit_status(lambda: _verify(options) if options.verify else _prepare(options))
 
 
@@ -88,7 +96,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="TREE",
-        help="one subfolder of png, jpg or webp images for each class; without subfolders: unlabelled",
+        help="one subfolder of images (png, jpg, webp, gif, bmp, tiff, ppm, pgm) for each class; without subfolders: "
+        "unlabelled; of an animation the first frame is read",
     )
     parser.add_argument(
         "--size",
@@ -99,6 +108,41 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read (default: stop)")
+    parser.add_argument(
+        "--background",
+        type=_colour,
+        metavar="COLOUR",
+        help="white, black or R,G,B behind transparent pixels (default: the colours that they hide show, as in ADM)",
+    )
+    parser.add_argument(
+        "--exif", action="store_true", help="turn images as their EXIF orientation says (default: do not, as in ADM)"
+    )
+    parser.add_argument(
+        "--numeric-classes",
+        action="store_true",
+        help="sort class folders by number, so that 2 comes before 10 (default: sorted as text)",
+    )
+    parser.add_argument(
+        "--allow-empty-classes", action="store_true", help="keep the labels of classes without images (default: stop)"
+    )
+    parser.add_argument(
+        "--nested-classes",
+        action="store_true",
+        help="the subfolders are classes although they hold only folders or are called train, val (default: stop)",
+    )
+    parser.add_argument(
+        "--add-images", action="store_true", help="append images that were added to TREE since FOLDER was written"
+    )
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    named = {"white": (255, 255, 255), "black": (0, 0, 0)}
+    if text in named:
+        return named[text]
+    values = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}; legal: white, black, or R,G,B with numbers from 0 to 255")
+    return values[0], values[1], values[2]
 
 
 def _add_vae(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +197,6 @@ def _verify(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
     from sdit.data.encoders import Encoder, latent_encoder, png_encoder
-    from sdit.data.folders import folder_source
     from sdit.data.prepare import prepare
     from sdit.data.sources import PictureSource, digits_source, fashion_mnist_source
 
@@ -166,16 +209,36 @@ def _prepare(options: argparse.Namespace) -> int:
     else:
         if options.source == "latents":
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)
-        source = folder_source(options.images, options.size, options.channels)
+        source = _folder_source(options)
     jobs = options.jobs or _default_jobs(options, len(source))
     skip_bad = getattr(options, "skip_bad", False)
-    done = prepare(source, encoder, options.out, options.samples_per_shard, jobs, skip_bad)
+    allow_empty = getattr(options, "allow_empty_classes", False)
+    done = prepare(source, encoder, options.out, options.samples_per_shard, jobs, skip_bad, allow_empty)
     facts = done.index.facts
     print(
         f"{options.out}: {facts.total} {facts.kind} of {facts.channels} x {facts.size} x {facts.size}, "
         f"{facts.classes} classes; {done.written} shards written, {done.kept} kept, {done.skipped} pictures skipped"
     )
     return ExitCode.DONE
+
+
+def _folder_source(options: argparse.Namespace) -> FolderSource:
+    """The images of the command line; prints which label is which folder, and what is left out."""
+    from sdit.data.folders import continued, folder_of_tree
+    from sdit.data.picture import Reading
+    from sdit.data.tree import read_tree, refuse_empty_classes, refuse_splits
+
+    tree = read_tree(options.images, options.out, options.numeric_classes)
+    if not options.nested_classes:
+        refuse_splits(tree)
+    reading = Reading(options.background, options.exif)
+    source = folder_of_tree(tree, options.size, options.channels, reading, options.numeric_classes)
+    if not options.allow_empty_classes:
+        refuse_empty_classes(tree)
+    source = continued(source, options.out, options.add_images)
+    for line in (*tree.mapping(), *tree.left_out.lines()):
+        print(line)
+    return source
 
 
 if __name__ == "__main__":

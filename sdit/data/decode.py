@@ -62,7 +62,8 @@ def _decode_image(data: bytes, image_format: str, facts: DatasetFacts, shard: st
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        raise BadSample("undecodable", shard, key, f"{image_format} cannot be decoded: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise BadSample("undecodable", shard, key, f"{image_format} cannot be decoded: {reason}") from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

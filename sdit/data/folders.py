@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,114 +10,200 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sdit.data import keyed
-from sdit.data.decode import IMAGE_FORMATS, MODES
+from sdit.data.image_list import UNKNOWN_BYTES, Changes, ImageList, ImageRow, read_image_list
 from sdit.data.index import DatasetFacts
+from sdit.data.journal import begun_recipe
 from sdit.data.keyed import Draw
+from sdit.data.names import shown
+from sdit.data.picture import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_picture
 from sdit.data.sources import Picture, sample_key
-from sdit.errors import DataError
+from sdit.data.tree import ImageTree, listed, read_tree, refuse_empty_classes, refuse_splits
+from sdit.errors import ConfigError, DataError
 
-MAX_PIXELS = 2**26  # a 200 MB RGB image; a small file can claim far more
+__all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_picture"]
+
+FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # those read by versions that stored no list of images
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Images `files`, (path under `root`, label), the first at position `start`; cropped when they are read."""
+    """Images `files`, (path under `root`, label), the first at position `start`; cropped when they are read.
+
+    `sizes` are in bytes. `listing` holds all images, for the whole source only: parts travel between processes.
+    """
 
     facts: DatasetFacts
     recipe: dict[str, Any]
     root: Path
     files: tuple[tuple[str, int], ...]
+    sizes: tuple[int, ...]
+    reading: Reading = AS_ADM
+    listing: ImageList | None = None
     start: int = 0
 
     def __len__(self) -> int:
         return len(self.files)
 
     def part(self, first: int, last: int) -> FolderSource:
-        return replace(self, files=self.files[first:last], start=self.start + first)
+        return replace(
+            self,
+            files=self.files[first:last],
+            sizes=self.sizes[first:last],
+            listing=None,
+            start=self.start + first,
+        )
+
+    @property
+    def labels(self) -> list[int]:
+        return [label for _, label in self.files]
 
     def pictures(self) -> Iterator[Picture]:
-        for offset, (name, label) in enumerate(self.files):
-            yield Picture(sample_key(self.start + offset), self._pixels(name), label)
+        for offset, ((name, label), size) in enumerate(zip(self.files, self.sizes, strict=True)):
+            yield Picture(sample_key(self.start + offset), self._pixels(self.root / name, size), label)
 
-    def _pixels(self, name: str) -> np.ndarray | DataError:
+    def _pixels(self, path: Path, size: int) -> np.ndarray | DataError:
         try:
-            return read_picture(self.root / name, self.facts.size, self.facts.channels)
+            return read_picture(path, self.facts.size, self.facts.channels, self.reading)
         except DataError as error:
+            if size != UNKNOWN_BYTES and not os.path.exists(path):
+                gone = "No such file or directory; it was there when the folder was listed"
+                raise FileNotFoundError(errno.ENOENT, gone, shown(path)) from None
             return error
 
 
-def folder_source(root: Path, size: int, channels: int) -> FolderSource:
-    """All images under `root`: labels number the sorted subfolders; without subfolders the images are unlabelled.
+def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_ADM) -> FolderSource:
+    """All images under `root`, see `folder_of_tree`; split folders and classes without images are refused.
+
+    Raises: DataError, OSError.
+    """
+    tree = read_tree(root)
+    refuse_splits(tree)
+    source = folder_of_tree(tree, size, channels, reading)
+    refuse_empty_classes(tree)
+    return source
+
+
+def folder_of_tree(
+    tree: ImageTree, size: int, channels: int, reading: Reading = AS_ADM, numeric: bool = False
+) -> FolderSource:
+    """All images of a tree, unlabelled if it has no classes.
 
     The sorted list is shuffled once, by a fixed key, so that every shard holds all classes: a batch draws from a few
     shards only.
+
+    Raises: DataError, OSError.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; legal: a folder with one subfolder of images for each class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    listed = [(name, label) for label, each in enumerate(classes) for name in _image_names(root, root / each)]
-    if not classes:
-        listed = [(name, 0) for name in _image_names(root, root)]
-    if not listed:
-        raise DataError(f"{root}: holds no images; legal suffixes: {', '.join(IMAGE_FORMATS)}")
-    order = keyed.permutation(keyed.keys(0, Draw.PREPARE), len(listed))
-    files = tuple(listed[position] for position in order)
+    files = tree.labelled()
+    if not files:
+        raise DataError(f"{shown(tree.root)}: holds no images; legal suffixes: {', '.join(FILE_FORMATS)}")
     facts = DatasetFacts(
         kind="images",
         total=len(files),
         channels=channels,
         size=size,
-        classes=len(classes),
-        class_names=tuple(classes),
+        classes=len(tree.classes),
+        class_names=tree.class_names,
     )
-    recipe = {"source": "folder", "size": size, "channels": channels, "content": _content(root, files)}
-    return FolderSource(facts, recipe, root, files)
+    background = None if reading.background is None else list(reading.background)
+    recipe = {
+        "source": "folder",
+        "size": size,
+        "channels": channels,
+        "background": background,
+        "exif": reading.exif,
+        "numeric_classes": numeric,
+    }
+    rows = [(name, label, _bytes(tree.root / name)) for name, label in files]
+    return _listed_source(facts, recipe, tree.root, reading, _shuffled(tree.class_names, rows, batch=0))
 
 
-def read_picture(path: Path, size: int, channels: int) -> np.ndarray:
-    """Pixels (C, size, size) uint8 of an image file's central square; DataError naming the file if it has none."""
-    try:
-        with Image.open(path, formats=sorted(set(IMAGE_FORMATS.values()))) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels; legal: up to {MAX_PIXELS} in all")
-            pixels = np.asarray(center_crop(image.convert(MODES[channels]), size))
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        raise DataError(f"{path}: cannot be decoded: {error}") from error
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource:
+    """The source in the order in which `out` was begun; `add_images` appends images that `out` does not hold.
 
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of an image, `size` pixels wide.
-
-    Halved with a box filter while both sides are at least twice too long, then resized (bicubic) until the short side
-    fits, then cropped: the preprocessing of ADM (Dhariwal and Nichol 2021), on which the published FIDs rest.
+    Raises:
+        ConfigError: `out` was made from other images.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    now = source.listing
+    assert now is not None
+    before = read_image_list(out) or _first_list(now, out)
+    if before is None:
+        return source
+    changes = before.changes(now)
+    if changes:
+        _refuse_changes(source, out, before, changes, add_images)
+        images = _extended(before, now, set(changes.added))
+    else:
+        _refuse_other_labels(out, before, now)
+        images = replace(before, classes=now.classes)
+    return _listed_source(source.facts, source.recipe, source.root, source.reading, images)
 
 
-def _image_names(root: Path, folder: Path) -> list[str]:
-    """Sorted paths, under `root`, of the images in a folder and its subfolders; hidden files are none."""
-    return sorted(
-        str((Path(parent) / name).relative_to(root))
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.rpartition(".")[2].lower() in IMAGE_FORMATS and not name.startswith(".")
+def _refuse_changes(source: FolderSource, out: Path, before: ImageList, changes: Changes, add_images: bool) -> None:
+    now = source.listing
+    assert now is not None
+    where = f"--out: {shown(out)} was made from other images than {shown(source.root)} holds now: {changes}"
+    if changes.gone or changes.changed:
+        raise ConfigError(f"{where}; choose another folder, or delete it (images can only be added)")
+    if now.classes[: len(before.classes)] != before.classes:
+        new = [name for name in now.classes if name not in before.classes]
+        raise ConfigError(
+            f"{where}; the new classes ({listed(new)}) would change the labels of others; choose another folder"
+        )
+    if not add_images:
+        raise ConfigError(f"{where}; --add-images appends them in new shards; or choose another folder")
+
+
+def _refuse_other_labels(out: Path, before: ImageList, now: ImageList) -> None:
+    labels = dict(now.files)
+    for name, label in before.files:
+        if labels[name] != label:
+            raise ConfigError(
+                f"--out: {shown(out)} was made with other labels: {shown(name)} has label {label} there, and "
+                f"{labels[name]} now; choose another folder, or delete it"
+            )
+
+
+def _extended(before: ImageList, now: ImageList, added: set[str]) -> ImageList:
+    """`before` with the images `added` as one more batch."""
+    batch = _shuffled(now.classes, [row for row in now.rows() if row[0] in added], len(before.batches))
+    return ImageList(
+        now.classes, before.files + batch.files, before.sizes + batch.sizes, before.batches + batch.batches
     )
 
 
-def _content(root: Path, files: tuple[tuple[str, int], ...]) -> str:
-    """A fingerprint of the images' names, labels and sizes in bytes; their contents are too much to read twice."""
-    digest = hashlib.sha256()
-    for name, label in files:
-        digest.update(f"{name}\0{label}\0{(root / name).stat().st_size}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def _first_list(now: ImageList, out: Path) -> ImageList | None:
+    """The images that a version without lists read, if `out` was begun from them."""
+    begun = begun_recipe(out)
+    if begun is None or begun.get("content") in now.contents():
+        return None
+    rows = [row for row in now.rows() if os.path.splitext(row[0])[1].lower() in FIRST_ENDINGS]
+    first = _shuffled(now.classes, rows, batch=0)
+    return first if begun.get("content") in first.contents() else None
+
+
+def _shuffled(classes: tuple[str, ...], rows: list[ImageRow], batch: int) -> ImageList:
+    """The list of one batch: sorted by label and name, then shuffled by a key of the batch's number."""
+    ordered = sorted(rows, key=lambda row: (row[1], row[0]))
+    order = keyed.permutation(keyed.keys(batch, Draw.PREPARE), len(rows))
+    shuffled = [ordered[position] for position in order]
+    return ImageList(
+        classes, tuple((name, label) for name, label, _ in shuffled), tuple(row[2] for row in shuffled), (len(rows),)
+    )
+
+
+def _listed_source(
+    facts: DatasetFacts, recipe: dict[str, Any], root: Path, reading: Reading, images: ImageList
+) -> FolderSource:
+    recipe = {**recipe, "content": images.contents()[-1]}
+    return FolderSource(facts, recipe, root, images.files, images.sizes, reading, images)
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if error.errno in FILE_ERRORS:
+            return UNKNOWN_BYTES
+        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,8 @@ from sdit.errors import ConfigError
 
 JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]
+UNRECORDED = {"background": None, "exif": False, "numeric_classes": False}  # what versions without these keys did
+FREE = frozenset({"skip_bad"})  # keys that may change between two commands: what is written stays
 
 
 class Journal:
@@ -33,30 +35,46 @@ class Journal:
 
 
 @contextmanager
-def opened_journal(folder: Path, recipe: Recipe) -> Iterator[Journal]:
+def opened_journal(folder: Path, recipe: Recipe, earlier: Sequence[str] = ()) -> Iterator[Journal]:
     """The folder's journal, locked against other processes; removed when the block ends without an error.
+
+    `earlier` are contents that the recipe's own content begins with.
 
     ConfigError when the folder holds, or another process writes, something that was not made by this recipe.
     """
-    finished = _finished_by_index(folder, recipe)
+    finished = _finished_by_index(folder, recipe, earlier)
     with (folder / JOURNAL_NAME).open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--out: {folder} is being written by another process") from None
-        yield Journal(file, finished | _finished_by_journal(file, folder, recipe))
+        yield Journal(file, finished | _finished_by_journal(file, folder, recipe, earlier))
         (folder / JOURNAL_NAME).unlink()
 
 
-def _finished_by_index(folder: Path, recipe: Recipe) -> dict[str, ShardRecord]:
+def begun_recipe(folder: Path) -> Recipe | None:
+    """The recipe that a folder is or was being made from; None if there is none that can be read."""
+    if (folder / INDEX_NAME).exists():
+        return read_index(folder).recipe
+    try:
+        with (folder / JOURNAL_NAME).open("rb") as file:
+            begun = json.loads(file.readline())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return begun if isinstance(begun, dict) else None
+
+
+def _finished_by_index(folder: Path, recipe: Recipe, earlier: Sequence[str]) -> dict[str, ShardRecord]:
     if not (folder / INDEX_NAME).exists():
         return {}
     index = read_index(folder)
-    _refuse_other_recipe(folder, index.recipe, recipe)
+    _refuse_other_recipe(folder, index.recipe, recipe, earlier)
     return {record.name: record for record in index.shards}
 
 
-def _finished_by_journal(file: BinaryIO, folder: Path, recipe: Recipe) -> dict[str, ShardRecord]:
+def _finished_by_journal(
+    file: BinaryIO, folder: Path, recipe: Recipe, earlier: Sequence[str]
+) -> dict[str, ShardRecord]:
     """The journal's records; a last line that was cut off is dropped, and an empty journal begun."""
     file.seek(0)
     text = file.read()
@@ -73,18 +91,23 @@ def _finished_by_journal(file: BinaryIO, folder: Path, recipe: Recipe) -> dict[s
         raise ConfigError(
             f"--out: {folder / JOURNAL_NAME} cannot be read; delete it, or choose another folder"
         ) from None
-    _refuse_other_recipe(folder, begun, recipe)
+    _refuse_other_recipe(folder, begun, recipe, earlier)
     return {record.name: record for record in records}
 
 
-def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe) -> None:
-    differing = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
-    if differing:
-        key = differing[0]
-        raise ConfigError(
-            f"--out: {folder} was made with {key} {found.get(key)!r}, this command asks for {asked.get(key)!r}; "
-            "choose another folder, or delete it"
-        )
+def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe, earlier: Sequence[str]) -> None:
+    found, asked = {**UNRECORDED, **found}, {**UNRECORDED, **asked}
+    if found.get("content") in earlier:
+        found["content"] = asked["content"]
+    differing = [key for key in sorted({*found, *asked} - FREE) if found.get(key) != asked.get(key)]
+    if not differing:
+        return
+    # Other sources have other keys, and other contents follow from most other keys.
+    key = min(differing, key=lambda name: (name != "source", name == "content", name))
+    made = f"with {key} {found.get(key)!r}, this command asks for {asked.get(key)!r}"
+    if key == "content":
+        made = "from other images than this command reads; it does not say which they were"
+    raise ConfigError(f"--out: {folder} was made {made}; choose another folder, or delete it")
 
 
 def _append(file: BinaryIO, line: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sdit.data.encoders import Encoder
 from sdit.data.faults import BadSample, BadShard
+from sdit.data.image_list import write_image_list
 from sdit.data.index import INDEX_NAME, DatasetFacts, DatasetIndex, ShardRecord, read_index, write_index
 from sdit.data.journal import Recipe, opened_journal
+from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.shards import is_intact, read_shard, write_shard
 from sdit.data.sources import Picture, PictureSource
@@ -34,20 +36,24 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to finish; `known` is its record if it was finished before."""
+    """One shard to finish; `known` is its record if it was finished before. `facts` are those of its samples."""
 
     path: Path
     part: PictureSource
     encoder: Encoder
     known: ShardRecord | None
+    facts: DatasetFacts
     skip_bad: bool
 
 
 @dataclass(frozen=True)
 class _Finished:
-    record: ShardRecord
+    """A shard's record, None if all its pictures were skipped, and the labels of its samples."""
+
+    record: ShardRecord | None
     kept: bool
     skipped: tuple[str, ...]
+    labels: frozenset[int]
 
 
 def prepare(
@@ -57,29 +63,40 @@ def prepare(
     samples_per_shard: int = 1024,
     jobs: int = 1,
     skip_bad: bool = False,
+    allow_empty_classes: bool = False,
 ) -> Summary:
     """Write `source` into the folder `out`; shards that are there and intact are kept. `jobs` does not change a byte.
 
-    A picture that cannot be read is a DataError, or is left out if `skip_bad`.
+    Raises:
+        DataError: a picture cannot be read, unless `skip_bad` leaves it out; or so many were left out that a class has
+            none, unless `allow_empty_classes`.
+        ConfigError: `out` was made from something else.
     """
     facts = encoder.facts(source.facts)
     recipe = {**source.recipe, **encoder.recipe, "samples_per_shard": samples_per_shard, "skip_bad": skip_bad}
     out.mkdir(parents=True, exist_ok=True)
-    finished: dict[str, _Finished] = {}
-    with opened_journal(out, recipe) as journal, _progress_bar(len(source)) as bar:
-        tasks = _tasks(source, encoder, out, samples_per_shard, journal.finished, skip_bad)
+    earlier = () if source.listing is None else source.listing.contents()[:-1]
+    finished: list[_Finished] = []
+    with opened_journal(out, recipe, earlier) as journal, _progress_bar(len(source)) as bar:
+        if source.listing is not None:
+            write_image_list(out, source.listing)
+        tasks = _tasks(source, encoder, out, samples_per_shard, journal.finished, facts, skip_bad)
         for result in run_tasks(_finish, tasks, jobs):
             for fault in result.skipped:
                 _log.warning("skipped: %s", fault)
+            finished.append(result)
+            if result.record is None:
+                continue
             if not result.kept:
                 journal.add(result.record)
-            finished[result.record.name] = result
             bar.update(result.record.samples)
-        index = _index(facts, recipe, [finished[name].record for name in sorted(finished)])
+        if not allow_empty_classes:
+            _refuse_emptied_classes(source, finished)
+        index = _index(facts, recipe, [result.record for result in finished if result.record is not None])
         if not (out / INDEX_NAME).exists() or read_index(out) != index:
             write_index(out, index)
-    kept = sum(result.kept for result in finished.values())
-    return Summary(len(finished) - kept, kept, len(source) - index.facts.total, index)
+    kept = sum(result.kept for result in finished)
+    return Summary(len(index.shards) - kept, kept, len(source) - index.facts.total, index)
 
 
 def verify(folder: Path, jobs: int = 1) -> tuple[DatasetIndex, list[str]]:
@@ -100,40 +117,79 @@ def _tasks(
     out: Path,
     samples_per_shard: int,
     finished: dict[str, ShardRecord],
+    facts: DatasetFacts,
     skip_bad: bool,
 ) -> Iterator[_Task]:
-    for number, first in enumerate(range(0, len(source), samples_per_shard)):
+    batches = (len(source),) if source.listing is None else source.listing.batches
+    for number, (first, last) in enumerate(_ranges(batches, samples_per_shard)):
         name = f"shard-{number:06d}.tar"
-        part = source.part(first, min(first + samples_per_shard, len(source)))
-        yield _Task(out / name, part, encoder, finished.get(name), skip_bad)
+        yield _Task(out / name, source.part(first, last), encoder, finished.get(name), facts, skip_bad)
+
+
+def _ranges(batches: Iterable[int], samples_per_shard: int) -> Iterator[tuple[int, int]]:
+    """First position and end of each shard; no shard holds pictures of two batches."""
+    start = 0
+    for count in batches:
+        for first in range(start, start + count, samples_per_shard):
+            yield first, min(first + samples_per_shard, start + count)
+        start += count
 
 
 def _finish(task: _Task) -> _Finished:
     if task.known is not None and is_intact(task.path.parent, task.known):
-        return _Finished(task.known, kept=True, skipped=())
+        return _kept(task, task.known)
     skipped: list[str] = []
-    record = write_shard(task.path, task.encoder.encode(_readable(task, skipped)))
-    if record is None:
+    labels: set[int] = set()
+    record = write_shard(task.path, task.encoder.encode(_readable(task, skipped, labels)))
+    return _Finished(record, False, tuple(skipped), frozenset(labels))
+
+
+def _kept(task: _Task, known: ShardRecord) -> _Finished:
+    missing = len(task.part) - known.samples
+    if not missing:
+        return _Finished(known, True, (), frozenset(map(int, task.part.labels)))
+    if not task.skip_bad:
         raise DataError(
-            f"{task.path.name}: none of its {len(task.part)} pictures can be read; the last one: {skipped[-1]}"
+            f"{shown(task.path)}: lacks {missing} of its {len(task.part)} pictures, which --skip-bad left out; give "
+            "--skip-bad again, or choose another folder"
         )
-    return _Finished(record, kept=False, skipped=tuple(skipped))
+    shard = read_shard(task.path.parent, known, task.facts)
+    return _Finished(known, True, (), frozenset(shard.sample(member).label for member in range(len(shard))))
 
 
-def _readable(task: _Task, skipped: list[str]) -> Iterator[Picture]:
-    """The task's pictures without those that cannot be read, which are added to `skipped`."""
+def _readable(task: _Task, skipped: list[str], labels: set[int]) -> Iterator[Picture]:
+    """The task's pictures without those that cannot be read, which are added to `skipped`; the others' `labels`."""
     for picture in task.part.pictures():
         if isinstance(picture.pixels, np.ndarray):
+            labels.add(picture.label)
             yield picture
         elif task.skip_bad:
             skipped.append(str(picture.pixels))
         else:
-            raise picture.pixels
+            raise DataError(f"{picture.pixels}; --skip-bad leaves out what cannot be read")
+
+
+def _refuse_emptied_classes(source: PictureSource, finished: list[_Finished]) -> None:
+    """DataError if no picture of a class, or none at all, could be read."""
+    held = frozenset[int]().union(*(result.labels for result in finished))
+    emptied = sorted(frozenset(map(int, source.labels)) - held)
+    if not emptied:
+        return
+    names = source.facts.class_names
+    classes = ", ".join(shown(names[label]) if names else f"label {label}" for label in emptied)
+    last = next((result.skipped[-1] for result in reversed(finished) if result.skipped), "skipped before")
+    raise DataError(
+        f"--skip-bad leaves classes without images: {classes}; --allow-empty-classes keeps their labels; "
+        f"the last image: {last}"
+    )
 
 
 def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord]) -> DatasetIndex:
     total = sum(record.samples for record in shards)
-    return DatasetIndex(facts=facts.model_copy(update={"total": total}), recipe=recipe, shards=tuple(shards))
+    if not total:
+        raise DataError(f"none of {facts.total} pictures can be read")
+    ordered = tuple(sorted(shards, key=lambda record: record.name))
+    return DatasetIndex(facts=facts.model_copy(update={"total": total}), recipe=recipe, shards=ordered)
 
 
 def _verify_shard(task: tuple[Path, ShardRecord, DatasetFacts]) -> tuple[int, list[str]]:

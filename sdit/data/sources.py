@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sdit.data.digits import DIGITS_FACTS, digits
+from sdit.data.image_list import ImageList
 from sdit.data.index import DatasetFacts
 from sdit.errors import ConfigError, DataError
 
@@ -53,6 +54,16 @@ class PictureSource(Protocol):
         """What the pictures were made from, as JSON; equal recipes give equal pictures."""
         ...
 
+    @property
+    def labels(self) -> Iterable[int]:
+        """The label of each picture."""
+        ...
+
+    @property
+    def listing(self) -> ImageList | None:
+        """The files that the pictures are read from; None if they are not read from files, and for a part."""
+        ...
+
     def __len__(self) -> int: ...
 
     def part(self, first: int, last: int) -> PictureSource:
@@ -78,6 +89,10 @@ class ArraySource:
     pixels: np.ndarray
     labels: np.ndarray
     start: int = 0
+
+    @property
+    def listing(self) -> None:
+        return None
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -1,0 +1,112 @@
+"""images.jsonl: the images that a prepared folder was made from, in the order of its samples.
+
+The first line holds the classes and the number of images of each batch: of the first preparation, and of each addition.
+Each other line is one image: name, label, bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from sdit.data.durable import replacing
+from sdit.data.names import shown
+from sdit.errors import ConfigError
+
+IMAGE_LIST_NAME = "images.jsonl"
+ImageRow = tuple[str, int, int]  # name, label, bytes
+UNKNOWN_BYTES = -1  # of a file that cannot be reached, such as a broken link
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Names of images that were added, that are gone, and whose size in bytes is another."""
+
+    added: list[str]
+    gone: list[str]
+    changed: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.gone or self.changed)
+
+    def __str__(self) -> str:
+        def counted(names: list[str], word: str) -> str:
+            return f"{len(names)} {word}" + (
+                f" ({shown(names[0])}{', ...' if len(names) > 1 else ''})" if names else ""
+            )
+
+        return f"{counted(self.added, 'added')}, {counted(self.gone, 'gone')}, {counted(self.changed, 'changed')}"
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """`files` (name, label) and their `sizes` in bytes, of `classes`; `batches` images each."""
+
+    classes: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    def rows(self) -> list[ImageRow]:
+        """Name, label and size of each image."""
+        return [(name, label, size) for (name, label), size in zip(self.files, self.sizes, strict=True)]
+
+    def contents(self) -> tuple[str, ...]:
+        """A fingerprint of names, labels and sizes up to the end of each batch.
+
+        The contents of the files are too much to read twice.
+        """
+        digest = hashlib.sha256()
+        rows = iter(self.rows())
+        found = []
+        for count in self.batches:
+            for name, label, size in islice(rows, count):
+                digest.update(f"{name}\0{label}\0{size}\n".encode(errors="surrogateescape"))
+            found.append(digest.hexdigest())
+        return tuple(found)
+
+    def changes(self, now: ImageList) -> Changes:
+        """What differs in `now`."""
+        before = {name: size for name, _, size in self.rows()}
+        after = {name: size for name, _, size in now.rows()}
+        return Changes(
+            added=sorted(after.keys() - before.keys()),
+            gone=sorted(before.keys() - after.keys()),
+            changed=sorted(name for name in before.keys() & after.keys() if before[name] != after[name]),
+        )
+
+
+def read_image_list(folder: Path) -> ImageList | None:
+    """The images that a folder was made from; None if it does not say.
+
+    Raises:
+        ConfigError: the list cannot be read.
+    """
+    path = folder / IMAGE_LIST_NAME
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = json.loads(file.readline())
+            rows = [json.loads(line) for line in file]
+        files = tuple((str(name), int(label)) for name, label, _ in rows)
+        sizes = tuple(int(size) for _, _, size in rows)
+        batches = tuple(map(int, head["batches"]))
+        if sum(batches) != len(files):
+            raise ValueError("its batches do not add up")
+        return ImageList(tuple(map(str, head["classes"])), files, sizes, batches)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(f"--out: {shown(path)} cannot be read; delete it, or choose another folder") from None
+
+
+def write_image_list(folder: Path, images: ImageList) -> None:
+    """Write the list in one step, unless the folder holds it."""
+    if read_image_list(folder) == images:
+        return
+    with replacing(folder / IMAGE_LIST_NAME) as file:
+        file.write(json.dumps({"version": 1, "classes": images.classes, "batches": images.batches}).encode() + b"\n")
+        for row in images.rows():
+            file.write(json.dumps(row).encode() + b"\n")
