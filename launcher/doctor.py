@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status
+from launcher.command import Parser, add_rank_option, exit_status
 from sdit.errors import ConfigError, ExitCode
 from sdit.observe.doctor import (
     GIB,
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--min-disk-gib", type=_positive, default=1.0, metavar="GIB", help="free space of the run folder (default: 1)")
     add("--min-shm-gib", type=_positive, default=0.06, metavar="GIB", help="free space of /dev/shm (default: 0.06)")
     add("--json", action="store_true", help="print everything as JSON instead of the table")
-    add("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+    add_rank_option(add)
     return parser.parse_args(arguments)
 
 

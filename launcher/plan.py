@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status
+from launcher.command import OVERRIDE, Parser, add_deepspeed_options, exit_status
 from sdit.config import Config
 from sdit.configfile import load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
@@ -36,8 +36,8 @@ GIB = 2**30
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("plan", __doc__)
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="YAML config of the run")
-    add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, as for train")
+    words_help = "YAML config of the run, and config overrides as for train"
+    add("words", nargs="+", metavar="CONFIG key.sub=value", help=words_help)
     add("--nodes", type=_count, default=1, metavar="N", help="hosts (default: 1)")
     add("--gpus-per-node", type=_count, default=1, metavar="G", help="ranks on each host, one a GPU (default: 1)")
     add("--memory-gib", type=_size, metavar="M", help="memory of one GPU, or of one rank on a CPU")
@@ -49,9 +49,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--routes", choices=("prior", "random"), default="prior", help=routes_help)
     json_help = "DeepSpeed JSON (default: configs/deepspeed/zero1.json)"
-    add("--ds_config", "--deepspeed_config", default=str(DEFAULT_DEEPSPEED), metavar="JSON", help=json_help)
+    add_deepspeed_options(parser, json_help)
     add("--json", action="store_true", help="print everything as JSON, in bytes")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
+    options.ds_config = options.ds_config or str(DEFAULT_DEEPSPEED)
+    config = next((word for word in options.words if not OVERRIDE.fullmatch(word)), None)
+    if config is None:
+        parser.error("the following arguments are required: CONFIG")
+    options.words.remove(config)
+    options.config, options.overrides = Path(config), options.words
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status, positive_int, progress_bar
+from launcher.command import Parser, add_rank_option, exit_status, positive_int, progress_bar
 from sdit.cli import leave
 from sdit.errors import ConfigError, ExitCode
 
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cost = parser.add_argument_group("at what cost").add_argument
     cost("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
     cost("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
-    cost("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+    add_rank_option(cost)
     options = parser.parse_args(arguments)
     if not (options.out or options.npz or options.raw):
         parser.error("nothing to write; give --out, --npz or --raw")

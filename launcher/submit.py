@@ -25,10 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status
-from sdit.configfile import config_manual, dump_config, load_config
+from launcher.command import Parser, add_deepspeed_options, exit_status
+from sdit.configfile import config_manual, dump_config, load_config, shown
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
 from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.redact import holds_credential, is_secret_name
 from sdit.submit import Allocation, render
 from sdit.topology import plan_batch
 
@@ -43,9 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--run-dir", required=True, metavar="DIR", help="folder of the run, seen by all nodes; of an array: of its runs"
     )
     add("--config", default=str(ROOT / "configs" / "digits.yaml"), metavar="YAML", help="the run's config")
-    add(
-        "--ds_config", default=str(ROOT / "configs" / "deepspeed" / "zero1.json"), metavar="JSON", help="DeepSpeed JSON"
-    )
+    add_deepspeed_options(parser, "DeepSpeed JSON (default: configs/deepspeed/zero1.json)")
     add("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
     add("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs, and so ranks, of a node (default: none)")
     add("--ranks-per-node", type=int, metavar="R", help="ranks of a node, where they run without GPUs (default: 1)")
@@ -70,7 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--dry-run", action="store_true", help="print what would be written and run")
     add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, see below")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.ds_config = options.ds_config or str(ROOT / "configs" / "deepspeed" / "zero1.json")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,8 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     """Check, freeze and submit; with --dry-run only say how."""
+    if not options.run_dir:
+        raise ConfigError("run-dir: '' is not legal; legal: a folder's path")
     run_dir = Path(options.run_dir).absolute()
-    config = load_config(options.config, [*options.overrides, f"run_dir={options.run_dir}"])
+    config = load_config(options.config, options.overrides, literal={"run_dir": str(run_dir)})
     deepspeed = read_deepspeed_json(options.ds_config)
     allocation = _allocation(options, run_dir)
     directives = allocation.directives()
@@ -145,7 +148,12 @@ def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives
     for setting in options.set:
         name, separator, value = setting.partition("=")
         if not separator:
-            raise ConfigError(f"set: {setting!r} is not legal; legal: NAME=VALUE")
+            raise ConfigError(f"set: {shown(setting)} is not legal; legal: NAME=VALUE")
+        if is_secret_name(name) or holds_credential(value):
+            raise ConfigError(
+                f"set: {name}: would write a credential into the script; legal: set {name} in cluster/env.sh, "
+                f"and pass it on with --set SDIT_EXPORT={name}"
+            )
         variables[name] = value
     variables.setdefault("SDIT_SUBMIT_PYTHON", sys.executable)  # unless env.sh names another, or a container
     arguments = ["--config", str(folder / "config.yaml"), "--ds_config", str(folder / "deepspeed.json")]

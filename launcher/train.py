@@ -30,12 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from launcher.command import Parser, exit_status
+from launcher.command import Parser, add_deepspeed_options, add_rank_option, exit_status
 from sdit.cli import leave
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
 from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.redact import redact
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
@@ -53,13 +54,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     json_help = "DeepSpeed JSON: ZeRO stage, offload, buckets (default: configs/deepspeed/zero1.json)"
     fault_help = "tests only (SDIT_FAULTS=1): make a rank misbehave"
-    add("--ds_config", "--deepspeed_config", default=str(DEFAULT_DEEPSPEED), metavar="JSON", help=json_help)
+    add_deepspeed_options(parser, json_help)
     add("--config", default=str(DEFAULT_CONFIG), metavar="YAML", help="the run's config (default: configs/digits.yaml)")
-    add("--run-dir", metavar="DIR", help="folder of the run (overrides run_dir)")
-    add("--local_rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+    add("--run-dir", metavar="DIR", help="folder of the run, taken literally (instead of run_dir)")
+    add_rank_option(add)
     add("--fault", type=_fault, action="append", default=[], metavar="KIND@RANK:STEP", help=fault_help)
     add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, see below")
     options = parser.parse_args(arguments)
+    options.ds_config = options.ds_config or str(DEFAULT_DEEPSPEED)
     if options.fault and os.environ.get("SDIT_FAULTS") != "1":
         parser.error("--fault is for tests: it needs SDIT_FAULTS=1 in the environment")
     return options
@@ -85,12 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: list[str]) -> int:
     """Be the rank or, as the launcher's own child, the supervisor of one, which `command` starts."""
-    overrides = list(options.overrides)
-    if options.run_dir is not None:
-        overrides.append(f"run_dir={options.run_dir}")
-    if rank.resume is not None:
-        overrides.append(f"checkpoint.resume={rank.resume}")
-    config = load_config(options.config, overrides)
+    given = {"run_dir": options.run_dir, "checkpoint.resume": rank.resume}
+    literal = {key: text for key, text in given.items() if text is not None}
+    config = load_config(options.config, options.overrides, literal=literal)
     deepspeed = read_deepspeed_json(options.ds_config)
     if rank.is_supervised:
         return last_words(rank, lambda: run(options, config, deepspeed, rank))
@@ -117,11 +116,11 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
     try:
         return work()
     except SditError as error:
-        rank.pulse.fail(str(error), secondary=False)
+        rank.pulse.fail(redact(str(error)), secondary=False)
         return error.exit_code
     except Exception as error:
         secondary = LOST_OTHERS.search(str(error)) is not None
-        rank.pulse.fail(f"{type(error).__name__}: {error}", secondary)
+        rank.pulse.fail(redact(f"{type(error).__name__}: {error}"), secondary)
         if secondary:
             print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
         else:

@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from sdit.sections import (
     CheckpointConfig,
     ObserveConfig,
+    PathText,
     SampleConfig,
     Section,
     SuperviseConfig,
@@ -135,7 +136,7 @@ class DiffusionConfig(Section):
 
 class DataConfig(Section):
     source: Literal["digits", "shards"] = field("digits", "digits: the embedded 8x8 digits; shards: a prepared folder")
-    path: str | None = field(None, "folder with index.json and tar shards, written by launcher/prepare.py")
+    path: PathText | None = field(None, "folder with index.json and tar shards, written by launcher/prepare.py")
     flip: bool = field(False, "mirror half of the images (keyed by sample)")
     streams: int = field(8, "logical shard streams; memory holds one shard of each; part of the data order", ge=1)
     workers: int = field(1, "decoding threads per rank; does not change the order", ge=1)
@@ -239,4 +240,4 @@ class Config(Section):
     supervise: SuperviseConfig = field(
         SuperviseConfig(), "deadlines, restarts and signals of the ranks' parent processes"
     )
-    run_dir: str = field("runs/default", "folder of the run")
+    run_dir: PathText = field("runs/default", "folder of the run", min_length=1)

@@ -2,114 +2,219 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import re
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdit.config import Config
 from sdit.errors import ConfigError
+from sdit.paths import escape_path, expand_path
+from sdit.redact import HIDDEN, holds_credential, redact, without_credentials
+from sdit.sections import PATH_MARK
+from sdit.textfile import read_text, text_problem
+from sdit.yamltext import MAX_KEY, Document, YamlProblem, dump_yaml, parse_yaml
 
-MAX_CONFIG_BYTES = 1 << 20
+COMMAND_LINE = "command line"
+SHOWN_CHARACTERS = 80  # of a wrong value
+EXACT_FLOATS = 2.0**53  # floats up to here hold every whole number
+LAST_PORT = 65_535
+GATEWAY = re.compile(r"(https?://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", re.ASCII)
+HOST_KEYS = ("observe.pushgateway", "observe.metrics_address")
+LEGAL = {  # type of a pydantic error -> what would be legal; other types say it themselves
+    "bool_type": "legal: true or false",
+    "int_type": "legal: a whole number",
+    "int_from_float": "legal: a whole number",
+    "float_type": "legal: a number",
+    "finite_number": "legal: a finite number",
+    "string_type": "legal: text; a number needs quotes to be text",
+}
+Sources = dict[str, str]  # dotted key of a value or section -> where it was written
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; plain YAML keeps the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-4 as a string, because it wants 1.0e-4; people do not.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    base: dict[str, Any] | None = None,
+    literal: Mapping[str, str] | None = None,
+) -> Config:
     """Return the validated config of `path` (YAML; None: only `base`) with `key.sub=value` overrides applied.
 
+    `literal` holds dotted keys and texts that are taken as they are, such as the path of `--run-dir`.
+
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type or impossible combination.
+        ConfigError: unreadable file, unknown key, wrong type, impossible combination, or a credential.
     """
-    values = read_yaml(Path(path)) if path is not None else dict(base or {})
-    for override in overrides:
-        _apply_override(values, override)
-    _drop_replaced(values, {override.partition("=")[0] for override in overrides})
-    return parse_config(values, str(path) if path is not None else "default config")
+    name = str(path) if path is not None else "default config"
+    document = read_document(Path(path)) if path is not None else Document(copy.deepcopy(base or {}))
+    values: dict[str, Any] = document.value
+    sources = {key: f"{name}:{line}" for key, line in document.lines.items()}
+    overridden = {_apply_override(values, override) for override in overrides}
+    _drop_replaced(values, overridden)
+    sources = {key: source for key, source in sources.items() if not _is_inside(key, overridden)}
+    sources |= dict.fromkeys(overridden, COMMAND_LINE)
+    _settle(values, Config, "", sources, name)
+    for key, text in (literal or {}).items():
+        _set(values, key, text)
+        sources[key] = COMMAND_LINE
+        _check_text(key, text, COMMAND_LINE)
+    return parse_config(values, name, sources)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; duplicate keys, Python tags and files over 1 MiB are refused."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; is it a config?")
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping of sections, not a {type(values).__name__}")
+    """Return the mapping in a YAML file. Raises: ConfigError, also for duplicate keys, tags and unbounded content."""
+    values: dict[str, Any] = read_document(path).value
     return values
 
 
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Validate nested `values`; `source` names them in errors."""
+def read_document(path: Path) -> Document:
+    """Return the mapping in a YAML file with the line of each key. Raises: ConfigError."""
+    try:
+        document = parse_yaml(read_text(path))
+    except YamlProblem as error:
+        raise ConfigError(redact(f"{path}:{error.line}: {error}")) from None
+    if document.value is None:
+        document.value = {}
+    if not isinstance(document.value, dict):
+        raise ConfigError(f"{path}: must hold a mapping of sections, not a {type(document.value).__name__}")
+    return document
+
+
+def parse_config(values: dict[str, Any], source: str, sources: Mapping[str, str] | None = None) -> Config:
+    """Validate nested `values`; errors name the key's entry in `sources`, or `source`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_error(error, Config)}") from None
+        key, text = _first_problem(error, Config)
+        others = _overrides_beside(key, sources or {}) if error.errors()[0]["type"] == "value_error" else ""
+        raise ConfigError(redact(f"{_source_of(key, sources or {}, source)}: {text}{others}")) from None
+
+
+def parse_stored_config(values: dict[str, Any], source: str) -> tuple[Config, list[str]]:
+    """Return the config of a checkpoint or published file of any version, and the keys that were left out.
+
+    Older versions stored URLs with passwords, and infinite numbers. The former are left out, the latter become the largest float.
+    """
+    kept, dropped = without_credentials(_finite(values))
+    return parse_config(kept, source), dropped
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return sys.float_info.max if values == float("inf") else values
 
 
 def describe_error(error: ValidationError, schema: type[BaseModel]) -> str:
     """Return one line for the first problem pydantic found: key, value, what is legal."""
+    return redact(_first_problem(error, schema)[1])
+
+
+def _first_problem(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
+    """Return the dotted key of the first problem, and the line that describes it."""
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
-    keys = {key for key, _, _ in config_keys(schema)} | _section_names(schema)
+    sections = _section_names(schema)
+    keys = {key for key, _, _ in config_keys(schema)} | sections
     while location and ".".join(location) not in keys and problem["type"] != "extra_forbidden":
         location.pop()  # pydantic appends the union member it tried
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.6)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")
+        return key, f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists the keys")
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         inner = message.split(":", 1)[0]
         joined = f"{key}.{inner}" if key else inner
-        return f"{joined}:{message[len(inner) + 1 :]}" if joined in keys else f"{key}: {message}"
-    return f"{key}: {problem['input']!r} is not legal ({message[0].lower()}{message[1:]})"
+        return (joined, f"{joined}:{message[len(inner) + 1 :]}") if joined in keys else (key, f"{key}: {message}")
+    if key in sections:
+        return key, f"{key}: {shown(problem['input'])} is not legal; legal: a section, that is, a mapping of keys"
+    legal = LEGAL.get(problem["type"], f"{message[0].lower()}{message[1:]}")
+    return key, f"{key}: {shown(problem['input'])} is not legal ({legal})"
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def shown(value: object) -> str:
+    """Return `value` for an error message: short, and without a credential."""
+    text = repr(value)
+    if "@" in text and (":" in text or "//" in text):
+        return HIDDEN
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+def _source_of(key: str, sources: Mapping[str, str], default: str) -> str:
+    """Return where the key, or else the section around it, or else a key inside it, was written."""
+    around = key
+    while around:
+        if around in sources:
+            return sources[around]
+        around = around.rpartition(".")[0]
+    return next((source for other, source in sources.items() if _is_inside(other, {key})), default)
+
+
+def _overrides_beside(key: str, sources: Mapping[str, str]) -> str:
+    """Name the overrides of a section whose keys do not fit together, if the key at fault is not one of them."""
+    section = key.partition(".")[0]
+    beside = [other for other, source in sources.items() if source == COMMAND_LINE and _is_inside(other, {section})]
+    return "" if key in beside or not beside else f" (with {', '.join(beside)} of the command line)"
+
+
+def _is_inside(key: str, sections: typing.Collection[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Put one `key.sub=value` into `values` and return its key. Raises: ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{override!r}: an override has the form key.sub=value")
+        raise ConfigError(f"{COMMAND_LINE}: {shown(override)}: an override has the form key.sub=value")
+    if len(key) > MAX_KEY:
+        raise ConfigError(f"{COMMAND_LINE}: {shown(key)}: unknown key; --help lists the keys")
+    _set(values, key, _override_value(key, text))
+    return key
+
+
+def _override_value(key: str, text: str) -> Any:
+    """Return the value of an override. Text keys take it as it is written, others as YAML."""
+    annotation = next((info.annotation for name, info, _ in config_keys() if name == key), None)
+    takes = [_bare(part) for part in _alternatives(annotation)]
+    is_text = str in takes
+    if is_text and type(None) in takes and text in ("", "~", "null"):
+        return None
+    if is_text and not text.startswith(("'", '"')):
+        return text
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
+        return parse_yaml(text).value
+    except YamlProblem as error:
+        if is_text:
+            return text
+        raise ConfigError(redact(f"{COMMAND_LINE}: {key}: {shown(text)} is not a YAML value ({error})")) from None
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _bare(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, *rest = key.split(".")
     node = values
     for part in rest:
-        child = node.setdefault(section, {})
+        child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {section} is not a section")
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {section} is not a section")
         node, section = child, part
     node[section] = value
 
@@ -119,7 +224,63 @@ def _drop_replaced(values: dict[str, Any], overridden: set[str]) -> None:
     for section, first, second in (("train", "steps", "images"), ("checkpoint", "every_steps", "every_images")):
         for given, replaced in ((first, second), (second, first)):
             if f"{section}.{given}" in overridden and f"{section}.{replaced}" not in overridden:
-                values[section].pop(replaced, None)
+                found = values.get(section)
+                if isinstance(found, dict):
+                    found.pop(replaced, None)
+
+
+def _settle(values: dict[str, Any], schema: type[BaseModel], prefix: str, sources: Sources, name: str) -> None:
+    """Expand paths, turn whole floats into integers and refuse unusable text, in place. Raises: ConfigError."""
+    for part, info in schema.model_fields.items():
+        value, key = values.get(part), f"{prefix}{part}"
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            if isinstance(value, dict):
+                _settle(value, info.annotation, f"{key}.", sources, name)
+        elif isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_FLOATS and _takes_int(info):
+            values[part] = int(value)
+        elif isinstance(value, str):
+            source = _source_of(key, sources, name)
+            _check_text(key, value, source)
+            if is_path(info):
+                try:
+                    values[part] = expand_path(value)
+                except ValueError as error:
+                    raise ConfigError(redact(f"{source}: {key}: {shown(value)}: {error}")) from None
+                _check_text(key, values[part], source)
+
+
+def _check_text(key: str, text: str, source: str) -> None:
+    """Refuse text that cannot be written, and credentials, which would be written. Raises: ConfigError."""
+    if problem := text_problem(text):
+        raise ConfigError(f"{source}: {key}: {shown(text)} {problem}; legal: printable text")
+    is_gateway = key == "observe.pushgateway"
+    if holds_credential(text) or (key in HOST_KEYS and "@" in text):
+        legal = (
+            "the URL without it, observe.pushgateway_user, and the password in the file observe.pushgateway_password_file "
+            "or in the variable SDIT_PUSHGATEWAY_PASSWORD"
+            if is_gateway
+            else "the same without it"
+        )
+        raise ConfigError(
+            f"{source}: {key}: holds a credential, and a config is written to the run's files; legal: {legal}"
+        )
+    match = GATEWAY.fullmatch(text)
+    if is_gateway and (match is None or int((match[3] or ":0")[1:]) > LAST_PORT):
+        raise ConfigError(
+            f"{source}: {key}: {shown(text)} is not legal; legal: http://HOST:PORT or https://HOST:PORT/PATH"
+        )
+
+
+def is_path(info: Any) -> bool:
+    """Return whether a field of the schema holds a path."""
+    parts = [info, *_alternatives(info.annotation)]
+    marks = [getattr(part, "metadata", ()) or getattr(part, "__metadata__", ()) for part in parts]
+    return any(PATH_MARK in found for found in marks)
+
+
+def _takes_int(info: Any) -> bool:
+    takes = typing.get_args(info.annotation) or (info.annotation,)
+    return float not in takes and any(part is int or type(part) is int for part in takes)
 
 
 def config_keys(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, typing.Any, Any]]:
@@ -144,8 +305,9 @@ def config_manual() -> str:
     """Return the text of `--help`: every key with its type, default, unit and effect."""
     lines = ["config keys (YAML sections; on the command line as key.sub=value):"]
     for key, info, default in config_keys():
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        lines.append(f"  {key}  [{_type_text(info.annotation)}; default {shown}]")
+        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        kind = _type_text(info.annotation)
+        lines.append(f"  {key}  [{kind.replace('str', 'path') if is_path(info) else kind}; default {text}]")
         lines += textwrap.wrap(info.description or "", 104, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
@@ -153,12 +315,18 @@ def config_manual() -> str:
 def _type_text(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(annotation))
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        parts = [_type_text(part) for part in typing.get_args(annotation)]
+    if len(_alternatives(annotation)) > 1:
+        parts = [_type_text(part) for part in _alternatives(annotation)]
         return "|".join("null" if part == "NoneType" else part for part in parts)
-    return getattr(annotation, "__name__", str(annotation))
+    return str(getattr(_bare(annotation), "__name__", annotation))
 
 
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML that `load_config` reads back to the same object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    for key, info, _ in config_keys():
+        if is_path(info):
+            *sections, name = key.split(".")
+            node = functools.reduce(lambda node, section: node[section], sections, values)
+            node[name] = None if node[name] is None else escape_path(node[name])
+    return dump_yaml(values)

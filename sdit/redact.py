@@ -1,21 +1,64 @@
-"""Secrets stay out of what a run writes down."""
+"""Secrets stay out of what a run writes down: credentials are recognised in text and hidden."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
-SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
 SHORTEST_SECRET = 6  # shorter values of such variables are flags and numbers; hiding them would garble the text
 HIDDEN = "(hidden)"
-_ASSIGNED = re.compile(r"\b(\w*(?:TOKEN|API_?KEY|SECRET|PASSWORD)|\w+_KEY)(\s*=\s*)([^\s,;'\"]+)", re.IGNORECASE)
-_IN_URL = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
+_NAME = r"(?:token|key|secret|password|passwd|pwd|passphrase|auth|signature|sig|credential)s?"
+# A password may hold / and @ although a URL should not: the text up to the last @ is hidden.
+_IN_URL = re.compile(r"(?<=://)(?:[^\\\s/?#@:'\"]*:[^\s'\"]*@|[^\s/?#@'\"]*@)")
+_BEFORE_HOST = re.compile(r"(?<![\w/:.%+-])[\w.%+-]+:[^\s@/:'\"]+@(?=[\w\[])")  # user:password@host without a scheme
+_IN_QUERY = re.compile(rf"([?&;#][\w.-]*{_NAME}=)[^\s&;#'\"]+", re.IGNORECASE)
+_IN_HEADER = re.compile(r"\b(Bearer|Basic)(\s+)(?=\S*\d)[A-Za-z0-9+/=._~-]{6,}")
+_ASSIGNED = re.compile(
+    r"\b(\w*(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)|\w+_KEY)([\"']?\s*=\s*|[\"']\s*:\s*)([\"']?)[^\s,;'\"]+",
+    re.IGNORECASE,
+)
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`text` without the values of secret environment variables, without `..._TOKEN=value`, and without passwords in URLs."""
+    """Return `text` without credentials.
+
+    Hidden are the values of secret environment variables, values assigned to secret names (`..._TOKEN=value`), and the user
+    information and secret parameters of URLs.
+    """
     for name, value in environment.items():
         if len(value) >= SHORTEST_SECRET and any(word in name.upper() for word in SECRET_WORDS):
             text = text.replace(value, HIDDEN)
-    return _IN_URL.sub(rf"\1{HIDDEN}@", _ASSIGNED.sub(rf"\1\2{HIDDEN}", text))
+    return _BEFORE_HOST.sub(f"{HIDDEN}@", _hide_in_urls(_ASSIGNED.sub(rf"\1\2\3{HIDDEN}", text)))
+
+
+def _hide_in_urls(text: str) -> str:
+    text = _IN_URL.sub(f"{HIDDEN}@", text)
+    return _IN_HEADER.sub(rf"\1\2{HIDDEN}", _IN_QUERY.sub(rf"\1{HIDDEN}", text))
+
+
+def holds_credential(text: str) -> bool:
+    """Return whether `text` holds a URL with user information or a secret parameter, or an authorization header."""
+    return _hide_in_urls(text) != text
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a variable of this name (`WANDB_API_KEY`, not `MONKEYS`) holds a secret."""
+    return any(part.removesuffix("S") in SECRET_WORDS for part in name.upper().split("_"))
+
+
+def without_credentials(values: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """Return nested `values` without the entries that hold a credential, and the dotted keys of those."""
+    if not isinstance(values, Mapping):
+        return values, []
+    kept: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, str) and holds_credential(value):
+            dropped.append(f"{prefix}{key}")
+            continue
+        kept[key], more = without_credentials(value, f"{prefix}{key}.")
+        dropped += more
+    return kept, dropped

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+PATH_MARK = "path"  # a key of this type has `~` and variables expanded, see sdit/paths.py
+PathText = Annotated[str, PATH_MARK]
+
 
 class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys and silent type conversions."""
+    """A frozen part of the config that refuses unknown keys, infinite numbers and silent type conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def field(default: Any, text: str, **bounds: Any) -> Any:
@@ -50,7 +53,9 @@ class CheckpointConfig(Section):
     every_images: int | None = field(None, "images between two checkpoints (this or every_steps)", ge=1)
     keep_last: int = field(2, "newest checkpoints kept (at least 2: the newest may be torn)", ge=2)
     keep_every_images: int | None = field(None, "also keep one checkpoint per this many images; null: none", ge=1)
-    resume: str = field("auto", "auto: newest that verifies, else start fresh; must; never; or a checkpoint's path")
+    resume: PathText = field(
+        "auto", "auto: newest that verifies, else start fresh; must; never; or a checkpoint's path"
+    )
     asynchronous: bool = field(False, "write in the background; the loop only waits for the copy to host memory")
 
     @model_validator(mode="after")
@@ -78,7 +83,7 @@ class SampleConfig(Section):
 
 class ValidationConfig(Section):
     every_images: int | None = field(None, "images between two measurements of the held-out loss; null: none", ge=1)
-    path: str | None = field(None, "prepared folder of held-out images, written by launcher/prepare.py")
+    path: PathText | None = field(None, "prepared folder of held-out images, written by launcher/prepare.py")
     images: int = field(1024, "held-out images measured; rounded up to whole global batches", ge=1)
     seed: int = field(0, "seed of their order, timesteps and noise, the same in every measurement", ge=0)
     allow_other_classes: bool = field(
@@ -106,7 +111,11 @@ class ObserveConfig(Section):
         "peak of one device in the run's precision, in 10^12 FLOP/s, for model-FLOPs utilization; null: none",
         gt=0,
     )
-    pushgateway: str | None = field(None, "URL of a Pushgateway, for clusters that cannot scrape; null: none")
+    pushgateway: str | None = field(None, "URL of a Pushgateway, without a password; null: none")
+    pushgateway_user: str | None = field(None, "user name for the Pushgateway; null: none")
+    pushgateway_password_file: PathText | None = field(
+        None, "file that holds its password; null: the variable SDIT_PUSHGATEWAY_PASSWORD, or no password"
+    )
     push_seconds: float = field(30.0, "seconds between two pushes", gt=0)
     tensorboard: bool = field(
         False, "also write TensorBoard event files to RUN/tensorboard (pip install sdit[observe])"

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sdit.redact import redact
 from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION, Observer
 
@@ -65,7 +66,7 @@ class MetricsFile(Observer):
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
         where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
-        self._append(self._events, {**where, "event": kind, "text": text})
+        self._append(self._events, {**where, "event": kind, "text": redact(text)})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         """Add a line; on a full disk it is lost and told, and the run goes on, as it does without its checkpoint."""

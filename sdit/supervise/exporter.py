@@ -5,23 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import push_to_gateway
+from prometheus_client.exposition import basic_auth_handler, default_handler, push_to_gateway
 
 from sdit.config import ObserveConfig
+from sdit.errors import ConfigError
+from sdit.redact import redact
 from sdit.supervise.collector import PageCollector
 from sdit.supervise.files import write_json
 from sdit.supervise.metric_page import Watch
+from sdit.textfile import read_text
 
 PORTS_TRIED = 100
 SCRAPES_AT_ONCE = 16
@@ -30,6 +35,8 @@ REQUEST_SECONDS = 10.0  # a scraper that says or takes nothing for so long is hu
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
+PASSWORD_VARIABLE = "SDIT_PUSHGATEWAY_PASSWORD"
+Handler = Callable[[str, str, float | None, list[tuple[str, str]], bytes], Callable[[], None]]
 SILENT_SECONDS = 30.0  # a supervisor that has not written for so long is not well
 _log = logging.getLogger(__name__)
 
@@ -197,8 +204,9 @@ class Exporter:
         assert gateway is not None
         grouping = {"run": self._run_dir.name, "node": self._host}
         try:
-            push_to_gateway(gateway, "sdit", self._registry, grouping, timeout=PUSH_TIMEOUT_SECONDS)
-        except (OSError, ValueError) as error:
+            login = gateway_login(self._config, os.environ)
+            push_to_gateway(gateway, "sdit", self._registry, grouping, PUSH_TIMEOUT_SECONDS, login or default_handler)
+        except (OSError, ValueError, HTTPException) as error:
             self._tell_once("push", f"observe.pushgateway: {gateway}: {error}; training goes on")
 
     def _watch_disk(self) -> None:
@@ -214,7 +222,31 @@ class Exporter:
     def _tell_once(self, topic: str, text: str) -> None:
         if topic not in self._told:
             self._told.add(topic)
-            _log.warning("%s", text)
+            _log.warning("%s", redact(text))
+
+
+def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Handler | None:
+    """Return the handler that logs in at the Pushgateway; None if neither a user nor a password is set.
+
+    The password is read for each push, so that it can be changed during the run. It is kept nowhere else.
+    Raises: OSError, ValueError.
+    """
+    password = environment.get(PASSWORD_VARIABLE, "")
+    if config.pushgateway_password_file is not None:
+        try:
+            password = read_text(config.pushgateway_password_file).strip()
+        except ConfigError as error:
+            raise ValueError(f"observe.pushgateway_password_file: {error}") from None
+    user = config.pushgateway_user or ""
+    if not user and not password:
+        return None
+
+    def send(
+        url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
+    ) -> Callable[[], None]:
+        return basic_auth_handler(url, method, timeout, headers, data, user, password)
+
+    return send
 
 
 def _is_silent(watch: Watch) -> bool:

@@ -18,6 +18,7 @@ LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one t
     "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
+HOST = re.compile(r"[\w.:%\[\]-]*")
 MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK",
@@ -66,8 +67,13 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
     """Read the rank from the launcher's variables; none of them means a single process.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete, are not numbers, or contradict those of another launcher.
+        ConfigError: a launcher's variables are incomplete, are not numbers, or contradict those of another launcher, or the
+            address where ranks meet is not a host's, such as a URL with a password.
     """
+    if not HOST.fullmatch(environment.get("MASTER_ADDR", "")):
+        raise ConfigError(
+            "MASTER_ADDR: is not legal; legal: name or address of rank 0's host, without a user or a port"
+        )
     found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
     claims = [claim for claim in (*found, _of_slurm(environment)) if claim is not None]
     if not claims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,9 +17,10 @@ from sdit.config import Config
 from sdit.configfile import dump_config
 from sdit.errors import ConfigError
 from sdit.parallel.comm import Comm
-from sdit.redact import redact
+from sdit.redact import holds_credential, redact
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
+_log = logging.getLogger(__name__)
 
 
 def prepare_run_dir(path: Path) -> None:
@@ -35,6 +37,7 @@ def prepare_run_dir(path: Path) -> None:
 
 def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:
     """Write config.yaml, deepspeed.json and environment.json, as resolved for this attempt."""
+    _warn_of_credential(path / "config.yaml")
     (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (path / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
     environment = {
@@ -50,6 +53,20 @@ def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Co
         **layout,
     }
     (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _warn_of_credential(old: Path) -> None:
+    """Warn if the config.yaml of an earlier start holds a credential, as older versions wrote it."""
+    try:
+        text = old.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # there is none, or none that can be read; it is written anew
+        return
+    if any(holds_credential(line) for line in text.splitlines()):
+        _log.warning(
+            "%s held a credential and is replaced now; older checkpoints and logs of the run still hold it: "
+            "change that password",
+            old,
+        )
 
 
 def _version(package: str) -> str:

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdit.config import Config
-from sdit.configfile import load_config, parse_config
+from sdit.configfile import load_config, parse_stored_config
 from sdit.data.classes import Classes
 from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
@@ -85,7 +85,14 @@ def find_trained(path: Path) -> tuple[Found, Config]:
     found = find_checkpoint(path)
     for reason in found.skipped:
         _log.warning("skipped a checkpoint: %s", reason)
-    return found, parse_config(found.manifest["config"], str(found.folder))
+    return found, _stored_config(found.manifest["config"], found.folder)
+
+
+def _stored_config(values: dict[str, Any], origin: Path) -> Config:
+    config, dropped = parse_stored_config(values, str(origin))
+    for key in dropped:
+        _log.warning("%s: %s: an older version stored a credential here; change that password", origin, key)
+    return config
 
 
 def checkpoint_parts(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]]:
@@ -118,7 +125,7 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
     if config is not None:
         run = load_config(config)
     elif "config" in facts:
-        run = parse_config(json.loads(facts["config"]), str(path))
+        run = _stored_config(json.loads(facts["config"]), path)
     else:
         raise ConfigError(f"--config: is not set, and {path} does not say its config; legal: a YAML file")
     model = build_model(run.model, device="meta").to_empty(device=device)
