@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, progress_bar
+from sdit.caches import run_caches, use_cache
 from sdit.errors import ConfigError, DataError, ExitCode
 
 PER_CLASS = 20
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    use_cache(run_caches(options.run_dir))
     import numpy as np  # slow imports: not for --help
 
     from sdit.evaluate.digits import SPREAD_BAND, WANTED_RECOGNISED, judge_digits

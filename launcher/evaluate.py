@@ -27,6 +27,7 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, add_rank_option, exit_status, positive_int, progress_bar
 from launcher.sample import chosen_settings
+from sdit.caches import can_write, run_caches, use_cache
 from sdit.cli import leave
 from sdit.errors import ConfigError, ExitCode
 
@@ -77,7 +78,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     against("--features", default=TRAINED, metavar="NET", help=f"{TRAINED} or a file; see below (default: {TRAINED})")
     against("--train-on", metavar="SOURCE", help="labelled images for trained features (default: --reference)")
     against("--feature-seed", type=int, default=0, metavar="N", help="seed of trained features (default: 0)")
-    against("--cache", type=Path, metavar="FOLDER", help="of trained features (default: ~/.cache/sdit/features)")
+    against(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="of trained features (default: ~/.cache/sdit/features, or in the run)",
+    )
     against("--metric-seed", type=int, default=0, metavar="N", help="seed of KID's subsets and of splits (default: 0)")
     target = parser.add_argument_group("into what").add_argument
     target("--out", type=Path, metavar="JSON", help="the result")
@@ -129,6 +135,7 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.out, options.npz, options.save_reference):
         if path is not None:  # before hours of sampling, not after
             path.parent.mkdir(parents=True, exist_ok=True)
+    check_cache(options)
     blocks = draw(options, info, source) if options.checkpoint else None
     if info.rank != 0:
         return ExitCode.DONE
@@ -146,6 +153,20 @@ def run(options: argparse.Namespace) -> int:
             print(options.npz)
         blocks.remove()
     return ExitCode.DONE
+
+
+def check_cache(options: argparse.Namespace) -> None:
+    """Find a folder for trained features before images are drawn. Raises: ConfigError if none can be written."""
+    fallbacks = run_caches(options.checkpoint) if options.checkpoint is not None else []
+    fallbacks += [path.with_suffix(".cache") for path in (options.out, options.save_reference) if path is not None]
+    folder = use_cache(fallbacks)
+    if options.features != TRAINED:
+        return
+    if options.cache is not None and not can_write(options.cache):
+        raise ConfigError(f"--cache: {options.cache} cannot be written; legal: a folder that can")
+    if options.cache is None and folder is None:
+        tried = ", ".join(map(str, fallbacks))
+        raise ConfigError(f"--cache: is not set, and neither the user's cache nor {tried} can be written")
 
 
 def training_images(options: argparse.Namespace) -> LabelledImages | None:

@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status
+from sdit.caches import run_caches, use_cache
 from sdit.errors import ExitCode
 
 
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    use_cache(run_caches(options.runs[0]))
     from sdit.observe.report import build_page, read_runs  # slow imports: not for --help
 
     runs = read_runs(options.runs)

@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status
+from sdit.caches import run_caches, use_cache
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    use_cache(run_caches(options.checkpoint))
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
     from sdit.observe.routing import routing_map
     from sdit.train.checkpoint.load import load_trained

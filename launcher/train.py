@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, add_deepspeed_options, add_rank_option, exit_status
+from sdit.caches import use_cache
 from sdit.cli import leave
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
@@ -143,6 +144,7 @@ def largest_world(config: Config, ranks: int) -> int:
 
 def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: Supervised) -> int:
     """Be one rank of the run."""
+    use_cache([Path(config.run_dir) / "cache"])
     from sdit.parallel.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
     from sdit.parallel.comm import find_rank as find_launched
     from sdit.train.build import check_config, open_trainer

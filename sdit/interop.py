@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
 import pickle
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +21,25 @@ from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.experts import Experts
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
+from sdit.pickles import load_tensors
 
+Values = TypeVar("Values")
 POSITIONS = "pos_embed"
 PRIOR_MASK = "prior._unit_mapping"
 TASKS = "full_time"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that are read
+WRITTEN_SUFFIXES = SUFFIXES[:3]
+WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+EMA_HOLDERS = frozenset(("ema", "ema_model", "model_ema", "ema_net", "averaged_model"))
+HOLDERS = EMA_HOLDERS | {"model", "net", "network", "denoiser", "diffusion_model", "transformer"}
+STATES = {  # keys under which training code keeps a kind of weights
+    "ema": (*sorted(EMA_HOLDERS), "ema_state_dict", "state_dict_ema"),
+    "model": ("model", "model_state_dict", "module"),
+}
 CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
+
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -35,7 +48,10 @@ def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | n
 
     Raises: ConfigError, before anything is copied, if names, shapes or fixed buffers do not fit the model's config.
     """
-    given = {name.removeprefix("module."): torch.as_tensor(values) for name, values in mapping.items()}
+    try:
+        given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
     wanted = dict(model.named_parameters())
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
@@ -72,24 +88,78 @@ def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, or from .pt (bare, or under `ema` and `model`); no code in the file is run.
+    """Tensors by published name from .safetensors, or from a file of torch.save; no code in the file is run.
+
+    The tensors of a file of torch.save are bare or under a key such as `ema`, `model` or `state_dict`. Wrappers of
+    torch.compile, DDP and FSDP in the names are left out.
 
     Raises: CheckpointError naming the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
     try:
-        payload = load_file(path) if _suffix(path) == ".safetensors" else _load_pickle(path)
+        payload = load_file(path) if _suffix(path, SUFFIXES) == ".safetensors" else load_tensors(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can fail in any way inside the readers; all of them mean the same
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
-    if isinstance(payload, dict) and not _is_state(payload):
-        if weights not in payload:
+    state = _find_state(payload, weights)
+    if state is None:
+        if isinstance(payload, dict) and not any(key in payload for key in (*STATES[weights], "state_dict")):
             raise CheckpointError(f"{path}: holds no {weights!r}; it holds {_listed(map(str, payload))}")
-        payload = payload[weights]
-    if not _is_state(payload):
         raise CheckpointError(f"{path}: {weights!r} is not a mapping of names to tensors")
-    return {str(name): tensor.detach() for name, tensor in payload.items()}
+    try:
+        return {name: Tensor.detach(tensor) for name, tensor in published_names(state, weights).items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def published_names(mapping: Mapping[str, Values], weights: Literal["ema", "model"]) -> dict[str, Values]:
+    """The values of one model by their published names, which no wrapper and no holder such as `model.` precedes.
+
+    If a mapping holds an averaged model beside another one, as Lightning's `state_dict` does, `weights` chooses.
+    Values beside the model that has a holder belong to other modules and are left out.
+
+    Raises: ValueError for two values of one name.
+    """
+    split = {name: _split_name(name) for name in mapping}
+    if any(holders for holders, _ in split.values()):
+        averaged = {name for name, (holders, _) in split.items() if EMA_HOLDERS & set(holders)}
+        others = {name for name, (holders, _) in split.items() if holders} - averaged
+        chosen = averaged if averaged and (weights == "ema" or not others) else others
+        left_out = [name for name, (holders, _) in split.items() if not holders]
+        if left_out:
+            _log.info("left out what belongs to other modules: %s", _listed(left_out))
+        split = {name: split[name] for name in mapping if name in chosen}
+    found: dict[str, Values] = {}
+    origins: dict[str, str] = {}
+    for name, (_, published) in split.items():
+        if published in found:
+            raise ValueError(f"{origins[published]} and {name} are both {published}; legal: one model in a file")
+        found[published], origins[published] = mapping[name], name
+    return found
+
+
+def _split_name(name: str) -> tuple[tuple[str, ...], str]:
+    """The holders in front of a parameter's name, and the name without holders and wrappers."""
+    words = [word for word in name.split(".") if word not in WRAPPERS]
+    first = next((place for place, word in enumerate(words) if word not in HOLDERS), len(words))
+    return tuple(words[:first]), ".".join(words[first:])
+
+
+def _find_state(payload: Any, weights: Literal["ema", "model"]) -> dict[str, Tensor] | None:
+    """The mapping of names to tensors inside what a file holds; None if there is none."""
+    if not isinstance(payload, dict):
+        return None
+    tensors = {str(name): value for name, value in payload.items() if isinstance(value, Tensor)}
+    if tensors and not any(isinstance(value, dict) for value in payload.values()):
+        return tensors
+    for key in (*STATES[weights], "state_dict"):
+        if isinstance(payload.get(key), dict):
+            inner = payload[key]
+            return _find_state(inner, weights) or _find_state(inner, "model")
+    return None
 
 
 def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -98,7 +168,7 @@ def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metada
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mapping.items()}
     partial = path.with_name(f".{path.name}.partial")
     try:
-        if _suffix(path) == ".safetensors":
+        if _suffix(path, WRITTEN_SUFFIXES) == ".safetensors":
             save_file(tensors, partial, metadata=dict(metadata))
         else:
             torch.save({"model": tensors, "ema": tensors, "metadata": dict(metadata)}, partial)
@@ -109,17 +179,10 @@ def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metada
         partial.unlink(missing_ok=True)
 
 
-def _suffix(path: Path) -> str:
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise CheckpointError(f"{path}: unknown file type {path.suffix!r}; legal: .pt, .pth, .safetensors")
+def _suffix(path: Path, legal: Sequence[str]) -> str:
+    if path.suffix not in legal:
+        raise CheckpointError(f"{path}: unknown file type {path.suffix!r}; legal: {', '.join(legal)}")
     return path.suffix
-
-
-def _load_pickle(path: Path) -> Any:
-    # DiT's training checkpoints carry their argparse.Namespace, an inert holder of values, beside the tensors.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        # mmap: the optimizer's state in the same file is twice the weights and is not read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _reason(error: Exception) -> str:
@@ -128,10 +191,6 @@ def _reason(error: Exception) -> str:
         return str(error).split("\n", 1)[0]
     refused = re.search(r"GLOBAL (\S+)", str(error))
     return f"it holds code or objects ({refused[1]}), only tensors are legal" if refused else "it is not a tensor file"
-
-
-def _is_state(payload: Any) -> bool:
-    return isinstance(payload, dict) and bool(payload) and all(isinstance(value, Tensor) for value in payload.values())
 
 
 def _listed(names: Iterable[str], most: int = 6) -> str:

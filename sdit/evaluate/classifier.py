@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sdit.caches import user_cache
 from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.features import weights_digest
@@ -122,8 +122,11 @@ def trained_features(
 
 
 def default_cache() -> Path:
-    """Where trained feature networks are kept: $XDG_CACHE_HOME/sdit/features."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdit" / "features"
+    """Where trained feature networks are kept: $XDG_CACHE_HOME/sdit/features. Raises: ConfigError without a home."""
+    folder = user_cache()
+    if folder is None:
+        raise ConfigError("cache: is not set, and the user has no home folder; legal: a folder, or XDG_CACHE_HOME")
+    return folder / "sdit" / "features"
 
 
 def check_learnable(shape: tuple[int, int, int], classes: int) -> None:

@@ -18,14 +18,13 @@ from sdit.configfile import load_config, parse_stored_config
 from sdit.data.classes import Classes
 from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
-from sdit.interop import load_published, read_published_file
+from sdit.interop import SUFFIXES, load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
 from sdit.train.checkpoint.files import ShardSet, manifest_files
 from sdit.train.checkpoint.store import Found, find_checkpoint
 from sdit.train.clock import Clock
 
 Weights = Literal["ema", "weight"]  # the averaged weights, or those of the last step
-PUBLISHED_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 _log = logging.getLogger(__name__)
 
@@ -58,9 +57,12 @@ def load_trained(
         CheckpointError: nothing readable there.
         ConfigError: a config is missing, superfluous, or does not fit the file.
     """
-    if path.suffix in PUBLISHED_SUFFIXES:
+    if path.is_file() or (path.suffix in SUFFIXES and not path.exists()):
         return _load_file(path, weights, config, device)
+    if not path.exists() and config is not None:
+        raise CheckpointError(f"{path}: no such file or folder")
     if config is not None:
+        find_checkpoint(path)
         raise ConfigError(f"--config: {config}: {path} has a config of its own; legal: only with a published file")
     return load_model(path, weights, device)
 
