@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdit.checked_files import open_regular
 from sdit.config import ModelConfig
 from sdit.errors import CheckpointError, ConfigError
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.experts import Experts
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
+from sdit.safetensors_header import read_header
 
 POSITIONS = "pos_embed"
 PRIOR_MASK = "prior._unit_mapping"
@@ -77,8 +79,7 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
     Raises: CheckpointError naming the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    _check_file(path)
     try:
         payload = load_file(path) if _suffix(path) == ".safetensors" else _load_pickle(path)
     except Exception as error:  # a damaged file can fail in any way inside the readers; all of them mean the same
@@ -89,6 +90,9 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
         payload = payload[weights]
     if not _is_state(payload):
         raise CheckpointError(f"{path}: {weights!r} is not a mapping of names to tensors")
+    bad = [str(name) for name, tensor in payload.items() if not _is_finite(tensor)]
+    if bad:
+        raise CheckpointError(f"{path}: {_listed(bad)} hold{'s' * (len(bad) == 1)} NaN or infinite numbers")
     return {str(name): tensor.detach() for name, tensor in payload.items()}
 
 
@@ -115,6 +119,19 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
+def _check_file(path: Path) -> None:
+    """Raises: CheckpointError unless the path is a regular file and, for .safetensors, has a header that fits it."""
+    try:
+        with open_regular(path):
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".safetensors":
+        read_header(path)
+
+
 def _load_pickle(path: Path) -> Any:
     # DiT's training checkpoints carry their argparse.Namespace, an inert holder of values, beside the tensors.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -128,6 +145,14 @@ def _reason(error: Exception) -> str:
         return str(error).split("\n", 1)[0]
     refused = re.search(r"GLOBAL (\S+)", str(error))
     return f"it holds code or objects ({refused[1]}), only tensors are legal" if refused else "it is not a tensor file"
+
+
+@torch.no_grad()
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers only; those of one byte are read as float32, which knows the test."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def _is_state(payload: Any) -> bool:

@@ -59,7 +59,10 @@ class RunRecord:
 
     @property
     def total_images(self) -> int | None:
-        """The configured length of the run."""
+        """The length of the run: as its start fixed it, else as its config gives it."""
+        fixed = self.environment.get("length_images")
+        if is_number(fixed):
+            return int(fixed)  # type: ignore[arg-type]
         images, steps, batch = (self.config.get(f"train.{key}") for key in ("images", "steps", "global_batch"))
         if is_number(images):
             return int(images)  # type: ignore[arg-type]

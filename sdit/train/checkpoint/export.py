@@ -51,7 +51,7 @@ def export_safetensors(
     Raises: CheckpointError, ConfigError.
     """
     found, config = find_trained(checkpoint)
-    facts = _facts(config, Clock(**found.manifest["clock"]), weights)
+    facts = _facts(config, Clock.from_json(found.manifest["clock"]), weights)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         entries = [
@@ -101,7 +101,12 @@ def _stored(
         for part, view in parts:
             value = torch.empty(view.shape)
             fill_part(value, shards, weights, part)
-            yield value.to(dtype)
+            stored = value.to(dtype)
+            if not torch.isfinite(stored).all():
+                raise CheckpointError(
+                    f"{weights}/{part}: holds numbers that {dtype} cannot hold; legal: a wider --dtype"
+                )
+            yield stored
 
     published = name.removeprefix("model.")
     return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)
