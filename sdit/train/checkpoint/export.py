@@ -68,11 +68,20 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
     """The same as a .pt file, as published code reads it, through a model in memory."""
     trained = load_model(checkpoint, weights)
     facts = _facts(trained.config, trained.clock, weights)
-    published = to_published(trained.model).items()
-    write_published_file(
-        out, {name: value.to(dtype) if value.is_floating_point() else value for name, value in published}, facts
-    )
+    tensors = {
+        name: narrowed(name, value, dtype) if value.is_floating_point() else value
+        for name, value in to_published(trained.model).items()
+    }
+    write_published_file(out, tensors, facts)
     return facts
+
+
+def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the finite `value` as `dtype`. Raises: CheckpointError where it would become infinite."""
+    stored = value.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}; legal: a wider --dtype")
+    return stored
 
 
 def _facts(config: Config, clock: Clock, weights: Weights) -> dict[str, str]:
@@ -101,12 +110,7 @@ def _stored(
         for part, view in parts:
             value = torch.empty(view.shape)
             fill_part(value, shards, weights, part)
-            stored = value.to(dtype)
-            if not torch.isfinite(stored).all():
-                raise CheckpointError(
-                    f"{weights}/{part}: holds numbers that {dtype} cannot hold; legal: a wider --dtype"
-                )
-            yield stored
+            yield narrowed(f"{weights}/{part}", value, dtype)
 
     published = name.removeprefix("model.")
     return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)

@@ -96,10 +96,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = json.dumps(sealed["body"], indent=1, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
         raise CheckpointError(f"{path}: does not match its own checksum")
-    body = check_manifest(sealed["body"], path)
-    if body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {body.get('format')!r} is not known; legal: {FORMAT}")
-    return body
+    body = sealed["body"]
+    if isinstance(body, dict) and body.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {FORMAT}")
+    return check_manifest(body, path)
 
 
 def verify_file(folder: Path, record: FileRecord) -> None:

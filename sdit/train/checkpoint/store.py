@@ -103,8 +103,19 @@ def find_checkpoint(path: Path) -> Found:
     raise CheckpointError(f"{path}: holds no checkpoint{detail}; legal: a run folder or a checkpoint folder")
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises: CheckpointError, also when the folder's name states another moment."""
+    manifest, name = read_manifest(folder), _NAME.fullmatch(folder.name)
+    images_seen = manifest["clock"]["images_seen"]
+    if name is not None and int(name[1]) != images_seen:
+        raise CheckpointError(
+            f"{folder}: its manifest is of {images_seen} images; legal: the name images-{images_seen:012d}"
+        )
+    return manifest
+
+
 def _verified(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
+    manifest = _read(folder)
     for record in manifest_files(manifest):
         verify_file(folder, record)
     return manifest
@@ -282,7 +293,7 @@ class CheckpointStore:
     def _verify_together(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
         manifest, problem = None, ""
         try:
-            manifest = read_manifest(folder)
+            manifest = _read(folder)
             for record in manifest_files(manifest)[self._comm.rank :: self._comm.world]:
                 verify_file(folder, record)
         except CheckpointError as error:
