@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdit.checked_files import open_regular
 from sdit.config import ModelConfig
 from sdit.errors import CheckpointError, ConfigError
 from sdit.model.dit import DiffusionTransformer
@@ -22,6 +23,7 @@ from sdit.model.embedding import grid_positions
 from sdit.model.moe.experts import Experts
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
 from sdit.pickles import load_tensors
+from sdit.safetensors_header import read_header
 
 Values = TypeVar("Values")
 POSITIONS = "pos_embed"
@@ -96,8 +98,7 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
     Raises: CheckpointError naming the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
+    _check_file(path)
     try:
         payload = load_file(path) if _suffix(path, SUFFIXES) == ".safetensors" else load_tensors(path)
     except CheckpointError:
@@ -109,6 +110,9 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
         if isinstance(payload, dict) and not any(key in payload for key in (*STATES[weights], "state_dict")):
             raise CheckpointError(f"{path}: holds no {weights!r}; it holds {_listed(map(str, payload))}")
         raise CheckpointError(f"{path}: {weights!r} is not a mapping of names to tensors")
+    bad = [str(name) for name, tensor in state.items() if not _is_finite(tensor)]
+    if bad:
+        raise CheckpointError(f"{path}: {_listed(bad)} hold{'s' * (len(bad) == 1)} NaN or infinite numbers")
     try:
         return {name: Tensor.detach(tensor) for name, tensor in published_names(state, weights).items()}
     except ValueError as error:
@@ -185,12 +189,33 @@ def _suffix(path: Path, legal: Sequence[str]) -> str:
     return path.suffix
 
 
+def _check_file(path: Path) -> None:
+    """Raises: CheckpointError unless the path is a regular file and, for .safetensors, has a header that fits it."""
+    try:
+        with open_regular(path):
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".safetensors":
+        read_header(path)
+
+
 def _reason(error: Exception) -> str:
     """One line; torch's own message on refused code advises to run it."""
     if not isinstance(error, pickle.UnpicklingError):
         return str(error).split("\n", 1)[0]
     refused = re.search(r"GLOBAL (\S+)", str(error))
     return f"it holds code or objects ({refused[1]}), only tensors are legal" if refused else "it is not a tensor file"
+
+
+@torch.no_grad()
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers only; those of one byte are read as float32, which knows the test."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def _listed(names: Iterable[str], most: int = 6) -> str:

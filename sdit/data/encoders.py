@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sdit.checked_files import open_regular
 from sdit.data.decode import encode_moments, encode_png
 from sdit.data.index import DatasetFacts
 from sdit.data.shards import Encoded
 from sdit.data.sources import Picture
 from sdit.errors import ConfigError, DataError
+from sdit.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +124,8 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
     """The encoder that uses the diffusers AutoencoderKL in a local folder; ConfigError when it cannot be used."""
     try:
         config = json.loads((vae / "config.json").read_bytes())
-        weights = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        with open_regular(vae / "diffusion_pytorch_model.safetensors") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
             f"--vae: {error.filename}: {error.strerror}; legal: a local folder with config.json and "
@@ -134,6 +137,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
         raise ConfigError(
             f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL without shift_factor"
         )
+    read_header(vae / "diffusion_pytorch_model.safetensors")
     _autoencoder_class()
     recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
     try:

@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from sdit.caches import user_cache
 from sdit.data.durable import replacing
-from sdit.errors import ConfigError, DataError
+from sdit.errors import CheckpointError, ConfigError, DataError
 from sdit.evaluate.features import weights_digest
+from sdit.safetensors_header import read_header
 
 FEATURES = 128
 CHANNELS = (16, 32, 64, 64)  # of the stages, each of which halves the image, down to 4 x 4
@@ -198,10 +199,11 @@ def _tensor(images: np.ndarray) -> Tensor:
 def _read(path: Path, recipe: dict[str, Any]) -> TrainedFeatures:
     """The network of a cache file. Raises: DataError."""
     try:
+        read_header(path)
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, CheckpointError) as error:
         raise DataError(f"{path}: cannot be read: {error}; delete it, and it is trained again") from None
     height, _, channels = recipe["shape"]
     with torch.device("meta"):  # draws no random numbers

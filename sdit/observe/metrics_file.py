@@ -99,7 +99,7 @@ def _rewrite(path: Path, lines: list[str]) -> None:
 def _images(line: str) -> float:
     try:
         return float(json.loads(line)["images_seen"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 
@@ -114,7 +114,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)

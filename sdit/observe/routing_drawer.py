@@ -19,7 +19,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 def snapshot_files(folder: Path) -> list[Path]:
     """The snapshots of a run, by images seen."""
-    return sorted(folder.glob("images-*.npz"))
+    return sorted(path for path in folder.glob("images-*.npz") if path.is_file())
 
 
 def undrawn(folder: Path) -> list[Path]:

@@ -91,10 +91,14 @@ class ExpertSpread:
         return {"ranks": self.ranks, "place": self.layout.place.tolist(), "at_hand": self.layout.at_hand.tolist()}
 
     def restore(self, stored: dict[str, Any] | None) -> bool:
-        """Take over a checkpoint's layout if it was made for as many ranks; before `apply`."""
+        """Take over a checkpoint's layout if it was made for as many ranks, blocks and experts; before `apply`."""
         if stored is None or stored["ranks"] != self.ranks:
             return False
-        self.layout = Layout(np.array(stored["place"]), np.array(stored["at_hand"], dtype=bool), self.ranks)
+        place, at_hand = np.array(stored["place"]), np.array(stored["at_hand"], dtype=bool)
+        shape = self.layout.place.shape
+        if place.shape != shape or at_hand.shape != shape or (np.sort(place) != np.sort(self.layout.place)).any():
+            return False
+        self.layout = Layout(place, at_hand, self.ranks)
         return True
 
     def reconsider(self, routes: Routes, placement_due: bool, first: bool) -> tuple[Layout, str] | None:

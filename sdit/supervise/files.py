@@ -25,6 +25,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is none (yet) or it is no JSON object."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None

@@ -31,6 +31,7 @@ from sdit.train.ema import Ema
 from sdit.train.events import Observer
 from sdit.train.injection import FaultyEngine
 from sdit.train.module import TrainModule
+from sdit.train.resume import describe_resume, read_length
 from sdit.train.routes import StepRoutes
 from sdit.train.rundata import (
     Note,
@@ -102,12 +103,16 @@ def open_trainer(
         message = f"fresh start: no checkpoint in {store.folder}"
         if found is not None:
             changes = state.load(found)
+            resumed = read_length(found.manifest, config)
+            state.keep_length(resumed)
             message = f"resumed at {state.clock.images_seen} images (step {state.clock.steps}) from {found.folder}"
             message += "".join(f"\n  skipped: {reason}" for reason in found.skipped)
-            message += "".join(f"\n  changed: {change}" for change in changes)
+            block = describe_resume([*changes, *_other_ranks(found, comm)], resumed, config, state.clock)
+            message += f"\n{block}" if block else ""
         begin_checkpoints(state, config)
         if comm.is_first:
             layout: dict[str, Any] = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
+            layout["length_images"] = state.length_images
             layout["expert_parallel"] = 1 if spread is None else spread.ranks
             describe_run(run_dir, config, merged, comm, layout | data.stored() | {"sample_rows": rows})
         routes = StepRoutes(config, model, state, spread)
@@ -120,7 +125,7 @@ def open_trainer(
             validator = Validator(config, batch, comm, objective, model, spread, held_out)
         told = [observer for observer in observers if comm.is_first or observer.every_rank]
         for observer in told:
-            observer.on_start(state.clock, config.train.total_images, message)
+            observer.on_start(state.clock, state.length_images, message)
             for note in notes:
                 observer.on_event(state.clock, note.kind, note.text)
         trainer = Trainer(
@@ -148,6 +153,12 @@ def check_data(
     if found is not None:
         more += check_unchanged(config, data, found.manifest, str(found.folder))
     return data, held_out, notes + more
+
+
+def _other_ranks(found: Found, comm: Comm) -> list[str]:
+    """The change of the number of ranks, which is no setting of the config: numbers stay to float32 rounding."""
+    ranks = found.manifest.get("written_by", {}).get("ranks")
+    return [] if ranks in (None, comm.world) else [f"ranks: {ranks} -> {comm.world}"]
 
 
 def begin_checkpoints(state: RunState, config: Config) -> None:

@@ -46,7 +46,7 @@ class Pauses:
         missing = set(self._comm.from_first(sorted(missing)))
         if not clock.steps:
             return
-        before_images = max(0, clock.images_seen - self._config.train.global_batch)
+        before_images = max(0, clock.images_seen - self._state.last_batch)
         before = replace(clock, images_seen=before_images, steps=clock.steps - 1)
         missing &= self._due(before) | ({VALIDATION} if self.validation_due(before) else set())
         if not missing:
@@ -108,7 +108,7 @@ class Pauses:
 
     @property
     def _at_end(self) -> bool:
-        return self._state.clock.images_seen >= self._config.train.total_images
+        return self._state.clock.images_seen >= self._state.length_images
 
     def _stop_point(self) -> None:
         """Progress was made inside a pause. Raises: StopAgreed, on all ranks, when any of them was asked to stop."""

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,29 @@ PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetenso
 _log = logging.getLogger(__name__)
 
 
+PLACES = (".", "checkpoints", "samples", "routing")
+LEFTOVERS = (".*.tmp", ".partial-*", ".lock.*", ".writable.*")  # files that a killed process could not rename or remove
+LEFTOVER_SECONDS = 3600.0  # a younger one may be in use by a process that looks at the run
+
+
 def prepare_run_dir(path: Path) -> None:
-    """Create the run directory. Raises: ConfigError when it cannot be written."""
+    """Create the run directory, and remove old temporary files. Raises: ConfigError when it cannot be written."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (path / "logs").mkdir(exist_ok=True)
         probe = path / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
+        _remove_leftovers(path)
     except OSError as error:
         raise ConfigError(f"run_dir: {path}: cannot be written ({error.strerror}); legal: a writable folder") from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    newest = time.time() - LEFTOVER_SECONDS
+    for leftover in (found for place in PLACES for pattern in LEFTOVERS for found in (path / place).glob(pattern)):
+        if leftover.is_file() and not leftover.is_symlink() and leftover.stat().st_mtime < newest:
+            leftover.unlink(missing_ok=True)
 
 
 def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:

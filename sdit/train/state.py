@@ -12,7 +12,8 @@ import torch
 
 import sdit
 from sdit.config import Config
-from sdit.errors import ConfigError
+from sdit.configfile import config_keys
+from sdit.errors import CheckpointError, ConfigError
 from sdit.model import DiffusionTransformer
 from sdit.model.moe.experts import Experts
 from sdit.model.moe.placement import Layout, replacement_moves
@@ -26,6 +27,7 @@ from sdit.train.checkpoint.naming import ExpertIds, named_spans
 from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.train.clock import Clock
 from sdit.train.ema import Ema
+from sdit.train.resume import Resumed
 from sdit.train.rundata import RunData
 
 FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
@@ -43,9 +45,17 @@ class RunState:
         self._data = data
         self.layout_restored = False
         self.clock = Clock()
+        self.length_images = config.train.total_images
+        self.last_batch = (
+            config.train.global_batch
+        )  # images of the newest step, which an earlier process may have taken
         self.prior_columns: list[int] | None = None
         stacks = (Experts, SpreadExperts)
         self._experts = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
+
+    def keep_length(self, resumed: Resumed) -> None:
+        """Continue with the length of the run that the checkpoint, or a changed setting, gives."""
+        self.length_images, self.last_batch = resumed.length_images, resumed.last_batch
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Global expert id of every row of a parameter; None when it is no stack of experts."""
@@ -80,6 +90,7 @@ class RunState:
         return {
             "clock": asdict(self.clock),
             "config": self.config.model_dump(mode="json"),
+            "length_images": self.length_images,
             "prior_columns": self.prior_columns,
             "expert_layout": None if self.spread is None else self.spread.stored(),
             **self._data.stored(),
@@ -143,8 +154,16 @@ class RunState:
         self.engine.publish_masters()
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
-        self.prior_columns = found.manifest["prior_columns"]
+        self.prior_columns = self._fitting_columns(found)
         return changes
+
+    def _fitting_columns(self, found: Found) -> list[int] | None:
+        """The prior's columns of a checkpoint. Raises: CheckpointError when there is not one for each expert."""
+        columns: list[int] | None = found.manifest.get("prior_columns")
+        units = self.config.model.depth * self.config.model.experts.count
+        if columns is not None and len(columns) != units:
+            raise CheckpointError(f"{found.folder}: prior_columns has {len(columns)} entries; legal: {units}")
+        return columns
 
 
 def _parts(pieces: Sequence[Piece], values: Sequence[torch.Tensor], expert_ids: ExpertIds) -> list[Part]:
@@ -153,7 +172,8 @@ def _parts(pieces: Sequence[Piece], values: Sequence[torch.Tensor], expert_ids: 
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
     """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
-    before, after = _flatten(old), _flatten(new)
+    defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
+    before, after = defaults | _flatten(old), _flatten(new)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):

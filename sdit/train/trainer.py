@@ -82,7 +82,7 @@ class Trainer:
     def _train(self) -> None:
         """Step after step to the configured end. Raises: StopAgreed, on all ranks, where a stop ends it sooner."""
         micro_batches, phase = self.loader.batches(self._requests()), Phase.FIRST_STEP
-        while self.state.clock.images_seen < self.config.train.total_images:
+        while self.state.clock.images_seen < self.state.length_images:
             before, started = self.state.clock, time.perf_counter()
             self.pulse.mark(phase, before.steps)
             with self.work.host(), self.times.part("data_wait"):
@@ -163,7 +163,7 @@ class Trainer:
     def _update(self, grad_norm: float) -> float:
         """Clip, move weights and EMA; return the learning rate used."""
         optimizer, after = self.config.optimizer, self.state.clock.after(self.batch.global_batch)
-        factor = learning_rate_factor(optimizer, after.images_seen, self.config.train.total_images)
+        factor = learning_rate_factor(optimizer, after.images_seen, self.state.length_images)
         rates = {"model": factor * optimizer.learning_rate, "uw": factor * optimizer.uw_learning_rate}
         limit = optimizer.clip_grad_norm
         self.engine.step(limit / grad_norm if limit and grad_norm > limit else 1.0, rates)
@@ -174,7 +174,7 @@ class Trainer:
         """Sample indices of this rank's micro-batches from the clock's present to the end of the run."""
         plan, comm = self.batch, self.comm
         clock = self.state.clock
-        for images_seen in range(clock.images_seen, self.config.train.total_images, plan.global_batch):
+        for images_seen in range(clock.images_seen, self.state.length_images, plan.global_batch):
             first = clock.sample_at(images_seen)
             for micro_step in range(plan.accumulation):
                 yield rank_indices(first, plan.global_batch, comm.rank, comm.world, micro_step, plan.accumulation)
@@ -214,7 +214,7 @@ class Trainer:
 
     def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float, stop: bool) -> None:
         """Tell the observers of the step; with the held-out loss where it is due. Raises: StopAgreed."""
-        clock, at_end = self.state.clock, self.state.clock.images_seen >= self.config.train.total_images
+        clock, at_end = self.state.clock, self.state.clock.images_seen >= self.state.length_images
         validate = self.pauses.validation_due(before)
         logged = clock.steps % self.config.train.log_every_steps == 0 or at_end or validate
         record: dict[str, Any] = {"step": clock.steps, "images_seen": clock.images_seen, **metrics}

@@ -76,7 +76,8 @@ def pauses_at(clock: Clock, keeper: Keeper, attempt: int = 1) -> tuple[Pauses, T
             "sample": {"every_images": EVERY},
         }
     )
-    sampler, state = ThreeSteps(), SimpleNamespace(clock=clock, ema=None, prior_columns=None)
+    length = {"length_images": STEPS * BATCH, "last_batch": BATCH}
+    sampler, state = ThreeSteps(), SimpleNamespace(clock=clock, ema=None, prior_columns=None, **length)
     parts: Any = (
         config,
         OneRank(),

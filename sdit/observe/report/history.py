@@ -106,7 +106,7 @@ def checkpoints_section(runs: Sequence[RunRecord]) -> Html:
     """A table of each run's checkpoints, newest first."""
     cards = []
     for number, run in enumerate(runs):
-        if not run.checkpoints:
+        if not run.checkpoints and not run.aside:
             continue
         lines = [
             (
@@ -117,6 +117,10 @@ def checkpoints_section(runs: Sequence[RunRecord]) -> Html:
                 checkpoint.written or "—",
             )
             for checkpoint in reversed(run.checkpoints)
+        ]
+        lines += [
+            (checkpoint.name, "—", "put aside", size(checkpoint.bytes or 0), checkpoint.written or "—")
+            for checkpoint in reversed(run.aside)
         ]
         content = _capped(("images", "step", "write", "size", "written"), lines)
         cards.append(card("Checkpoints", content, run=run_tag(runs, number)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ class RunRecord:
     events: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    aside: list[Checkpoint] = field(
+        default_factory=list
+    )  # damaged, or later than the point that a start continued from
     samples: list[Path] = field(default_factory=list)
     routing: list[Snapshot] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
@@ -59,7 +62,10 @@ class RunRecord:
 
     @property
     def total_images(self) -> int | None:
-        """The configured length of the run."""
+        """The length of the run: as its start fixed it, else as its config gives it."""
+        fixed = self.environment.get("length_images")
+        if is_number(fixed):
+            return int(fixed)  # type: ignore[arg-type]
         images, steps, batch = (self.config.get(f"train.{key}") for key in ("images", "steps", "global_batch"))
         if is_number(images):
             return int(images)  # type: ignore[arg-type]
@@ -107,6 +113,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     if (folder / "logs" / "attempts.jsonl").exists():
         run.attempts = _records(run, "logs/attempts.jsonl")
     run.checkpoints = _checkpoints(run)
+    run.aside = [_stored(path) for path in sorted((folder / "checkpoints").glob("aside-images-*")) if path.is_dir()]
     run.samples = sorted((folder / "samples").glob("images-*.png"))
     run.maps = sorted((folder / "routing").glob("images-*.png"))
     if not run.samples:
@@ -120,9 +127,12 @@ def _try(run: RunRecord, name: str, read: Callable[[Path], Any]) -> Any:
     if not path.exists():
         run.missing.append(f"{name}: missing")
         return None
+    if not path.is_file():
+        run.missing.append(f"{name}: not a regular file")
+        return None
     try:
         return read(path)
-    except (OSError, ValueError, ConfigError) as error:
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
         run.missing.append(f"{name}: unreadable ({' '.join(str(error).split())[:200]})")
         return None
 
@@ -164,14 +174,19 @@ def _checkpoints(run: RunRecord) -> list[Checkpoint]:
             run.missing.append(f"checkpoints/{folder.name}: no manifest")
             continue
         before = found.get(folder.name, Checkpoint(folder.name, 0))
-        files = [path.stat() for path in folder.iterdir() if path.is_file()]
-        written = datetime.fromtimestamp(max(file.st_mtime for file in files), tz=timezone.utc)
-        images = int(folder.name.removeprefix("images-")) if folder.name[7:].isdecimal() else before.images_seen
-        found[folder.name] = Checkpoint(
-            folder.name, images, before.step, before.seconds, sum(file.st_size for file in files),
-            written.strftime("%Y-%m-%d %H:%M UTC"),
-        )  # fmt: skip
+        found[folder.name] = replace(_stored(folder), step=before.step, seconds=before.seconds)
     return sorted(found.values(), key=lambda checkpoint: checkpoint.images_seen)
+
+
+def _stored(folder: Path) -> Checkpoint:
+    """A checkpoint's folder, as it is now."""
+    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0.0), tz=timezone.utc)
+    number = folder.name.rpartition("-")[2]
+    return Checkpoint(
+        folder.name, int(number) if number.isdecimal() else 0, bytes=sum(file.st_size for file in files),
+        written=written.strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
 
 
 def _read_routing(run: RunRecord) -> None:

@@ -53,7 +53,7 @@ def export_safetensors(
     """
     found, config = find_trained(checkpoint)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
-    facts = _facts(config, Clock(**found.manifest["clock"]), weights, data)
+    facts = _facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         entries = [
@@ -70,11 +70,20 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
     """The same as a .pt file, as published code reads it, through a model in memory."""
     trained = load_model(checkpoint, weights)
     facts = _facts(trained.config, trained.clock, weights, trained.data)
-    published = to_published(trained.model).items()
-    write_published_file(
-        out, {name: value.to(dtype) if value.is_floating_point() else value for name, value in published}, facts
-    )
+    tensors = {
+        name: narrowed(name, value, dtype) if value.is_floating_point() else value
+        for name, value in to_published(trained.model).items()
+    }
+    write_published_file(out, tensors, facts)
     return facts
+
+
+def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the finite `value` as `dtype`. Raises: CheckpointError where it would become infinite."""
+    stored = value.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}; legal: a wider --dtype")
+    return stored
 
 
 def _facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
@@ -104,7 +113,7 @@ def _stored(
         for part, view in parts:
             value = torch.empty(view.shape)
             fill_part(value, shards, weights, part)
-            yield value.to(dtype)
+            yield narrowed(f"{weights}/{part}", value, dtype)
 
     published = name.removeprefix("model.")
     return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdit.checked_files import parse_json
 from sdit.config import Config
 from sdit.configfile import load_config, parse_stored_config
 from sdit.data.classes import Classes
@@ -20,7 +20,8 @@ from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import SUFFIXES, load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
-from sdit.train.checkpoint.files import ShardSet, manifest_files
+from sdit.safetensors_header import read_header
+from sdit.train.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
 from sdit.train.checkpoint.store import Found, find_checkpoint
 from sdit.train.clock import Clock
 
@@ -73,9 +74,12 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     Raises: CheckpointError.
     """
     found, config = find_trained(path)
-    model = build_model(config.model, device="meta").to_empty(device=device)
-    fill_buffers(model)
+    model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+        for part, view in checkpoint_parts(model):  # before memory is taken for a size that the files may not have
+            check_part(view, shards, weights, part)
+        model.to_empty(device=device)
+        fill_buffers(model)
         for part, view in checkpoint_parts(model):
             fill_part(view, shards, weights, part)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
@@ -87,13 +91,19 @@ def find_trained(path: Path) -> tuple[Found, Config]:
     found = find_checkpoint(path)
     for reason in found.skipped:
         _log.warning("skipped a checkpoint: %s", reason)
-    return found, _stored_config(found.manifest["config"], found.folder)
+    return found, stored_config(found.manifest["config"], str(found.folder))
 
 
-def _stored_config(values: dict[str, Any], origin: Path) -> Config:
-    config, dropped = parse_stored_config(values, str(origin))
+def stored_config(values: Any, source: str) -> Config:
+    """The config that a checkpoint or an exported file carries. Raises: CheckpointError when it is not a legal one."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source}: its config is not a mapping of sections")
+    try:
+        config, dropped = parse_stored_config(values, source)
+    except ConfigError as error:
+        raise CheckpointError(f"{error} (the config that the checkpoint holds)") from None
     for key in dropped:
-        _log.warning("%s: %s: an older version stored a credential here; change that password", origin, key)
+        _log.warning("%s: %s: an older version stored a credential here; change that password", source, key)
     return config
 
 
@@ -108,14 +118,19 @@ def checkpoint_parts(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]
             yield f"model.{name}", parameter.detach()
 
 
-def fill_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
-    """Read a logical tensor into `target`, which has its shape. Raises: CheckpointError."""
+def check_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
+    """Raises: CheckpointError when a logical tensor does not have the shape of `target`."""
     name = f"{weights}/{part}"
     stored = shards.shapes.get(name)
     if stored != tuple(target.shape):
         found = "it is not there" if stored is None else f"the checkpoint holds {stored}"
         raise CheckpointError(f"{name}: the model needs shape {tuple(target.shape)}, {found}")
-    shards.read_into(name, 0, target.view(-1))
+
+
+def fill_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
+    """Read a logical tensor into `target`, which has its shape. Raises: CheckpointError."""
+    check_part(target, shards, weights, part)
+    shards.read_into(f"{weights}/{part}", 0, target.view(-1))
 
 
 def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.device | str) -> Trained:
@@ -127,31 +142,29 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
     if config is not None:
         run = load_config(config)
     elif "config" in facts:
-        run = _stored_config(json.loads(facts["config"]), path)
+        run = stored_config(parse_json(facts["config"], str(path), "a config", MANIFEST_DEPTH), str(path))
     else:
         raise ConfigError(f"--config: is not set, and {path} does not say its config; legal: a YAML file")
     model = build_model(run.model, device="meta").to_empty(device=device)
     fill_buffers(model)
     load_published(model, tensors)
-    clock = Clock(int(facts.get("images_seen", 0)), int(facts.get("steps", 0)))
+    clock = Clock(_count(facts, "images_seen", path), _count(facts, "steps", path))
     return Trained(model.eval(), run, clock, path, _data(facts, path))
 
 
 def _data(facts: dict[str, str], path: Path) -> DataIdentity | None:
     """What an exported file says of the images that its model was trained on."""
-    try:
-        value = json.loads(facts.get("data", "null"))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: data: is not valid JSON") from None
+    value = parse_json(facts["data"], str(path), "data", MANIFEST_DEPTH) if "data" in facts else None
     return stored_identity(value, str(path))
 
 
 def _metadata(path: Path) -> dict[str, str]:
     """What an exported safetensors file says of itself; nothing for other files."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    return read_header(path).metadata if path.suffix == ".safetensors" and path.exists() else {}
+
+
+def _count(facts: dict[str, str], name: str, path: Path) -> int:
+    text = facts.get(name, "0")
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise CheckpointError(f"{path}: {name} {text[:100]!r} is not a count")
+    return int(text)

@@ -14,7 +14,7 @@ import torch
 from sdit.errors import CheckpointError
 from sdit.parallel.comm import Comm
 from sdit.train.checkpoint.files import FileRecord
-from sdit.train.checkpoint.store import CheckpointStore, Snapshot
+from sdit.train.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 
 MAX_FAILURES = 3
 Saved = Callable[[Path, float], None]
@@ -57,6 +57,13 @@ class Saver:
             return
         try:
             folder = self._writing.advance(round(written), round(failed), round(committed))
+        except DiskFullError as error:
+            failed_write, self._writing = self._writing, None
+            if failed_write.is_retry:
+                self._count(error, must_work=False)
+            else:
+                self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
+            return
         except CheckpointError as error:
             self._writing = None
             self._count(error, must_work=False)
@@ -116,18 +123,21 @@ class Saver:
 class BackgroundWrite:
     """One checkpoint on its way to storage while the run goes on; the step's all-reduce carries its progress."""
 
-    def __init__(self, store: CheckpointStore, comm: Comm, snapshot: Snapshot) -> None:
-        self._store, self._comm, self._snapshot = store, comm, snapshot
+    def __init__(self, store: CheckpointStore, comm: Comm, snapshot: Snapshot, is_retry: bool = False) -> None:
+        self._store, self._comm, self.snapshot, self.is_retry = store, comm, snapshot, is_retry
         self.images_seen = snapshot.images_seen
         self._started = time.perf_counter()
         self._records: list[FileRecord] = []
-        self._problem = ""
+        self._problem: Problem | None = None
         self._is_committing = False
         self._run(lambda: self._store.write_part(snapshot, self._records))
 
-    def _run(self, action: Callable[[], str]) -> None:
+    def _run(self, action: Callable[[], Problem | None]) -> None:
         def work() -> None:
-            self._problem = action()
+            try:
+                self._problem = action()
+            except Exception as error:  # a thread that just ended would count as a part that is written
+                self._problem = Problem(f"{type(error).__name__}: {error}")
 
         self._thread = threading.Thread(target=work, name="sdit-checkpoint", daemon=True)
         self._thread.start()
@@ -144,20 +154,20 @@ class BackgroundWrite:
         """This rank has written its part; it failed; the whole is committed (rank 0 alone knows)."""
         if self._thread.is_alive():
             return (0.0, 0.0, 0.0)
-        if self._problem:
+        if self._problem is not None:
             return (0.0, 1.0, 0.0)
         return (0.0, 0.0, float(self._comm.is_first)) if self._is_committing else (1.0, 0.0, 0.0)
 
     def advance(self, written: int, failed: int, committed: int) -> Path | None:
         """The next thing to do; the folder once it is committed. Raises: CheckpointError, on every rank."""
         if committed:
-            return self._store.folder_of(self._snapshot.images_seen)
+            return self._store.folder_of(self.snapshot.images_seen)
         if self._is_committing:
             if failed:
-                self._store.agree(self._problem, self._snapshot.images_seen)
+                self._store.agree(self._problem, self.snapshot.images_seen)
         elif written + failed == self._comm.world:
-            gathered = self._store.agree(self._problem, self._snapshot.images_seen, self._store.listed(self._records))
+            gathered = self._store.agree(self._problem, self.snapshot.images_seen, self._store.listed(self._records))
             self._is_committing = True
             if self._comm.is_first:
-                self._run(lambda: self._store.commit(self._snapshot, gathered))
+                self._run(lambda: self._store.commit(self.snapshot, gathered))
         return None

@@ -13,9 +13,9 @@ FILES_BESIDE_SHARDS = 16  # manifest, folder, latest, metrics, logs
 def check_space(folder: Path, checkpoint_bytes: int, keep_last: int, ranks: int) -> None:
     """Raises: ConfigError when the checkpoints that retention keeps, and the one being written, do not fit.
 
-    Checkpoints that are there already count as room: they will make way for new ones.
+    Checkpoints that are there already, and those put aside, count as room: they will make way for new ones.
     """
-    held = sum(path.stat().st_size for path in folder.glob("images-*/shard-*.safetensors"))
+    held = sum(path.stat().st_size for path in folder.glob("*images-*/shard-*.safetensors"))
     needed = (keep_last + 1) * checkpoint_bytes - held
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,21 @@ from sdit.train.checkpoint.naming import ExpertIds, named_spans, spans_of
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"images-(\d{12})")
+_ASIDE = re.compile(r"aside-images-(\d{12})")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the quota of its user, group or project
+PROBLEMS_SHOWN = 4
 
 
 class DiskFullError(CheckpointError):
-    """There was no room for a checkpoint; an old one has been removed if there were two."""
+    """There was no room for a checkpoint; rank 0 has removed an old one if there was one to spare."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a rank could not write its part; `is_full`: there may be room once an old checkpoint is gone."""
+
+    text: str
+    is_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,26 @@ class Found:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in a `checkpoints` folder, newest first; verified they are not."""
+    """Return the committed checkpoints in a `checkpoints` folder, newest first. Checksums are not verified here."""
+    return _folders(folder, _NAME)
+
+
+def list_aside(folder: Path) -> list[Path]:
+    """Return the checkpoints that `begin` put aside, the last one first."""
+    return sorted(_folders(folder, _ASIDE), key=_modified, reverse=True)
+
+
+def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), reverse=True)
+    return sorted((path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir()), reverse=True)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # removed meanwhile
+        return 0.0
 
 
 def find_checkpoint(path: Path) -> Found:
@@ -76,8 +103,19 @@ def find_checkpoint(path: Path) -> Found:
     raise CheckpointError(f"{path}: holds no checkpoint{detail}; legal: a run folder or a checkpoint folder")
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises: CheckpointError, also when the folder's name states another moment."""
+    manifest, name = read_manifest(folder), _NAME.fullmatch(folder.name)
+    images_seen = manifest["clock"]["images_seen"]
+    if name is not None and int(name[1]) != images_seen:
+        raise CheckpointError(
+            f"{folder}: its manifest is of {images_seen} images; legal: the name images-{images_seen:012d}"
+        )
+    return manifest
+
+
 def _verified(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
+    manifest = _read(folder)
     for record in manifest_files(manifest):
         verify_file(folder, record)
     return manifest
@@ -108,37 +146,44 @@ class CheckpointStore:
         return self.folder / f"images-{images_seen:012d}"
 
     def begin(self, images_seen: int) -> None:
-        """Rank 0, before the run goes on from `images_seen`: put aside what is not its past, and drop leftovers."""
+        """Rank 0, before the run continues from `images_seen`: put later checkpoints aside, and remove leftovers.
+
+        What was put aside follows the retention of checkpoints: `_prune` removes it after the next commit.
+        """
         for leftover in self.folder.glob(".images-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.folder.glob(".latest.*.tmp"):
+            leftover.unlink(missing_ok=True)
         for later in list_checkpoints(self.folder):
             if int(later.name.removeprefix("images-")) > images_seen:
                 aside = self.folder / f"aside-{later.name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(later, aside)
+                os.utime(aside)
                 _log.warning("%s: the run goes on from before it; it is now %s", later, aside.name)
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write this rank's part, wait for all ranks, commit; return the new folder.
 
-        The folder appears under its name only when every file of every rank is on storage.
+        The folder appears under its name only when every file of every rank is on storage. If the disk or a quota is full,
+        all ranks try once more after rank 0 has made room.
         Raises: CheckpointError on every rank when any rank could not write; the previous checkpoint stays as it was.
         """
         try:
             return self._save(snapshot)
         except DiskFullError:
-            return self._save(snapshot)  # there may be room now
+            return self._save(snapshot)
 
     def _save(self, snapshot: Snapshot) -> Path:
         records: list[FileRecord] = []
         problem = self.write_part(snapshot, records)
         gathered = self.agree(problem, snapshot.images_seen, self.listed(records))
-        problem = self.commit(snapshot, gathered) if self._comm.is_first else ""
+        problem = self.commit(snapshot, gathered) if self._comm.is_first else None
         self.agree(problem, snapshot.images_seen)
         return self.folder_of(snapshot.images_seen)
 
-    def write_part(self, snapshot: Snapshot, records: list[FileRecord]) -> str:
-        """Write and fsync this rank's shard, and append its record; return the problem, empty if there was none."""
+    def write_part(self, snapshot: Snapshot, records: list[FileRecord]) -> Problem | None:
+        """Write and fsync this rank's shard, and append its record; return the problem, None if there was none."""
         temporary = self._temporary(snapshot.images_seen)
         name = f"shard-{self._comm.rank:05d}.safetensors"
 
@@ -147,27 +192,32 @@ class CheckpointStore:
             if snapshot.tensors:
                 records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes))
 
-        return _attempt(write)
+        return _attempt(write, temporary / name)
 
-    def commit(self, snapshot: Snapshot, gathered: Sequence[list[dict[str, Any]]]) -> str:
-        """Rank 0, when every part is on storage: publish the checkpoint; return the problem, empty if none."""
+    def commit(self, snapshot: Snapshot, gathered: Sequence[list[dict[str, Any]]]) -> Problem | None:
+        """Rank 0, when every part is on storage: publish the checkpoint; return the problem, None if there was none."""
         files = [record for part in gathered for record in part]
         manifest = {"format": FORMAT, "files": files, **snapshot.facts}
         final = self.folder_of(snapshot.images_seen)
-        return _attempt(lambda: self._publish(self._temporary(snapshot.images_seen), final, manifest))
+        return _attempt(lambda: self._publish(self._temporary(snapshot.images_seen), final, manifest), final)
 
-    def agree(self, problem: str, images_seen: int, payload: Any = None) -> list[Any]:
-        """Exchange what ranks have to say. Raises: CheckpointError on all, after cleaning up, if one has a problem."""
-        answers = self._comm.gather([problem, payload])
-        problems = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]
-        if problems:
-            if self._comm.is_first:
-                shutil.rmtree(self._temporary(images_seen), ignore_errors=True)
-            is_full = any(os.strerror(errno.ENOSPC) in text for text in problems)
-            if is_full and self._comm.is_first:
+    def agree(self, problem: Problem | None, images_seen: int, payload: Any = None) -> list[Any]:
+        """Return every rank's `payload`.
+
+        Raises: CheckpointError on all ranks if one has a problem, with the text of each. Every rank leaves only after rank 0
+            has removed the parts and made room, so that no rank writes a part again that rank 0 is about to remove.
+        """
+        answers = self._comm.gather([None if problem is None else asdict(problem), payload])
+        problems = {rank: Problem(**answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None}
+        if not problems:
+            return [answer[1] for answer in answers]
+        is_full = any(found.is_full for found in problems.values())
+        if self._comm.is_first:
+            shutil.rmtree(self._temporary(images_seen), ignore_errors=True)
+            if is_full:
                 self._make_room()
-            raise (DiskFullError if is_full else CheckpointError)(f"checkpoint not written: {problems[0]}")
-        return [answer[1] for answer in answers]
+        self._comm.from_first(None)
+        raise (DiskFullError if is_full else CheckpointError)(f"checkpoint not written: {_described(problems)}")
 
     @staticmethod
     def listed(records: Sequence[FileRecord]) -> list[dict[str, Any]]:
@@ -178,9 +228,9 @@ class CheckpointStore:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
 
     def _make_room(self) -> None:
-        """The disk is full: the oldest checkpoint goes, so that the next one finds room; the newest stays."""
-        for oldest in list_checkpoints(self.folder)[1:][-1:]:
-            _log.warning("%s: removed, the disk is full", oldest)
+        """Remove what was put aside, or else the oldest checkpoint, so that the next one finds room; the newest stays."""
+        for oldest in list_aside(self.folder) or list_checkpoints(self.folder)[1:][-1:]:
+            _log.warning("%s: removed, the disk or the quota is full", oldest)
             shutil.rmtree(oldest, ignore_errors=True)
 
     def _publish(self, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
@@ -194,12 +244,13 @@ class CheckpointStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove what retention does not keep."""
-        keep_every = self._config.keep_every_images
-        for old in list_checkpoints(self.folder)[self._config.keep_last :]:
-            images = int(old.name.removeprefix("images-"))
-            if not (keep_every and images % keep_every == 0):
-                shutil.rmtree(old, ignore_errors=True)
+        """Remove what retention does not keep, of the checkpoints and of those put aside."""
+        keep_last, keep_every = self._config.keep_last, self._config.keep_every_images
+        for folders in (list_checkpoints(self.folder), list_aside(self.folder)):
+            for old in folders[keep_last:]:
+                images = int(old.name.rpartition("-")[2])
+                if not (keep_every and images % keep_every == 0):
+                    shutil.rmtree(old, ignore_errors=True)
 
     def find(self) -> Found | None:
         """The checkpoint that `checkpoint.resume` asks for, verified by all ranks together; None: start fresh.
@@ -242,7 +293,7 @@ class CheckpointStore:
     def _verify_together(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
         manifest, problem = None, ""
         try:
-            manifest = read_manifest(folder)
+            manifest = _read(folder)
             for record in manifest_files(manifest)[self._comm.rank :: self._comm.world]:
                 verify_file(folder, record)
         except CheckpointError as error:
@@ -278,10 +329,17 @@ def restore(
             shards.read_into(name, span.start, flat.narrow(0, span.offset, span.numel))
 
 
-def _attempt(action: Any) -> str:
-    """Run a file operation; return its problem as text, empty if it worked."""
+def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
+    """Run a file operation on `path`; return its problem, None if it worked."""
     try:
         action()
     except OSError as error:
-        return f"{error.filename or ''} {error.strerror or error}".strip()
-    return ""
+        return Problem(f"{error.filename or path}: {error.strerror or error}", error.errno in FULL)
+    return None
+
+
+def _described(problems: Mapping[int, Problem]) -> str:
+    """What went wrong on which rank, in one line."""
+    texts = [f"rank {rank}: {problem.text}" for rank, problem in problems.items()]
+    more = f"; and {len(texts) - PROBLEMS_SHOWN} ranks more" if len(texts) > PROBLEMS_SHOWN else ""
+    return "; ".join(texts[:PROBLEMS_SHOWN]) + more

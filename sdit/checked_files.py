@@ -1,0 +1,85 @@
+"""Reading files that others may have written: regular files only, and JSON of bounded size and depth."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdit.errors import CheckpointError
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+@contextmanager
+def open_regular(path: Path, follow_links: bool = True) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; a FIFO or a device is refused before it is opened, because reading could hang.
+
+    Raises: CheckpointError for anything else than a regular file, OSError as `open` does.
+    """
+    mode = os.stat(path, follow_symlinks=follow_links).st_mode
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file")
+    with path.open("rb") as file:
+        yield file
+
+
+def read_bytes(file: BinaryIO, path: Path, most: int) -> bytes:
+    """Return the rest of a file. Raises: CheckpointError for a file of more than `most` bytes, before reading it."""
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        raise CheckpointError(f"{path}: has {size} bytes; legal: at most {most}")
+    return file.read()
+
+
+def parse_json(data: bytes | str, source: str, what: str, depth: int) -> Any:
+    """Return the value of a JSON text whose nesting is at most `depth`; `source` and `what` name it in errors.
+
+    Raises: CheckpointError for what is no JSON, has a key twice in one object, or is nested deeper.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise CheckpointError(f"{source}: is nested too deeply for {what}; legal: {depth} levels") from None
+    except _DuplicateKey as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    except ValueError:
+        raise CheckpointError(f"{source}: is torn or not {what}") from None
+    level = [value]
+    for _ in range(depth + 1):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise CheckpointError(f"{source}: is nested too deeply for {what}; legal: {depth} levels")
+
+
+class _DuplicateKey(ValueError):
+    """An object has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(f"has the key {twice[:80]!r} twice")
+    return values
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value

@@ -1,0 +1,106 @@
+"""The header of a safetensors file, checked against the file before any tensor is read. Source: safetensors' format."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdit.checked_files import open_regular, parse_json
+from sdit.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors package refuses more
+LENGTH_BYTES = 8
+MAX_DIMENSIONS = 64
+DEPTH = 3  # the object of tensors, a tensor, its shape
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Dtype, shape, and the bytes [start, end) of the file that hold a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a safetensors file by name, and its metadata."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, follow_links: bool = True) -> Header:
+    """Return the header of a safetensors file. No tensor is read.
+
+    Raises: CheckpointError, naming the file and the tensor, for what is no regular file or no such header: a length
+        beyond the file, a key given twice, unknown dtypes, and offsets that leave gaps, overlap or miss the file's end.
+    """
+    try:
+        with open_regular(path, follow_links) as file:
+            return _parse(file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(file: BinaryIO, path: Path) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(LENGTH_BYTES)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise CheckpointError(f"{path}: cannot be read: its header of {length} bytes does not fit in {size} bytes")
+    values = parse_json(file.read(length), str(path), "a safetensors header", DEPTH)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: cannot be read: its header is no object")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not a mapping of names to texts")
+    first = LENGTH_BYTES + length
+    tensors = {name: _tensor(path, name, entry, first) for name, entry in values.items()}
+    end = first
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            kind = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: {_short(name)} {kind}")
+        end = tensor.end
+    if end != size:
+        raise CheckpointError(f"{path}: its tensors end at byte {end}, the file at {size}")
+    return Header(tensors, metadata)
+
+
+def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
+    """The entry of one tensor; `first` is the byte of the file at which offsets begin."""
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise CheckpointError(f"{path}: {_short(name)} has not exactly {', '.join(sorted(keys))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: {_short(name)} has dtype {_short(dtype)}; legal: {', '.join(ITEM_BYTES)}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{path}: {_short(name)} has shape {_short(shape)}, data_offsets {_short(offsets)}")
+    needed = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != needed:
+        raise CheckpointError(
+            f"{path}: {_short(name)} needs {_short(needed)} bytes for shape {_short(shape)}, "
+            f"data_offsets are {_short(offsets)}"
+        )
+    return StoredTensor(dtype, tuple(shape), first + offsets[0], first + offsets[1])
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _short(value: object) -> str:
+    """A value of the file in one short line."""
+    text = str(value) if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,103 @@
+"""What a manifest must hold, checked before anything in it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdit.errors import CheckpointError
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Part(BaseModel):
+    """A part of the manifest. Later versions may add fields."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _File(_Part):
+    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # a plain name: the file is in the folder
+    size_bytes: Count
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class _Clock(_Part):
+    images_seen: Count
+    steps: Count
+    left_out: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+
+
+class _ExpertLayout(_Part):
+    ranks: Annotated[int, Field(ge=1, lt=2**31)]
+    place: list[list[Count]]
+    at_hand: list[list[bool]]
+
+    @model_validator(mode="after")
+    def _fits(self) -> _ExpertLayout:
+        if [len(row) for row in self.place] != [len(row) for row in self.at_hand] or len(set(map(len, self.place))) > 1:
+            raise ValueError("place and at_hand are not of one shape")
+        if any(rank >= self.ranks for row in self.place for rank in row):
+            raise ValueError(f"place holds a rank beyond {self.ranks - 1}")
+        return self
+
+
+class _Body(_Part):
+    files: Annotated[list[_File], Field(min_length=1)]
+    clock: _Clock
+    config: dict[str, Any]
+    prior_columns: list[Count] | None = None
+    expert_layout: _ExpertLayout | None = None
+    written_by: dict[str, Any] = {}
+    length_images: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Body:
+        names = [file.name for file in self.files]
+        if len(set(names)) < len(names):
+            raise ValueError("files names a shard twice")
+        if self.prior_columns is not None and sorted(self.prior_columns) != list(range(len(self.prior_columns))):
+            raise ValueError("prior_columns is not a permutation")
+        return self
+
+
+def check_manifest(body: Any, path: Path) -> dict[str, Any]:
+    """Return the body of the manifest at `path`.
+
+    Raises: CheckpointError naming the field: one that is missing or of the wrong type, shard names
+        that lead out of the folder, negative counts, numbers that are not finite (the config's own schema judges it).
+    """
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{path}: is torn or not a manifest")
+    try:
+        _Body.model_validate(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "body"
+        text = problem["msg"].removeprefix("Value error, ")
+        found = "" if problem["type"] in ("missing", "value_error") else f": {_short(problem['input'])}"
+        raise CheckpointError(f"{path}: {field}{found} is not legal ({text[0].lower()}{text[1:]})") from None
+    for field, number in _numbers({key: value for key, value in body.items() if key != "config"}, ""):
+        if not math.isfinite(number):
+            raise CheckpointError(f"{path}: {field}: {number} is not legal; legal: finite numbers")
+    return body
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every float of a JSON value, with its dotted name; the reader has bounded the depth."""
+    if isinstance(value, float):
+        yield name, value
+    children: Mapping[Any, Any] = (
+        value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    )
+    for key, child in children.items():
+        yield from _numbers(child, f"{name}.{key}" if name else str(key))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
