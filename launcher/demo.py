@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, progress_bar
+from sdit.cli import run_command
 from sdit.errors import ConfigError, DataError, ExitCode
 
 PER_CLASS = 20
@@ -83,4 +84,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, positive_int
+from sdit.cli import run_command
 from sdit.errors import ExitCode
 
 IMAGES_PER_PROCESS = 4096  # a process takes seconds to start; on 8 x 8 pictures that is more than its work
@@ -179,4 +180,4 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status
+from sdit.cli import run_command
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -88,4 +89,4 @@ def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

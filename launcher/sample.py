@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, positive_int, progress_bar
-from sdit.cli import leave
+from sdit.cli import run_command
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -177,4 +177,4 @@ def _labels(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main)

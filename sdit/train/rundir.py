@@ -14,23 +14,23 @@ from typing import Any
 import sdit
 from sdit.config import Config
 from sdit.configfile import dump_config
-from sdit.errors import ConfigError
 from sdit.parallel.comm import Comm
 from sdit.redact import redact
+from sdit.supervise.run_folder import RunFolder, unwritable
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
 
 
-def prepare_run_dir(path: Path) -> None:
-    """Create the run directory. Raises: ConfigError when it cannot be written."""
+def prepare_run_dir(folder: RunFolder) -> None:
+    """Create the folders of a run. Raises: ConfigError when it cannot be written."""
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (path / "logs").mkdir(exist_ok=True)
-        probe = path / f".writable.{os.getpid()}"
+        folder.make("checkpoints")
+        folder.make("logs")
+        probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"run_dir: {path}: cannot be written ({error.strerror}); legal: a writable folder") from error
+        raise unwritable(folder, error) from error
 
 
 def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:
