@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, exit_status, progress_bar
 from sdit.caches import run_caches, use_cache
+from sdit.cli import run_command
 from sdit.errors import ConfigError, DataError, ExitCode
 
 PER_CLASS = 20
@@ -85,4 +86,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -29,6 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, add_rank_option, exit_status
+from sdit.cli import status_of
 from sdit.errors import ConfigError, ExitCode
 from sdit.observe.doctor import (
     GIB,
@@ -195,7 +196,4 @@ def _positive(text: str) -> float:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of a failed process group may wait for ranks that are gone
+    os._exit(status_of(main))  # threads of a failed process group may wait for ranks that are gone

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 from launcher.command import Parser, add_rank_option, exit_status, positive_int, progress_bar
 from launcher.sample import chosen_settings
 from sdit.caches import can_write, run_caches, use_cache
-from sdit.cli import leave
+from sdit.cli import run_command
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -288,4 +288,4 @@ def write_result(
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main)

@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import OVERRIDE, Parser, add_deepspeed_options, exit_status
+from sdit.cli import run_command
 from sdit.config import Config
 from sdit.configfile import load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
@@ -121,4 +122,4 @@ def _size(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

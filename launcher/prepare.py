@@ -28,6 +28,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, exit_status, positive_int
+from sdit.cli import run_command
 from sdit.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -242,4 +243,4 @@ def _folder_source(options: argparse.Namespace) -> FolderSource:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

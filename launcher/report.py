@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, exit_status
 from sdit.caches import run_caches, use_cache
+from sdit.cli import run_command
 from sdit.errors import ExitCode
 
 
@@ -63,4 +64,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, exit_status
 from sdit.caches import run_caches, use_cache
+from sdit.cli import run_command
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -90,4 +91,4 @@ def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, add_rank_option, exit_status, positive_int, progress_bar
-from sdit.cli import leave
+from sdit.cli import run_command
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -186,4 +186,4 @@ def _label_list(text: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main)

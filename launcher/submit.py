@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launcher.command import Parser, add_deepspeed_options, exit_status
+from sdit.cli import run_command
 from sdit.configfile import config_manual, dump_config, load_config, shown
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
 from sdit.errors import ConfigError, ExitCode, SditError
@@ -202,4 +203,4 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

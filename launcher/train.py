@@ -32,16 +32,18 @@ if str(ROOT) not in sys.path:
 
 from launcher.command import Parser, add_deepspeed_options, add_rank_option, exit_status
 from sdit.caches import use_cache
-from sdit.cli import leave
+from sdit.cli import leave, run_command
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
 from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.output import divert_output
 from sdit.redact import redact
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
 from sdit.supervise.ranks import find_rank
+from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
 from sdit.topology import choose_expert_parallel, plan_batch
 
@@ -92,18 +94,18 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     literal = {key: text for key, text in given.items() if text is not None}
     config = load_config(options.config, options.overrides, literal=literal)
     deepspeed = read_deepspeed_json(options.ds_config)
+    info = find_rank(os.environ)
+    divert_output(Path(config.run_dir) / "logs" / f"rank-{info.rank:03d}.output")
     if rank.is_supervised:
         return last_words(rank, lambda: run(options, config, deepspeed, rank))
-    info = find_rank(os.environ)
     # What needs no torch is refused here at once; the rank itself checks the rest, seconds later.
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, info.world)
     merge_deepspeed(config, batch, deepspeed, options.ds_config)
-    run_dir = Path(config.run_dir)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
-        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe)
+        job = Job(command, Path(config.run_dir), digest, lambda ranks: largest_world(config, ranks), config.observe)
         return supervise(job, config.supervise, info, os.environ)
-    with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
+    with RunLock(RunFolder.create(Path(config.run_dir))) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:
             lock.keep_beating()
         return run(options, config, deepspeed, rank)
@@ -152,19 +154,30 @@ def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], 
     info = find_launched(os.environ)
     check_config(config, deepspeed, options.ds_config, info.world)
     set_threads(info, config.parallel.threads)
+    from sdit.observe.folder_watch import FolderWatch
     from sdit.observe.metrics import MetricsPage
     from sdit.observe.observers import build_observers
 
-    page = None if rank.page is None else MetricsPage(config, Path(config.run_dir), info, rank.page)
-    observers = build_observers(config, Path(config.run_dir), info, page)
-    with Comm(info, device=config.parallel.device) as comm:
-        try:
-            with open_trainer(config, deepspeed, options.ds_config, comm, observers, rank, options.fault) as trainer:
-                return int(trainer.run())
-        finally:
-            for observer in observers:
-                observer.close()
+    run_dir = Path(config.run_dir)
+    folder = RunFolder(run_dir) if rank.is_supervised else RunFolder.create(run_dir)
+    page = None if rank.page is None else MetricsPage(config, run_dir, info, rank.page)
+    observers = [*build_observers(config, folder, info, page), FolderWatch(folder, rank.pulse)]
+    try:
+        with Comm(info, device=config.parallel.device) as comm:
+            try:
+                with open_trainer(
+                    config, deepspeed, options.ds_config, comm, observers, rank, options.fault
+                ) as trainer:
+                    code = int(trainer.run())
+            finally:
+                for observer in observers:
+                    observer.close()
+    except Exception:
+        folder.check()  # if the folder is gone, that is the reason, whatever failed first
+        raise
+    folder.check()
+    return code
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main)

@@ -6,11 +6,12 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sdit import __version__
 from sdit.errors import ExitCode
+from sdit.output import keep_output, output_problem
 
 VERBS = {  # verb, which is the name of a module in launcher/ -> what it does
     "train": "train a run, or go on with it",
@@ -52,7 +53,33 @@ def _manual() -> str:
 
 def main() -> None:
     """The installed command."""
-    leave(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
+
+
+def run_command(action: Callable[[], int]) -> NoReturn:
+    """Run a command as this process and leave with its exit status."""
+    leave(status_of(action))
+
+
+def status_of(action: Callable[[], int]) -> int:
+    """Run a command and return its exit status, with all of its output written.
+
+    A reader that leaves early (`| head`) changes nothing. Standard output that cannot be written is an error, 74.
+    """
+    keep_output()
+    try:
+        code = int(action())
+    except SystemExit as end:  # argparse ends a command so after --help
+        if end.code not in (None, ExitCode.DONE):
+            raise
+        code = ExitCode.DONE
+    sys.stdout.flush()
+    problem = output_problem()
+    if problem and code == ExitCode.DONE:
+        print(f"error: standard output: {problem}; its text is not complete", file=sys.stderr)
+        code = ExitCode.IO
+    sys.stderr.flush()
+    return code
 
 
 def leave(code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdit.redact import redact
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION, Observer
 
@@ -23,10 +24,18 @@ SPENT = (  # seconds of rank 0, summed over the steps since the last logged one
 class MetricsFile(Observer):
     """Appends logged steps to RUN/metrics.jsonl and events to RUN/events.jsonl."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._metrics, self._events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
+    def __init__(self, run_dir: Path | RunFolder) -> None:
+        self._run_dir = run_dir
         self._spent = dict.fromkeys(SPENT, 0.0)
-        self._lost: dict[Path, int] = {}  # lines in a row that could not be written
+        self._lost: dict[str, int] = {}  # lines of a file in a row that could not be written
+
+    @property
+    def _metrics(self) -> Path:
+        return self._run_dir / "metrics.jsonl"
+
+    @property
+    def _events(self) -> Path:
+        return self._run_dir / "events.jsonl"
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self.on_rollback(clock, message)
@@ -73,13 +82,17 @@ class MetricsFile(Observer):
         line = json.dumps(record) + "\n"
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}" if self._lost.get(path) else line)  # what was lost may have left half a line
+                file.write(
+                    f"\n{line}" if self._lost.get(path.name) else line
+                )  # what was lost may have left half a line
+        except FileNotFoundError:  # the run folder is deleted: whoever watches it ends the run
+            return
         except OSError as error:
-            self._lost[path] = self._lost.get(path, 0) + 1
-            if self._lost[path] == 1:
+            self._lost[path.name] = self._lost.get(path.name, 0) + 1
+            if self._lost[path.name] == 1:
                 _log.warning("%s: a line is lost (%s); training goes on", path, error.strerror)
             return
-        if self._lost.pop(path, 0):
+        if self._lost.pop(path.name, 0):
             _log.warning("%s: can be written again", path)
 
 

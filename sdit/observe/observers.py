@@ -12,10 +12,13 @@ from sdit.observe.rank_log import RankLog
 from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.sinks import TensorBoard, Tolerant, WeightsAndBiases, require_packages
 from sdit.supervise.ranks import RankInfo
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import Observer
 
 
-def build_observers(config: Config, run_dir: Path, info: RankInfo, page: Observer | None = None) -> list[Observer]:
+def build_observers(
+    config: Config, run_dir: Path | RunFolder, info: RankInfo, page: Observer | None = None
+) -> list[Observer]:
     """The observers of this rank, in the order in which they are told; `page`: what the node's exporter reads.
 
     Raises: ConfigError, on every rank, for an optional sink whose package is missing.
@@ -29,7 +32,7 @@ def build_observers(config: Config, run_dir: Path, info: RankInfo, page: Observe
         if config.model.variant == "switch":
             observers.append(Tolerant(RoutingMaps(run_dir, config.model), "routing maps", lasting=True))
         if config.observe.tensorboard:
-            observers.append(Tolerant(TensorBoard(run_dir), "TensorBoard"))
+            observers.append(Tolerant(TensorBoard(Path(str(run_dir))), "TensorBoard"))
         if config.observe.wandb != "off":
-            observers.append(Tolerant(WeightsAndBiases(run_dir, config), "Weights & Biases"))
+            observers.append(Tolerant(WeightsAndBiases(Path(str(run_dir)), config), "Weights & Biases"))
     return observers

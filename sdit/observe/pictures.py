@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdit.data.durable import replacing
 from sdit.data.pixels import to_pixels
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import SAMPLES, Observer
 
@@ -22,8 +23,12 @@ GAP_GREY = 96
 class SampleGrids(Observer):
     """Writes RUN/samples/images-N.png whenever samples were drawn."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / "samples"
+    def __init__(self, run_dir: Path | RunFolder) -> None:
+        self._run_dir = run_dir
+
+    @property
+    def _folder(self) -> Path:
+        return self._run_dir / "samples"
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self.on_rollback(clock, message)
@@ -35,7 +40,7 @@ class SampleGrids(Observer):
         return set() if self._path(clock).exists() else {SAMPLES}
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
 
     def _path(self, clock: Clock) -> Path:

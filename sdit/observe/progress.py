@@ -45,6 +45,9 @@ class Progress(Observer):
         self._interval.add(metrics)
         if self._rate_from is None:  # the first step warms libraries up: it says nothing of the others
             self._rate_from = (now, clock.images_seen)
+        if self._bar is not None and not self._stream.isatty():  # the terminal is gone: lines from here on
+            self._bar.close()
+            self._bar = None
         if self._bar is not None:
             self._bar.set_postfix_str(self._interval.describe(short=True), refresh=False)
             self._bar.update(clock.images_seen - self._bar.n)

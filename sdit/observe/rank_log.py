@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sdit.redact import redact
 from sdit.supervise.ranks import RankInfo
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import Observer
 
 
@@ -20,11 +21,11 @@ class RankLog(Observer):
 
     every_rank = True
 
-    def __init__(self, run_dir: Path, info: RankInfo) -> None:
+    def __init__(self, run_dir: Path | RunFolder, info: RankInfo) -> None:
         self._handlers: list[logging.Handler] = [_Terminal(info.rank)]
         path = run_dir / "logs" / f"rank-{info.rank:03d}.log"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             self._handlers.append(_File(path, info.rank))
         except OSError as error:
             print(f"{path}: {error.strerror}; rank {info.rank} keeps no log", file=sys.stderr)

@@ -21,6 +21,7 @@ from sdit.model.windows import expert_windows
 from sdit.observe.pictures import remove_after
 from sdit.observe.routing import Snapshot
 from sdit.observe.routing_drawer import undrawn
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, Observer
 
@@ -32,16 +33,20 @@ _log = logging.getLogger(__name__)
 class RoutingMaps(Observer):
     """Writes RUN/routing/images-N.npz (a few milliseconds); pictures appear beside it when they are drawn."""
 
-    def __init__(self, run_dir: Path, model: ModelConfig, finish_seconds: float = FINISH_SECONDS) -> None:
-        self._folder, self._model, self._finish_seconds = run_dir / "routing", model, finish_seconds
+    def __init__(self, run_dir: Path | RunFolder, model: ModelConfig, finish_seconds: float = FINISH_SECONDS) -> None:
+        self._run_dir, self._model, self._finish_seconds = run_dir, model, finish_seconds
         self._dropped: np.ndarray | None = None
         self._drawer: subprocess.Popen[str] | None = None
         self._warned, self._may_wait = False, True
         self._total_images = self._images_left = 0
 
+    @property
+    def _folder(self) -> Path:
+        return self._run_dir / "routing"
+
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self._total_images, self._images_left = total_images, total_images - clock.images_seen
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         self.on_rollback(clock, message)
         self._draw()
 

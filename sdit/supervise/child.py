@@ -21,10 +21,16 @@ from sdit.supervise.pulse import Beat, Pulse
 
 VARIABLE = "SDIT_SUPERVISED"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HANGUP = signal.SIGHUP
 STACK_SIGNAL = signal.SIGQUIT  # NCCL and schedulers use USR1 and USR2
 DUMP_SECONDS = 3.0
 DUMP_QUIET_POLLS = 4  # 0.2 s: a busy machine may halt a process in the middle of its dump
 PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to save and stop. SIGHUP is one of them unless it is ignored, as `nohup` has it."""
+    return STOP_SIGNALS if signal.getsignal(HANGUP) == signal.SIG_IGN else (*STOP_SIGNALS, HANGUP)
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,8 @@ class Supervised:
             return cls(Pulse())
         charge = Charge(**json.loads(environment[VARIABLE]))
         _die_with(charge.parent)
-        for number in (
-            STOP_SIGNALS
-        ):  # a launcher may signal the whole tree while this rank still starts; its parent hears it, too
+        # A launcher may signal the whole tree while this rank still starts. Its parent gets the signal as well.
+        for number in stop_signals():
             signal.signal(number, _leave_it_to_the_parent)
         stacks = open(charge.stacks, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler keeps its descriptor for good
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)

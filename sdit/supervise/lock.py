@@ -15,6 +15,7 @@ from typing import Any
 
 from sdit.errors import ConfigError
 from sdit.supervise.files import read_json, write_json
+from sdit.supervise.run_folder import RunFolder, unwritable
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0  # a holder elsewhere that does not beat for this long is dead; four beats, for slow file systems
@@ -24,17 +25,22 @@ _log = logging.getLogger(__name__)
 class RunLock:
     """Holds RUN/lock.json. Raises: ConfigError, naming host and pid, when a live process holds it."""
 
-    def __init__(self, run_dir: Path, watch_seconds: float = WATCH_SECONDS) -> None:
-        self._path = run_dir / "lock.json"
+    def __init__(self, run_dir: Path | RunFolder, watch_seconds: float = WATCH_SECONDS) -> None:
+        self._run_dir = run_dir
         self._body: dict[str, Any] = {**identity(os.getpid()), "token": uuid.uuid4().hex, "beats": 0}
         self._beaten = time.monotonic()
         self._ended = threading.Event()
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            if isinstance(run_dir, Path):
+                run_dir.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 self._take_over(watch_seconds)
         except OSError as error:
             raise unwritable(run_dir, error) from error
+
+    @property
+    def _path(self) -> Path:
+        return self._run_dir / "lock.json"
 
     def _create(self) -> bool:
         try:
@@ -101,11 +107,6 @@ class RunLock:
         if self.is_held:
             with contextlib.suppress(OSError):
                 self._path.unlink()
-
-
-def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """The error for a run directory that cannot be used."""
-    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 
 def identity(pid: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import mmap
 import os
+import signal
 import struct
 import tempfile
 import threading
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 PAGE_BYTES = 8192
 TICK_SECONDS = 0.5
+LAUNCHER_GONE, FOLDER_MOVED = 254, 255  # no signals have these numbers
+REASONS = {LAUNCHER_GONE: "its launcher is gone", FOLDER_MOVED: "the run folder is no longer at its path"}
 _STOP = struct.Struct("<B")  # each writer has its own place: nobody overwrites what another one writes
 _MARK = struct.Struct("<BQQ")
 _TICK = struct.Struct("<Q")
@@ -102,13 +105,19 @@ class Pulse:
         phase, step, marks = _MARK.unpack_from(self._page, _MARK_AT)
         return Beat(Phase(phase), step, marks, *_TICK.unpack_from(self._page, _TICK_AT))
 
-    def request_stop(self) -> None:
-        """Ask the rank to save and end after its present step."""
-        _STOP.pack_into(self._page, _STOP_AT, 1)
+    def request_stop(self, reason: int = signal.SIGTERM) -> None:
+        """Ask the rank to save and end after its present step. `reason`: a signal's number, or one of `REASONS`."""
+        _STOP.pack_into(self._page, _STOP_AT, reason)
 
     @property
     def stop_requested(self) -> bool:
         return bool(_STOP.unpack_from(self._page, _STOP_AT)[0])
+
+    @property
+    def stop_reason(self) -> str:
+        """Why a stop was asked for, such as `SIGTERM`; empty: nobody asked."""
+        reason = _STOP.unpack_from(self._page, _STOP_AT)[0]
+        return (REASONS.get(reason) or signal.Signals(reason).name) if reason else ""
 
     def fail(self, text: str, secondary: bool) -> None:
         """Leave a last word for the supervisor."""

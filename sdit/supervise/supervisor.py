@@ -17,11 +17,12 @@ from types import FrameType
 from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ConfigError, ExitCode
 from sdit.supervise.board import Board, Note, Plan
-from sdit.supervise.child import STOP_SIGNALS, Charge, Child
+from sdit.supervise.child import HANGUP, Charge, Child, stop_signals
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
-from sdit.supervise.lock import RunLock, unwritable
-from sdit.supervise.pulse import TICK_SECONDS, Phase, Pulse
+from sdit.supervise.lock import RunLock
+from sdit.supervise.pulse import FOLDER_MOVED, LAUNCHER_GONE, TICK_SECONDS, Phase, Pulse
 from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo, launch_id
+from sdit.supervise.run_folder import RunFolder, unwritable
 from sdit.supervise.station import Station
 from sdit.supervise.verdict import End
 
@@ -54,17 +55,18 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
     Raises: ConfigError when another process uses the run directory, or it cannot be written.
     """
     launch = launch_id(environment)
+    folder = RunFolder.create(job.run_dir)
     try:
-        (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        board = Board(job.run_dir, launch)
+        folder.make("logs")
+        board = Board(folder, launch)
     except OSError as error:
         raise unwritable(job.run_dir, error) from error
     if info.rank != 0:
-        return Supervisor(job, config, info, environment, board, None).run(None)
+        return Supervisor(job, folder, config, info, environment, board, None).run(None)
     meeting = Meeting.from_environment(environment, info.local_world == info.world)
-    leader = Leader(board, config, job.run_dir, info.world, meeting, job.largest_world)
+    leader = Leader(board, config, folder, info.world, meeting, job.largest_world)
     try:
-        lock = RunLock(job.run_dir)
+        lock = RunLock(folder)
     except ConfigError:
         if info.world > 1:
             time.sleep(BOARD_SECONDS * 4)  # the other ranks of this launch come to the board
@@ -72,16 +74,17 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
         raise
     with lock:
         board.wipe()
-        return Supervisor(job, config, info, environment, board, leader).run(lock)
+        return Supervisor(job, folder, config, info, environment, board, leader).run(lock)
 
 
 class Supervisor:
     """The loop of one rank's parent process."""
 
     def __init__(
-        self, job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str], board: Board,
-        leader: Leader | None,
+        self, job: Job, folder: RunFolder, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str],
+        board: Board, leader: Leader | None,
     ) -> None:  # fmt: skip
+        self._folder = folder
         self._job, self._config, self._info, self._environment = job, config, info, environment
         self._board, self._leader = board, leader
         self._note = Note(info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest)
@@ -90,14 +93,15 @@ class Supervisor:
         self._end: End | None = None  # not yet posted
         self._attempt = 0
         self._launcher = os.getppid() if info.world > 1 and _command_name(os.getppid()) not in SHELLS else None
-        self._signals: list[float] = []
+        self._stop_reason = 0  # the first signal, or LAUNCHER_GONE; 0: nobody asked for a stop
+        self._signals: list[float] = []  # when; without SIGHUP, which never asks for a quick stop
         self._stop_seconds = 0.0
         self._plan: Plan | None = None
         self._plan_idle_seconds = 0.0
 
     def run(self, lock: RunLock | None) -> int:
         """Follow the plan until it gives an exit code."""
-        previous = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, self._note_signal) for number in stop_signals()}
         before, board_due = time.monotonic(), 0.0
         try:
             while True:
@@ -115,7 +119,7 @@ class Supervisor:
                     if code is not None:
                         return code
                     self._station.tell(
-                        self._plan, self._attempt, self._child, self._deadline_seconds(), len(self._signals)
+                        self._plan, self._attempt, self._child, self._deadline_seconds(), int(self._is_stopping)
                     )
                 time.sleep(POLL_SECONDS)
         finally:
@@ -127,6 +131,11 @@ class Supervisor:
 
     def _consult(self) -> int | None:
         """Say what is to be said, read the plan and do as it says; the exit code when the run is over."""
+        now = self._folder.now
+        if now is None:
+            return self._leave_lost_folder()
+        if now != self._folder.path:
+            self._stop_reason = self._stop_reason or FOLDER_MOVED
         try:
             self._board.post_note(self._note)
             if self._end is not None:
@@ -135,7 +144,7 @@ class Supervisor:
         except OSError as error:  # a full disk: said again at the next look
             _log.warning("rank %d: %s", self._info.rank, error)
         if self._leader is not None:
-            self._leader.stopping = bool(self._signals)
+            self._leader.stopping = self._is_stopping
             self._leader.poll()
         plan = self._board.plan()
         if plan is not None and plan.names(self._info.rank, self._note.nonce):
@@ -169,13 +178,13 @@ class Supervisor:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": self._info.local_rank}
         meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": plan.port}
         node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: self._info.source}
-        stacks = self._job.run_dir.absolute() / "logs" / f"rank-{self._info.rank:03d}.stacks"
+        stacks = (self._folder / "logs").absolute() / f"rank-{self._info.rank:03d}.stacks"
         pulse = Pulse.create()
         charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume, self._station.page)
         environment = {**kept, **{name: str(value) for name, value in {**place, **meeting, **node}.items()}}
         self._child = Child(self._job.command, environment, charge, pulse)
-        if self._signals:
-            pulse.request_stop()
+        if self._is_stopping:
+            pulse.request_stop(self._stop_reason)
 
     def _watch(self, child: Child, seconds: float) -> None:
         """Report a child that has ended by itself; end one that is past its deadline."""
@@ -197,7 +206,7 @@ class Supervisor:
         beat, failure = child.pulse.beat(), child.pulse.failure()
         self._end = End(
             self._info.rank, self._note.host, cause, code, int(beat.phase), beat.step, beat.marks, frozen,
-            failure is not None and failure.secondary, failure.text if failure is not None else "", bool(self._signals),
+            failure is not None and failure.secondary, failure.text if failure is not None else "", self._is_stopping,
         )  # fmt: skip
         self._station.count_end(self._end)
         self._child = None
@@ -206,7 +215,14 @@ class Supervisor:
     def _deadline_seconds(self) -> float:
         return deadline_seconds(self._config, self._child.beat.phase) if self._child is not None else 0.0
 
-    def _note_signal(self, _number: int, _frame: FrameType | None) -> None:
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_reason != 0
+
+    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._stop_reason = self._stop_reason or number
+        if number == HANGUP:  # the kernel, the shell and the launcher may each send one
+            return
         now = time.monotonic()
         if not self._signals or now - self._signals[-1] > SAME_SIGNAL_SECONDS:
             self._signals.append(now)
@@ -216,15 +232,21 @@ class Supervisor:
         if self._launcher is not None and os.getppid() != self._launcher:
             self._launcher = None
             print(f"rank {self._info.rank}: the launcher is gone; saving and leaving", file=sys.stderr)
-            self._signals.append(time.monotonic())
-        if not self._signals or self._child is None:
+            self._stop_reason = self._stop_reason or LAUNCHER_GONE
+        if not self._is_stopping or self._child is None:
             return
         self._stop_seconds += seconds
-        self._child.pulse.request_stop()
+        self._child.pulse.request_stop(self._stop_reason)
         if len(self._signals) > 1:
             self._end_child(self._child, "exit", dump=False)
         elif self._stop_seconds > self._config.grace_seconds:
             self._end_child(self._child, "stall", dump=True)
+
+    def _leave_lost_folder(self) -> int:
+        """The run cannot be saved anywhere. The supervisors cannot agree either: each sees it, one of each host reports it."""
+        if self._info.local_rank == 0:
+            print(f"error: {self._folder.problem}", file=sys.stderr, flush=True)
+        return ExitCode.CONFIG
 
     def _leave(self, why: str) -> int:
         print(f"FATAL rank {self._info.rank}, host {self._note.host}: {why}; next: none", file=sys.stderr, flush=True)

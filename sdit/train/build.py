@@ -24,6 +24,7 @@ from sdit.parallel.spread import ExpertSpread
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Pulse
+from sdit.supervise.run_folder import RunFolder
 from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
 from sdit.train.checkpoint.space import check_space
 from sdit.train.checkpoint.store import CheckpointStore, Found
@@ -72,12 +73,16 @@ def open_trainer(
     merged = check_config(config, deepspeed, source, comm.world)
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, comm.world)
     run_dir = Path(comm.from_first(config.run_dir))
-    if comm.is_first:
-        prepare_run_dir(run_dir)
-    comm.barrier()
+    supervised = supervised or Supervised(Pulse())
     with ExitStack() as stack:
+        if comm.is_first:
+            # The supervisor has created the folder. If it is gone, no rank creates it again.
+            with RunFolder(run_dir) if supervised.is_supervised else RunFolder.create(run_dir) as folder:
+                prepare_run_dir(folder)
+        comm.barrier()
+        folder = stack.enter_context(RunFolder(run_dir))
         loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
-        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm)
+        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, comm, folder)
         found = store.find()
         data, held_out, notes = check_data(config, comm, loader.identity, found)
         if held_out is not None:
@@ -97,7 +102,6 @@ def open_trainer(
         groups = parameter_groups(module)
         optimizer = make_optimizer(groups, config.optimizer)
         engine = Engine(module, optimizer, merged, comm, config.optimizer.kind)
-        supervised = supervised or Supervised(Pulse())
         state = RunState(config, engine, Ema(engine.owned), model, store, data, spread)
         state.layout_restored = restored
         message = f"fresh start: no checkpoint in {store.folder}"

@@ -13,6 +13,7 @@ from types import FrameType
 import numpy as np
 import torch
 
+from sdit.supervise.child import HANGUP, stop_signals
 from sdit.supervise.pulse import Pulse
 
 SPIKE_MEMORY_STEPS = 100  # loss statistics forget with this time constant
@@ -123,9 +124,10 @@ def rank_report(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the present step; the second one is obeyed at once.
+    """SIGTERM, SIGUSR1, SIGINT and SIGHUP ask for a stop after the present step. The second one is obeyed at once.
 
-    A supervisor asks through the pulse, as launchers that signal whole process trees would be heard twice.
+    A SIGHUP is never the second one, because a lost terminal sends several. A supervisor asks through the pulse:
+    launchers that signal whole process trees would be heard twice.
     """
 
     def __init__(self, pulse: Pulse) -> None:
@@ -133,11 +135,14 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if number == HANGUP:
+            self.received = self.received or HANGUP
+            return
+        if self.received not in (None, HANGUP):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = signal.Signals(number)
@@ -146,6 +151,11 @@ class StopSignals:
     def requested(self) -> bool:
         """Whether somebody wants the run to stop."""
         return self.received is not None or self._pulse.stop_requested
+
+    @property
+    def reason(self) -> str:
+        """Why somebody wants the run to stop, such as `SIGTERM`; empty: nobody does."""
+        return self.received.name if self.received is not None else self._pulse.stop_reason
 
     def close(self) -> None:
         """Put the previous handlers back."""

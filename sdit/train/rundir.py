@@ -16,9 +16,9 @@ from typing import Any
 import sdit
 from sdit.config import Config
 from sdit.configfile import dump_config
-from sdit.errors import ConfigError
 from sdit.parallel.comm import Comm
 from sdit.redact import holds_credential, redact
+from sdit.supervise.run_folder import RunFolder, unwritable
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
 _log = logging.getLogger(__name__)
@@ -29,17 +29,17 @@ LEFTOVERS = (".*.tmp", ".partial-*", ".lock.*", ".writable.*")  # files that a k
 LEFTOVER_SECONDS = 3600.0  # a younger one may be in use by a process that looks at the run
 
 
-def prepare_run_dir(path: Path) -> None:
-    """Create the run directory, and remove old temporary files. Raises: ConfigError when it cannot be written."""
+def prepare_run_dir(folder: RunFolder) -> None:
+    """Create the folders of a run, and remove old temporary files. Raises: ConfigError when it cannot be written."""
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (path / "logs").mkdir(exist_ok=True)
-        probe = path / f".writable.{os.getpid()}"
+        folder.make("checkpoints")
+        folder.make("logs")
+        probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
-        _remove_leftovers(path)
+        _remove_leftovers(folder.path)
     except OSError as error:
-        raise ConfigError(f"run_dir: {path}: cannot be written ({error.strerror}); legal: a writable folder") from error
+        raise unwritable(folder, error) from error
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -73,11 +73,17 @@ class Trainer:
             self._train()
         except StopAgreed:
             code = ExitCode.REQUEUE
+            self._event("stopping", self._stop_reason())
             for observer in self.observers:
                 observer.on_stop(self.state.clock)
         self._save(must_work=True)
         self.pulse.mark(Phase.END, self.state.clock.steps)
         return code
+
+    def _stop_reason(self) -> str:
+        """Which rank was asked to stop, and why. All ranks call this."""
+        reasons = enumerate(self.comm.gather(self.signals.reason))
+        return next(f"rank {rank}: {reason}; the state is saved first" for rank, reason in reasons if reason)
 
     def _train(self) -> None:
         """Step after step to the configured end. Raises: StopAgreed, on all ranks, where a stop ends it sooner."""

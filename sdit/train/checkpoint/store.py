@@ -19,6 +19,7 @@ from sdit.config import CheckpointConfig
 from sdit.errors import CheckpointError
 from sdit.parallel.comm import Comm
 from sdit.parallel.state import Piece
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoint.files import (
     FORMAT,
     FileRecord,
@@ -136,10 +137,19 @@ class Snapshot:
 
 
 class CheckpointStore:
-    """Saves and finds the checkpoints under `folder`, together with the other ranks."""
+    """Saves and finds the checkpoints under `folder`, together with the other ranks.
 
-    def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm) -> None:
-        self.folder, self._config, self._comm = folder, config, comm
+    With `run_folder`, they are in its `checkpoints`, wherever the run folder was renamed to.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm, run_folder: RunFolder | None = None) -> None:
+        self._folder, self._config, self._comm = folder, config, comm
+        self._run_folder = run_folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are now."""
+        return self._folder if self._run_folder is None else self._run_folder / "checkpoints"
 
     def folder_of(self, images_seen: int) -> Path:
         """Where the checkpoint of a moment lies once it is committed."""
@@ -188,7 +198,8 @@ class CheckpointStore:
         name = f"shard-{self._comm.rank:05d}.safetensors"
 
         def write() -> None:
-            temporary.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=self._run_folder is None, exist_ok=True)
+            temporary.mkdir(exist_ok=True)
             if snapshot.tensors:
                 records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes))
 
@@ -211,6 +222,8 @@ class CheckpointStore:
         problems = {rank: Problem(**answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None}
         if not problems:
             return [answer[1] for answer in answers]
+        if self._run_folder is not None and self._run_folder.now is None:
+            self._run_folder.check()
         is_full = any(found.is_full for found in problems.values())
         if self._comm.is_first:
             shutil.rmtree(self._temporary(images_seen), ignore_errors=True)

@@ -1,0 +1,24 @@
+"""Stops a run whose folder was renamed, so that the last checkpoint is the last thing written to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdit.supervise.pulse import FOLDER_MOVED, Pulse
+from sdit.supervise.run_folder import RunFolder
+from sdit.train.clock import Clock
+from sdit.train.events import Observer
+
+
+class FolderWatch(Observer):
+    """Asks for a stop after the step in which the run folder is no longer at its path. Raises: ConfigError if it is deleted."""
+
+    def __init__(self, folder: RunFolder, pulse: Pulse) -> None:
+        self._folder, self._pulse = folder, pulse
+
+    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+        now = self._folder.now
+        if now is None:
+            self._folder.check()
+        elif now != self._folder.path:
+            self._pulse.request_stop(FOLDER_MOVED)

@@ -1,0 +1,119 @@
+"""The folder of a run, held open, so that one that is renamed, deleted or replaced under a running process is noticed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+from sdit.errors import ConfigError
+
+
+class RunFolder:
+    """An existing folder. `folder / "name"` is a path in it, wherever the folder was renamed to since.
+
+    Who writes by such paths, and creates no parents, never creates a lost run folder again.
+    Raises: ConfigError if the folder does not exist, or cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Create the folder unless it exists. Only the start of a run does so. Raises: ConfigError."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return cls(path)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def __truediv__(self, part: str) -> Path:
+        return (self.now or self.path) / part
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def make(self, *names: str) -> Path:
+        """Create the folder names[0]/names[1]/... inside unless it exists; return its path. Raises: OSError."""
+        path = self / names[0]
+        path.mkdir(exist_ok=True)
+        for name in names[1:]:
+            path = path / name
+            path.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def now(self) -> Path | None:
+        """Where the folder is: `path`, or its new path; None: it is deleted. Costs some microseconds."""
+        if self._is_at(self.path):
+            return self.path
+        name = self._name()
+        try:
+            if name is not None and os.path.realpath(self.path, strict=True) == name:
+                return self.path  # its inode number changes: some network file systems make them up
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return self.path  # a file system that does not answer for a while is no rename
+        if not self._is_alive():
+            return None
+        # A rename on another host is not known here by name, but the descriptor still leads to the folder.
+        candidates = [Path(name)] if name is not None else []
+        candidates.append(Path(f"/proc/{os.getpid()}/fd/{self._descriptor}"))
+        return next((candidate for candidate in candidates if self._is_at(candidate)), None)
+
+    @property
+    def problem(self) -> str:
+        """One sentence that says what happened to the folder; empty: it is where it was."""
+        now = self.now
+        if now == self.path:
+            return ""
+        if now is None:
+            return (
+                f"run_dir: {self.path}: was deleted, or moved to another file system, while the run wrote to it; "
+                "the steps since its last checkpoint are lost; legal: a folder that stays"
+            )
+        where = now if not now.is_relative_to("/proc") else "a path that this host does not know"
+        return f"run_dir: {self.path}: was renamed to {where} while the run wrote to it; the run continues with --run-dir there"
+
+    def check(self) -> None:
+        """Raises: ConfigError if the folder is no longer at its path: another start there would begin a new run."""
+        if self.problem:
+            raise ConfigError(self.problem)
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._descriptor)) and self._is_alive()
+        except OSError:
+            return False
+
+    def _is_alive(self) -> bool:
+        try:
+            return os.fstat(self._descriptor).st_nlink > 0
+        except OSError:  # a network file system knows it no longer
+            return False
+
+    def _name(self) -> str | None:
+        """The path that the kernel (Linux) knows for the open folder."""
+        try:
+            return os.readlink(f"/proc/self/fd/{self._descriptor}")
+        except OSError:
+            return None
+
+
+def unwritable(run_dir: Path | RunFolder, error: OSError) -> ConfigError:
+    """Return the error for a run directory that cannot be used."""
+    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")

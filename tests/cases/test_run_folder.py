@@ -1,0 +1,195 @@
+"""The folder of a running run is renamed, replaced, deleted or unmounted (rows R15 and S11)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdit.errors import ExitCode
+from sdit.observe.metrics_file import read_metrics
+from sdit.train.checkpoint.store import find_checkpoint
+from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake, start_real
+
+TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
+ENDLESS = ("train.steps=1000000", "checkpoint.every_steps=20")
+
+
+def children(ranks: Ranks) -> list[int]:
+    return [ranks.child_pid(rank) for rank in range(len(ranks.processes))]
+
+
+def test_renamed_run_is_saved_in_its_folder_and_stops(tmp_path: Path) -> None:
+    """R15: `mv RUN MOVED` while two ranks train: one line, all steps are in MOVED, and nothing appears at the old path."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with start_real(2, run, TINY, *ENDLESS) as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        pids = children(ranks)
+        run.rename(moved)
+        assert ranks.codes() == [ExitCode.CONFIG] * 2
+    assert all(map(is_gone, pids)) and not run.exists()
+    (line,) = ranks.fatal
+    assert line.startswith(f"error: run_dir: {run}: was renamed to {moved} while")
+    steps = [record["step"] for record in read_metrics(moved)]
+    assert steps == list(range(1, len(steps) + 1)), "no line is lost"
+    assert find_checkpoint(moved).manifest["clock"]["steps"] == steps[-1]
+    assert not (moved / "lock.json").exists()
+
+
+def test_run_whose_folder_is_replaced_does_not_touch_the_other(tmp_path: Path) -> None:
+    """R15: `mv RUN OLD; mkdir RUN` for a new run: the first one is saved in OLD, and the new folder stays empty."""
+    run, old = tmp_path / "run", tmp_path / "old"
+    with start_real(1, run, TINY, *ENDLESS) as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        run.rename(old)
+        run.mkdir()
+        assert ranks.codes() == [ExitCode.CONFIG]
+    assert list(run.iterdir()) == []
+    assert find_checkpoint(old).manifest["clock"]["steps"] == read_metrics(old)[-1]["step"]
+
+
+def test_renamed_parent_is_noticed_without_a_supervisor(tmp_path: Path) -> None:
+    """R15: the folder above is renamed, and `supervise.enabled` is false."""
+    run = tmp_path / "runs" / "one"
+    run.parent.mkdir()
+    with start_real(1, run, TINY, *ENDLESS, "supervise.enabled=false") as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        (tmp_path / "runs").rename(tmp_path / "archive")
+        assert ranks.codes() == [ExitCode.CONFIG]
+    moved = tmp_path / "archive" / "one"
+    assert not (tmp_path / "runs").exists() and not (moved / "lock.json").exists()
+    assert find_checkpoint(moved).manifest["clock"]["steps"] == read_metrics(moved)[-1]["step"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_deleted_run_stops_in_one_line(tmp_path: Path, world: int) -> None:
+    """S11: `rm -r RUN` while ranks train: one line, no restart, and nobody creates the folder again."""
+    run = tmp_path / "run"
+    with start_real(world, run, TINY, *ENDLESS) as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        pids = children(ranks)
+        while run.exists():  # the ranks still write
+            shutil.rmtree(run, ignore_errors=True)
+        assert ranks.codes(seconds=30) == [ExitCode.CONFIG] * world
+    assert all(map(is_gone, pids)) and not run.exists()
+    (line,) = ranks.fatal
+    assert line.startswith(f"error: run_dir: {run}: was deleted")
+    assert ranks.output.rstrip().endswith(line), "and nothing after it"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_deleted_run_leaves_no_rank_and_starts_none(tmp_path: Path, world: int) -> None:
+    """S11: the supervisors leave although they have no folder left to agree in."""
+    run = tmp_path / "run"
+    with start_fake(world, run, steps=100_000) as ranks:
+        eventually(lambda: newest_step(run) >= 4)
+        pids = children(ranks)
+        while run.exists():  # the ranks still write
+            shutil.rmtree(run, ignore_errors=True)
+        assert ranks.codes(seconds=20) == [ExitCode.CONFIG] * world
+    assert all(map(is_gone, pids)) and not run.exists()
+    assert len(ranks.fatal) == 1 and "was deleted" in ranks.fatal[0]
+
+
+def test_crash_after_a_rename_is_not_tried_again(tmp_path: Path) -> None:
+    """R15: a rank that crashes in the renamed folder is not restarted: its command names the old path."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with start_fake(2, run, faults=["hang@0:6"], config={"step_seconds": 2.5, "first_step_seconds": 2.5}) as ranks:
+        eventually((run / "struck").exists)
+        run.rename(moved)
+        assert ranks.codes() == [ExitCode.CONFIG] * 2
+    assert not run.exists() and newest_step(moved) == 4
+    assert len(ranks.fatal) == 1 and f"was renamed to {moved}" in ranks.fatal[0]
+
+
+def test_part_of_a_run_that_is_deleted_is_made_again(tmp_path: Path) -> None:
+    """S11: only the run folder itself is never created again; `rm -r RUN/supervise RUN/checkpoints` ends nothing."""
+    run = tmp_path / "run"
+    with start_real(1, run, TINY, *ENDLESS) as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        shutil.rmtree(run / "supervise")
+        (run / "checkpoints").rename(tmp_path / "kept")
+        eventually(lambda: newest_step(run) > 0)
+        ranks.send(0, signal.SIGTERM)
+        assert ranks.codes() == [ExitCode.REQUEUE]
+    assert ranks.fatal == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB. Needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+
+
+@pytest.mark.cluster
+def test_unmounted_run_is_saved_where_it_is_and_stops(tmp_path: Path, disk: Path) -> None:
+    """R15: `umount -l` below a run: the descriptor still leads to the folder, and the mount point stays empty."""
+    run = disk / "run"
+    with start_real(1, run, TINY, *ENDLESS) as ranks:
+        eventually(lambda: newest_step(run) > 0)
+        ranks.log = tmp_path / "log"
+        shutil.copy(run.with_suffix(".log"), ranks.log)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+        assert ranks.codes() == [ExitCode.CONFIG]
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.cluster
+def test_run_on_a_disk_made_read_only_ends_with_an_input_output_error(tmp_path: Path, disk: Path) -> None:
+    """R15: `mount -o remount,ro` below a run of two ranks: all leave with 74, and the last checkpoint is whole."""
+    run = disk / "run"
+    with start_real(2, run, TINY, *ENDLESS) as ranks:
+        ranks.log = tmp_path / "log"
+        eventually(lambda: newest_step(run) > 0)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert ranks.codes(seconds=90) == [ExitCode.IO] * 2
+    assert find_checkpoint(run).skipped == ()
+
+
+def test_paths_follow_a_folder(tmp_path: Path) -> None:
+    """R15: a path in the folder is in it after a rename; a folder of the same name in its place is another one."""
+    from sdit.supervise.run_folder import RunFolder
+
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    with RunFolder(run) as folder:
+        assert folder / "file" == run / "file" and folder.problem == ""
+        run.rename(moved)
+        assert folder / "file" == moved / "file" and str(moved) in folder.problem
+        run.mkdir()
+        assert folder.now == moved
+        moved.rename(tmp_path / "again")
+        assert folder.now == tmp_path / "again"
+        (tmp_path / "again").rmdir()
+        assert folder.now is None and "was deleted" in folder.problem
+        with pytest.raises(FileNotFoundError):
+            run.rmdir()
+            folder.make("logs", "deeper")
+    assert sys.platform != "linux" or os.listdir(tmp_path) == []
+
+
+def test_symbolic_link_that_leads_elsewhere_is_noticed(tmp_path: Path) -> None:
+    """R15: `run_dir` is a link, and the link is changed: the run stays in its folder."""
+    from sdit.supervise.run_folder import RunFolder
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "one")
+    with RunFolder(link) as folder:
+        assert folder.now == link
+        link.unlink()
+        link.symlink_to(tmp_path / "two")
+        assert folder.now == tmp_path / "one"
