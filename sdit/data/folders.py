@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdit.data import keyed
-from sdit.data.image_list import UNKNOWN_BYTES, Changes, ImageList, ImageRow, read_image_list
+from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, image_list, read_image_list
 from sdit.data.index import DatasetFacts
 from sdit.data.journal import begun_recipe
 from sdit.data.keyed import Draw
@@ -24,6 +25,7 @@ from sdit.errors import ConfigError, DataError
 
 __all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_picture"]
 
+_log = logging.getLogger(__name__)
 FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # those read by versions that stored no list of images
 
 
@@ -67,7 +69,7 @@ class FolderSource:
         try:
             return read_picture(path, self.facts.size, self.facts.channels, self.reading)
         except DataError as error:
-            if size != UNKNOWN_BYTES and not os.path.exists(path):
+            if size != UNKNOWN and not os.path.exists(path):
                 gone = "No such file or directory; it was there when the folder was listed"
                 raise FileNotFoundError(errno.ENOENT, gone, shown(path)) from None
             return error
@@ -115,7 +117,7 @@ def folder_of_tree(
         "exif": reading.exif,
         "numeric_classes": numeric,
     }
-    rows = [(name, label, _bytes(tree.root / name)) for name, label in files]
+    rows = [(name, label, *_size_and_time(tree.root / name)) for name, label in files]
     return _listed_source(facts, recipe, tree.root, reading, _shuffled(tree.class_names, rows, batch=0))
 
 
@@ -137,6 +139,13 @@ def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource
     else:
         _refuse_other_labels(out, before, now)
         images = replace(before, classes=now.classes)
+    if changes.rewritten:
+        _log.warning(
+            "%d images have the same size in bytes as before and another time (%s); what is prepared of them is kept; "
+            "if their content changed, choose another folder for --out",
+            len(changes.rewritten),
+            listed(changes.rewritten),
+        )
     return _listed_source(source.facts, source.recipe, source.root, source.reading, images)
 
 
@@ -168,9 +177,7 @@ def _refuse_other_labels(out: Path, before: ImageList, now: ImageList) -> None:
 def _extended(before: ImageList, now: ImageList, added: set[str]) -> ImageList:
     """`before` with the images `added` as one more batch."""
     batch = _shuffled(now.classes, [row for row in now.rows() if row[0] in added], len(before.batches))
-    return ImageList(
-        now.classes, before.files + batch.files, before.sizes + batch.sizes, before.batches + batch.batches
-    )
+    return image_list(now.classes, before.rows() + batch.rows(), before.batches + batch.batches)
 
 
 def _first_list(now: ImageList, out: Path) -> ImageList | None:
@@ -187,10 +194,7 @@ def _shuffled(classes: tuple[str, ...], rows: list[ImageRow], batch: int) -> Ima
     """The list of one batch: sorted by label and name, then shuffled by a key of the batch's number."""
     ordered = sorted(rows, key=lambda row: (row[1], row[0]))
     order = keyed.permutation(keyed.keys(batch, Draw.PREPARE), len(rows))
-    shuffled = [ordered[position] for position in order]
-    return ImageList(
-        classes, tuple((name, label) for name, label, _ in shuffled), tuple(row[2] for row in shuffled), (len(rows),)
-    )
+    return image_list(classes, [ordered[position] for position in order], (len(rows),))
 
 
 def _listed_source(
@@ -200,10 +204,11 @@ def _listed_source(
     return FolderSource(facts, recipe, root, images.files, images.sizes, reading, images)
 
 
-def _bytes(path: Path) -> int:
+def _size_and_time(path: Path) -> tuple[int, int]:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:
         if error.errno in FILE_ERRORS:
-            return UNKNOWN_BYTES
+            return UNKNOWN, UNKNOWN
         raise
+    return status.st_size, status.st_mtime_ns

@@ -1,33 +1,39 @@
 """images.jsonl: the images that a prepared folder was made from, in the order of its samples.
 
 The first line holds the classes and the number of images of each batch: of the first preparation, and of each addition.
-Each other line is one image: name, label, bytes.
+Each other line is one image: name, label, bytes, time of its last change in ns.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sdit.data.durable import replacing
 from sdit.data.names import shown
 from sdit.errors import ConfigError
 
 IMAGE_LIST_NAME = "images.jsonl"
-ImageRow = tuple[str, int, int]  # name, label, bytes
-UNKNOWN_BYTES = -1  # of a file that cannot be reached, such as a broken link
+ImageRow = tuple[str, int, int, int]  # name, label, bytes, time of its last change in ns
+UNKNOWN = -1  # bytes and time of a file that cannot be reached, such as a broken link
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of images that were added, that are gone, and whose size in bytes is another."""
+    """Names of images that were added, that are gone, and whose size in bytes is another.
+
+    `rewritten` images have the same size and another time: they were copied, or their content changed.
+    """
 
     added: list[str]
     gone: list[str]
     changed: list[str]
+    rewritten: list[str]
 
     def __bool__(self) -> bool:
         return bool(self.added or self.gone or self.changed)
@@ -43,16 +49,17 @@ class Changes:
 
 @dataclass(frozen=True)
 class ImageList:
-    """`files` (name, label) and their `sizes` in bytes, of `classes`; `batches` images each."""
+    """`files` (name, label), their `sizes` in bytes and their `times` in ns, of `classes`; `batches` images each."""
 
     classes: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
     sizes: tuple[int, ...]
+    times: tuple[int, ...]
     batches: tuple[int, ...]
 
     def rows(self) -> list[ImageRow]:
-        """Name, label and size of each image."""
-        return [(name, label, size) for (name, label), size in zip(self.files, self.sizes, strict=True)]
+        """Name, label, size and time of each image."""
+        return [(*file, size, time) for file, size, time in zip(self.files, self.sizes, self.times, strict=True)]
 
     def contents(self) -> tuple[str, ...]:
         """A fingerprint of names, labels and sizes up to the end of each batch.
@@ -63,20 +70,33 @@ class ImageList:
         rows = iter(self.rows())
         found = []
         for count in self.batches:
-            for name, label, size in islice(rows, count):
+            for name, label, size, _ in islice(rows, count):
                 digest.update(f"{name}\0{label}\0{size}\n".encode(errors="surrogateescape"))
             found.append(digest.hexdigest())
         return tuple(found)
 
     def changes(self, now: ImageList) -> Changes:
         """What differs in `now`."""
-        before = {name: size for name, _, size in self.rows()}
-        after = {name: size for name, _, size in now.rows()}
+        before = {name: (size, time) for name, _, size, time in self.rows()}
+        after = {name: (size, time) for name, _, size, time in now.rows()}
+        both = sorted(before.keys() & after.keys())
         return Changes(
             added=sorted(after.keys() - before.keys()),
             gone=sorted(before.keys() - after.keys()),
-            changed=sorted(name for name in before.keys() & after.keys() if before[name] != after[name]),
+            changed=[name for name in both if before[name][0] != after[name][0]],
+            rewritten=[name for name in both if before[name][0] == after[name][0] and before[name] != after[name]],
         )
+
+
+def image_list(classes: tuple[str, ...], rows: Sequence[ImageRow], batches: tuple[int, ...]) -> ImageList:
+    """The list of these rows, in their order."""
+    return ImageList(
+        classes,
+        tuple((name, label) for name, label, _, _ in rows),
+        tuple(size for _, _, size, _ in rows),
+        tuple(time for _, _, _, time in rows),
+        batches,
+    )
 
 
 def read_image_list(folder: Path) -> ImageList | None:
@@ -89,17 +109,20 @@ def read_image_list(folder: Path) -> ImageList | None:
     try:
         with path.open(encoding="utf-8") as file:
             head = json.loads(file.readline())
-            rows = [json.loads(line) for line in file]
-        files = tuple((str(name), int(label)) for name, label, _ in rows)
-        sizes = tuple(int(size) for _, _, size in rows)
+            rows = [_row(json.loads(line)) for line in file]
         batches = tuple(map(int, head["batches"]))
-        if sum(batches) != len(files):
+        if sum(batches) != len(rows):
             raise ValueError("its batches do not add up")
-        return ImageList(tuple(map(str, head["classes"])), files, sizes, batches)
+        return image_list(tuple(map(str, head["classes"])), rows, batches)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"--out: {shown(path)} cannot be read; delete it, or choose another folder") from None
+
+
+def _row(values: Any) -> ImageRow:
+    name, label, size, time = values
+    return str(name), int(label), int(size), int(time)
 
 
 def write_image_list(folder: Path, images: ImageList) -> None:

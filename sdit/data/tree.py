@@ -201,7 +201,7 @@ class _Walk:
     def images(self, folder: str) -> list[str]:
         """Sorted images of a folder and its subfolders. Linked folders are followed, but not into their own parents."""
         found: list[str] = []
-        waiting = [(folder, (os.path.realpath(self._root),))]
+        waiting: list[tuple[str, tuple[str, ...]]] = [(folder, (os.path.realpath(self._root),))]
         while waiting:
             path, parents = waiting.pop()
             real = os.path.realpath(self._root / path)
