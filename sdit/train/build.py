@@ -40,7 +40,7 @@ from sdit.train.rundata import (
     check_classes,
     check_same_on_all_ranks,
     check_unchanged,
-    is_older_run,
+    was_accepted,
 )
 from sdit.train.rundir import describe_run, prepare_run_dir
 from sdit.train.sampling import GridSampler, grid_labels, grid_rows
@@ -148,14 +148,13 @@ def check_data(
     config: Config, comm: Comm, training: DataIdentity, found: Found | None
 ) -> tuple[RunData, Loader | None, list[Note]]:
     """Open the held-out images and compare all data; return what the user allowed to differ. Raises: DataError."""
-    manifest = None if found is None else found.manifest
-    older = is_older_run(manifest)
-    notes = check_classes(config, training, older)
-    held_out, more = open_held_out(config, training, comm.world, older)
+    manifest, where = (None, "") if found is None else (found.manifest, str(found.folder))
+    notes = check_classes(config, training, was_accepted(manifest, where, training))
+    held_out, more = open_held_out(config, training, comm.world, manifest, where)
     data = RunData(training, None if held_out is None else held_out.identity)
     check_same_on_all_ranks(data, comm)
-    if found is not None:
-        more += check_unchanged(config, data, found.manifest, str(found.folder))
+    if manifest is not None:
+        more += check_unchanged(config, data, manifest, where)
     return data, held_out, notes + more
 
 

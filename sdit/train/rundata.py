@@ -33,15 +33,26 @@ class RunData:
         return {"data": self.training.model_dump(mode="json"), "held_out_data": held_out}
 
 
-def is_older_run(manifest: Mapping[str, Any] | None) -> bool:
-    """Whether a version that stored no data in its checkpoints began the run. Such a run goes on, with a note."""
-    return manifest is not None and manifest.get("data") is None
+def was_accepted(
+    manifest: Mapping[str, Any] | None, where: str, training: DataIdentity, held_out: DataIdentity | None = None
+) -> bool:
+    """Whether the run already went on with these data up to its checkpoint at `where`: then it continues, with a note.
+
+    That is also so for a run that a version began which stored no data in its checkpoints.
+    """
+    if manifest is None:
+        return False
+    if manifest.get("data") is None:
+        return True
+    pairs = [("data", training)] + ([("held_out_data", held_out)] if held_out is not None else [])
+    stored = [(stored_identity(manifest.get(key), where), now) for key, now in pairs]
+    return all(before is not None and before.fingerprint == now.fingerprint for before, now in stored)
 
 
-def check_classes(config: Config, training: DataIdentity, older: bool) -> list[Note]:
+def check_classes(config: Config, training: DataIdentity, accepted: bool) -> list[Note]:
     """Compare the number of classes with the model's.
 
-    Raises: DataError if the model has labels that no image bears, unless the config allows it.
+    Raises: DataError if the model has labels that no image bears, unless the config allows it or it was `accepted`.
     """
     wanted, held, where = config.model.classes, training.classes, _where(config.data)
     notes = []
@@ -52,17 +63,18 @@ def check_classes(config: Config, training: DataIdentity, older: bool) -> list[N
         return notes
     fact = f"model.classes: {wanted}, but {where} holds {held} classes"
     labels = f"label {held}" if wanted == held + 1 else f"labels {held}..{wanted - 1}"
-    if not config.data.allow_unused_classes and not older:
+    if not config.data.allow_unused_classes and not accepted:
         raise DataError(
             f"{fact}: {labels} would never be trained; legal: model.classes {held}, or data.allow_unused_classes: true"
         )
     return [*notes, Note("unused_classes", f"{fact}; {labels}: never trained and never sampled")]
 
 
-def check_held_out(config: Config, training: DataIdentity, held_out: DataIdentity, older: bool) -> list[Note]:
+def check_held_out(config: Config, training: DataIdentity, held_out: DataIdentity, accepted: bool) -> list[Note]:
     """Compare the held-out images with the training images; labels matter to a conditional model only.
 
-    Raises: DataError if they are of another kind, or if their classes differ and the config does not allow it.
+    Raises: DataError if they are of another kind, or if their classes differ, unless the config allows it or it was
+    `accepted`.
     """
     path, where = config.validation.path, _where(config.data)
     if held_out.kind != training.kind:
@@ -74,7 +86,7 @@ def check_held_out(config: Config, training: DataIdentity, held_out: DataIdentit
     if not differences:
         return notes
     fact = f"validation.path: {path} does not hold the classes of {where}: {differences}"
-    if not config.validation.allow_other_classes and not older:
+    if not config.validation.allow_other_classes and not accepted:
         raise DataError(f"{fact}; legal: the same classes in the same order, or validation.allow_other_classes: true")
     return [*notes, Note("other_held_out_classes", fact)]
 
@@ -116,4 +128,4 @@ def check_same_on_all_ranks(data: RunData, comm: Comm) -> None:
 
 
 def _where(data: DataConfig) -> str:
-    return "the embedded digits" if data.source == "digits" else f"data.path {data.path}"
+    return "data.source digits" if data.source == "digits" else f"data.path {data.path}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,14 @@ from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS, bin_means
 from sdit.train.ema import Ema
 from sdit.train.routes import gate_routes, tasks_of
-from sdit.train.rundata import Note, check_held_out
+from sdit.train.rundata import Note, check_held_out, was_accepted
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
 
 
-def open_held_out(config: Config, training: DataIdentity, ranks: int, older: bool) -> tuple[Loader | None, list[Note]]:
+def open_held_out(
+    config: Config, training: DataIdentity, ranks: int, manifest: Mapping[str, Any] | None, where: str
+) -> tuple[Loader | None, list[Note]]:
     """The loader of the held-out images, and what there is to say of them; None where the config asks for none.
 
     Raises: DataError if they do not fit the model or the training images; see `check_held_out`.
@@ -41,7 +43,8 @@ def open_held_out(config: Config, training: DataIdentity, ranks: int, older: boo
         source="shards", path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
     )
     dataset = open_dataset(data)
-    notes = check_held_out(config, training, DataIdentity.of(dataset.facts, dataset.fingerprint), older)
+    identity = DataIdentity.of(dataset.facts, dataset.fingerprint)
+    notes = check_held_out(config, training, identity, was_accepted(manifest, where, training, identity))
     check_fit(dataset.facts, data, config.model, "validation.path")
     return Loader(dataset, data, validation.seed, ranks, labelled=config.model.classes > 0), notes
 

@@ -166,26 +166,26 @@ def test_an_exported_file_knows_the_trained_labels(too_many: Path, sdit: Command
 
 
 @pytest.mark.parametrize(
-    ("classes", "held", "allowed", "older", "expected"),
+    ("classes", "held", "allowed", "accepted", "expected"),
     [
         (3, 3, False, False, None),
         (0, 3, False, False, None),  # an unconditional model needs no labels
         (4, 3, False, False, "label 3 would never be trained"),
         (1000, 3, False, False, "labels 3..999 would never be trained"),
         (1000, 3, True, False, "unused_classes"),
-        (1000, 3, False, True, "unused_classes"),  # a run that an older version began goes on
+        (1000, 3, False, True, "unused_classes"),
     ],
 )
-def test_the_number_of_classes(classes: int, held: int, allowed: bool, older: bool, expected: str | None) -> None:
+def test_the_number_of_classes(classes: int, held: int, allowed: bool, accepted: bool, expected: str | None) -> None:
     """C1: Fewer classes in the data than in the model need a key; none and equal numbers do not."""
     from sdit.train.rundata import check_classes
 
     config = config_of({"model": {"classes": classes}, "data": {"allow_unused_classes": allowed}})
     if expected is not None and "never" in expected:
         with pytest.raises(DataError, match=expected):
-            check_classes(config, identity(names_of(held)), older)
+            check_classes(config, identity(names_of(held)), accepted)
     else:
-        assert [note.kind for note in check_classes(config, identity(names_of(held)), older)] == [expected] * bool(
+        assert [note.kind for note in check_classes(config, identity(names_of(held)), accepted)] == [expected] * bool(
             expected
         )
 
@@ -220,11 +220,11 @@ def test_an_index_keeps_which_classes_are_empty(place: Path, tmp_path: Path) -> 
 # C2: the held-out images and the reference have other classes
 
 
-def held_out(config: Mapping[str, Any], training: Any, other: Any, older: bool = False) -> list[str]:
+def held_out(config: Mapping[str, Any], training: Any, other: Any, accepted: bool = False) -> list[str]:
     from sdit.train.rundata import check_held_out
 
     values = {**config, "validation": {"path": "held/out", **config.get("validation", {})}}
-    return [note.kind for note in check_held_out(config_of(values), training, other, older)]
+    return [note.kind for note in check_held_out(config_of(values), training, other, accepted)]
 
 
 def test_held_out_images_of_other_classes_are_refused_at_start(place: Path, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_differences_of_held_out_classes_are_named(names: tuple[str, ...], words
     assert all(word in str(caught.value) for word in words), caught.value
     allowed = {**conditional, "validation": {"allow_other_classes": True}}
     assert held_out(allowed, training, identity(names, "other")) == ["other_held_out_classes"]
-    assert held_out(conditional, training, identity(names, "other"), older=True) == ["other_held_out_classes"]
+    assert held_out(conditional, training, identity(names, "other"), accepted=True) == ["other_held_out_classes"]
     assert not held_out({"model": {"classes": 0}}, training, identity(names, "other"))
 
 
@@ -333,6 +333,19 @@ def test_a_reference_of_the_same_classes_is_accepted(
     result = evaluate(sdit, place, network, same, tmp_path / "x.json")
     assert result.status == 0 and "classes" not in result.err, result.err
     assert "other_classes" not in json.loads((tmp_path / "x.json").read_text())["drawn"]
+
+
+def test_a_run_continues_with_data_that_it_had() -> None:
+    """C1, C2: A run resumes with the data of its checkpoint, whatever they are, but not with others."""
+    from sdit.train.rundata import RunData, was_accepted
+
+    one, two, held = identity(("a",), "one"), identity(("a",), "two"), identity(("a",), "held")
+    manifest = RunData(one, held).stored()
+    assert not was_accepted(None, "", one)
+    assert was_accepted({}, "older", one) and was_accepted({}, "older", one, held)
+    assert was_accepted(manifest, "", one) and was_accepted(manifest, "", one, held)
+    assert not was_accepted(manifest, "", two) and not was_accepted(manifest, "", two, held)
+    assert not was_accepted(manifest, "", one, two) and not was_accepted(RunData(one, None).stored(), "", one, held)
 
 
 # C3: other images under the same path
