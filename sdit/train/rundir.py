@@ -14,8 +14,8 @@ from typing import Any
 import sdit
 from sdit.config import Config
 from sdit.configfile import dump_config
+from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
-from sdit.parallel.comm import Comm
 from sdit.redact import redact
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")

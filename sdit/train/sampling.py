@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sdit.config import Config, SampleConfig
 from sdit.diffusion import SamplerSettings, Stream, draw_noise, sample
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
 from sdit.model import DiffusionTransformer, forward_with_guidance
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
 from sdit.train.ema import Ema
 
 SAMPLE_BATCH = 64  # images per rank and model call
