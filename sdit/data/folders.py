@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdit.data import keyed
+from sdit import randomness
 from sdit.data.decode import IMAGE_FORMATS, MODES
 from sdit.data.index import DatasetFacts
-from sdit.data.keyed import Draw
 from sdit.data.sources import Picture, sample_key
 from sdit.errors import DataError
+from sdit.randomness import Purpose
 
 MAX_PIXELS = 2**26  # a 200 MB RGB image; a small file can claim far more
 
@@ -63,7 +63,7 @@ def folder_source(root: Path, size: int, channels: int) -> FolderSource:
         listed = [(name, 0) for name in _image_names(root, root)]
     if not listed:
         raise DataError(f"{root}: holds no images; legal suffixes: {', '.join(IMAGE_FORMATS)}")
-    order = keyed.permutation(keyed.keys(0, Draw.PREPARE), len(listed))
+    order = randomness.permutation(randomness.keys(0, Purpose.PREPARATION_ORDER), len(listed))
     files = tuple(listed[position] for position in order)
     facts = DatasetFacts(
         kind="images",

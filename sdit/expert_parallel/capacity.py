@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, expert_counts
+from sdit.randomness import priorities
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,4 @@ def _priority(
         return -routes.gates[block, tasks[sample], choice]
     if capacity.policy == "position":
         return sample
-    return _keyed_words(capacity.seed, first_index + sample, block, expert)
-
-
-def _keyed_words(seed: int, *words: np.ndarray) -> np.ndarray:
-    """Random uint64 per row of the integer arrays, each hashed in by a step of splitmix64 (Steele, Lea, Flood 2014)."""
-    state = np.full(words[0].shape, seed % 2**64, dtype=np.uint64)
-    for word in words:
-        state = (state ^ word.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    return state
+    return priorities(capacity.seed, first_index + sample, block, expert)
