@@ -26,7 +26,7 @@ from meter import Meter
 from ranks import start_ranks
 
 from sdit.configfile import load_config
-from sdit.parallel.comm import Comm, find_rank
+from sdit.distributed.comm import Comm, find_rank
 from sdit.train.build import open_trainer
 from sdit.train.trainer import Trainer
 

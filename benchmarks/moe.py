@@ -10,8 +10,8 @@ Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
 other load leaves alone. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
-Routes: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens),
-which loads experts evenly: no prior, path placement or seating helps us here.
+RoutingTable: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens),
+which loads experts evenly: no prior, path placement or assignment helps us here.
 Bytes: what leaves a rank through all_to_all_single and all_reduce (counted as a ring, 2 (P - 1) / P of its size), mean of
 the ranks. Memory: highest sum of live allocations within a step, as the profiler of torch counts them, of the fullest rank;
 parameters and the input are there before the step and do not count.
@@ -41,7 +41,7 @@ from moe_step import compare_whole_steps
 from ranks import start_ranks
 from torch import Tensor
 
-from sdit.parallel.comm import Comm, find_rank
+from sdit.distributed.comm import Comm, find_rank
 
 TOKENS = 256
 SIZES: tuple[Literal["S/2", "B/2"], ...] = ("S/2", "B/2")
@@ -53,16 +53,16 @@ HOLDERS = ("auto", "tokens", "weights", "EP = 1", "DeepSpeed", "fairscale")
 
 
 @dataclass
-class Wire:
+class ExpertGroup:
     """Bytes that left this rank."""
 
     sent_bytes: float = 0.0
 
 
 @contextmanager
-def metered() -> Iterator[Wire]:
+def metered() -> Iterator[ExpertGroup]:
     """Count what every caller of torch.distributed sends inside the `with`."""
-    wire, all_to_all, all_reduce = Wire(), dist.all_to_all_single, dist.all_reduce
+    wire, all_to_all, all_reduce = ExpertGroup(), dist.all_to_all_single, dist.all_reduce
 
     def counted_all_to_all(
         output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
@@ -105,7 +105,7 @@ def peak_step_bytes(layer: Layer, z: Tensor, grad: Tensor) -> int:
 @dataclass(frozen=True)
 class Outcome:
     """Of one layer: `seconds` of the slowest rank and `cpu_seconds` of all ranks by round, mean `sent_bytes` of a rank,
-    `peak_bytes` of the fullest."""
+    `peak_bytes` of the load_imbalance."""
 
     name: str
     seconds: list[float]
@@ -174,7 +174,7 @@ def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
         layers = all_layers(case, comm)
         outcomes = {each.name: each for each in race(layers, z, torch.randn_like(z), options.rounds, comm)}
         if comm.is_first:
-            print(table_line(case, layers[0].at_hand, outcomes), flush=True)
+            print(table_line(case, layers[0].replicated, outcomes), flush=True)
 
 
 HEAD = (
@@ -183,12 +183,12 @@ HEAD = (
 )  # fmt: skip
 
 
-def table_line(case: Case, at_hand: int, outcomes: dict[str, Outcome]) -> str:
+def table_line(case: Case, replicated: int, outcomes: dict[str, Outcome]) -> str:
     """One line: `auto` in milliseconds, the CPU time of the others over its, and their wall-clock, bytes and memory."""
     auto = outcomes["auto"]
     cells = [
         str(case.ranks), case.size, str(case.experts), case.kind,
-        f"{1e3 * statistics.median(auto.seconds):.0f}", str(at_hand),
+        f"{1e3 * statistics.median(auto.seconds):.0f}", str(replicated),
         *(f"{_ratio(outcomes[name].cpu_seconds, auto.cpu_seconds):.2f}" for name in RIVALS),
         ", ".join(f"{_ratio(outcomes[name].seconds, auto.seconds):.2f}" for name in ("DeepSpeed", "fairscale")),
         " / ".join(f"{outcomes[name].sent_bytes / 1e6:.1f}" for name in SENDERS),

@@ -18,15 +18,14 @@ from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
-from sdit.contracts import RawBatch
-from sdit.model.moe.dispatch import LocalDispatcher
+from sdit.contracts import ForwardPass, RawBatch
+from sdit.distributed.comm import Comm
+from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
+from sdit.expert_parallel.routing_table import RoutingTable
+from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.experts import Experts, build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
-from sdit.model.moe.plan import group_positions
-from sdit.model.moe.routes import Routes
-from sdit.parallel.comm import Comm
-from sdit.parallel.experts import SpreadExperts
-from sdit.parallel.spread import ExpertSpread
+from sdit.model.moe.local import LocalDispatcher
 from sdit.topology import plan_batch
 
 TOP_K = 2  # the only k that fairscale's gate knows
@@ -61,13 +60,13 @@ class Case:
 @dataclass(frozen=True)
 class Layer:
     """A layer to time: `forward` maps tokens (B, L, D) to (B, L, D); `reduces` if gradients of its experts are summed over
-    all ranks; `at_hand` experts come to the samples."""
+    all ranks; `replicated` experts come to the samples."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     reduces: bool = False
-    at_hand: int = 0
+    replicated: int = 0
 
     def step(self, z: Tensor, grad: Tensor) -> None:
         """Forward and backward, and the all-reduce that data parallelism needs where every rank holds all experts."""
@@ -92,7 +91,7 @@ class TaskGate:
         self._generator = np.random.default_rng(2)
         self._samples = case.batch * case.ranks
         top = gate_probabilities(self.table, [self.linear]).detach().topk(TOP_K)
-        self.routes = Routes(top.indices.numpy(), top.values.numpy(), case.experts)
+        self.routes = RoutingTable(top.indices.numpy(), top.values.numpy(), case.experts)
 
     def draw(self) -> np.ndarray:
         """(P B,) tasks of the next global batch."""
@@ -104,28 +103,47 @@ class TaskGate:
         return sparse_gates(probs, probs.topk(TOP_K).indices if experts is None else experts)[0]
 
 
-def spread_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"]) -> Layer:
+class GatedExpertParallel(ExpertParallel):
+    """Expert parallelism by the routing table of a `TaskGate`, with the replicas that the exchange asks for."""
+
+    def __init__(self, case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"], gate: TaskGate) -> None:
+        config = case.config(exchange)
+        batch = plan_batch(config.train.global_batch, None, case.ranks)
+        super().__init__(config.model, config.parallel, batch, comm, case.ranks, ELEMENT_BYTES["fp32"], config.seed)
+        self._gate = gate
+        better = self.better_placement(placement_due=True, is_first=True)
+        if better is not None:
+            self.placement = better[0]
+
+    @property
+    def table(self) -> RoutingTable:
+        return self._gate.routes
+
+
+def sharded_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"]) -> Layer:
     """Our layer. A step holds its plan for the one block, its gates, and the exchange."""
-    config, gate = case.config(exchange), TaskGate(case)
-    batch = plan_batch(config.train.global_batch, None, case.ranks)
-    spread = ExpertSpread(config, batch, comm, case.ranks)
-    better = spread.reconsider(gate.routes, placement_due=True, first=True)
-    if better is not None:
-        spread.layout = better[0]
-    local = build_experts(config.model.experts, case.width, spread.layout.slots[0][spread.place])
-    experts = SpreadExperts(_randomised(local), case.experts, case.ranks)
-    index = group_positions(batch, spread.groups, comm.rank, 0, 0)[comm.rank :: case.ranks]
+    gate = TaskGate(case)
+    parallel = GatedExpertParallel(case, comm, exchange, gate)
+    ids = parallel.placement.experts_of_rank[0][parallel.group.ep_rank]
+    local = build_experts(case.config(exchange).model.experts, case.width, ids)
+    experts = ShardedExperts(_randomised(local), case.experts, case.ranks)
+    index = np.arange(comm.rank, case.ranks * case.batch, case.ranks)
     loaded = RawBatch(index=index, x0=np.zeros((case.batch, 1, 1, 1), np.float32), y=np.zeros(case.batch, np.int64))
 
     def forward(z: Tensor) -> Tensor:
         tasks = gate.draw()
-        spread.begin_step(gate.routes, 0, tasks)
-        spread.begin_micro_step(0, loaded)
-        view = spread.dispatcher.view(torch.from_numpy(tasks[index]))
-        return spread.dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
+        parallel.begin_step(0, tasks)
+        parallel.begin_micro_step(0, loaded)
+        return mixture(parallel.forward_pass(torch.from_numpy(tasks[index])), z, gate, experts)
 
-    at_hand = int(spread.layout.at_hand.sum())
-    return Layer(exchange, forward, [*experts.parameters(), *gate.linear.parameters()], at_hand=at_hand)
+    replicated = int(parallel.placement.replicated.sum())
+    return Layer(exchange, forward, [*experts.parameters(), *gate.linear.parameters()], replicated=replicated)
+
+
+def mixture(forward_pass: ForwardPass, z: Tensor, gate: TaskGate, experts: nn.Module) -> Tensor:
+    """(B, L, D) mixture of tokens z (B, L, D) in one block."""
+    gates = gate.gates(forward_pass.view.task, forward_pass.view.experts)
+    return forward_pass.combine(forward_pass.compute(forward_pass.dispatch(0, z, gates, experts)))
 
 
 def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
@@ -134,8 +152,9 @@ def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
     experts = _randomised(build_experts(case.config("auto").model.experts, case.width))
 
     def forward(z: Tensor) -> Tensor:
-        view = dispatcher.view(torch.from_numpy(gate.draw()[comm.rank :: case.ranks]))
-        return dispatcher.start(0, z, gate.gates(view.task, view.experts), experts).wait()
+        return mixture(
+            dispatcher.forward_pass(torch.from_numpy(gate.draw()[comm.rank :: case.ranks])), z, gate, experts
+        )
 
     name = "EP = 1, summed" if reduces else "EP = 1"
     return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()], reduces)
@@ -161,9 +180,9 @@ def fairscale_layer(case: Case) -> Layer:
 def all_layers(case: Case, comm: Comm) -> list[Layer]:
     """Every layer of the comparison, freshly made."""
     return [
-        spread_layer(case, comm, "auto"),
-        spread_layer(case, comm, "tokens"),
-        spread_layer(case, comm, "weights"),
+        sharded_layer(case, comm, "auto"),
+        sharded_layer(case, comm, "tokens"),
+        sharded_layer(case, comm, "weights"),
         local_layer(case, comm, reduces=False),
         local_layer(case, comm, reduces=True),
         deepspeed_layer(case),

@@ -19,7 +19,7 @@ from sdit.data.encoders import png_encoder
 from sdit.data.index import DatasetFacts
 from sdit.data.prepare import prepare
 from sdit.data.sources import ArraySource
-from sdit.parallel.comm import Comm
+from sdit.distributed.comm import Comm
 from sdit.train.build import open_trainer
 from sdit.train.trainer import Trainer
 
@@ -29,17 +29,16 @@ ALONE = "EP = 1"
 
 def layouts(ranks: int) -> dict[str, ParallelConfig]:
     """What is compared, by name; everything that is not said is by default."""
-    spread = {
+    sharded = {
         "auto": {},
         "auto, no overlap": {"overlap": False},
         "tokens, no overlap": {"exchange": "tokens", "overlap": False},
         "tokens": {"exchange": "tokens"},
-        "tokens, in halves": {"exchange": "tokens", "halves": True},
     }
     alone = ParallelConfig(expert=1, threads=1)
     return {ALONE: alone} | {
         f"EP = {ranks}, {name}": ParallelConfig(expert=ranks, threads=1, **settings)  # type: ignore[arg-type]
-        for name, settings in spread.items()
+        for name, settings in sharded.items()
     }
 
 

@@ -29,9 +29,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sdit.config import Config
 from sdit.configfile import load_config
+from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics import MetricsPage
 from sdit.observe.observers import build_observers
-from sdit.parallel.comm import Comm, find_rank
 from sdit.supervise.collector import PageCollector
 from sdit.supervise.metric_page import Page, Watch
 from sdit.train.build import open_trainer
@@ -60,7 +60,7 @@ class Turns(Observer):
     def attach(self, trainer: Trainer) -> None:
         never = trainer.config.train.model_copy(update={"log_every_steps": 1 << 40})
         self._configs = (trainer.config, trainer.config.model_copy(update={"train": never}))
-        self.report = Meter(trainer.routes, ("report",))
+        self.report = Meter(trainer.experts, ("statistics",))
         self.trainer, self._last = trainer, _clocks()
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:

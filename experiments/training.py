@@ -17,11 +17,11 @@ from sdit.config import Config
 from sdit.configfile import load_config
 from sdit.contracts import Batch
 from sdit.diffusion import build_objective
+from sdit.distributed.comm import Comm
 from sdit.errors import ExitCode
 from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
-from sdit.parallel.comm import Comm
 from sdit.supervise.child import Supervised
 from sdit.supervise.lock import RunLock
 from sdit.supervise.pulse import Pulse

@@ -44,12 +44,12 @@ def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.run_dir))
     import numpy as np  # slow imports: not for --help
 
+    from sdit.distributed.comm import find_rank, set_threads
     from sdit.evaluate.digits import SPREAD_BAND, WANTED_RECOGNISED, judge_digits
     from sdit.evaluate.generate import generate
     from sdit.model import solve_assignment
     from sdit.observe.pictures import save_grid
     from sdit.observe.routing import routing_map
-    from sdit.parallel.comm import find_rank, set_threads
     from sdit.train.checkpoint.load import load_trained
 
     set_threads(find_rank(os.environ), None)

@@ -109,8 +109,8 @@ def examine_fabric(
     """Make the process group that training will use, measure it, and tell; returns the exit code that rank 0 found."""
     import torch.distributed as dist  # slow to import: not for a rank that is missing
 
-    from sdit.parallel.comm import Comm
-    from sdit.parallel.fabric import describe_device, measure_first_collective, measure_groups, measure_pairs
+    from sdit.distributed.comm import Comm
+    from sdit.distributed.fabric import describe_device, measure_first_collective, measure_groups, measure_pairs
 
     started = time.monotonic()
     try:
@@ -152,7 +152,7 @@ def tell(
 def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: float) -> Place:
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, or what the launcher has in their place."""
     if "MASTER_PORT" not in environment and info.source in ("Open MPI", "MPICH or Intel MPI"):
-        from sdit.parallel.fabric import place_from_mpi
+        from sdit.distributed.fabric import place_from_mpi
 
         host = "127.0.0.1" if info.local_world == info.world else socket.gethostname()
         return Place(*place_from_mpi(environment.get("MASTER_ADDR", host), free_port()))
@@ -164,7 +164,7 @@ def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: 
         what = f"{port!r} is not legal" if port else "is not set"
         raise ConfigError(f"MASTER_PORT: {what} ({info.describe()}); legal: a free port of rank 0's host, 1..65535")
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from sdit.parallel.fabric import port_from_agent
+        from sdit.distributed.fabric import port_from_agent
 
         try:
             return Place(host, port_from_agent(info, environment, free_port(), timeout_seconds))

@@ -124,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from sdit.distributed.comm import find_rank, set_threads
     from sdit.evaluate.images import NpzImages
     from sdit.evaluate.reference import ReferenceSource
-    from sdit.parallel.comm import find_rank, set_threads
 
     info = find_rank(os.environ)
     set_threads(info, options.threads)
@@ -192,9 +192,9 @@ def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -
     """Draw the images that are missing, on all ranks, which need one another no more afterwards."""
     import torch
 
+    from sdit.distributed.comm import Comm
     from sdit.evaluate.decode import LatentDecoder
     from sdit.evaluate.drawing import Blocks, Drawing
-    from sdit.parallel.comm import Comm
     from sdit.train.checkpoint.load import load_trained
 
     with ExitStack() as stack:

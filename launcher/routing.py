@@ -76,15 +76,15 @@ def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
     """(depth,) samples that full experts drop per step, mean over DRAWS random batches; None without a capacity."""
     import numpy as np
 
-    from sdit.model.moe.capacity import Capacity, dropped_per_block, keep_samples
-    from sdit.model.moe.routes import Routes
+    from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
+    from sdit.expert_parallel.routing_table import RoutingTable
     from sdit.observe.routing import chosen_experts
 
     experts = config.model.experts
     if experts.capacity_factor is None:
         return None
     chosen = chosen_experts(probs, experts.top_k)
-    routes = Routes(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count)
+    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count)
     capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
     batches = np.random.default_rng(config.seed).integers(0, probs.shape[1], (DRAWS, config.train.global_batch))
     return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)

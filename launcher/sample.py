@@ -112,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     import torch  # seconds to import: not for --help and wrong command lines
 
+    from sdit.distributed.comm import Comm, find_rank, set_threads
     from sdit.evaluate.generate import generate
     from sdit.observe.image_files import ImageFiles
-    from sdit.parallel.comm import Comm, find_rank, set_threads
     from sdit.train.checkpoint.load import load_trained
 
     info = find_rank(os.environ)

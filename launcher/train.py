@@ -147,8 +147,8 @@ def largest_world(config: Config, ranks: int) -> int:
 def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: Supervised) -> int:
     """Be one rank of the run."""
     use_cache([Path(config.run_dir) / "cache"])
-    from sdit.parallel.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
-    from sdit.parallel.comm import find_rank as find_launched
+    from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
+    from sdit.distributed.comm import find_rank as find_launched
     from sdit.train.build import check_config, open_trainer
 
     info = find_launched(os.environ)

@@ -7,8 +7,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sdit.errors import CheckpointError
 
@@ -23,7 +24,7 @@ KINDS = {
 
 
 @contextmanager
-def open_regular(path: Path, follow_links: bool = True) -> Iterator[BinaryIO]:
+def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
     """Open a regular file for reading; a FIFO or a device is refused before it is opened, because reading could hang.
 
     Raises: CheckpointError for anything else than a regular file, OSError as `open` does.
@@ -35,7 +36,7 @@ def open_regular(path: Path, follow_links: bool = True) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_bytes(file: BinaryIO, path: Path, most: int) -> bytes:
+def read_bytes(file: BufferedReader, path: Path, most: int) -> bytes:
     """Return the rest of a file. Raises: CheckpointError for a file of more than `most` bytes, before reading it."""
     size = os.fstat(file.fileno()).st_size
     if size > most:

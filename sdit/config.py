@@ -194,11 +194,6 @@ class ParallelConfig(Section):
     )
     exchange_refresh_images: int = field(51_200, "images between two decisions of exchange: auto", ge=1)
     overlap: bool = field(True, "hide the exchange behind work that does not need it")
-    halves: bool = field(
-        False,
-        "compute each micro-batch in two halves that take turns: one travels while the other is computed "
-        "(for slow wires; only a loss without overlap, with EP 1, or where all experts are at hand)",
-    )
     placement: Literal["index", "balanced", "path"] = field("path", "which expert sits on which rank")
     placement_refresh_images: int = field(51_200, "images between two checks whether re-placement pays", ge=1)
     seating: Literal["order", "path"] = field("path", "which rank of an EP group computes which sample")
@@ -209,15 +204,15 @@ class ParallelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = field("auto", "where ranks compute; auto: on GPUs if there are any")
     threads: int | None = field(None, "CPU threads per rank; null: cores of the node over its ranks", ge=1)
 
-    @model_validator(mode="after")
-    def _halves_stand_alone(self) -> ParallelConfig:
-        if self.halves and (self.compile or self.activation_checkpointing != "none"):
-            compiles = str(self.compile).lower()
-            raise ValueError(
-                "halves: true needs compile false and activation_checkpointing none, "
-                f"not {compiles} and {self.activation_checkpointing}: those take a block as one piece"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _halves_are_gone(cls, values: Any) -> Any:
+        """`halves` gained nothing in any measurement and was removed. A config that leaves it off still loads."""
+        if isinstance(values, dict) and "halves" in values:
+            if values["halves"] is not False:
+                raise ValueError(f"halves: {values['halves']!r} is no longer supported; legal: false, or no such key")
+            values = {key: value for key, value in values.items() if key != "halves"}
+        return values
 
 
 class Config(Section):

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
-
-ONE_PART = (slice(None),)
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,42 +78,41 @@ class TaskView:
     `task` (G,) int64 gate tasks: the rank's own B samples, or those of its whole expert-parallel group;
     `own` picks the rank's B rows out of G; `experts` (depth, G, k) int64 fixes the choice (None: the model takes its own
     top-k); `kept` (depth, G, k) bool is False where an expert was full and drops the sample (None: dropless).
-    `parts` of the B rows take turns: one is computed while what another sent is on its way.
     """
 
     task: Tensor
     own: slice | Tensor
     experts: Tensor | None = None
     kept: Tensor | None = None
-    parts: tuple[slice, ...] = ONE_PART
 
 
-class Mixture(Protocol):
-    """The mixture of a part in a block, under way."""
+class ForwardPass(Protocol):
+    """Brings tokens and experts together during one forward and backward pass of the model. It has no parameters.
 
-    def serve(self) -> None:
-        """Wait for what others sent here, compute it and start sending it back. What is computed between `start`, this and
-        `wait` hides the exchange; left out, `wait` does it."""
+    A block calls `dispatch`, `compute` and `combine` in this order. What `dispatch` and `compute` return is private to the
+    pass. Work that the block does between the calls hides transfers. All gradients (z, gates, expert weights) flow by autograd.
+    """
+
+    view: TaskView
+
+    def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: Any) -> Any:
+        """Start to send tokens z (B, L, D) to their experts. `gates` (G, M) are zero where an expert is unused or dropped."""
         ...
 
-    def wait(self) -> Tensor:
-        """m_i(z, t) (B, L, D). Called once, for the first part before its next block is started."""
+    def compute(self, dispatched: Any) -> Any:
+        """Compute the experts of this rank on its own tokens and on those that arrived, and start to send results back."""
+        ...
+
+    def combine(self, computed: Any) -> Tensor:
+        """Return the mixture m_i(z, t) (B, L, D) of the block's experts. Wait for the results of other ranks."""
         ...
 
 
 class Dispatcher(Protocol):
-    """Brings samples and experts together; the one object that differs between EP = 1 and EP = n. No parameters."""
+    """Makes forward passes. It is the one object that differs between EP = 1 and EP = n."""
 
-    def view(self, task: Tensor) -> TaskView:
-        """Called once per forward pass, before block 0, with the gate tasks (B,) of the rank's samples."""
-        ...
-
-    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Mixture:
-        """Begin m_i(z, t) (B, L, D) for tokens `z` (B, L, D), the rows of a part of the view, and sparse `gates` (G, M) of
-        all its samples. All parts of a block are begun in order, before any of the next block.
-
-        Gates are zero where an expert is unused or dropped. All gradients (z, gates, expert weights) flow by autograd.
-        """
+    def forward_pass(self, task: Tensor) -> ForwardPass:
+        """Return the pass for samples with gate tasks (B,). The model calls it once per forward pass, before block 0."""
         ...
 
 

@@ -29,7 +29,7 @@ class ExpertGroups:
         """The expert-parallel group that a rank is in."""
         return rank // self.size
 
-    def place_of(self, rank: int) -> int:
+    def ep_rank_of(self, rank: int) -> int:
         """The rank's place in its group, 0 .. EP - 1."""
         return rank % self.size
 
@@ -40,7 +40,7 @@ class ExpertGroups:
 
     def data_ranks(self, rank: int) -> range:
         """The ranks that hold the same experts as this one: expert gradients are summed over them."""
-        return range(self.place_of(rank), self.world, self.size)
+        return range(self.ep_rank_of(rank), self.world, self.size)
 
 
 def divisors(number: int) -> list[int]:

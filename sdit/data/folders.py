@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from sdit.data import keyed
+from sdit import randomness
 from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, image_list, read_image_list
 from sdit.data.index import DatasetFacts
 from sdit.data.journal import begun_recipe
-from sdit.data.keyed import Draw
 from sdit.data.names import shown
 from sdit.data.picture import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_picture
 from sdit.data.sources import Picture, sample_key
 from sdit.data.tree import ImageTree, listed, read_tree, refuse_empty_classes, refuse_splits
 from sdit.errors import ConfigError, DataError
+from sdit.randomness import Purpose
 
 __all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_picture"]
 
@@ -193,7 +193,7 @@ def _first_list(now: ImageList, out: Path) -> ImageList | None:
 def _shuffled(classes: tuple[str, ...], rows: list[ImageRow], batch: int) -> ImageList:
     """The list of one batch: sorted by label and name, then shuffled by a key of the batch's number."""
     ordered = sorted(rows, key=lambda row: (row[1], row[0]))
-    order = keyed.permutation(keyed.keys(batch, Draw.PREPARE), len(rows))
+    order = randomness.permutation(randomness.keys(batch, Purpose.PREPARATION_ORDER), len(rows))
     return image_list(classes, [ordered[position] for position in order], (len(rows),))
 
 

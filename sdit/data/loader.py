@@ -14,19 +14,19 @@ from types import TracebackType
 
 import numpy as np
 
+from sdit import randomness
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
-from sdit.data import keyed
 from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, open_dataset
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.identity import DataIdentity
-from sdit.data.keyed import Draw
 from sdit.data.ledger import BadSampleLedger
 from sdit.data.order import KeyColumns, SampleOrder
 from sdit.data.pixels import from_levels
 from sdit.errors import DataError
+from sdit.randomness import Purpose
 
 
 def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1) -> Loader:
@@ -158,8 +158,8 @@ class Loader:
         orientation = self._mirrored(keys).astype(np.int64)
         moments = values[np.arange(len(values)), orientation].astype(np.float32)
         mean, log_variance = np.split(moments, 2, axis=1)
-        key = keyed.keys(self._seed, Draw.POSTERIOR, keys.epoch, keys.shard, keys.member)
-        eps = keyed.normals(key, mean[0].size).reshape(mean.shape)
+        key = randomness.keys(self._seed, Purpose.POSTERIOR, keys.epoch, keys.shard, keys.member)
+        eps = randomness.normals(key, mean[0].size).reshape(mean.shape)
         x0: np.ndarray = (mean + np.exp(log_variance / 2) * eps) * np.float32(self._data.latent_scale)
         return x0
 
@@ -167,7 +167,7 @@ class Loader:
         """Which samples are mirrored (B,) bool: a fair coin of each key, or none."""
         if not self._data.flip:
             return np.zeros(len(keys.epoch), dtype=np.bool_)
-        return keyed.coins(keyed.keys(self._seed, Draw.FLIP, keys.epoch, keys.shard, keys.member))
+        return randomness.coins(randomness.keys(self._seed, Purpose.FLIP, keys.epoch, keys.shard, keys.member))
 
 
 def _joined(parts: list[Future[RawBatch]]) -> RawBatch:

@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from sdit import randomness
 from sdit.contracts import SampleKey
-from sdit.data import keyed
-from sdit.data.keyed import Draw
 from sdit.errors import ConfigError
+from sdit.randomness import Purpose
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,13 @@ class SampleOrder:
 
     def _compute_epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shards in shuffled order and the places where each of them ends."""
-        shards = keyed.permutation(keyed.keys(self._seed, Draw.SHARDS, epoch), len(self._counts))
+        shards = randomness.permutation(randomness.keys(self._seed, Purpose.SHARD_ORDER, epoch), len(self._counts))
         return shards, np.cumsum(self._counts[shards])
 
     def _compute_members(self, epoch: int, shard: int) -> np.ndarray:
-        return keyed.permutation(keyed.keys(self._seed, Draw.MEMBERS, epoch, shard), int(self._counts[shard]))
+        return randomness.permutation(
+            randomness.keys(self._seed, Purpose.MEMBER_ORDER, epoch, shard), int(self._counts[shard])
+        )
 
 
 def rank_indices(

@@ -5,7 +5,7 @@ Sources, by the names used in this package (arXiv): DDPM 2006.11239, IDDPM 2102.
 2303.09556, P2 2204.00227, UW 2306.00354.
 """
 
-from sdit.diffusion.draws import Stream, draw_label_drop, draw_noise, draw_timesteps, draw_uniform
+from sdit.diffusion.draws import draw_label_drop, draw_timesteps
 from sdit.diffusion.objective import Objective, build_objective
 from sdit.diffusion.samplers import Predict, SamplerSettings, sample, trajectory
 from sdit.diffusion.schedule import Schedule, make_schedule
@@ -15,12 +15,9 @@ __all__ = [
     "Predict",
     "SamplerSettings",
     "Schedule",
-    "Stream",
     "build_objective",
     "draw_label_drop",
-    "draw_noise",
     "draw_timesteps",
-    "draw_uniform",
     "make_schedule",
     "sample",
     "trajectory",

@@ -18,11 +18,11 @@ import numpy as np
 from sdit.config import SampleConfig
 from sdit.data.durable import replacing
 from sdit.data.pixels import ROUNDING, to_pixels
+from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.decode import LatentDecoder
 from sdit.evaluate.generate import Progress, generate
 from sdit.evaluate.images import NpzImages, Shape, write_npz
-from sdit.parallel.comm import Comm
 from sdit.train.checkpoint.files import MANIFEST
 from sdit.train.checkpoint.load import Trained
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdit.config import SampleConfig
-from sdit.parallel.comm import Comm
+from sdit.distributed.comm import Comm
 from sdit.train.checkpoint.load import Trained
 from sdit.train.sampling import sample_images
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,12 +55,10 @@ class Block(nn.Module):
         """(B, 6D) shift, scale and gate of both branches for the condition c (B, D)."""
         return self.adaLN_modulation(c)
 
-    def branches(self, z: Tensor, modulation: Tensor, between: Callable[[], None] | None = None) -> Tensor:
-        """(B, L, D) tokens z with both residual branches added; `between` is called between the two."""
+    def branches(self, z: Tensor, modulation: Tensor) -> Tensor:
+        """(B, L, D) tokens z with both residual branches added."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         z = torch.addcmul(z, gate_a[:, None], self.attn(modulated_norm(z, shift_a, scale_a)))
-        if between is not None:
-            between()
         return torch.addcmul(z, gate_m[:, None], self.mlp(modulated_norm(z, shift_m, scale_m)))
 
 

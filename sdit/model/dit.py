@@ -5,18 +5,16 @@ B samples, L tokens, D width, M experts, T tasks; G samples whose gates are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor, nn
 
 from sdit.config import ModelConfig
-from sdit.contracts import ONE_PART, Dispatcher, Mixture, ModelOutput, Routing
+from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
-from sdit.model.moe.dispatch import LocalDispatcher
 from sdit.model.moe.experts import Experts, build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
+from sdit.model.moe.local import LocalDispatcher
 
 
 class Router(nn.Module):
@@ -44,7 +42,7 @@ class Layer(nn.Module):
         self.block = block
         self.router = router
 
-    def forward(self, z: Tensor, c: Tensor, route: Tensor | None, dispatcher: Dispatcher) -> Tensor:
+    def forward(self, z: Tensor, c: Tensor, route: Tensor | None, forward_pass: ForwardPass | None) -> Tensor:
         """(B, L, D) block(z s) + (1 - s) z for tokens z (B, L, D) and condition c (B, D).
 
         `route` holds gates (G, M), a channel mask (B, D), or None for s = 1. With s = 1 + m, (1 - s) z is -m z.
@@ -54,23 +52,14 @@ class Layer(nn.Module):
         if self.router is None:
             extra = z * (route[:, None] - 1)
             return self.block(z + extra, c).sub_(extra)
-        mixture = self.begin(z, route, dispatcher)
-        mixture.serve()
-        return self.finish(z, c, mixture)
-
-    def begin(self, z: Tensor, gates: Tensor, dispatcher: Dispatcher, part: int = 0) -> Mixture:
-        """Begin the mixture of a part of the batch, whose tokens are z (B, L, D)."""
-        assert self.router is not None
-        return dispatcher.start(self.index, z, gates, self.router.experts, part)
-
-    def finish(self, z: Tensor, c: Tensor, mixture: Mixture, between: Callable[[], None] | None = None) -> Tensor:
-        """The layer's output once its mixture is begun; `between` is called between attention and MLP."""
-        modulation = self.block.modulation(c)  # hides the exchange, where there is one
-        m = mixture.wait()
+        assert forward_pass is not None
+        computed = forward_pass.compute(forward_pass.dispatch(self.index, z, route, self.router.experts))
+        modulation = self.block.modulation(c)  # hides the way back of results, if there is one
+        m = forward_pass.combine(computed)
         if not self.block.training:  # one pass over the tokens less; in training it would cost two more backward
-            return self.block.branches(torch.addcmul(z, z, m), modulation, between).addcmul_(z, m, value=-1)
+            return self.block.branches(torch.addcmul(z, z, m), modulation).addcmul_(z, m, value=-1)
         extra = z * m
-        return self.block.branches(z + extra, modulation, between).sub_(extra)
+        return self.block.branches(z + extra, modulation).sub_(extra)
 
 
 class DiffusionTransformer(nn.Module):
@@ -130,59 +119,34 @@ class DiffusionTransformer(nn.Module):
         t: (B,), or one value for all samples (fastest when sampling); integers 0..T-1, or floats in [0, 1] (flow).
         """
         time = _distinct(torch.as_tensor(t, device=x.device))
-        t_emb, routing, routes, parts = self._route(time, len(x))
+        t_emb, routing, routes, forward_pass = self._route(time, len(x))
         c = t_emb
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"
             c = c + self.y_embedder(y)
         z = self.x_embedder(x) + self.pos_embed.to(self._dtype)
         c = c.to(z.dtype)
-        if len(parts) > 1:
-            z = self._take_turns(z, c, routes, parts)
-        else:
-            for layer, route in zip(self.layers, routes, strict=True):
-                z = layer(z, c, route, self.dispatcher)
+        for layer, route in zip(self.layers, routes, strict=True):
+            z = layer(z, c, route, forward_pass)
         return ModelOutput(self._unpatchify(self.final_layer(z, c)).float(), routing)
 
-    def _take_turns(self, z: Tensor, c: Tensor, routes: Sequence[Tensor | None], parts: Sequence[slice]) -> Tensor:
-        """All layers on tokens z (B, L, D), part by part: while one is computed, what the next one sent is on its way.
-
-        What left a part at the start of a layer comes in while the part before it is in its attention, is served, and
-        comes back during that part's MLP. Backward does the same in reverse.
-        """
-        rows = [z[part] for part in parts]
-        conditions = [c[part] if len(c) > 1 else c for part in parts]
-
-        def begin(layer: Layer, part: int) -> Mixture:
-            gates = routes[layer.index]
-            assert gates is not None
-            return layer.begin(rows[part], gates, self.dispatcher, part)
-
-        under_way = [begin(self.layers[0], part) for part in range(len(parts))]
-        for layer, following in zip(self.layers, (*self.layers[1:], None), strict=True):
-            for part in range(len(parts)):
-                next_part = under_way[(part + 1) % len(parts)]
-                rows[part] = layer.finish(rows[part], conditions[part], under_way[part], between=next_part.serve)
-                if following is not None:
-                    under_way[part] = begin(following, part)
-        return torch.cat(rows)
-
-    def _route(self, time: Tensor, batch: int) -> tuple[Tensor, Routing, list[Tensor | None], tuple[slice, ...]]:
-        """Time embedding (B or 1, D), routing of the B samples, the route of every layer, and the parts that take turns."""
+    def _route(self, time: Tensor, batch: int) -> tuple[Tensor, Routing, list[Tensor | None], ForwardPass | None]:
+        """Time embedding (B or 1, D), routing of the B samples, the route of every layer, and the pass of the experts."""
         depth, task = self.config.depth, self.gate_task(time)
         if self.config.variant != "switch":
             t_emb = self._embed_time(time)
             route = self.channel_mask[task].to(self._dtype) if self.config.variant == "dtr" else None
             nothing = t_emb.new_empty(0, batch, 0)
-            return t_emb, Routing(task.expand(batch), nothing, nothing.long()), [route] * depth, ONE_PART
-        view = self.dispatcher.view(task.expand(batch))
+            return t_emb, Routing(task.expand(batch), nothing, nothing.long()), [route] * depth, None
+        forward_pass = self.dispatcher.forward_pass(task.expand(batch))
+        view = forward_pass.view
         task_emb = self.t_embedder(view.task)
         probs = self._gate_probs(task_emb)
         chosen = probs.topk(self.config.experts.top_k).indices if view.experts is None else view.experts
         gates = sparse_gates(probs, chosen, view.kept)
         t_emb = self._embed_time(time) if time.is_floating_point() else task_emb[view.own]
         routing = Routing(view.task[view.own], probs[:, view.own], chosen[:, view.own])
-        return t_emb, routing, list(gates.unbind()), view.parts
+        return t_emb, routing, list(gates.unbind()), forward_pass
 
     def _embed_time(self, time: Tensor) -> Tensor:
         """(N, D) float32 of times (N,): T tasks, or a continuous time scaled by T."""

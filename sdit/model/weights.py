@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -12,6 +11,7 @@ from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.experts import Experts
 from sdit.model.windows import channel_windows
+from sdit.randomness import named_seed
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = 
     """
     if name.endswith(("bias", ".b", ".b1", ".b2", ".experts.w", ".w2")) or _is_zero_matrix(name):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(_key(seed, name, expert))
+    generator = torch.Generator().manual_seed(named_seed(seed, name, expert))
     if name.startswith(("t_embedder.", "y_embedder.")):
         return torch.empty(shape).normal_(std=0.02, generator=generator)
     # Rows and columns of the matrix; the patch convolution counts as a linear map of flattened patches.
@@ -54,8 +54,3 @@ def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = 
 
 def _is_zero_matrix(name: str) -> bool:
     return "adaLN_modulation" in name or name.startswith("final_layer.")
-
-
-def _key(seed: int, name: str, expert: int | None) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -47,9 +47,9 @@ def _knobs(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config, d
         text = f"train.micro_batch={size}: the same numbers in more passes"
         yield text, _with(config, "train", micro_batch=size), deepspeed
     if parallel.activation_checkpointing == "none":
-        name = "parallel.activation_checkpointing=block" + (" parallel.halves=false" if parallel.halves else "")
+        name = "parallel.activation_checkpointing=block"
         text = f"{name}: a third more arithmetic"
-        yield text, _with(config, "parallel", activation_checkpointing="block", halves=False), deepspeed
+        yield text, _with(config, "parallel", activation_checkpointing="block"), deepspeed
     if config.model.variant == "switch":
         for size in legal_expert_sizes(config.model.experts.count, job.world):
             if size > job.expert_parallel:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from sdit.model.moe.choice import decide_layout
-from sdit.model.moe.routes import Routes
-from sdit.model.moe.traffic import Costs, Practice, expert_parameters
+from sdit.expert_parallel.routing_table import RoutingTable
+from sdit.expert_parallel.strategy import decide_placement
+from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
 from sdit.plan.layout import Job
 
@@ -24,7 +24,7 @@ class Exchange:
 
     step_bytes: dict[str, float]
     buffer_bytes: int
-    fullest: float
+    load_imbalance: float
 
 
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
@@ -36,19 +36,20 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     row_bytes = model.tokens * model.width * job.element_bytes
     expert_bytes = expert_parameters(model.experts.kind, model.width, hidden) * job.element_bytes
     forwards = 1 if parallel.activation_checkpointing == "none" else 2
-    costs = Costs(row_bytes, expert_bytes, ranks, forwards)
+    costs = UnitCosts(row_bytes, expert_bytes, ranks, forwards)
     table = prior_routes(job) if routes == "prior" else random_routes(job)
-    practice = Practice(table, ranks, job.batch.micro_batch, parallel.seating)
+    traffic = TrafficModel(table, ranks, job.batch.micro_batch, parallel.seating)
     groups = job.world // ranks * job.batch.accumulation
-    choices = {mode: decide_layout(parallel.placement, mode, practice, costs) for mode in MODES}
+    choices = {mode: decide_placement(parallel.placement, mode, traffic, costs) for mode in MODES}
     chosen = choices[parallel.exchange]
-    hops = practice.hops(chosen.layout) / ranks
-    foreign = float(chosen.layout.at_hand.sum()) * (ranks - 1) / ranks
-    # A hop's rows are kept where they arrive; weights at hand are kept as they came and beside the rank's own.
+    transfers = traffic.transfers(chosen.placement) / ranks
+    foreign = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
+    # Rows are kept where they arrive. Replicas are kept as they came and concatenated with the rank's own experts.
     kept = (
-        hops * row_bytes + (2 * foreign + (model.depth * model.experts.count / ranks if foreign else 0)) * expert_bytes
+        transfers * row_bytes
+        + (2 * foreign + (model.depth * model.experts.count / ranks if foreign else 0)) * expert_bytes
     )
-    return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.fullest)
+    return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
 
 
 def gradient_traffic_bytes(job: Job) -> float:
@@ -58,20 +59,20 @@ def gradient_traffic_bytes(job: Job) -> float:
     )
 
 
-def prior_routes(job: Job) -> Routes:
-    """Routes as the prior's windows ask for; column c of its mask is expert c // depth of block c % depth."""
+def prior_routes(job: Job) -> RoutingTable:
+    """The routing table that the prior's windows ask for; column c of its mask is expert c // depth of block c % depth."""
     model = job.config.model
     mask = expert_windows(model).mask
     by_block = mask.reshape(model.timesteps, model.experts.count, model.depth).transpose(2, 0, 1)
     experts = np.argsort(~by_block, axis=2, kind="stable")[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return Routes(experts, gates, model.experts.count)
+    return RoutingTable(experts, gates, model.experts.count)
 
 
-def random_routes(job: Job) -> Routes:
-    """Routes without structure, always the same."""
+def random_routes(job: Job) -> RoutingTable:
+    """A random routing table, always the same."""
     model = job.config.model
     drawn = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
     experts = np.argsort(drawn, axis=2)[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return Routes(experts, gates, model.experts.count)
+    return RoutingTable(experts, gates, model.experts.count)

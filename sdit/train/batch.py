@@ -7,7 +7,8 @@ import torch
 
 from sdit.config import Config
 from sdit.contracts import Batch, RawBatch
-from sdit.diffusion import draw_label_drop, draw_noise
+from sdit.diffusion import draw_label_drop
+from sdit.randomness import Purpose, normal_noise
 
 
 def draw_batch(
@@ -17,7 +18,7 @@ def draw_batch(
     labels = samples.y
     if config.model.classes and label_drop:
         labels = np.where(draw_label_drop(seed, samples.index, label_drop), config.model.classes, labels)
-    noise = draw_noise(seed, samples.index, samples.x0.shape[1:])
+    noise = normal_noise(seed, samples.index, samples.x0.shape[1:], Purpose.NOISE)
     return Batch(
         index=torch.from_numpy(samples.index),
         x0=torch.from_numpy(samples.x0).to(device, non_blocking=True),

@@ -14,13 +14,13 @@ from sdit.config import Config, OptimizerConfig
 from sdit.data.identity import DataIdentity, trained_classes
 from sdit.data.loader import Loader, build_loader
 from sdit.diffusion import SamplerSettings, build_objective
+from sdit.distributed.comm import Comm
+from sdit.distributed.deepspeed_internals import expert_group_of
+from sdit.distributed.engine import Engine
 from sdit.dsconfig import merge_deepspeed
 from sdit.errors import ConfigError
+from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, init_weights
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
-from sdit.parallel.experts import expert_group_of
-from sdit.parallel.spread import ExpertSpread
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Pulse
@@ -32,8 +32,8 @@ from sdit.train.ema import Ema
 from sdit.train.events import Observer
 from sdit.train.injection import FaultyEngine
 from sdit.train.module import TrainModule
+from sdit.train.prior import PriorSchedule
 from sdit.train.resume import describe_resume, read_length
-from sdit.train.routes import StepRoutes
 from sdit.train.rundata import (
     Note,
     RunData,
@@ -89,21 +89,19 @@ def open_trainer(
             stack.enter_context(held_out)
         classes = trained_classes(config.model, data.training)
         rows = [classes.describe(label) for label in grid_rows(config, classes)]
-        spread = make_spread(config, batch, comm)
-        restored = spread is not None and found is not None and spread.restore(found.manifest.get("expert_layout"))
-        if spread is None:
-            model = build_model(config.model, config.seed, comm.device)
-        else:
-            model = build_model(config.model, device="meta")
-            spread.apply(model, lambda built: init_weights(built, config.seed))
+        experts = make_expert_parallel(config, batch, comm)
+        if found is not None:
+            experts.restore(found.manifest.get("expert_layout"))
+        model = build_model(config.model, device="meta")
+        experts.shard(model, lambda built: init_weights(built, config.seed))
         objective = build_objective(config.diffusion, config.model.timesteps).to(comm.device)
         module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
         wrap_layers(model, config)
         groups = parameter_groups(module)
         optimizer = make_optimizer(groups, config.optimizer)
         engine = Engine(module, optimizer, merged, comm, config.optimizer.kind)
-        state = RunState(config, engine, Ema(engine.owned), model, store, data, spread)
-        state.layout_restored = restored
+        prior = PriorSchedule(config.prior, config.model)
+        state = RunState(config, engine, Ema(engine.owned), model, store, data, experts, prior)
         message = f"fresh start: no checkpoint in {store.folder}"
         if found is not None:
             changes = state.load(found)
@@ -117,23 +115,22 @@ def open_trainer(
         if comm.is_first:
             layout: dict[str, Any] = {"micro_batch": batch.micro_batch, "accumulation": batch.accumulation}
             layout["length_images"] = state.length_images
-            layout["expert_parallel"] = 1 if spread is None else spread.ranks
+            layout["expert_parallel"] = experts.ranks
             describe_run(run_dir, config, merged, comm, layout | data.stored() | {"sample_rows": rows})
-        routes = StepRoutes(config, model, state, spread)
         sampler = GridSampler(config, model, comm, grid_labels(config, classes))
         if faults:
             faulty = FaultyEngine(engine, faults, supervised.attempt, lambda: state.clock.steps)
             engine = cast(Engine, faulty)
         validator = None
         if held_out is not None:
-            validator = Validator(config, batch, comm, objective, model, spread, held_out)
+            validator = Validator(config, batch, comm, objective, model, experts, held_out)
         told = [observer for observer in observers if comm.is_first or observer.every_rank]
         for observer in told:
             observer.on_start(state.clock, state.length_images, message)
             for note in notes:
                 observer.on_event(state.clock, note.kind, note.text)
         trainer = Trainer(
-            config, batch, comm, engine, objective, loader, routes, state, sampler, validator, told, supervised.pulse,
+            config, batch, comm, engine, objective, loader, experts, state, sampler, validator, told, supervised.pulse,
             supervised.attempt,
         )  # fmt: skip
         if found is not None:
@@ -180,17 +177,12 @@ def begin_checkpoints(state: RunState, config: Config) -> None:
         raise ConfigError(problem)
 
 
-def make_spread(config: Config, batch: BatchPlan, comm: Comm) -> ExpertSpread | None:
-    """What spreads the experts over ranks, or limits their capacity; None where neither is asked for."""
-    if config.model.variant != "switch":
-        return None
-    ranks = choose_expert_parallel(
-        config.parallel.expert, config.model.experts.count, comm.world, comm.info.local_world
-    )
-    experts = config.model.experts
-    if ranks == 1 and experts.capacity_factor is None and experts.capacity_factor_eval is None:
-        return None
-    return ExpertSpread(config, batch, comm, ranks)
+def make_expert_parallel(config: Config, batch: BatchPlan, comm: Comm) -> ExpertParallel:
+    """Expert parallelism as the config asks for it; EP = 1 for models without experts."""
+    model, parallel, ranks = config.model, config.parallel, 1
+    if model.variant == "switch":
+        ranks = choose_expert_parallel(parallel.expert, model.experts.count, comm.world, comm.info.local_world)
+    return ExpertParallel(model, parallel, batch, comm, ranks, ELEMENT_BYTES[config.train.precision], config.seed)
 
 
 def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
@@ -214,8 +206,8 @@ def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
         for parameter in part.parameters():
             named.setdefault(expert_group_of(parameter), []).append(parameter)
         groups.append({"params": named.pop(None), "role": role, "name": role})
-        for name, spread in named.items():  # DeepSpeed wants spread experts in groups of their own
-            groups.append({"params": spread, "role": role, "name": name, "moe": True})
+        for name, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
+            groups.append({"params": sharded, "role": role, "name": name, "moe": True})
     return [group for group in groups if group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""The averaged weights, fp32 and sharded like the optimizer state: each rank averages the pieces it owns."""
+"""The averaged weights, fp32 and sharded like the optimizer state: each rank averages the shards it owns."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdit.parallel.state import Piece
+from sdit.distributed.shards import Shard
 
 
 class Ema:
-    """`values[i]` (numel,) fp32 is the average of `pieces[i].master`."""
+    """`values[i]` (numel,) fp32 is the average of `shards[i].master`."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = pieces
-        self.values = [piece.master.clone() for piece in pieces]
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+        self.values = [shard.master.clone() for shard in shards]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """values <- decay * values + (1 - decay) * masters."""
-        masters: list[Tensor] = [piece.master for piece in self.pieces]
+        masters: list[Tensor] = [shard.master for shard in self.shards]
         torch._foreach_lerp_(self.values, masters, 1.0 - decay)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdit.parallel.engine import Engine
+from sdit.distributed.engine import Engine
 from sdit.supervise.fault import Fault
 
 EXIT_CODE = 3  # a code of nobody's

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sdit.config import Config
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, SAMPLES, VALIDATION, Observer
@@ -94,7 +94,7 @@ class Pauses:
         if ROUTING in due and self._observers:  # milliseconds; the grid may be cut short
             probs = self._sampler.gate_probs()
             for observer in self._observers:
-                observer.on_routing(state.clock, probs, state.prior_columns)
+                observer.on_routing(state.clock, probs, state.prior.columns)
         if SAMPLES in due:
             self._pulse.mark(Phase.SAMPLE, state.clock.steps)
             with self._times.part("sample"):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from sdit.config import Config, DataConfig
 from sdit.data.classes import class_differences
 from sdit.data.identity import DataIdentity, describe_change, stored_identity
+from sdit.distributed.comm import Comm
 from sdit.errors import DataError
-from sdit.parallel.comm import Comm
 
 
 class Note(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import sdit
 from sdit.config import Config
 from sdit.configfile import dump_config
-from sdit.parallel.comm import Comm
+from sdit.distributed.comm import Comm
 from sdit.redact import holds_credential, redact
 from sdit.supervise.run_folder import RunFolder, unwritable
 

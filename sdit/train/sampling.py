@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sdit.config import Config, SampleConfig
 from sdit.data.classes import Classes, choose_labels
-from sdit.diffusion import SamplerSettings, Stream, draw_noise, sample
+from sdit.diffusion import SamplerSettings, sample
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
 from sdit.model import DiffusionTransformer, forward_with_guidance
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
+from sdit.randomness import Purpose, normal_noise
 from sdit.train.ema import Ema
 
 SAMPLE_BATCH = 64  # images per rank and model call
@@ -26,7 +27,7 @@ def sample_images(
     """Images (n, C, H, W) float32, the i-th keyed by (settings.seed, indices[i]) with labels (n,); on the model's device."""
     device = model.pos_embed.device
     shape = (config.model.channels, config.model.input_size, config.model.input_size)
-    noise = torch.from_numpy(draw_noise(settings.seed, indices, shape, stream=Stream.SAMPLE_START)).to(device)
+    noise = torch.from_numpy(normal_noise(settings.seed, indices, shape, Purpose.SAMPLE_START)).to(device)
     sampler = SamplerSettings.from_config(config.diffusion, settings, config.model.timesteps)
     guidance = settings.guidance if config.model.classes else 1.0
 

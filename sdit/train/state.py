@@ -13,20 +13,18 @@ import torch
 import sdit
 from sdit.config import Config
 from sdit.configfile import config_keys
+from sdit.distributed.engine import Engine
 from sdit.errors import CheckpointError, ConfigError
+from sdit.expert_parallel.expert_parallel import ExpertParallel
+from sdit.expert_parallel.migration import ExpertState, expert_state
+from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.moe.experts import Experts
-from sdit.model.moe.placement import Layout, replacement_moves
-from sdit.parallel.engine import Engine
-from sdit.parallel.experts import SpreadExperts
-from sdit.parallel.reshard import Part, reshard
-from sdit.parallel.spread import ExpertSpread
-from sdit.parallel.state import Piece
 from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.naming import ExpertIds, named_spans
 from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.train.clock import Clock
 from sdit.train.ema import Ema
+from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed
 from sdit.train.rundata import RunData
 
@@ -39,19 +37,17 @@ class RunState:
 
     def __init__(
         self, config: Config, engine: Engine, ema: Ema, model: DiffusionTransformer, store: CheckpointStore,
-        data: RunData, spread: ExpertSpread | None = None,
+        data: RunData, experts: ExpertParallel, prior: PriorSchedule,
     ) -> None:  # fmt: skip
-        self.config, self.engine, self.ema, self.store, self.spread = config, engine, ema, store, spread
-        self._data = data
-        self.layout_restored = False
+        self.config, self.engine, self.ema, self.store = config, engine, ema, store
+        self.experts, self.prior, self._data = experts, prior, data
         self.clock = Clock()
         self.length_images = config.train.total_images
         self.last_batch = (
             config.train.global_batch
         )  # images of the newest step, which an earlier process may have taken
-        self.prior_columns: list[int] | None = None
-        stacks = (Experts, SpreadExperts)
-        self._experts = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
+        stacks = (Experts, ShardedExperts)
+        self._stacks = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
 
     def keep_length(self, resumed: Resumed) -> None:
         """Continue with the length of the run that the checkpoint, or a changed setting, gives."""
@@ -59,7 +55,7 @@ class RunState:
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Global expert id of every row of a parameter; None when it is no stack of experts."""
-        module = self._experts.get(parameter.rpartition(".")[0])
+        module = self._stacks.get(parameter.rpartition(".")[0])
         return None if module is None else module.ids
 
     def snapshot(self) -> Snapshot:
@@ -68,10 +64,10 @@ class RunState:
         tensors: dict[str, np.ndarray] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         kinds: list[tuple[str, list[torch.Tensor]]] = [
-            ("weight", [piece.master for piece in owned]),
+            ("weight", [shard.master for shard in owned]),
             ("ema", self.ema.values),
         ]
-        kinds += [(key, [piece.moment(key) for piece in owned]) for key in self.engine.moment_keys]
+        kinds += [(key, [shard.moment(key) for shard in owned]) for key in self.engine.moment_keys]
         for kind, values in kinds:
             more_tensors, more_shapes = collect(kind, owned, values, self.expert_ids)
             tensors |= more_tensors
@@ -81,7 +77,7 @@ class RunState:
 
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint over all ranks: masters, EMA and moments, four bytes each."""
-        owned = sum(piece.numel for piece in self.engine.owned)
+        owned = sum(shard.numel for shard in self.engine.owned)
         box = torch.tensor([owned], dtype=torch.float64, device=self.engine.comm.device)
         return 4 * (2 + len(self.engine.moment_keys)) * int(self.engine.comm.sum(box).item())
 
@@ -91,8 +87,8 @@ class RunState:
             "clock": asdict(self.clock),
             "config": self.config.model_dump(mode="json"),
             "length_images": self.length_images,
-            "prior_columns": self.prior_columns,
-            "expert_layout": None if self.spread is None else self.spread.stored(),
+            "prior_columns": self.prior.columns,
+            "expert_layout": self.experts.stored(),
             **self._data.stored(),
             "written_by": {
                 "sdit": sdit.__version__,
@@ -102,40 +98,14 @@ class RunState:
             },
         }
 
-    @torch.no_grad()
-    def rearrange(self, layout: Layout) -> int:
-        """Give every rank the experts of `layout`, with moments and EMA; return how many changed places.
+    def expert_state(self) -> list[ExpertState]:
+        """The state of all sharded experts, by kind."""
+        engine = self.engine
+        return expert_state(engine.local, engine.owned, engine.moment_keys, self.ema.values, self.expert_ids)
 
-        Global ids stay; the numbers of the run do not change. Raises nothing: all ranks move at once.
-        """
-        assert self.spread is not None
-        moved = len(replacement_moves(self.spread.layout.place, layout.place))
-        if moved:
-            self._move_experts(layout)
-        self.spread.layout = layout
-        return moved
-
-    def _move_experts(self, layout: Layout) -> None:
-        assert self.spread is not None
-        engine, ids_now = self.engine, self.expert_ids
-        held = [piece for piece in engine.held if ids_now(piece.name) is not None]
-        owned = [index for index, piece in enumerate(engine.owned) if ids_now(piece.name) is not None]
-        pieces = [engine.owned[index] for index in owned]
-        kinds = [([piece.master for piece in pieces], held, [piece.master for piece in held])]
-        kinds += [([p.moment(key) for p in pieces], held, [p.moment(key) for p in held]) for key in engine.moment_keys]
-        averages = [self.ema.values[index] for index in owned]
-        kinds.append((averages, pieces, averages))
-        have = [_parts(pieces, values, ids_now) for values, _, _ in kinds]
-        slots = layout.slots
-        for name, module in self._experts.items():
-            assert isinstance(module, SpreadExperts)
-            block = int(name.split("routers.")[1].split(".")[0])
-            module.set_ids(slots[block, self.spread.place].tolist())
-        if self.clock.steps == 0 and self.config.model.experts.kind == "linear":
-            return  # all experts, their moments and averages are still zero: the new names are all that moves
-        for source, (_, targets, values) in zip(have, kinds, strict=True):
-            reshard(engine.comm, source, _parts(targets, values, self.expert_ids))
-        engine.publish_masters()
+    def sync_compute_weights(self) -> None:
+        """Copy the masters into the compute weights."""
+        self.engine.sync_compute_weights()
 
     def load(self, found: Found) -> list[str]:
         """Take over a checkpoint on whatever layout this is; return the config changes, a line each.
@@ -145,16 +115,16 @@ class RunState:
             CheckpointError: a tensor is missing or of another shape.
         """
         changes = compare_configs(found.manifest["config"], self.config.model_dump(mode="json"), str(found.folder))
-        held, owned = self.engine.held, self.engine.owned
+        local, owned = self.engine.local, self.engine.owned
         with ShardSet(found.folder, manifest_files(found.manifest)) as shards, torch.no_grad():
-            restore(shards, "weight", held, [piece.master for piece in held], self.expert_ids)
+            restore(shards, "weight", local, [shard.master for shard in local], self.expert_ids)
             restore(shards, "ema", owned, self.ema.values, self.expert_ids)
             for key in self.engine.moment_keys:
-                restore(shards, key, held, [piece.moment(key) for piece in held], self.expert_ids)
-        self.engine.publish_masters()
+                restore(shards, key, local, [shard.moment(key) for shard in local], self.expert_ids)
+        self.engine.sync_compute_weights()
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
-        self.prior_columns = self._fitting_columns(found)
+        self.prior.load(self._fitting_columns(found))
         return changes
 
     def _fitting_columns(self, found: Found) -> list[int] | None:
@@ -166,14 +136,11 @@ class RunState:
         return columns
 
 
-def _parts(pieces: Sequence[Piece], values: Sequence[torch.Tensor], expert_ids: ExpertIds) -> list[Part]:
-    return [Part(span.name, span.start, view) for span, view in named_spans(pieces, values, expert_ids)]
-
-
 def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
     """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
     defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
-    before, after = defaults | _flatten(old), _flatten(new)
+    stored = {key: value for key, value in _flatten(old).items() if key in defaults}  # without keys that are gone
+    before, after = defaults | stored, _flatten(new)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):

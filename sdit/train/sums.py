@@ -11,7 +11,7 @@ from torch import Tensor
 from sdit.train.bins import BINS
 from sdit.train.module import PARTS
 
-FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "seats", "waited_seconds")
+FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "samples", "waited_seconds")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepSums:
         """The exchange keys of metrics.jsonl."""
         flags = self.flags
         return {
-            "exchange_bytes": flags["tokens"] + flags["weights"] + flags["seats"],
+            "exchange_bytes": flags["tokens"] + flags["weights"] + flags["samples"],
             "exchange_bytes_tokens": flags["tokens"],
             "exchange_bytes_weights": flags["weights"],
             "exchange_wait_seconds": flags["waited_seconds"] / world,

@@ -15,9 +15,11 @@ from sdit.contracts import RawBatch
 from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
 from sdit.diffusion import Objective
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
 from sdit.errors import DataError, ExitCode
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
+from sdit.expert_parallel.expert_parallel import ExpertParallel
+from sdit.expert_parallel.routing_table import exact_loads
 from sdit.plan.flops import flops_per_image
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.topology import BatchPlan
@@ -29,7 +31,6 @@ from sdit.train.events import Observer
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector, StopAgreed, StopSignals, WorkTimer, rank_report
 from sdit.train.module import PARTS
 from sdit.train.pauses import Pauses
-from sdit.train.routes import StepRoutes
 from sdit.train.sampling import GridSampler
 from sdit.train.state import RunState
 from sdit.train.sums import StepSums, pack, unpack
@@ -42,11 +43,11 @@ class Trainer:
 
     def __init__(
         self, config: Config, batch: BatchPlan, comm: Comm, engine: Engine, objective: Objective, loader: Loader,
-        routes: StepRoutes, state: RunState, sampler: GridSampler, validator: Validator | None,
+        experts: ExpertParallel, state: RunState, sampler: GridSampler, validator: Validator | None,
         observers: Sequence[Observer], pulse: Pulse, attempt: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.batch, self.comm, self.engine = config, batch, comm, engine
-        self.objective, self.loader, self.routes, self.state = objective, loader, routes, state
+        self.objective, self.loader, self.experts, self.state = objective, loader, experts, state
         self.observers, self.pulse = observers, pulse
         self.bad_steps = BadStepGuard(config.train.max_bad_steps)
         self.spikes = SpikeDetector(config.train.spike_deviations)
@@ -148,23 +149,48 @@ class Trainer:
         """Forward and backward of all micro-batches; what they came to, over all ranks."""
         first, device = self.state.clock.first_sample, self.comm.device
         times = self.objective.draw_timesteps(self.config.seed, first, self.batch.global_batch)
-        self.routes.begin_step(first, self.state.clock.steps, times)
-        while self.routes.events:
-            self._event("experts", self.routes.events.pop(0))
+        self.experts.begin_step(first, times)
+        assignment = self.state.prior.at_step(self.state.clock.steps, lambda: self.experts.table.experts)
+        loads = self._balance_loads()
+        rebalanced = self.experts.rebalance_if_due(self.state.clock.images_seen, self.state)
+        if rebalanced is not None:
+            self._event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         for micro_step, samples in enumerate(raw):
-            samples = self.routes.begin_micro_step(micro_step, samples)
+            samples = self.experts.begin_micro_step(micro_step, samples)
             drop = self.config.diffusion.label_drop
             batch = draw_batch(self.config, self.config.seed, samples, times[samples.index - first], drop, device)
             with self.work.kernels():
-                losses = self.engine.forward(batch, self.routes.assignment, self.routes.balance_loads)
+                losses = self.engine.forward(batch, assignment, loads)
             self.pulse.tap()
             self.engine.backward(losses.total)
             parts += losses.parts / len(raw)
             bins += losses.bins
         share = pack(parts / self.comm.world, self.engine.squared_gradient_norm(), self._flags(), bins)
         return unpack(self.comm.sum(share))
+
+    def _balance_loads(self) -> torch.Tensor | None:
+        """(depth, M) float32 expected loads of the experts, on the device. None: there is no balance loss."""
+        if self.config.balance.weight == 0 or self.config.model.variant != "switch":
+            return None
+        table = self.experts.table
+        return torch.from_numpy(exact_loads(table.experts, table.count)).float().to(self.comm.device)
+
+    def _expert_report(self) -> dict[str, Any]:
+        """The routing keys of metrics.jsonl."""
+        found = self.experts.statistics()
+        report: dict[str, Any] = {
+            "dropped_fraction": found.dropped_fraction,
+            "expert_load_max_over_mean": found.load_imbalance,
+            "rank_work_max_over_mean": found.rank_imbalance,
+        }
+        if len(found.loads):
+            report["expert_load"] = found.loads.round(4).tolist()  # [block][expert], share of the tasks that use it
+        if self.experts.is_planned:
+            report["dropped_by_block"] = found.dropped_by_block
+            report["dropped_by_block_since_logged"] = found.dropped_since_logged
+        return report
 
     def _update(self, grad_norm: float) -> float:
         """Clip, move weights and EMA; return the learning rate used."""
@@ -204,7 +230,7 @@ class Trainer:
         self.saver.saved_at = self.state.clock.images_seen
         if self.comm.is_first:
             self.state.store.begin(self.state.clock.images_seen)
-        self.routes.forget()
+        self.experts.forget()
         self.bad_steps.in_a_row = 0
         first, count = self.state.clock.left_out[-1]
         text = f"{reason}; back to {found.folder.name}, samples {first}..{first + count - 1} are left out"
@@ -216,7 +242,7 @@ class Trainer:
     def _flags(self) -> tuple[float, ...]:
         """What is summed over the ranks with the losses, so that it costs no collective; see `sums.FLAGS`."""
         bad_samples = float(self.loader.bad_in_epoch)
-        return (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.routes.traffic())
+        return (float(self.signals.requested), bad_samples, *self.saver.flags(), *self.experts.take_traffic())
 
     def _tell(self, before: Clock, metrics: dict[str, Any], seconds: float, stop: bool) -> None:
         """Tell the observers of the step; with the held-out loss where it is due. Raises: StopAgreed."""
@@ -232,7 +258,7 @@ class Trainer:
             record["model_flops_utilization"] = flops / (seconds * self.comm.world * peak * 1e12)
         record |= self.times.take() | {"memory_bytes": memory_bytes(self.comm.device)}
         if logged:
-            record |= self.routes.report() | rank_report(self.comm.gather(self.work.take()))
+            record |= self._expert_report() | rank_report(self.comm.gather(self.work.take()))
             record["loss_by_timestep"] = bin_means(self.bins)
             self.bins.zero_()
         try:

@@ -9,21 +9,19 @@ import numpy as np
 import torch
 
 from sdit.config import Config, DataConfig
-from sdit.contracts import RawBatch
 from sdit.data.dataset import check_fit, open_dataset
 from sdit.data.identity import DataIdentity
 from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
 from sdit.diffusion import Objective, draw_timesteps
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
+from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer
-from sdit.parallel.comm import Comm
-from sdit.parallel.engine import Engine
-from sdit.parallel.spread import ExpertSpread
 from sdit.topology import BatchPlan
 from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS, bin_means
 from sdit.train.ema import Ema
-from sdit.train.routes import gate_routes, tasks_of
 from sdit.train.rundata import Note, check_held_out, was_accepted
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
@@ -54,10 +52,10 @@ class Validator:
 
     def __init__(
         self, config: Config, batch: BatchPlan, comm: Comm, objective: Objective, model: DiffusionTransformer,
-        spread: ExpertSpread | None, loader: Loader,
+        experts: ExpertParallel, loader: Loader,
     ) -> None:  # fmt: skip
         self._config, self._batch, self._comm, self._objective = config, batch, comm, objective
-        self._model, self._spread, self._loader = model, spread, loader
+        self._model, self._experts, self._loader = model, experts, loader
         self._seed = (config.validation.seed + SEED_OFFSET) % 2**64
         self.images = -(-config.validation.images // batch.global_batch) * batch.global_batch
 
@@ -70,35 +68,29 @@ class Validator:
         training = self._model.training
         self._model.eval()
         try:
-            with engine.weights_of(ema.values), torch.no_grad():
-                sums, bins = self._sums(engine, batch_done)
+            with engine.weights_of(ema.values), torch.no_grad(), self._experts.evaluation() as begin_batch:
+                sums, bins = self._sums(engine, begin_batch, batch_done)
         finally:
             self._model.train(training)
-            if self._spread is not None:
-                self._spread.end_evaluation()
         totals = self._comm.sum(torch.cat([sums, bins.flatten()]))
         loss, mse = (totals[:2] / self.images).tolist()
         by_bin = bin_means(totals[2:].view(2, BINS))
         keys = {"validation_loss": loss, "validation_mse": mse, "validation_loss_by_timestep": by_bin}
         return keys | {"validation_images": self.images}
 
-    def _sums(self, engine: Engine, batch_done: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sums(
+        self, engine: Engine, begin_batch: Callable[[int, np.ndarray], None], batch_done: Callable[[], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 sums over this rank's images: (2,) of loss and mse, and the bins of mse."""
-        device, routes = self._comm.device, None
-        if self._spread is not None:
-            routes = gate_routes(self._model, self._config.model.experts)
+        device = self._comm.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         batches = self._loader.batches(self._requests())
         for first in range(0, self.images, self._batch.global_batch):
             times = self._times(first)
-            if self._spread is not None and routes is not None:
-                tasks = tasks_of(times, self._config.model.timesteps)
-                self._spread.begin_evaluation(routes, first, tasks)
+            begin_batch(first, times)
             for micro_step in range(self._batch.accumulation):
-                samples: RawBatch = next(batches)
-                if self._spread is not None:
-                    samples = self._spread.begin_micro_step(micro_step, samples)
+                samples = self._experts.begin_micro_step(micro_step, next(batches))
                 batch = draw_batch(self._config, self._seed, samples, times[samples.index - first], 0.0, device)
                 losses = engine.module(batch, None, None)
                 mse, vlb = losses.parts[1], losses.parts[2]

@@ -19,8 +19,8 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from sdit.config import CheckpointConfig, Config
+from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ExitCode
-from sdit.parallel.comm import Comm
 from sdit.train.checkpoint.files import write_manifest
 from sdit.train.checkpoint.store import CheckpointStore, find_checkpoint, list_checkpoints
 from tests.distributed.harness import ROOT

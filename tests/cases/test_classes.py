@@ -51,7 +51,7 @@ def run_verb(capsys: pytest.CaptureFixture[str], *words: object) -> SimpleNamesp
 def sdit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     for name in RANK_WORDS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sdit.parallel.comm.set_threads", lambda *_: 1)  # would outlast the test
+    monkeypatch.setattr("sdit.distributed.comm.set_threads", lambda *_: 1)  # would outlast the test
     return lambda *words: run_verb(capsys, *words)
 
 

@@ -87,7 +87,7 @@ def test_caches_fall_back_into_the_run(
     for name, value in HOMES[home].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(f"uid not found: {uid}")))
-    monkeypatch.setattr("sdit.parallel.comm.set_threads", lambda *_: 1)
+    monkeypatch.setattr("sdit.distributed.comm.set_threads", lambda *_: 1)
     monkeypatch.setattr("sdit.evaluate.classifier.MIN_STEPS", 1)
     monkeypatch.setattr("sdit.evaluate.classifier.EPOCHS", 0)
     assert cli.run(["evaluate", *evaluation(place)[1:]]) == 0, capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A job of the exchange worker: bytes on the wire at the shapes of S/2, ours and those of DeepSpeed's own layer."""
+"""A job of the exchange worker: bytes on the group at the shapes of S/2, ours and those of DeepSpeed's own layer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config, ParallelConfig, TrainConfig
+from sdit.config import ParallelConfig
 from sdit.contracts import RawBatch
-from sdit.model.moe.choice import decide_layout
+from sdit.distributed.comm import Comm
+from sdit.expert_parallel.expert_parallel import ExpertParallel
+from sdit.expert_parallel.placement import ExpertPlacement, place_experts
+from sdit.expert_parallel.routing_table import RoutingTable, load_max_over_mean
+from sdit.expert_parallel.sharded_experts import ShardedExperts
+from sdit.expert_parallel.strategy import decide_placement
+from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters, rank_work
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
-from sdit.model.moe.placement import Layout, place_experts
-from sdit.model.moe.routes import Routes, load_max_over_mean
-from sdit.model.moe.traffic import Costs, Practice, expert_parameters, rank_work
-from sdit.parallel.comm import Comm
-from sdit.parallel.experts import SpreadExperts
-from sdit.parallel.spread import ExpertSpread
 from sdit.topology import plan_batch
 from tests.distributed.exchange_state import model_config
 
@@ -33,66 +33,80 @@ def measured_bytes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     order = np.argsort(rng.random((S2_DEPTH, 1000, S2_COUNT)), axis=2)[:, :, :S2_TOP_K]
     stored = np.load(folder / "learned.npz")
-    routes = {"random": Routes(order, np.tile(np.float32([0.6, 0.3]), (S2_DEPTH, 1000, 1)), S2_COUNT)}
-    routes["learned"] = Routes(stored["experts"], stored["gates"], S2_COUNT)
+    routes = {"random": RoutingTable(order, np.tile(np.float32([0.6, 0.3]), (S2_DEPTH, 1000, 1)), S2_COUNT)}
+    routes["learned"] = RoutingTable(stored["experts"], stored["gates"], S2_COUNT)
     found = []
     for name, per_rank in (("random", 16), ("learned", 16), ("learned", 64)):
         for seed in range(2):
             tasks = np.random.default_rng(seed).integers(0, 1000, per_rank * comm.world)
             row = {"routes": name, "per_rank": per_rank, "seed": seed, "stock": stock_bytes(comm, routes[name], tasks)}
             row["tokens"], _ = our_bytes(comm, routes[name], tasks, "tokens", "index", "order")
-            row["auto"], row["fullest"] = our_bytes(comm, routes[name], tasks, "auto", "path", "path")
+            row["auto"], row["load_imbalance"] = our_bytes(comm, routes[name], tasks, "auto", "path", "path")
             found.append(row)
     return found
 
 
 def our_bytes(
-    comm: Comm, routes: Routes, tasks: np.ndarray, exchange: str, placement: str, seating: str
+    comm: Comm, routes: RoutingTable, tasks: np.ndarray, exchange: str, placement: str, seating: str
 ) -> tuple[float, float]:
-    """Bytes counted on the wire, tokens and weights scaled to S/2, and the fullest rank's work over the mean."""
+    """Bytes counted on the group, tokens and weights scaled to S/2, and the work of the most loaded rank over the mean."""
     ranks, per_rank = comm.world, len(tasks) // comm.world
     parallel = ParallelConfig(expert=ranks, exchange=exchange, placement=placement, seating=seating)
     model = model_config(SMALL, "linear", S2_COUNT, S2_DEPTH)
     batch = plan_batch(len(tasks), per_rank, comm.world)
-    spread = ExpertSpread(
-        Config(model=model, parallel=parallel, train=TrainConfig(global_batch=len(tasks))), batch, comm, ranks
-    )
     expert_bytes = 4 * expert_parameters("linear", S2_WIDTH, 0)
-    costs = Costs(4 * S2_TOKENS * S2_WIDTH, expert_bytes, ranks)
-    spread.layout = layout_for(routes, Practice(routes, ranks, per_rank, seating), costs, exchange, placement)
-    spread.begin_step(routes, 0, tasks)
+    costs = UnitCosts(4 * S2_TOKENS * S2_WIDTH, expert_bytes, ranks)
+    experts = TableExpertParallel(routes, model, parallel, batch, comm, ranks, 4, 0)
+    traffic = TrafficModel(routes, ranks, per_rank, seating)  # type: ignore[arg-type]
+    experts.placement = placement_for(routes, traffic, costs, exchange, placement)
+    experts.begin_step(0, tasks)
     own = np.arange(comm.rank, len(tasks), comm.world)
-    spread.begin_micro_step(
+    experts.begin_micro_step(
         0, RawBatch(own, np.zeros((per_rank, *LATENT), dtype=np.float32), np.zeros(per_rank, dtype=np.int64))
     )
-    view = spread.dispatcher.view(torch.zeros(per_rank, dtype=torch.int64))
+    forward_pass = experts.forward_pass(torch.zeros(per_rank, dtype=torch.int64))
+    view = forward_pass.view
     assert view.experts is not None
     probs = torch.full((S2_DEPTH, len(tasks), S2_COUNT), 0.5, requires_grad=True)
     gates = sparse_gates(probs, view.experts, view.kept)
     z = torch.zeros(per_rank, 1, SMALL, requires_grad=True)
     for block in range(S2_DEPTH):
-        local = build_experts(model.experts, SMALL, spread.layout.slots[block, spread.place].tolist())
-        spread.dispatcher.start(block, z, gates[block], SpreadExperts(local, S2_COUNT, ranks)).wait().sum().backward(
-            retain_graph=True
-        )
-    sizes, _ = spread.traffic.take()
+        ids = experts.placement.experts_of_rank[block, experts.group.ep_rank].tolist()
+        stack = ShardedExperts(build_experts(model.experts, SMALL, ids), S2_COUNT, ranks)
+        computed = forward_pass.compute(forward_pass.dispatch(block, z, gates[block], stack))
+        forward_pass.combine(computed).sum().backward(retain_graph=True)
+    sizes, _ = experts.traffic.take()
     scale = {
         "tokens": S2_TOKENS * S2_WIDTH / SMALL,
-        "seats": 1,
+        "samples": 1,
         "weights": expert_bytes / 4 / expert_parameters("linear", SMALL, 0),
     }
     total = comm.sum(torch.tensor(sum(size * scale[mode] for mode, size in sizes.items()), dtype=torch.float64))
-    return float(total), float(load_max_over_mean(rank_work(view.experts.numpy(), spread.layout)).mean())
+    return float(total), float(load_max_over_mean(rank_work(view.experts.numpy(), experts.placement)).mean())
 
 
-def layout_for(routes: Routes, practice: Practice, costs: Costs, exchange: str, placement: str) -> Layout:
+class TableExpertParallel(ExpertParallel):
+    """Expert parallelism by a given routing table."""
+
+    def __init__(self, table: RoutingTable, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._given = table
+
+    @property
+    def table(self) -> RoutingTable:
+        return self._given
+
+
+def placement_for(
+    routes: RoutingTable, traffic: TrafficModel, costs: UnitCosts, exchange: str, placement: str
+) -> ExpertPlacement:
     if exchange == "tokens":
-        place = place_experts(placement, routes, practice.ranks)  # type: ignore[arg-type]
-        return Layout(place, np.zeros(place.shape, dtype=bool), practice.ranks)
-    return decide_layout(placement, exchange, practice, costs).layout  # type: ignore[arg-type]
+        place = place_experts(placement, routes, traffic.ranks)  # type: ignore[arg-type]
+        return ExpertPlacement(place, np.zeros(place.shape, dtype=bool), traffic.ranks)
+    return decide_placement(placement, exchange, traffic, costs).placement  # type: ignore[arg-type]
 
 
-def stock_bytes(comm: Comm, routes: Routes, tasks: np.ndarray) -> float:
+def stock_bytes(comm: Comm, routes: RoutingTable, tasks: np.ndarray) -> float:
     """Bytes that leave ranks in DeepSpeed's own MoE layer, dropless, forward and backward, for the same routes.
 
     Counted on its all-to-alls with one token a sample: all tokens of a sample share a route, so that bytes grow with L.

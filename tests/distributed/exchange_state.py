@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, SampleConfig
 from sdit.configfile import load_config
+from sdit.distributed.comm import Comm
+from sdit.expert_parallel.expert_parallel import ExpertParallel
+from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.model import build_model, fill_buffers
 from sdit.model.moe.experts import Experts
-from sdit.model.moe.placement import Layout
-from sdit.parallel.comm import Comm
-from sdit.parallel.spread import ExpertSpread
 from sdit.topology import BatchPlan
 from sdit.train.build import open_trainer
 from sdit.train.sampling import sample_images
@@ -39,7 +39,7 @@ def model_config(width: int, kind: str, count: int, depth: int = 2) -> ModelConf
 
 
 def sampled_images(comm: Comm, folder: Path) -> list[dict[str, Any]]:
-    """Largest difference between images drawn with spread experts and with all experts in one place."""
+    """Largest difference between images drawn with sharded experts and with all experts in one place."""
     found = []
     for kind in ("linear", "mlp"):
         for ranks in (2, 4):
@@ -48,8 +48,8 @@ def sampled_images(comm: Comm, folder: Path) -> list[dict[str, Any]]:
             config = Config(model=model_config(16, kind, 4), parallel=parallel, sample=sample)
             labels = np.arange(comm.rank, comm.rank + 3) % 10
             with torch.no_grad():
-                whole, spread = spread_model(config, comm, ranks)
-                drawn = [sample_images(m, config, config.sample, 3 * labels, labels) for m in (whole, spread)]
+                whole, sharded = sharded_model(config, comm, ranks)
+                drawn = [sample_images(m, config, config.sample, 3 * labels, labels) for m in (whole, sharded)]
                 for router in whole.routers:
                     for parameter in router.experts.parameters():
                         parameter.zero_()
@@ -60,15 +60,15 @@ def sampled_images(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def spread_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
-    """A model with random weights, whole and with its experts spread at random."""
+def sharded_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
+    """A model with random weights, whole and with its experts placed at random."""
     whole = build_model(config.model, 0, comm.device)
     generator = torch.Generator().manual_seed(1)
     for parameter in whole.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    spread = ExpertSpread(config, BatchPlan(8 * comm.world, 8, 1), comm, ranks)
-    place = np.random.default_rng(0).permuted(spread.layout.place, axis=1)
-    spread.layout = Layout(place, spread.layout.at_hand, ranks)
+    experts = ExpertParallel(config.model, config.parallel, BatchPlan(8 * comm.world, 8, 1), comm, ranks, 4, 0)
+    owners = np.random.default_rng(0).permuted(experts.placement.expert_to_rank, axis=1)
+    experts.restore({"ranks": ranks, "place": owners.tolist(), "at_hand": experts.placement.replicated.tolist()})
     model = build_model(config.model, device="meta")
 
     def fill(built: Any) -> None:
@@ -77,12 +77,12 @@ def spread_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
             parameter.copy_(source[list(owner.ids)] if isinstance(owner, Experts) else source)
         fill_buffers(built)
 
-    spread.apply(model, fill)
+    experts.shard(model, fill)
     return whole.eval(), model.eval()
 
 
 def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
-    """How many tensors of a trained state a random re-placement changes, by layout."""
+    """How many tensors of a trained state a random re-placement changes, by placement."""
     found = []
     for ranks, stage in ((2, 0), (2, 1), (2, 2), (4, 1)):
         more = [
@@ -94,11 +94,11 @@ def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
         with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
             trainer.run()
             state = trainer.state
-            assert state.spread is not None
             before = whole_state(comm, state.snapshot().tensors)
-            layout = state.spread.layout
-            place = np.random.default_rng(stage).permuted(layout.place, axis=1)
-            moved = state.rearrange(Layout(place, layout.at_hand, ranks))
+            placement = state.experts.placement
+            owners = np.random.default_rng(stage).permuted(placement.expert_to_rank, axis=1)
+            with torch.no_grad():
+                moved = state.experts.adopt(ExpertPlacement(owners, placement.replicated, ranks), state)
             after = whole_state(comm, state.snapshot().tensors)
             stale = sum(not torch.equal(masters, compute) for masters, compute in compute_weights(state))
             names = sorted({name.split("@")[0].split("#")[0].split("/")[0] for name in after})
@@ -121,9 +121,9 @@ def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
 
 
 def compute_weights(state: Any) -> list[tuple[Tensor, Tensor]]:
-    """Every piece of the masters that this rank holds, with the same part of the weights that it computes with."""
+    """Every shard of the masters on this rank, with the same part of the weights that it computes with."""
     named = dict(state.engine.module.named_parameters())
-    return [(p.master, named[p.name].detach().view(-1).narrow(0, p.start, p.numel)) for p in state.engine.held]
+    return [(p.master, named[p.name].detach().view(-1).narrow(0, p.start, p.numel)) for p in state.engine.local]
 
 
 def whole_state(comm: Comm, tensors: Any) -> dict[str, np.ndarray]:
@@ -146,12 +146,12 @@ def held_sizes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
         with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
             engine, ema = trainer.engine, trainer.state.ema
             weights = [(name, p.numel()) for name, p in engine.module.named_parameters()]
-            moments = [(p.name, p.moment(key).numel()) for p in engine.held for key in engine.moment_keys]
-            averages = [(p.name, v.numel()) for p, v in zip(ema.pieces, ema.values, strict=True)]
+            moments = [(p.name, p.moment(key).numel()) for p in engine.local for key in engine.moment_keys]
+            averages = [(p.name, v.numel()) for p, v in zip(ema.shards, ema.values, strict=True)]
         for kind, values in {"weights": weights, "moments": moments, "ema": averages}.items():
             experts = sum(n for name, n in values if ".experts." in name)
             gathered = comm.gather([experts, sum(n for _, n in values) - experts])
-            fullest = dict(zip(("experts", "dense"), map(max, zip(*gathered, strict=True)), strict=True))
+            load_imbalance = dict(zip(("experts", "dense"), map(max, zip(*gathered, strict=True)), strict=True))
             row = {"world": comm.world, "ranks": ranks, "stage": stage, "kind": kind}
-            found.append(row | fullest | {"all": max(map(sum, gathered))})
+            found.append(row | load_imbalance | {"all": max(map(sum, gathered))})
     return found

@@ -12,7 +12,7 @@ import torch
 
 from sdit.cli import leave
 from sdit.configfile import load_config
-from sdit.parallel.comm import Comm, find_rank
+from sdit.distributed.comm import Comm, find_rank
 from sdit.train.build import open_trainer
 
 

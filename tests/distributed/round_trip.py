@@ -14,7 +14,7 @@ import torch
 
 from sdit.cli import leave
 from sdit.configfile import load_config
-from sdit.parallel.comm import Comm, find_rank
+from sdit.distributed.comm import Comm, find_rank
 from sdit.train.build import open_trainer
 from sdit.train.checkpoint.store import CheckpointStore
 from sdit.train.state import RunState
@@ -24,7 +24,7 @@ def poison(state: RunState) -> None:
     """Spoil all state, so that whatever a load leaves out is seen."""
     engine = state.engine
     with torch.no_grad():
-        for piece in engine.held:
+        for piece in engine.local:
             piece.master.fill_(torch.nan)
             for key in engine.moment_keys:
                 piece.moment(key).fill_(torch.nan)

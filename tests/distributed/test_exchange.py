@@ -15,7 +15,7 @@ from sdit.configfile import load_config
 from sdit.model import build_model
 from tests.distributed.exchange_worker import ROUTINGS, SCENARIOS
 from tests.distributed.harness import run_ranks
-from tests.unit.moe.learned_gates import learned_routes
+from tests.unit.expert_parallel.learned_gates import learned_routes
 
 WORKER = Path(__file__).with_name("exchange_worker.py")
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -45,11 +45,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_routing_equals_the_dense_computation(found: dict, scenario: str, kind: str) -> None:
-    """Results and gradients of tokens, gates and every expert, on every rank, with overlap and without, whole and in halves."""
+    """Results and gradients of tokens, gates and every expert, on every rank, with overlap and without."""
     rows = [row for row in found["random_routings"] if (row["scenario"], row["kind"]) == (scenario, kind)]
     assert len(rows) >= ROUTINGS // (2 * len(SCENARIOS))
-    in_halves = sum(row["parts"] == 2 for row in rows)
-    assert in_halves == 0 if scenario == "one sample per rank" else 5 < in_halves < len(rows) - 5
     for row in rows:
         assert max(row["errors"].values()) <= LONGEST_SUM * ROUNDING, row
 
@@ -124,4 +122,4 @@ def test_auto_by_path_moves_at_most_6_percent_of_the_stock_layer_on_learned_rout
 def test_auto_by_path_moves_at_most_a_fifth_of_samples_in_order_on_learned_routes(found: dict) -> None:
     for row in byte_rows(found, "learned"):
         assert row["auto"] <= 0.2 * row["tokens"], row
-        assert row["fullest"] <= 1.3, row
+        assert row["load_imbalance"] <= 1.3, row

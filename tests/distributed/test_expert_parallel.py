@@ -59,30 +59,28 @@ class Layout(NamedTuple):
     placement: str
     seating: str
     overlap: str
-    halves: str
     micro: int
 
     def overrides(self) -> tuple[str, ...]:
-        names = ("expert", "exchange", "placement", "seating", "overlap", "halves")
-        values = (self.experts, self.exchange, self.placement, self.seating, self.overlap, self.halves)
+        names = ("expert", "exchange", "placement", "seating", "overlap")
+        values = (self.experts, self.exchange, self.placement, self.seating, self.overlap)
         settings = [f"parallel.{name}={value}" for name, value in zip(names, values, strict=True)]
         return (*settings, f"train.micro_batch={self.micro}")
 
 
 CHOICES = (
-    (2, 4), (0, 1, 2), ("tokens", "weights", "auto"), ("index", "path"), ("order", "path"), ("true", "false"),
-    ("true", "false"), (8, 4),
+    (2, 4), (0, 1, 2), ("tokens", "weights", "auto"), ("index", "path"), ("order", "path"), ("true", "false"), (8, 4),
 )  # fmt: skip
 COVERING = [  # every pair of choices is in one of these
-    Layout(2, 0, "tokens", "path", "order", "true", "true", 8),
-    Layout(2, 1, "tokens", "index", "path", "false", "true", 8),
-    Layout(2, 1, "weights", "path", "order", "true", "true", 4),
-    Layout(2, 2, "auto", "path", "path", "false", "false", 4),
-    Layout(4, 0, "auto", "path", "order", "false", "true", 8),
-    Layout(4, 0, "weights", "index", "path", "false", "false", 4),
-    Layout(4, 1, "auto", "index", "order", "true", "false", 8),
-    Layout(4, 2, "tokens", "index", "path", "true", "false", 4),
-    Layout(4, 2, "weights", "path", "order", "true", "true", 8),
+    Layout(2, 0, "tokens", "path", "order", "true", 8),
+    Layout(2, 1, "tokens", "index", "path", "false", 8),
+    Layout(2, 1, "weights", "path", "order", "true", 4),
+    Layout(2, 2, "auto", "path", "path", "false", 4),
+    Layout(4, 0, "auto", "path", "order", "false", 8),
+    Layout(4, 0, "weights", "index", "path", "false", 4),
+    Layout(4, 1, "auto", "index", "order", "true", 8),
+    Layout(4, 2, "tokens", "index", "path", "true", 4),
+    Layout(4, 2, "weights", "path", "order", "true", 8),
 ]
 
 
@@ -116,7 +114,7 @@ def small_buckets(name: str, stage: int, *more: str) -> Trained:
     return run._replace(bucket_numel=3000)
 
 
-SMALL_BUCKETS = ((1, "false"), (2, "true"))
+SMALL_BUCKETS = (1, 2)
 STRAIGHT = layout_of("adamw", 3)  # the run that others go on from
 EXACT = [
     *(layout_of("sgd", index) for index in range(len(COVERING))),
@@ -129,7 +127,7 @@ EXACT = [
     *(layout_of("many-mlp-sgd", index) for index in (3, 5)),
     expert_run("adamw", "block", 4, 2, "parallel.activation_checkpointing=block"),
     expert_run("mlp-sgd", "offload", 4, 4, "parallel.activation_checkpointing=offload", "train.micro_batch=4", stage=2),
-    *(small_buckets(f"small-buckets-{stage}", stage, f"parallel.halves={halves}") for stage, halves in SMALL_BUCKETS),
+    *(small_buckets(f"small-buckets-{stage}", stage) for stage in SMALL_BUCKETS),
     expert_run("moving", "2", 4, 2),
     expert_run("moving", "4", 4, 4, stage=2),
     expert_run("sgd", "2-of-2", 2, 2, stage=2),

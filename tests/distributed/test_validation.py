@@ -12,7 +12,8 @@ from sdit.data.digits import digits
 from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
-from sdit.diffusion import build_objective, draw_noise, draw_timesteps
+from sdit.diffusion import build_objective, draw_timesteps
+from sdit.randomness import Purpose, normal_noise
 from sdit.train.checkpoint.load import load_model
 from sdit.train.validation import SEED_OFFSET
 from tests.distributed.harness import case, metrics_of, train_together
@@ -89,7 +90,7 @@ def test_it_is_what_a_plain_loop_computes_from_the_averaged_weights(runs: Path) 
         order = held_out_order(runs / "held-out", trained.config.model, index)
         x0 = torch.from_numpy(pictures[order].astype(np.float32) / 127.5 - 1)
         t = torch.from_numpy(draw_timesteps(SEED_OFFSET, first, BATCH, 1000, mode="stratified"))
-        noise = torch.from_numpy(draw_noise(SEED_OFFSET, index, tuple(x0.shape[1:])))
+        noise = torch.from_numpy(normal_noise(SEED_OFFSET, index, tuple(x0.shape[1:]), Purpose.NOISE))
         with torch.no_grad():
             losses.append(objective(trained.model, x0, t, torch.from_numpy(labels[order]), noise).loss)
     assert measured(runs / "one")[-1]["validation_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sdit.cli import leave
 from sdit.configfile import load_config
+from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics_file import MetricsFile
-from sdit.parallel.comm import Comm, find_rank
 from sdit.train.build import open_trainer
 
 

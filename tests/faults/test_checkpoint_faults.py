@@ -16,8 +16,8 @@ import torch
 from safetensors.numpy import load_file
 
 from sdit.config import CheckpointConfig
+from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
-from sdit.parallel.comm import Comm
 from sdit.train.checkpoint.files import ShardSet, manifest_files, write_shard
 from sdit.train.checkpoint.saver import MAX_FAILURES, Saver
 from sdit.train.checkpoint.space import check_space

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from sdit.distributed.fabric import rounds_of_pairs
 from sdit.errors import ExitCode
 from sdit.observe.doctor import GIB, Check, Limits, as_table, check_facts, check_reach, roll_call, verdict
 from sdit.observe.meeting import peers_of, read_clock
-from sdit.parallel.fabric import rounds_of_pairs
 
 LIMITS = Limits(disk_bytes=GIB, shm_bytes=GIB / 16, clock_skew_seconds=1.0)
 

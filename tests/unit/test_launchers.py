@@ -34,7 +34,7 @@ def sdit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     """`sdit VERB ...` in this process: exit status, standard output, and the lines of errors."""
     for name in RANK_WORDS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sdit.parallel.comm.set_threads", lambda *_: 1)  # would outlast the test
+    monkeypatch.setattr("sdit.distributed.comm.set_threads", lambda *_: 1)  # would outlast the test
 
     def run(*words: object) -> SimpleNamespace:
         capsys.readouterr()
@@ -239,11 +239,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
         (("model.heads=5",), "model.heads: 5 does not divide width 32"),
         (("model.experts.top_k=5",), "model.experts.top_k: 5 is more than experts.count 4; legal: 1..4"),
         (("train.steps=null",), "train.steps: is not set"),
-        (("parallel.halves=true", "parallel.compile=true"), "parallel.halves: true needs compile false"),
-        (
-            ("parallel.halves=true", "parallel.activation_checkpointing=block"),
-            "parallel.halves: true needs compile false and activation_checkpointing none, not false and block",
-        ),
+        (("parallel.halves=true",), "parallel.halves: True is no longer supported; legal: false, or no such key"),
         (("train.micro_batch=5",), "train.micro_batch: 5 does not divide the 32 images"),
         (("sample.sampler=heun",), "sample.sampler: heun with diffusion.path diffusion; legal: ddpm"),
         (("sample.steps=1001",), "sample.steps: 1001 is more than timesteps; legal: 1..1000"),

@@ -56,7 +56,7 @@ def test_every_rank_is_in_one_group_of_each_kind_and_the_two_meet_in_it_alone(wo
         assert all(len(part) == members for part in parts)
     for rank in range(world):
         assert set(groups.parallel_ranks(rank)) & set(groups.data_ranks(rank)) == {rank}
-        assert groups.parallel_ranks(rank)[groups.place_of(rank)] == rank
+        assert groups.parallel_ranks(rank)[groups.ep_rank_of(rank)] == rank
 
 
 @pytest.mark.parametrize(("world", "size"), [(4, 2), (8, 4), (16, 2), (6, 3)])

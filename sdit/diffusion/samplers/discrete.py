@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.diffusion.draws import Indices, Stream, draw_noise
 from sdit.diffusion.prediction import learned_log_variance, split_variance, x0_of
 from sdit.diffusion.samplers.clipping import clip_x0
 from sdit.diffusion.samplers.settings import SamplerSettings
 from sdit.diffusion.schedule import Schedule
+from sdit.randomness import Indices, Purpose, normal_noise
 
 Predict = Callable[[Tensor, int | float, Tensor], Tensor]  # (x, t, y) -> (B, C_out, H, W); all samples share t
 
@@ -59,7 +59,7 @@ class ReverseProcess:
 
     def noise(self, x: Tensor, step: int) -> Tensor:
         """Fresh noise like `x`, keyed by seed, sample index and step."""
-        noise = draw_noise(self.seed, self.indices, tuple(x.shape[1:]), stream=Stream.SAMPLE_STEP, step=step)
+        noise = normal_noise(self.seed, self.indices, tuple(x.shape[1:]), Purpose.SAMPLE_STEP, step)
         return torch.from_numpy(noise).to(x)
 
 

@@ -1,9 +1,11 @@
-"""The experts of one block. B samples, L tokens, D width, F hidden width, M experts held here."""
+"""The experts of one block. B samples, L tokens, D width, H hidden width, M experts of the block, M_local held here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +15,67 @@ from sdit.config import ExpertsConfig
 from sdit.model.moe.merged import merged_linear
 
 Expert = Callable[[Tensor], Tensor]
+NONE: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Which rows of a batch use which experts.
+
+    `used` (U,) are the rows that use any expert (None: all rows). `by_expert` lists (column of the weights, rows) for each
+    expert that some row uses.
+    """
+
+    used: Tensor | None
+    by_expert: list[tuple[int, Tensor]]
 
 
 class Experts(nn.Module):
-    """M experts; row j of every parameter belongs to expert `ids[j]` of the whole model."""
+    """M_local experts. Row j of every parameter belongs to expert `ids[j]` of the whole model."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__()
         self.ids = tuple(ids)
 
-    def each(self, **parameters: Tensor) -> list[Expert]:
-        """The experts as functions of tokens (n, L, D), without gates; call once per forward pass and block.
+    @property
+    def local(self) -> Experts:
+        """The experts that this process computes."""
+        return self
 
-        `parameters` (n, ...) by name stand in for this module's own: experts borrowed from another rank.
+    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
+        """(B, L, D) sum of expert outputs for z (B, L, D), weighted by gates (B, M_local), or (1, M_local) for all samples."""
+        raise NotImplementedError
+
+    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        """(B, L, D) sum of expert outputs for z (B, L, D), on planned rows only.
+
+        `replicas` are parameters (n, ...) by name of n experts of other ranks. `weights` (B, M_local + n) are the gates of the
+        local experts, then of the replicas.
         """
         raise NotImplementedError
 
-    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        """(B, L, D) sum of expert outputs for z (B, L, D), weighted by gates (B, M), or (1, M) for all samples."""
+    def merge(self, gates: Tensor) -> Tensor | None:
+        """(F,) parameters of the one expert that equals the sum weighted by gates (1, M_local). None: there is none."""
+        return None
+
+    def apply_merged(self, z: Tensor, merged: Tensor) -> Tensor:
+        """(B, L, D) output for z (B, L, D) of the expert that `merge` returned."""
         raise NotImplementedError
+
+    def flat_rows(self, rows: Tensor) -> Tensor:
+        """(n, F) parameters of the experts in `rows` (n,), one expert a row. Differentiable."""
+        return torch.cat([p.index_select(0, rows).flatten(1) for _, p in self._sorted()], dim=1)
+
+    def unflatten_rows(self, flat: Tensor) -> dict[str, Tensor]:
+        """Parameters (n, ...) by name of experts (n, F) that `flat_rows` returned."""
+        split = flat.split([p[0].numel() for _, p in self._sorted()], dim=1)
+        return {
+            name: values.reshape(len(flat), *p.shape[1:])
+            for (name, p), values in zip(self._sorted(), split, strict=True)
+        }
+
+    def _sorted(self) -> list[tuple[str, nn.Parameter]]:
+        return sorted(self.named_parameters(recurse=False))
 
 
 class LinearExperts(Experts):
@@ -42,12 +86,24 @@ class LinearExperts(Experts):
         self.w = nn.Parameter(torch.empty(len(ids), width, width))
         self.b = nn.Parameter(torch.empty(len(ids), width))
 
-    def each(self, **parameters: Tensor) -> list[Expert]:
-        w, b = parameters.get("w", self.w), parameters.get("b", self.b)
-        return [partial(_linear, w=row, b=bias) for row, bias in zip(w.unbind(), b.unbind(), strict=True)]
-
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
         return merged_linear(z, gates, self.w, self.b)
+
+    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        w = torch.cat([self.w, replicas["w"]]) if replicas else self.w
+        b = torch.cat([self.b, replicas["b"]]) if replicas else self.b
+        if rows.used is None:
+            return merged_linear(z, weights, w, b)
+        mixed = merged_linear(z.index_select(0, rows.used), weights.index_select(0, rows.used), w, b)
+        return mixed.new_zeros(z.shape).index_add_(0, rows.used, mixed)
+
+    def merge(self, gates: Tensor) -> Tensor:
+        row = gates.to(self.w.dtype)
+        return torch.cat([row @ self.w.flatten(1), row @ self.b], dim=1)[0]
+
+    def apply_merged(self, z: Tensor, merged: Tensor) -> Tensor:
+        width = self.b.shape[1]
+        return (z.to(merged.dtype).flatten(0, 1) @ merged[:-width].view(-1, width) + merged[-width:]).view_as(z)
 
 
 class MlpExperts(Experts):
@@ -60,35 +116,70 @@ class MlpExperts(Experts):
         self.w2 = nn.Parameter(torch.empty(len(ids), hidden, width))
         self.b2 = nn.Parameter(torch.empty(len(ids), width))
 
-    def each(self, **parameters: Tensor) -> list[Expert]:
-        w1, b1 = parameters.get("w1", self.w1), parameters.get("b1", self.b1)
-        w2, b2 = parameters.get("w2", self.w2), parameters.get("b2", self.b2)
-        rows = zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind(), strict=True)
-        return [partial(_mlp, w1=a, b1=b, w2=c, b2=d) for a, b, c, d in rows]
-
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        return grouped_mix(z.to(self.w1.dtype), gates, self.each())
+        """Every expert runs once, on the samples that use it."""
+        z = z.to(self.w1.dtype)
+        used = (gates.detach() != 0).expand(len(z), -1).cpu()  # the only wait for the device
+        gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
+        out = torch.zeros_like(z)
+        for expert, gate, row in zip(self._functions(NONE), gate_of, used.unbind(1), strict=True):
+            samples = row.nonzero().squeeze(1).to(z.device)
+            if len(samples):
+                out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
+        return out
 
+    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        own = self._functions(NONE)
+        functions = own + (self._functions(replicas) if replicas else [])
+        tokens = z.to(self.w1.dtype)
+        mixed = torch.zeros_like(tokens)
+        for column, users in rows.by_expert:
+            gate = weights[:, column].index_select(0, users).to(tokens.dtype)
+            mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
+        unused = _unused_inputs(rows, (tokens, weights), own, list(replicas.values()))
+        return _Depend.apply(mixed, *unused) if unused else mixed
 
-# Experts take their row from `unbind`: the gradient of an index such as w[j] would be M matrices for each expert.
-def _linear(z: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return z @ w + b
+    def _functions(self, replicas: Mapping[str, Tensor]) -> list[partial[Tensor]]:
+        """The experts as functions of tokens (n, L, D), without gates.
+
+        They take their row from `unbind`: the gradient of an index such as w1[j] would be M matrices for each expert.
+        """
+        names = ("w1", "b1", "w2", "b2")
+        stacks = [replicas.get(name, getattr(self, name)).unbind() for name in names]
+        return [partial(_mlp, w1=a, b1=b, w2=c, b2=d) for a, b, c, d in zip(*stacks, strict=True)]
 
 
 def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
 
 
-def grouped_mix(z: Tensor, gates: Tensor, experts: Sequence[Expert]) -> Tensor:
-    """(B, L, D) of z (B, L, D) and gates (B, M) or (1, M): every expert runs once, on the samples that use it."""
-    used = (gates.detach() != 0).expand(len(z), -1).cpu()  # the only wait for the device
-    gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
-    out = torch.zeros_like(z)
-    for expert, gate, row in zip(experts, gate_of, used.unbind(1), strict=True):
-        samples = row.nonzero().squeeze(1).to(z.device)
-        if len(samples):
-            out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
-    return out
+def _unused_inputs(
+    rows: ExpertRows, inputs: Sequence[Tensor], own: Sequence[partial[Tensor]], replicas: Sequence[Tensor]
+) -> list[Tensor]:
+    """The inputs that a mixture does not use: tokens and weights, own experts (one stands for all), or replicas."""
+    used = [column for column, _ in rows.by_expert]
+    unused = [] if used else list(inputs)
+    if not any(column < len(own) for column in used):
+        unused += own[0].keywords.values()
+    return unused if any(column >= len(own) for column in used) else [*unused, *replicas]
+
+
+class _Depend(torch.autograd.Function):
+    """Returns `result`. The unused inputs get zero gradients.
+
+    Backward must meet the same transfers and reduce the same gradients, in the same order, on every rank. If no sample uses
+    an expert, a rank would otherwise leave out a send that others wait for, or fill ZeRO's bucket with gradients in another
+    order, and they would be added to those of other parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *unused: Tensor) -> Tensor:
+        ctx.shapes = [(value.shape, value.dtype, value.device) for value in unused]
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
 
 
 def build_experts(config: ExpertsConfig, width: int, ids: Sequence[int] | None = None) -> Experts:

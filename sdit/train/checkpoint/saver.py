@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
-from sdit.parallel.comm import Comm
 from sdit.train.checkpoint.files import FileRecord
 from sdit.train.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 

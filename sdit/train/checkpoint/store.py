@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from sdit.config import CheckpointConfig
+from sdit.distributed.comm import Comm
+from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
-from sdit.parallel.comm import Comm
-from sdit.parallel.state import Piece
+from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans, spans_of
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoint.files import (
     FORMAT,
@@ -32,7 +33,6 @@ from sdit.train.checkpoint.files import (
     write_manifest,
     write_shard,
 )
-from sdit.train.checkpoint.naming import ExpertIds, named_spans, spans_of
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"images-(\d{12})")
@@ -316,12 +316,12 @@ class CheckpointStore:
 
 
 def collect(
-    kind: str, pieces: Sequence[Piece], values: Sequence[Tensor], expert_ids: ExpertIds
+    kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
     """Checkpoint entries of one kind of state: flat float32 host arrays by key, and the logical shapes."""
     tensors: dict[str, np.ndarray] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for span, view in named_spans(pieces, values, expert_ids):
+    for span, view in named_spans(local, values, expert_ids):
         name = f"{kind}/{span.name}"
         tensors[f"{name}@{span.start}"] = view.detach().cpu().numpy()
         shapes[name] = span.shape
@@ -329,11 +329,11 @@ def collect(
 
 
 def restore(
-    shards: ShardSet, kind: str, pieces: Sequence[Piece], values: Sequence[Tensor], expert_ids: ExpertIds
+    shards: ShardSet, kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
 ) -> None:
-    """Fill `values` (one flat tensor per piece) from a checkpoint. Raises: CheckpointError, naming the tensor."""
-    for piece, flat in zip(pieces, values, strict=True):
-        for span in spans_of(piece, expert_ids(piece.name)):
+    """Fill `values` (one flat tensor per shard) from a checkpoint. Raises: CheckpointError, naming the tensor."""
+    for shard, flat in zip(local, values, strict=True):
+        for span in spans_of(shard, expert_ids(shard.name)):
             name = f"{kind}/{span.name}"
             stored = shards.shapes.get(name)
             if stored != span.shape:

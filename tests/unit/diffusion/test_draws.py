@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdit.diffusion.draws import (
-    Stream,
-    _philox,
-    draw_label_drop,
-    draw_noise,
-    draw_timesteps,
-    draw_uniform,
-)
+from sdit.diffusion.draws import draw_label_drop, draw_timesteps
 from sdit.diffusion.weighting import UncertaintyWeight
+from sdit.randomness import Purpose, normal_noise, philox, uniform
 
 SIGMAS = 5.0  # a correct draw is further out than this with probability 6e-7
 
@@ -45,11 +39,11 @@ def words(*values):
     ],
 )
 def test_philox_gives_its_authors_known_answers(counter, key, output):
-    assert _philox(words(*counter), key) == words(*output)
+    assert philox(words(*counter), key) == words(*output)
 
 
 def test_uniform_is_uniform_in_the_open_interval():
-    draws = draw_uniform(7, np.arange(100_000), 0)
+    draws = uniform(7, np.arange(100_000), Purpose.TIMESTEP)
     assert draws.dtype == np.float64 and draws.min() > 0 and draws.max() < 1
     assert_uniform_counts(np.histogram(draws, bins=200, range=(0, 1))[0], len(draws))
 
@@ -60,19 +54,23 @@ def correlation(a, b):
 
 def test_seeds_streams_and_neighbours_are_independent():
     index = np.arange(50_000)
-    base = draw_uniform(3, index, 0)
-    others = [draw_uniform(4, index, 0), draw_uniform(3, index, 1), draw_uniform(3, index + 1, 0)]
-    others += [draw_uniform(3 + 2**32, index, 0), draw_uniform(3, index + 2**32, 0)]
+    base = uniform(3, index, Purpose.TIMESTEP)
+    others = [
+        uniform(4, index, Purpose.TIMESTEP),
+        uniform(3, index, Purpose.STRATUM),
+        uniform(3, index + 1, Purpose.TIMESTEP),
+    ]
+    others += [uniform(3 + 2**32, index, Purpose.TIMESTEP), uniform(3, index + 2**32, Purpose.TIMESTEP)]
     for other in others:
         assert correlation(base, other) < SIGMAS / math.sqrt(len(index))
 
 
 def test_uniform_is_independent_of_batching_and_order():
     index = np.array([5, 2**40, 0, 17, 2**63 - 1])
-    together = draw_uniform(11, index, 2)
-    alone = np.concatenate([draw_uniform(11, [int(i)], 2) for i in index])
+    together = uniform(11, index, Purpose.LABEL_DROP)
+    alone = np.concatenate([uniform(11, [int(i)], Purpose.LABEL_DROP) for i in index])
     assert np.array_equal(together, alone)
-    assert np.array_equal(draw_uniform(11, index[::-1], 2), together[::-1])
+    assert np.array_equal(uniform(11, index[::-1], Purpose.LABEL_DROP), together[::-1])
 
 
 def test_uniform_timesteps_do_not_know_the_batch():
@@ -149,14 +147,14 @@ def test_label_drop_has_its_probability():
 
 
 def test_noise_is_independent_of_batching():
-    together = draw_noise(9, np.arange(10, 16), (2, 3, 5))
+    together = normal_noise(9, np.arange(10, 16), (2, 3, 5), Purpose.NOISE)
     assert together.shape == (6, 2, 3, 5) and together.dtype == np.float32
     for row, index in enumerate(range(10, 16)):
-        assert np.array_equal(draw_noise(9, [index], (2, 3, 5))[0], together[row])
+        assert np.array_equal(normal_noise(9, [index], (2, 3, 5), Purpose.NOISE)[0], together[row])
 
 
 def test_noise_is_standard_normal():
-    noise = draw_noise(0, range(400), (500,)).astype(np.float64)
+    noise = normal_noise(0, range(400), (500,), Purpose.NOISE).astype(np.float64)
     count = noise.size
     assert abs(noise.mean()) < SIGMAS / math.sqrt(count)
     assert abs(noise.var() - 1) < SIGMAS * math.sqrt(2 / count)  # variance of a squared normal: 2
@@ -165,9 +163,12 @@ def test_noise_is_standard_normal():
 
 def test_noise_of_other_samples_seeds_streams_and_steps_is_independent():
     shape = (500,)
-    base = draw_noise(0, range(100), shape)
-    others = [draw_noise(1, range(100), shape), draw_noise(0, range(1, 101), shape)]
-    others += [draw_noise(0, range(100), shape, stream=Stream.SAMPLE_STEP), draw_noise(0, range(100), shape, step=1)]
+    base = normal_noise(0, range(100), shape, Purpose.NOISE)
+    others = [normal_noise(1, range(100), shape, Purpose.NOISE), normal_noise(0, range(1, 101), shape, Purpose.NOISE)]
+    others += [
+        normal_noise(0, range(100), shape, Purpose.SAMPLE_STEP),
+        normal_noise(0, range(100), shape, Purpose.NOISE, 1),
+    ]
     for other in others:
         assert correlation(base, other) < SIGMAS / math.sqrt(base.size)
 
@@ -175,6 +176,6 @@ def test_noise_of_other_samples_seeds_streams_and_steps_is_independent():
 def test_draws_of_a_sample_are_pinned():
     """A generator that changes would change every run that is resumed."""
     pinned = np.array([-0.09406253695487976, -0.019822629168629646, -0.511910080909729, 0.9909359216690063], np.float32)
-    np.testing.assert_array_equal(draw_noise(1, [2], (4,))[0], pinned)
-    assert draw_uniform(1, [2, 3], Stream.TIMESTEP).tolist() == [0.24740147231065207, 0.7576265113978982]
+    np.testing.assert_array_equal(normal_noise(1, [2], (4,), Purpose.NOISE)[0], pinned)
+    assert uniform(1, [2, 3], Purpose.TIMESTEP).tolist() == [0.24740147231065207, 0.7576265113978982]
     assert draw_timesteps(1, 0, 4, 1000, "stratified").tolist() == [222, 417, 811, 689]

@@ -52,7 +52,7 @@ def sdit(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     """`sdit evaluate ...` in an empty folder: exit status, printed lines, lines of errors."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sdit.parallel.comm.set_threads", lambda *_: 1)  # would outlast the test
+    monkeypatch.setattr("sdit.distributed.comm.set_threads", lambda *_: 1)  # would outlast the test
     monkeypatch.setattr("sdit.evaluate.metrics.KID_SUBSET_SIZE", 100)
     monkeypatch.chdir(tmp_path)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdit.config import ExpertsConfig
 from sdit.model import Experts, build_experts
+from sdit.model.moe.experts import ExpertRows
 from sdit.model.moe.merged import merged_linear
 
 SAMPLES, TOKENS, WIDTH = 5, 4, 8
@@ -96,10 +97,12 @@ def test_one_row_of_gates_equals_that_row_for_every_sample(kind: Literal["linear
 def test_single_experts_equal_their_share(kind: Literal["linear", "mlp"]) -> None:
     experts = _experts(kind, 3)
     z, _ = _inputs(3, 1)
-    for j, run in enumerate(experts.each()):
+    everyone = torch.arange(SAMPLES)
+    for j in range(3):
         gates = torch.zeros(SAMPLES, 3)
         gates[:, j] = 1
-        _assert_equal(run(z), _one_by_one(experts, z, gates))
+        for used in (None, everyone):
+            _assert_equal(experts.mix(z, gates, ExpertRows(used, [(j, everyone)])), _one_by_one(experts, z, gates))
 
 
 @KINDS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdit.contracts import TaskView
 from sdit.model import DiffusionTransformer, LocalDispatcher
-from sdit.model.moe.dispatch import Ready
+from sdit.model.moe.local import LocalPass, LocalWork
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MakeModel = Callable[..., DiffusionTransformer]
@@ -32,12 +32,16 @@ class _GroupDispatcher(LocalDispatcher):
         self.others, self.batch, self.kept, self.experts = others, batch, kept, experts
         self.seen: list[tuple[int, Tensor]] = []
 
-    def view(self, task: Tensor) -> TaskView:
-        return TaskView(torch.cat([self.others, task]), slice(len(self.others), None), self.experts, self.kept)
+    def forward_pass(self, task: Tensor) -> LocalPass:
+        dispatcher, batch = self, self.batch
 
-    def mix(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Tensor:
-        self.seen.append((block, gates.detach()))
-        return experts(z, gates[-self.batch :])
+        class GroupPass(LocalPass):
+            def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+                dispatcher.seen.append((block, gates.detach()))
+                return super().dispatch(block, z, gates[-batch:], experts)
+
+        tasks = torch.cat([self.others, task])
+        return GroupPass(TaskView(tasks, slice(len(self.others), None), self.experts, self.kept))
 
 
 @KINDS
@@ -94,64 +98,6 @@ def test_a_groups_view_gives_the_same_prediction_and_own_routing(
     assert torch.equal(grouped.routing.task, batch[1])
     assert [block for block, _ in dispatcher.seen] == [0, 1]
     assert all(gates.shape == (9, 3) and ((gates != 0).sum(1) == 2).all() for _, gates in dispatcher.seen)
-
-
-class _TurnsDispatcher(LocalDispatcher):
-    """Mixes two parts of the batch, and notes what it is asked for."""
-
-    def __init__(self, batch: int) -> None:
-        self.parts, self.calls = (slice(0, 4), slice(4, batch)), []  # type: ignore[var-annotated]
-
-    def view(self, task: Tensor) -> TaskView:
-        return TaskView(task, slice(None), parts=self.parts)
-
-    def start(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module, part: int = 0) -> Ready:
-        name, calls = f"{'AB'[part]}{block}", self.calls
-
-        class Noted(Ready):
-            def serve(self) -> None:
-                calls.append(f"serve {name}")
-
-            def wait(self) -> Tensor:
-                calls.append(f"wait {name}")
-                return super().wait()
-
-        calls.append(f"start {name}")
-        return Noted(experts(z, gates[self.parts[part]]))
-
-
-@KINDS
-def test_parts_that_take_turns_compute_what_the_whole_batch_does(
-    make_model: MakeModel, batch: Batch, kind: str
-) -> None:
-    model = make_model(experts={"kind": kind})
-    whole, alone = model(*batch), _gradients(model, batch)
-    model.dispatcher = _TurnsDispatcher(len(batch[0]))
-    turns, in_turns = model(*batch), _gradients(model, batch)
-    # Other GEMM shapes, and gradients of two parts added up: rounding of a few float32 eps.
-    torch.testing.assert_close(turns.prediction, whole.prediction, rtol=1e-5, atol=1e-5)
-    assert torch.equal(turns.routing.experts, whole.routing.experts)
-    assert alone.keys() == in_turns.keys()
-    for name, gradient in alone.items():
-        error = torch.linalg.vector_norm(in_turns[name] - gradient)
-        assert error <= 1e-5 * torch.linalg.vector_norm(gradient), name
-
-
-def test_what_one_part_sent_travels_while_the_other_is_computed(make_model: MakeModel, batch: Batch) -> None:
-    model = make_model()
-    model.dispatcher = dispatcher = _TurnsDispatcher(len(batch[0]))
-    for index, layer in enumerate(model.layers):
-        attention, mlp = layer.block.attn, layer.block.mlp
-        attention.register_forward_hook(lambda *_, index=index: dispatcher.calls.append(f"attention {index}"))
-        mlp.register_forward_hook(lambda *_, index=index: dispatcher.calls.append(f"mlp {index}"))
-    model(*batch)
-    assert dispatcher.calls == [
-        "start A0", "start B0",
-        "wait A0", "attention 0", "serve B0", "mlp 0", "start A1",
-        "wait B0", "attention 0", "serve A1", "mlp 0", "start B1",
-        "wait A1", "attention 1", "serve B1", "mlp 1",
-        "wait B1", "attention 1", "serve A1", "mlp 1",
-    ]  # fmt: skip
 
 
 def test_gates_are_the_top_probabilities_as_they_are(make_model: MakeModel, batch: Batch) -> None:

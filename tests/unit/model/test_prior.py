@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdit.config import DtrConfig, ExpertsConfig, ModelConfig
 from sdit.contracts import Routing
+from sdit.expert_parallel.routing_table import exact_loads
 from sdit.model import (
     Assignment,
     DiffusionTransformer,
@@ -19,7 +20,6 @@ from sdit.model import (
     prior_loss,
     solve_assignment,
 )
-from sdit.model.moe.routes import exact_loads
 from sdit.model.windows import channel_windows, expert_windows
 
 Batch = tuple[Tensor, Tensor, Tensor]

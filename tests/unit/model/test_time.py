@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdit.model import DiffusionTransformer, LocalDispatcher
+from sdit.model.moe.local import LocalPass, LocalWork
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MakeModel = Callable[..., DiffusionTransformer]
@@ -18,9 +19,15 @@ class _Spy(LocalDispatcher):
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def mix(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> Tensor:
-        self.rows.append(len(gates))
-        return super().mix(block, z, gates, experts)
+    def forward_pass(self, task: Tensor) -> LocalPass:
+        rows, view = self.rows, super().forward_pass(task).view
+
+        class CountingPass(LocalPass):
+            def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+                rows.append(len(gates))
+                return super().dispatch(block, z, gates, experts)
+
+        return CountingPass(view)
 
 
 @pytest.mark.parametrize("variant", ["switch", "dtr", "dit"])

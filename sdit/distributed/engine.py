@@ -1,0 +1,137 @@
+"""DeepSpeed's engine as the trainer sees it: forward, backward, one look at the gradients, then step or skip."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdit.distributed.comm import Comm
+from sdit.distributed.deepspeed_internals import create_moments, optimizer_backend, replica_group, set_optimizer_steps
+from sdit.distributed.shards import MOMENTS, owned_shards
+
+
+class Engine:
+    """A training module under DeepSpeed.
+
+    `local` are all shards of float32 state in this rank's memory; `owned` are those that this rank writes and averages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        deepspeed_config: dict[str, Any],
+        comm: Comm,
+        kind: str,
+    ) -> None:
+        import deepspeed
+
+        _quiet_deepspeed()
+        self.comm = comm
+        exact = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=None, config=deepspeed_config, dist_init_required=False
+        )
+        self.moment_keys = MOMENTS[kind]
+        create_moments(self.deepspeed, self.moment_keys)
+        self._backend = optimizer_backend(self.deepspeed)
+        self.local = self._backend.shards()
+        self.owned = owned_shards(self.local, self._backend.replicas())
+        self._restore_exact_masters(exact)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of `loss` (mean over the micro-batch); reduced over ranks at the last micro-step."""
+        self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # DeepSpeed counts micro-steps here; the weights move at the boundary only
+
+    def gradients(self) -> list[tuple[Tensor, float]]:
+        """Return the local reduced gradients, each with the fraction of its squared norm that this rank adds to the sum."""
+        return self._backend.gradients()
+
+    def squared_gradient_norm(self) -> Tensor:
+        """float64 scalar: this rank's part of the squared global norm; non-finite if any gradient is."""
+        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        for gradient, share in self.gradients():
+            norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).to(self.comm.device)
+            total += share * norm * norm
+        return total
+
+    def step(self, scale: float, learning_rates: dict[str, float]) -> None:
+        """Multiply the gradients by `scale` (clipping) and move the weights; `learning_rates` by group role."""
+        if scale != 1.0:
+            for gradient, _ in self.gradients():
+                gradient.mul_(scale)
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = learning_rates[group["role"]]
+        self.deepspeed.step()
+
+    def skip(self) -> None:
+        """Drop the accumulated gradients. Weights and moments stay as they are."""
+        self._backend.discard()
+        self.deepspeed.micro_steps += 1
+
+    def sync_compute_weights(self) -> None:
+        """Copy the masters into the compute weights of every rank, after a load or a migration of experts."""
+        self._backend.sync_compute_weights()
+
+    def set_steps(self, steps: int) -> None:
+        set_optimizer_steps(self.deepspeed, steps)
+
+    @contextlib.contextmanager
+    def weights_of(self, owned_values: Sequence[Tensor]) -> Iterator[None]:
+        """Compute with other weights (such as the EMA; one tensor per owned shard) inside the `with`, then go back."""
+        saved = [shard.master.clone() for shard in self.local]
+        self.scatter_owned(owned_values)
+        try:
+            self.sync_compute_weights()
+            yield
+        finally:
+            for shard, values in zip(self.local, saved, strict=True):
+                shard.master.copy_(values)
+            self.sync_compute_weights()
+
+    def scatter_owned(self, owned_values: Sequence[Tensor]) -> None:
+        """Write one tensor per owned shard into the masters, on every rank that holds a replica of it."""
+        for shard, values in zip(self.owned, owned_values, strict=True):
+            shard.master.copy_(values)
+        if len(self.owned) != len(self.local) or any(
+            o.numel != h.numel for o, h in zip(self.owned, self.local, strict=True)
+        ):
+            self._share_replicas()
+
+    def _share_replicas(self) -> None:
+        """ZeRO 0: give every rank the parts of each replicated master that the others own."""
+        mine = {shard.name: shard for shard in self.owned}
+        for shard in self.local:
+            box = torch.zeros_like(shard.master)
+            own = mine.get(shard.name)
+            if own is not None:
+                box.narrow(0, own.start - shard.start, own.numel).copy_(own.master)
+            torch.distributed.all_reduce(box, group=replica_group(self.module.get_parameter(shard.name)))
+            shard.master.copy_(box)
+
+    def _restore_exact_masters(self, exact: dict[str, Tensor]) -> None:
+        """bf16: DeepSpeed makes masters from the rounded weights; start from the unrounded ones instead."""
+        for shard in self.local:
+            shard.master.copy_(exact[shard.name].view(-1).narrow(0, shard.start, shard.numel))
+
+
+def _quiet_deepspeed() -> None:
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

@@ -1,0 +1,185 @@
+"""Uneven all-to-all inside an expert-parallel group, asynchronous forward and backward. S rows sent, R rows received.
+
+A transfer is two autograd nodes: `begin` starts it and `finish` waits. In backward the roles swap: `finish` starts the
+way back and `begin` waits, so that whatever ran between the two in forward hides the transfer in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MODES = ("tokens", "weights", "samples")
+
+
+class TrafficCounter:
+    """Bytes that were sent, and seconds that transfers were waited for, since the last `take`.
+
+    On a GPU the host only queues a wait. There the device's clock measures how long its stream waited, and a wait that is not
+    over yet is counted by a later `take`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._on_gpu = torch.device(device).type == "cuda"
+        self._bytes: dict[str, int] = {}  # by mode, see MODES
+        self._wait_seconds = 0.0
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add(self, mode: str, size_bytes: int) -> None:
+        self._bytes[mode] = self._bytes.get(mode, 0) + size_bytes
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for a transfer."""
+        if self._on_gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._stalls.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._wait_seconds += time.perf_counter() - started
+
+    def take(self) -> tuple[dict[str, int], float]:
+        """Return bytes by mode and seconds of waiting, and start again from zero."""
+        over = [end.query() for _, end in self._stalls]
+        milliseconds = [
+            begin.elapsed_time(end) for (begin, end), is_over in zip(self._stalls, over, strict=True) if is_over
+        ]
+        self._stalls = [stall for stall, is_over in zip(self._stalls, over, strict=True) if not is_over]
+        self._wait_seconds += sum(milliseconds) / 1000
+        taken = (self._bytes, self._wait_seconds)
+        self._bytes, self._wait_seconds = {}, 0.0
+        return taken
+
+    def forget(self) -> None:
+        """Do not count what was sent and waited for since the last `take`."""
+        self._bytes, self._wait_seconds, self._stalls = {}, 0.0, []
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """The communicator of one expert-parallel group: `ep_rank` is this process's rank among `ranks`."""
+
+    process_group: Any
+    ep_rank: int
+    ranks: int
+    overlap: bool
+    traffic: TrafficCounter
+
+    def send(
+        self, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
+    ) -> tuple[Tensor, Any]:
+        """Start moving rows (S, ...) to their ranks; returns the buffer (R, ...) and what to wait for (None: it is there)."""
+        rows = rows.contiguous()
+        received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
+        row_bytes = rows[0].numel() * rows.element_size() if len(rows) else 0
+        self.traffic.add(mode, (sum(send_splits) - send_splits[self.ep_rank]) * row_bytes)
+        work = dist.all_to_all_single(
+            _as_bytes(received),
+            _as_bytes(rows),
+            list(receive_splits),
+            list(send_splits),
+            group=self.process_group,
+            async_op=True,
+        )
+        if self.overlap:
+            return received, work
+        self.wait(work)
+        return received, None
+
+    def wait(self, work: Any) -> None:
+        """Wait for a transfer. The time spent here was not hidden by other work."""
+        if work is not None:
+            with self.traffic.waiting():
+                work.wait()
+
+
+class _Transfer:
+    """The state that the two nodes of one transfer share."""
+
+    def __init__(
+        self, group: ExpertGroup, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
+    ) -> None:
+        self.group, self.mode = group, mode
+        self.send_splits, self.receive_splits = send_splits, receive_splits
+        self.work: Any = None
+        self.received: Tensor | None = None
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.received, transfer.work = transfer.group.send(
+            rows, transfer.send_splits, transfer.receive_splits, transfer.mode
+        )
+        # A token without memory, shaped like the rows: it carries the gradient from `finish` back to here.
+        return rows.new_empty((1,) * rows.dim()).expand(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        transfer.group.wait(transfer.work)
+        transfer.work = None
+        return grad, None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.group.wait(transfer.work)
+        received, transfer.work, transfer.received = transfer.received, None, None
+        assert received is not None
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        back, transfer.work = transfer.group.send(grad, transfer.receive_splits, transfer.send_splits, transfer.mode)
+        return back, None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Rows on their way; `wait()` gives them."""
+
+    token: Tensor
+    transfer: _Transfer
+
+    def wait(self) -> Tensor:
+        arrived: Tensor = _Finish.apply(self.token, self.transfer)
+        return arrived
+
+
+def begin_rows(
+    group: ExpertGroup, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str = "tokens"
+) -> Pending:
+    """Start sending rows (S, ...), ordered by destination; what arrives is ordered by source. Differentiable."""
+    transfer = _Transfer(group, send_splits, receive_splits, mode)
+    return Pending(_Begin.apply(rows, transfer), transfer)
+
+
+def begin_replicate(group: ExpertGroup, rows: Tensor, counts: Sequence[int]) -> Pending:
+    """Start to send own rows (counts[ep_rank], F) to all other ranks. Theirs arrive by rank. The owner sums the gradients."""
+    others = [rank != group.ep_rank for rank in range(group.ranks)]
+    send = [len(rows) * other for other in others]
+    receive = [count * other for count, other in zip(counts, others, strict=True)]
+    copies = rows.expand(group.ranks - 1, *rows.shape).flatten(0, 1)
+    return begin_rows(group, copies, send, receive, "weights")
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """(rows, bytes of a row) uint8 view: gloo has no bfloat16."""
+    return rows.view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)

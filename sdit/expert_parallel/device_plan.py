@@ -1,0 +1,150 @@
+"""The plan of a micro-step as index tensors on the device: which rows meet which experts, in every block.
+
+B own samples of n in the group, M experts of a block, S rows sent, R rows received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdit.contracts import TaskView
+from sdit.expert_parallel.placement import ExpertPlacement
+from sdit.expert_parallel.step_plan import ExpertWork, MicroStepPlan
+from sdit.model.moe.experts import ExpertRows
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """Expert work on a buffer of R rows.
+
+    `samples` (R,) and `columns` (K,) select the rows' gates from those of the group (n, M). `counted` (K,) is 0 for columns that
+    are computed elsewhere (None: all count). `rows` are the rows that use each column.
+    """
+
+    samples: Tensor
+    columns: Tensor
+    counted: Tensor | None
+    rows: ExpertRows
+
+    def weights(self, gates: Tensor) -> Tensor:
+        """(R, K) gates of the rows from those of the group (n, M)."""
+        selected = gates.index_select(0, self.samples).index_select(1, self.columns)
+        return selected if self.counted is None else selected * self.counted
+
+
+@dataclass(frozen=True)
+class BlockDevicePlan:
+    """The exchange of one block, see `step_plan.BlockPlan`.
+
+    `replica_counts` (P,) says how many replicated experts each rank owns; `replica_rows` are the rows of the own ones in the
+    local stack of experts.
+    """
+
+    send_rows: Tensor
+    send_splits: list[int]
+    receive_splits: list[int]
+    local: DeviceWork
+    remote: DeviceWork
+    travels: bool
+    replica_counts: list[int]
+    replica_rows: Tensor
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one forward pass needs: the samples whose gates are computed, and the exchange of every block."""
+
+    view: TaskView
+    blocks: list[BlockDevicePlan]
+
+
+class _Packer:
+    """Collects index arrays on the host; `views` are their slices of one device tensor."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def keep(self, values: np.ndarray) -> int:
+        self._arrays.append(np.asarray(values, dtype=np.int64))
+        return len(self._arrays) - 1
+
+    def views(self, device: torch.device) -> tuple[Tensor, ...]:
+        packed = torch.from_numpy(np.concatenate(self._arrays)).to(device, non_blocking=True)
+        return packed.split([len(array) for array in self._arrays])
+
+
+@dataclass(frozen=True)
+class _WorkDraft:
+    """A `DeviceWork` whose arrays are numbers of the packer's."""
+
+    samples: int
+    columns: int
+    counted: int | None
+    used: int | None
+    by_expert: list[tuple[int, int]]
+
+    def work(self, views: Sequence[Tensor]) -> DeviceWork:
+        counted = None if self.counted is None else views[self.counted]
+        used = None if self.used is None else views[self.used]
+        by_expert = [(column, views[rows]) for column, rows in self.by_expert]
+        return DeviceWork(views[self.samples], views[self.columns], counted, ExpertRows(used, by_expert))
+
+
+def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, device: torch.device) -> DevicePlan:
+    """Copy a plan to the device. The index arrays of all blocks travel in one packed copy."""
+    packer, drafts = _Packer(), []
+    own_samples = np.arange(plan.own.start, plan.own.stop)
+    for block, ids_of_rank, replicated in zip(
+        plan.blocks, placement.experts_of_rank, placement.replicated, strict=True
+    ):
+        own = ids_of_rank[ep_rank]
+        foreign = [ids[replicated[ids]] for rank, ids in enumerate(ids_of_rank) if rank != ep_rank]
+        local = _draft(packer, block.local, np.concatenate([own, *foreign]), own_samples, None)
+        # A visitor's replicated experts are computed where it came from: their columns do not count here.
+        counted = None if not replicated[own].any() else ~replicated[own]
+        remote = _draft(packer, block.remote, own, block.remote.samples, counted)
+        counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
+        send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
+        drafts.append((block, send, local, remote, counts, replica_rows))
+    views = packer.views(device)
+    blocks = [
+        BlockDevicePlan(
+            send_rows=views[send],
+            send_splits=block.send_splits.tolist(),
+            receive_splits=block.receive_splits.tolist(),
+            local=local.work(views),
+            remote=remote.work(views),
+            travels=block.travels,
+            replica_counts=counts,
+            replica_rows=views[replica_rows],
+        )
+        for block, send, local, remote, counts, replica_rows in drafts
+    ]
+    return DevicePlan(_view(plan, device), blocks)
+
+
+def _view(plan: MicroStepPlan, device: torch.device) -> TaskView:
+    kept = None if plan.kept is None else torch.from_numpy(plan.kept).to(device, non_blocking=True)
+    tasks = torch.from_numpy(plan.tasks).to(device, non_blocking=True)
+    experts = torch.from_numpy(plan.experts).to(device, non_blocking=True)
+    return TaskView(tasks, plan.own, experts, kept)
+
+
+def _draft(
+    packer: _Packer, work: ExpertWork, columns: np.ndarray, samples: np.ndarray, counted: np.ndarray | None
+) -> _WorkDraft:
+    """Work on all rows `samples` (rising): gate rows, gate columns, and per column the rows that use its expert."""
+    rows = np.searchsorted(samples, work.samples[work.pair_rows])
+    users = [(column, rows[work.pair_experts == expert]) for column, expert in enumerate(columns)]
+    return _WorkDraft(
+        samples=packer.keep(samples),
+        columns=packer.keep(columns),
+        counted=None if counted is None else packer.keep(counted),
+        used=None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples)),
+        by_expert=[(column, packer.keep(used)) for column, used in users if len(used)],
+    )

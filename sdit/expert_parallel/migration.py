@@ -1,0 +1,80 @@
+"""Move experts between the ranks of a group, with their moments and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sdit.distributed.comm import Comm
+from sdit.distributed.reshard import Range, reshard
+from sdit.distributed.shards import Shard
+from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans
+
+
+@dataclass(frozen=True)
+class ExpertState:
+    """One kind of state of the sharded experts (masters, a moment, or the EMA).
+
+    `source` values (one tensor per shard) are written to `target` values on the ranks that own the experts afterwards. Every
+    element is in the source of exactly one rank. Under ZeRO 0 the targets have replicas.
+    """
+
+    source_shards: Sequence[Shard]
+    source: Sequence[Tensor]
+    target_shards: Sequence[Shard]
+    target: Sequence[Tensor]
+
+
+class MigratableState(Protocol):
+    """The state of a run, as far as a migration of experts needs it."""
+
+    def expert_ids(self, parameter: str) -> Sequence[int] | None:
+        """Global ids of the rows of a parameter. None: it is no stack of experts."""
+        ...
+
+    def expert_state(self) -> list[ExpertState]:
+        """The state of all sharded experts, by kind."""
+        ...
+
+    def sync_compute_weights(self) -> None:
+        """Copy the masters into the compute weights."""
+        ...
+
+
+def migrate(comm: Comm, state: MigratableState, rename: Callable[[], None]) -> None:
+    """Move the state of all experts to their new ranks. All ranks call it together.
+
+    `rename` changes the ids of the stacks of experts to those of the new placement.
+    """
+    kinds = state.expert_state()
+    sources = [_ranges(kind.source_shards, kind.source, state.expert_ids) for kind in kinds]
+    rename()
+    for source, kind in zip(sources, kinds, strict=True):
+        reshard(comm, source, _ranges(kind.target_shards, kind.target, state.expert_ids))
+    state.sync_compute_weights()
+
+
+def expert_state(
+    local: Sequence[Shard],
+    owned: Sequence[Shard],
+    moment_keys: Sequence[str],
+    averages: Sequence[Tensor],
+    ids: ExpertIds,
+) -> list[ExpertState]:
+    """The state of all sharded experts: masters, moments and `averages` (one tensor per owned shard)."""
+    targets = [shard for shard in local if ids(shard.name) is not None]
+    indices = [index for index, shard in enumerate(owned) if ids(shard.name) is not None]
+    sources = [owned[index] for index in indices]
+    kinds = [ExpertState(sources, [s.master for s in sources], targets, [t.master for t in targets])]
+    for key in moment_keys:
+        moments = [s.moment(key) for s in sources], [t.moment(key) for t in targets]
+        kinds.append(ExpertState(sources, moments[0], targets, moments[1]))
+    ema = [averages[index] for index in indices]
+    return [*kinds, ExpertState(sources, ema, sources, ema)]
+
+
+def _ranges(shards: Sequence[Shard], values: Sequence[Tensor], ids: ExpertIds) -> list[Range]:
+    return [Range(span.name, span.start, view) for span, view in named_spans(shards, values, ids)]

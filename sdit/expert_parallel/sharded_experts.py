@@ -1,0 +1,53 @@
+"""A block's experts sharded over an expert-parallel group, in the form DeepSpeed looks for. M experts, M_local held here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from sdit.distributed.deepspeed_internals import expert_group_name, make_expert_groups
+from sdit.model.moe.experts import Experts
+
+
+class ShardedExperts(MoE):
+    """DeepSpeed's MoE layer around the local stack of experts. Gate and dispatch are ours.
+
+    The engine finds the layer by its type, and its parameters (M_local, ...) by `allreduce = False` and `group_name`: they are
+    reduced over the expert-data-parallel group and partitioned over it by ZeRO. MoE's own constructor would build token gates.
+    """
+
+    def __init__(self, local: Experts, count: int, ranks: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.ep_size, self.num_local_experts = count, ranks, count // ranks
+        self.expert_group_name = expert_group_name(ranks)
+        self.enable_expert_tensor_parallelism = self.use_residual = False
+        self._local = (local,)  # hidden from the module tree, so that parameters keep the names of the model's experts
+        for name, parameter in local.named_parameters(recurse=False):
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by the engine: DeepSpeed's groups, made once for all layers."""
+        make_expert_groups(self.ep_size)
+
+    @property
+    def local(self) -> Experts:
+        """The experts that this process computes."""
+        return self._local[0]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Global ids of the experts held here, in the order of the parameters' rows."""
+        return self.local.ids
+
+    def set_ids(self, ids: Sequence[int]) -> None:
+        """Change the ids of the rows, after a re-placement moved their contents."""
+        self.local.ids = tuple(ids)
+
+    def forward(self, z: Tensor, gates: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, L, D) of the local experts only, for gates (B, M_local)."""
+        mixed: Tensor = self.local(z, gates)
+        return mixed

@@ -1,0 +1,161 @@
+"""The plan of a micro-step: what a rank loads, sends, receives and computes. It is made before block 0 runs.
+
+N samples of the global batch, n = P * B of one group and micro-step, P ranks with B samples each, k experts used.
+Every array follows from integers that all ranks know, so that the plans of a group fit together without a message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdit.expert_parallel.assignment import SampleExchange, assign_samples, plan_sample_exchange
+from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_needed
+from sdit.expert_parallel.routing_table import RoutingTable
+from sdit.expert_parallel.traffic_model import AssignmentKind, UnitCosts
+from sdit.topology import BatchPlan, ExpertGroups
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """Rows of a buffer and the (row, expert) pairs to compute on them, by rising expert, then row.
+
+    `samples` (R,) is the index in the group of every row; `pair_rows`, `pair_experts` (E,).
+    """
+
+    samples: np.ndarray
+    pair_rows: np.ndarray
+    pair_experts: np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One rank's exchange in one block.
+
+    `send_rows` (S,) own rows by destination, then row; a row goes once per destination, whatever it needs there.
+    `send_splits`, `receive_splits` (P,) rows to and from each rank. `local`: what own rows need of experts owned or
+    replicated; `remote`: what the arrived rows, by source, then row, need here. Results return in the order of arrival, so
+    `send_rows` also says where they are added. `travels`: some row of the group does, in either direction of any rank.
+    """
+
+    send_rows: np.ndarray
+    send_splits: np.ndarray
+    receive_splits: np.ndarray
+    local: ExpertWork
+    remote: ExpertWork
+    travels: bool
+
+    def sent_bytes(self, costs: UnitCosts, replicated: np.ndarray, owned: np.ndarray) -> int:
+        """Exact bytes this rank sends in this block; `replicated`, `owned` (M,) bool say which experts are so."""
+        replicas_owned, replicas_received = int((replicated & owned).sum()), int((replicated & ~owned).sum())
+        return costs.sent_bytes(len(self.send_rows), len(self.remote.samples), replicas_owned, replicas_received)
+
+
+@dataclass(frozen=True)
+class MicroStepPlan:
+    """One rank's plan of one micro-step.
+
+    `positions` (n,) of the group's samples in the global batch, in the order of the ranks that compute them; `tasks` (n,);
+    `own` are this rank's; `experts` (depth, n, k), and `kept` of the same shape (None: dropless). `sample_exchange` is None if
+    every sample is computed where it was loaded. `blocks` (depth) hold the exchange of tokens.
+    """
+
+    positions: np.ndarray
+    tasks: np.ndarray
+    own: slice
+    experts: np.ndarray
+    kept: np.ndarray | None
+    sample_exchange: SampleExchange | None
+    blocks: tuple[BlockPlan, ...]
+
+
+def group_positions(batch: BatchPlan, groups: ExpertGroups, rank: int, micro_step: int, first_index: int) -> np.ndarray:
+    """(n,) rising positions in the global batch that the rank's group loads in one micro-step.
+
+    A micro-step is a contiguous chunk of the batch; run index `first_index` + position is loaded by that rank modulo W.
+    """
+    chunk = np.arange(micro_step * batch.chunk, (micro_step + 1) * batch.chunk)
+    return chunk[(first_index + chunk) % groups.world // groups.size == groups.group_of(rank)]
+
+
+def plan_micro_step(
+    routes: RoutingTable,
+    tasks: np.ndarray,
+    kept: np.ndarray | None,
+    placement: ExpertPlacement,
+    batch: BatchPlan,
+    groups: ExpertGroups,
+    rank: int,
+    micro_step: int,
+    first_index: int,
+    assignment: AssignmentKind = "path",
+) -> MicroStepPlan:
+    """The plan of `rank` for one micro-step of the global batch with `tasks` (N,) and `kept` (depth, N, k)."""
+    positions = group_positions(batch, groups, rank, micro_step, first_index)
+    source_rank = (first_index + positions) % groups.size
+    ep_rank, ranks = groups.ep_rank_of(rank), groups.size
+    assigned_rank = source_rank
+    if assignment == "path" and ranks > 1 and not placement.replicated.all():
+        need = path_need(routes.experts, placement)
+        assigned_rank = assign_samples(tasks[positions], need, batch.micro_batch, source_rank)
+    ordered = positions[np.argsort(assigned_rank, kind="stable")]
+    experts = routes.experts[:, tasks[ordered]]
+    group_kept = None if kept is None else kept[:, ordered]
+    stays = bool((assigned_rank == source_rank).all())
+    return MicroStepPlan(
+        positions=ordered,
+        tasks=tasks[ordered],
+        own=slice(ep_rank * batch.micro_batch, (ep_rank + 1) * batch.micro_batch),
+        experts=experts,
+        kept=group_kept,
+        sample_exchange=None if stays else plan_sample_exchange(source_rank, assigned_rank, ranks, ep_rank),
+        blocks=plan_blocks(experts, group_kept, placement, ep_rank),
+    )
+
+
+def plan_blocks(
+    experts: np.ndarray, kept: np.ndarray | None, placement: ExpertPlacement, ep_rank: int
+) -> tuple[BlockPlan, ...]:
+    """The exchange of one rank in every block, for `experts` (depth, n, k) of the group's samples in the order of their ranks."""
+    depth, samples, _ = experts.shape
+    per_rank = samples // placement.ranks
+    own = slice(ep_rank * per_rank, (ep_rank + 1) * per_rank)
+    needed = ranks_needed(experts, placement, kept)
+    needed[:, np.arange(samples), np.arange(samples) // per_rank] = False
+    sends = needed[:, own].transpose(0, 2, 1)
+    receives = needed[:, :, ep_rank]
+    block = np.arange(depth)[:, None, None]
+    mine, replicated = placement.expert_to_rank[block, experts] == ep_rank, placement.replicated[block, experts]
+    if kept is not None:
+        mine, replicated = mine & kept, replicated & kept
+    local = np.zeros(experts.shape, dtype=bool)
+    local[:, own] = (mine | replicated)[:, own]
+    local_work = _work(experts, local)
+    remote_work = _work(experts, mine & ~replicated & receives[:, :, None])
+    send_rows = _per_block(np.nonzero(sends), depth, 2)
+    send_splits = sends.sum(axis=2)
+    receive_splits = receives.reshape(depth, placement.ranks, per_rank).sum(axis=2)
+    travels = [bool(block.any()) for block in needed]
+    return tuple(
+        BlockPlan(send_rows[i], send_splits[i], receive_splits[i], local_work[i], remote_work[i], travels[i])
+        for i in range(depth)
+    )
+
+
+def _work(experts: np.ndarray, wanted: np.ndarray) -> list[ExpertWork]:
+    """Per block, the rows with a wanted (sample, choice) and the pairs on them; `experts`, `wanted` (depth, n, k)."""
+    depth = len(experts)
+    rows = wanted.any(axis=2)
+    row_of_sample = np.cumsum(rows, axis=1) - 1
+    block, sample, choice = np.nonzero(wanted)
+    expert = experts[block, sample, choice]
+    order = np.lexsort((sample, expert, block))
+    pairs = (block[order], row_of_sample[block, sample][order], expert[order])
+    columns = (_per_block(np.nonzero(rows), depth, 1), _per_block(pairs, depth, 1), _per_block(pairs, depth, 2))
+    return [ExpertWork(*arrays) for arrays in zip(*columns, strict=True)]
+
+
+def _per_block(columns: tuple[np.ndarray, ...], depth: int, column: int) -> list[np.ndarray]:
+    """One column cut at the blocks; the first column holds the rising block of every entry."""
+    return np.split(columns[column], np.searchsorted(columns[0], np.arange(1, depth)))

@@ -1,0 +1,190 @@
+"""What is cheaper: samples that travel to an expert, or an expert's weights that come to the samples.
+
+P ranks per group, n samples of a group and micro-step, M experts, k experts used per sample and block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from sdit.expert_parallel.placement import (
+    ExpertPlacement,
+    PlacementKind,
+    expected_load_imbalance,
+    place_experts,
+    relabel,
+    replacement_moves,
+)
+from sdit.expert_parallel.routing_table import exact_loads, hottest
+from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts
+
+ExchangeKind = Literal["auto", "tokens", "weights"]
+ROUNDS = 4  # of assigning samples and choosing replicas in turn. Each round can only save bytes, most in the first two
+STATE_COPIES = 4  # float32 tensors that move with an expert: weights, two Adam moments, EMA
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A placement and what it is expected to cost.
+
+    `bytes` of a group per micro-step; for comparison the bytes if all samples travel, if all weights travel, and of the
+    random-placement baseline. `load_imbalance` is the largest over the mean work of the ranks, averaged over the blocks.
+    """
+
+    placement: ExpertPlacement
+    bytes: float
+    all_samples_bytes: float
+    all_weights_bytes: float
+    random_placement_bytes: float
+    load_imbalance: float
+
+    @property
+    def cost_bytes(self) -> float:
+        """Bytes plus the price of waiting for the most loaded rank, in bytes.
+
+        Waiting for another mean share of work is priced as the random-placement baseline. By arithmetic the ratio of the two
+        times is 0.4 D x bandwidth / FLOPS for linear experts, 8 x that for MLPs: 0.2 to 7 on common GPUs at D = 1152.
+        """
+        return self.bytes + (self.load_imbalance - 1) * self.random_placement_bytes
+
+    @property
+    def reason(self) -> str:
+        """One line for the log."""
+        replicated = self.placement.replicated.sum(axis=1)
+        sizes = (self.bytes, self.all_samples_bytes, self.all_weights_bytes)
+        chosen, samples, weights = (f"{size / 1e6:.1f} MB" for size in sizes)
+        return (
+            f"exchange: {replicated.mean():.1f} of {self.placement.expert_to_rank.shape[1]} experts per block replicated "
+            f"({replicated.min()}..{replicated.max()}), {chosen} per group and micro-step; all samples travelling {samples}, "
+            f"all weights {weights}; most loaded rank {self.load_imbalance:.2f} x the mean"
+        )
+
+
+def choose_exchange(
+    exchange: ExchangeKind,
+    traffic: TrafficModel,
+    expert_to_rank: np.ndarray,
+    costs: UnitCosts,
+    at_least: np.ndarray | None = None,
+) -> Choice:
+    """Which experts are replicated for owners (depth, M): none (tokens), all (weights) or the cheapest set (auto).
+
+    Under auto `at_least` (depth, M) bool are replicated in any case. The assignment of samples depends on the replicas and the
+    other way round. The two are solved in turn, each exactly, from three starting points.
+    """
+    none = ExpertPlacement(expert_to_rank, np.zeros(expert_to_rank.shape, dtype=bool), traffic.ranks)
+    everything = ExpertPlacement(expert_to_rank, np.ones(expert_to_rank.shape, dtype=bool), traffic.ranks)
+    samples_bytes, weights_bytes = traffic.bytes(none, costs), traffic.bytes(everything, costs)
+    if exchange == "tokens":
+        best, size = none, samples_bytes
+    elif exchange == "weights":
+        best, size = everything, weights_bytes
+    else:
+        start = none if at_least is None else ExpertPlacement(expert_to_rank, at_least, traffic.ranks)
+        best, size = _cheapest(traffic, start, costs)
+    loads = exact_loads(traffic.routes.experts, traffic.routes.count)
+    load_imbalance = float(expected_load_imbalance(loads, best).mean())
+    return Choice(best, size, samples_bytes, weights_bytes, traffic.random_placement_bytes(costs), load_imbalance)
+
+
+def decide_placement(
+    kind: PlacementKind,
+    exchange: ExchangeKind,
+    traffic: TrafficModel,
+    costs: UnitCosts,
+    current: np.ndarray | None = None,
+) -> Choice:
+    """Return the owners and the replicated experts of least cost.
+
+    A placement that counts on hot experts being replicated is uneven if they are not, so both are compared.
+    `current` is the placement (depth, M) in force: ranks are named so that the fewest experts move from it.
+    """
+    routes = traffic.routes
+    hot = hottest(exact_loads(routes.experts, routes.count), routes.top_k)
+    found: list[Choice] = []
+    for counted_on in (hot, np.zeros_like(hot)):
+        expert_to_rank = place_experts(kind, routes, traffic.ranks, counted_on)
+        expert_to_rank = expert_to_rank if current is None else relabel(current, expert_to_rank, traffic.ranks)
+        found.append(choose_exchange(exchange, traffic, expert_to_rank, costs))
+        if exchange == "auto" and counted_on.any():
+            found.append(choose_exchange(exchange, traffic, expert_to_rank, costs, at_least=counted_on))
+    return min(found, key=lambda choice: choice.cost_bytes)
+
+
+def worth_moving(now: Choice, then: Choice, expert_parameters: int, micro_steps: int) -> bool:
+    """Whether the placement `then` repays moving its experts, with their optimizer state, within `micro_steps`.
+
+    `now` is the best choice for the placement in force.
+    """
+    moves = len(replacement_moves(now.placement.expert_to_rank, then.placement.expert_to_rank))
+    moved_bytes = moves * expert_parameters * 4 * STATE_COPIES
+    return moves > 0 and (now.cost_bytes - then.cost_bytes) * micro_steps > moved_bytes
+
+
+def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -> tuple[ExpertPlacement, float]:
+    """The cheapest placement found with at least `start.replicated`, and its bytes per micro-step."""
+    hot = hottest(exact_loads(traffic.routes.experts, traffic.routes.count), traffic.routes.top_k)
+    with_hot = ExpertPlacement(start.expert_to_rank, start.replicated | hot, start.ranks)
+    best, best_bytes = start, traffic.bytes(start, costs)
+    for assigned_rank in (traffic.ranks_in_order(), traffic.assigned_ranks(start), traffic.assigned_ranks(with_hot)):
+        replicated = start.replicated
+        for _ in range(ROUNDS):
+            before, replicated = replicated, _replicas_of_least_bytes(traffic, start, assigned_rank, costs)
+            if (before == replicated).all():
+                break
+            placement = ExpertPlacement(start.expert_to_rank, replicated, start.ranks)
+            assigned_rank = traffic.assigned_ranks(placement)
+            size = traffic.bytes(placement, costs, assigned_rank)
+            if size < best_bytes:
+                best, best_bytes = placement, size
+    return best, best_bytes
+
+
+def _replicas_of_least_bytes(
+    traffic: TrafficModel, start: ExpertPlacement, assigned_rank: np.ndarray, costs: UnitCosts
+) -> np.ndarray:
+    """(depth, M) bool: the set of replicated experts of least bytes for samples on `assigned_rank` (batches, n).
+
+    A transfer is saved only if all experts that the sample uses on that rank are replicated: transfers are projects, experts the
+    tools they share, and the best set is a minimum cut (Picard 1976), over all blocks and ranks at once.
+    """
+    depth, count = start.expert_to_rank.shape
+    bundles, transfers = _bundles(traffic, start, assigned_rank)
+    size, units = len(bundles), depth * count
+    member, tool = np.nonzero(bundles[:, 1:] >= 0)
+    tools = bundles[member, 0] * count + bundles[member, 1 + tool]
+    price = np.where(start.replicated.ravel(), 0, costs.replica_bytes * traffic.batches)
+    profit = transfers * costs.transfer_bytes
+    # The solver's capacities are int32. No bundle earns more than the sum, and dearer tools than that are never bought.
+    total = max(int(profit.sum()), 1)
+    amounts = np.concatenate([profit, np.minimum(price, total)]) * ((2**30) / total)
+    tail = np.concatenate([np.zeros(size, dtype=np.int64), 2 + size + np.arange(units), 2 + member])
+    head = np.concatenate([2 + np.arange(size), np.ones(units, dtype=np.int64), 2 + size + tools])
+    capacity = np.concatenate([np.round(amounts), np.full(len(member), 2**30)]).astype(np.int32)
+    graph = csr_array((capacity, (tail, head)), shape=(2 + size + units, 2 + size + units))
+    residual = graph - maximum_flow(graph, 0, 1).flow
+    residual.data[residual.data < 0] = 0
+    residual.eliminate_zeros()
+    bought = np.zeros(2 + size + units, dtype=bool)
+    bought[breadth_first_order(residual, 0, return_predecessors=False)] = True
+    return bought[2 + size :].reshape(depth, count) | start.replicated
+
+
+def _bundles(traffic: TrafficModel, start: ExpertPlacement, assigned_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (block, k expert ids or -1) of experts that samples need on one rank not their own, and the transfers of each."""
+    experts = traffic.routes.experts[:, traffic.tasks.ravel()]
+    block = np.arange(len(experts))[:, None, None]
+    rank = start.expert_to_rank[block, experts]
+    away = rank != assigned_rank.ravel()[None, :, None]
+    rows: list[np.ndarray] = []
+    for choice in range(traffic.routes.top_k):
+        together = rank == rank[:, :, choice, None]
+        first = away[:, :, choice] & ~together[:, :, :choice].any(axis=2)
+        members = np.sort(np.where(together, experts, -1)[first], axis=1)
+        rows.append(np.column_stack([np.nonzero(first)[0], members]))
+    return np.unique(np.concatenate(rows), axis=0, return_counts=True)
