@@ -101,7 +101,8 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     run_dir = Path(config.run_dir)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
-        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe)
+        steps = -(-config.train.total_images // config.train.global_batch)
+        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe, steps)
         return supervise(job, config.supervise, info, os.environ)
     with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:

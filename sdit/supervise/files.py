@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
     """Swap the file atomically. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.write_text(json.dumps(body) + "\n", encoding="utf-8")
         os.replace(temporary, path)
@@ -25,6 +26,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is none (yet) or it is no JSON object."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None
