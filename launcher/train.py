@@ -103,7 +103,9 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     merge_deepspeed(config, batch, deepspeed, options.ds_config)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
-        job = Job(command, Path(config.run_dir), digest, lambda ranks: largest_world(config, ranks), config.observe)
+        steps = -(-config.train.total_images // config.train.global_batch)
+        run_dir = Path(config.run_dir)
+        job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe, steps)
         return supervise(job, config.supervise, info, os.environ)
     with RunLock(RunFolder.create(Path(config.run_dir))) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:

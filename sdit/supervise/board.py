@@ -1,34 +1,63 @@
-"""The notice board of one launch, a folder in the run directory: ranks post notes, rank 0's supervisor posts the plan.
+"""Small files in RUN/supervise by which the supervisors of one launch agree.
 
-    rank-00001.json         here I am: nonce, host, pid, digest of the config
-    end-0002-00001.json     how rank 1's part of attempt 2 ended
-    plan.json               rank 0's supervisor: attempt, members, meeting point; at last, the exit code for all
+    waiting/00001-NONCE.json     rank 1's supervisor is here: nonce, host, pid, launch, digest of the config
+    waiting/00001-NONCE.refused  its own launch's rank 0 was refused: leave
+    TOKEN/plan.json              the holder of the run's lock, by the lock's token: attempt, members, meeting point, exit code
+    TOKEN/end-0002-00001.json    how rank 1's part of attempt 2 ended
 
-A plan holds for a rank when it names the rank's nonce, so that files of an earlier launch mean nothing. Everyone polls
-one file; only rank 0's supervisor lists the folder.
+A launch is known by the token of its lock, which is a new random number each time. Only the lock's holder creates the folder of
+its token, and only the ranks that its plan names write there. A rank that no plan names writes files with its own nonce only.
+Everyone polls one file; only rank 0's supervisor, and ranks that no plan names, list folders.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sdit.supervise.files import read_json, write_json
+from sdit.supervise.launch import LaunchMark
+from sdit.supervise.process import is_running, machine
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.verdict import End
+
+WAITING = "waiting"
+TOKEN = re.compile(r"[0-9a-f]{32}")
+NOWHERE = LaunchMark("", "", "")
 
 
 @dataclass(frozen=True)
 class Note:
-    """A supervisor's presence."""
+    """A supervisor's presence; `beats` grows while it waits to be named by a plan."""
 
     rank: int
     nonce: str
     host: str
     pid: int
     digest: str
+    started: str | None = None
+    machine: str = ""
+    launch: LaunchMark = NOWHERE
+    beats: int = 0
+
+    @classmethod
+    def parse(cls, body: dict[str, Any] | None) -> Note | None:
+        """Return the note in a file; None if it is of another version or damaged."""
+        try:
+            note = cls(**{**(body or {}), "launch": LaunchMark(**(body or {})["launch"])})
+        except (KeyError, TypeError):
+            return None
+        sound = isinstance(note.rank, int) and isinstance(note.pid, int) and TOKEN.fullmatch(str(note.nonce))
+        return note if sound else None
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process is known to be gone, which is known on its own machine only."""
+        return self.machine == machine() and not is_running(self.pid, self.started)
 
 
 @dataclass(frozen=True)
@@ -36,7 +65,7 @@ class Plan:
     """What rank 0's supervisor wants of all: to run attempt `attempt`, to end it (`ending`), or to leave with `code`.
 
     `order` lists the launch ranks that take part, in the order of their ranks in this attempt; `beats` grows while the
-    supervisor lives.
+    supervisor lives. Attempt 0 names the ranks that have come so far.
     """
 
     attempt: int
@@ -54,42 +83,95 @@ class Plan:
         return self.members.get(str(rank)) == nonce
 
 
-class Board:
-    """The folder RUN/supervise/LAUNCH."""
+class Waiting:
+    """The folder RUN/supervise/waiting, where ranks say that they are here."""
 
-    def __init__(self, run_dir: RunFolder, launch: str) -> None:
-        self._run_dir, self._launch = run_dir, launch
-        run_dir.make("supervise", launch)
+    def __init__(self, run_dir: RunFolder) -> None:
+        self._run_dir = run_dir
 
     @property
     def _folder(self) -> Path:
-        return self._run_dir / "supervise" / self._launch
+        return self._run_dir / "supervise" / WAITING
+
+    def open(self) -> None:
+        """Create the folder, in a run directory that may be new. Raises: OSError."""
+        self._run_dir.make("supervise", WAITING)
+
+    def wipe(self) -> None:
+        """Forget who is here: ranks that wait say it again. Only the lock's holder may do so. Raises: OSError."""
+        self.open()
+        for path in self._folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def post(self, note: Note) -> None:
+        """Say that a rank is here. Raises: OSError."""
+        write_json(self._path(note, "json"), asdict(note))
+
+    def holds(self, note: Note) -> bool:
+        """Return whether the folder says that a rank is here."""
+        return self._path(note, "json").exists()
+
+    def notes(self) -> list[Note]:
+        """Return the ranks that are here, of whatever launch."""
+        found = (Note.parse(read_json(path)) for path in sorted(self._folder.glob("*.json")))
+        return [note for note in found if note is not None and not note.is_dead]
+
+    def refuse(self, note: Note, code: int) -> None:
+        """Tell a rank of the own launch to leave. Raises: OSError."""
+        write_json(self._path(note, "refused"), {"code": code})
+
+    def refusal(self, note: Note) -> int | None:
+        """Return the exit code that the own launch's rank 0 left for a rank; None if it left none."""
+        code = (read_json(self._path(note, "refused")) or {}).get("code")
+        return code if isinstance(code, int) else None
+
+    def withdraw(self, note: Note) -> None:
+        """Remove what there is of a rank."""
+        for ending in ("json", "refused"):
+            with contextlib.suppress(OSError):
+                self._path(note, ending).unlink()
+
+    def _path(self, note: Note, ending: str) -> Path:
+        return self._folder / f"{note.rank:05d}-{note.nonce}.{ending}"
+
+
+class Board:
+    """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
+
+    def __init__(self, run_dir: Path | RunFolder, token: str) -> None:
+        assert TOKEN.fullmatch(token), token
+        self._run_dir, self._token = run_dir, token
+
+    @property
+    def _folder(self) -> Path:
+        return self._run_dir / "supervise" / self._token
 
     @property
     def _plan(self) -> Path:
         return self._folder / "plan.json"
 
-    def wipe(self) -> None:
-        """Rank 0's supervisor, holder of the run's lock: forget earlier launches. New notes are posted again."""
+    @classmethod
+    def of_token(cls, run_dir: Path | RunFolder, token: str) -> Board | None:
+        """Return the board that a lock's token names; None for anything that is no token."""
+        return cls(run_dir, token) if TOKEN.fullmatch(token) else None
+
+    @classmethod
+    def all_of(cls, run_dir: Path | RunFolder) -> list[Board]:
+        """Return the boards that there are: that of the lock's holder, or of the launch that ended last."""
+        try:
+            names = sorted(path.name for path in (run_dir / "supervise").iterdir())
+        except FileNotFoundError:
+            return []
+        return [cls(run_dir, name) for name in names if TOKEN.fullmatch(name)]
+
+    def open(self) -> None:
+        """Create the folder and remove those of earlier launches. Only the lock's holder may do so. Raises: OSError."""
+        assert isinstance(self._run_dir, RunFolder), "only the lock's holder opens a board"
+        self._run_dir.make("supervise", self._token)
         for other in self._folder.parent.iterdir():
-            if other != self._folder:
+            if other not in (self._folder, self._folder.with_name(WAITING)):
                 shutil.rmtree(other, ignore_errors=True)
-        for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-
-    def post_note(self, note: Note) -> None:
-        """Say that a rank is here, unless the board says so already."""
-        path = self._folder / f"rank-{note.rank:05d}.json"
-        body = read_json(path)
-        if body is None or body.get("nonce") != note.nonce:
-            self._run_dir.make("supervise", self._launch)
-            write_json(path, asdict(note))
-
-    def notes(self, world: int) -> dict[int, Note]:
-        """The ranks that are here."""
-        found = ((rank, read_json(self._folder / f"rank-{rank:05d}.json")) for rank in range(world))
-        return {rank: Note(**body) for rank, body in found if body is not None}
 
     def post_plan(self, plan: Plan) -> Plan:
         write_json(self._plan, asdict(plan))
@@ -102,7 +184,9 @@ class Board:
         return replace(Plan(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
 
     def post_end(self, attempt: int, end: End) -> None:
-        write_json(self._folder / f"end-{attempt:04d}-{end.rank:05d}.json", asdict(end))
+        """Say how a rank's attempt ended, unless a new holder of the lock has removed the launch. Raises: OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            write_json(self._folder / f"end-{attempt:04d}-{end.rank:05d}.json", asdict(end))
 
     def ends(self, attempt: int) -> dict[int, End]:
         """How the ranks of an attempt ended, of those that have."""

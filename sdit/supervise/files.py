@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
     """Swap the file atomically. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.write_text(json.dumps(body) + "\n", encoding="utf-8")
         os.replace(temporary, path)

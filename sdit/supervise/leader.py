@@ -15,8 +15,10 @@ from datetime import datetime, timezone
 
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
-from sdit.supervise.board import Board, Note, Plan
+from sdit.supervise.admission import Attendance, admit
+from sdit.supervise.board import Board, Note, Plan, Waiting
 from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.unfinished import Unfinished, clear
 from sdit.supervise.verdict import REFUSED, End, Judge, Verdict, culprit
 
 BEAT_SECONDS = 2.0
@@ -43,14 +45,16 @@ class Leader:
     """Posts plans. `largest_world(n)` is the largest number of ranks, up to n, that the config can run on (0: none)."""
 
     def __init__(
-        self, board: Board, config: SuperviseConfig, run_dir: RunFolder, world: int, meeting: Meeting,
-        largest_world: Callable[[int], int],
+        self, board: Board, waiting: Waiting, note: Note, config: SuperviseConfig, run_dir: RunFolder, world: int,
+        meeting: Meeting, largest_world: Callable[[int], int], unfinished: Unfinished,
     ) -> None:  # fmt: skip
-        self._board, self._config, self._run_dir, self._world = board, config, run_dir, world
+        self._board, self._waiting, self._unfinished = board, waiting, unfinished
+        self._config, self._run_dir, self._world = config, run_dir, world
         self._meeting, self._largest_world = meeting, largest_world
         self._judge = Judge(config.restarts, config.stop_code)
-        self._plan = Plan(attempt=0)
-        self._notes: dict[int, Note] = {}
+        self._notes: dict[int, Note] = {0: note}
+        self._attendance = Attendance()
+        self._plan = Plan(attempt=0, members={"0": note.nonce})
         self._since = self._beaten = time.monotonic()
         self._reached_first_step = False
         self.stopping = False
@@ -72,21 +76,38 @@ class Leader:
             print("error:" if code in REFUSED else "FATAL", text, file=sys.stderr, flush=True)
         self._post(code=code)
 
+    def _give_up(self, code: int, text: str) -> None:
+        """End the run, which is not complete, for a reason that no attempt gave."""
+        self._unfinished.end(code, text)
+        self.finish(code, text)
+
+    def _leave_mark(self, ends: Mapping[int, End], verdict: Verdict) -> None:
+        """Say in the run directory whether the run is complete, or why it is not."""
+        if all(end.is_clean and end.code == ExitCode.DONE for end in ends.values()):
+            clear(self._run_dir)
+            return
+        why = verdict.text or _stop_reason(ends) or "a stop was asked for"
+        self._unfinished.end(verdict.code, why, max(end.step for end in ends.values()))
+
     def _gather(self) -> None:
         """Wait for every rank's supervisor, then start the first attempt."""
-        self._notes = self._board.notes(self._world)
+        there = self._attendance.hear(self._waiting.notes(), time.monotonic())
+        self._notes = admit(self._notes, there, self._world)
+        members = {str(rank): note.nonce for rank, note in self._notes.items()}
+        if members != self._plan.members:
+            self._post(members=members)  # a rank that is named here belongs to this launch and no other
         if len(self._notes) < self._world:
             if time.monotonic() - self._since > self._config.start_seconds:
                 missing = [str(rank) for rank in range(self._world) if rank not in self._notes]
                 text = f"rank {', '.join(missing)} of {self._world} did not start within {self._config.start_seconds} s"
-                self.finish(ExitCode.CRASH, f"{text}; next: none, look at the launcher's log of it")
+                self._give_up(ExitCode.CRASH, f"{text}; next: none, look at the launcher's log of it")
             elif self.stopping:
-                self.finish(ExitCode.CRASH, "stopped before all ranks were there")
+                self._give_up(ExitCode.CRASH, "stopped before all ranks were there")
             return
         different = [note for note in self._notes.values() if note.digest != self._notes[0].digest]
         if different:
             text = f"rank {different[0].rank}, host {different[0].host}: was started with another config than rank 0"
-            self.finish(ExitCode.CONFIG, f"{text}; legal: the same command and files for all ranks")
+            self._give_up(ExitCode.CONFIG, f"{text}; legal: the same command and files for all ranks")
             return
         self._judge.begin(self._newest_checkpoint())
         self._start(tuple(range(self._world)))
@@ -108,6 +129,7 @@ class Leader:
             verdict = Verdict(False, ExitCode.CONFIG, problem)
         self._record(ends, verdict)
         if not verdict.restart:
+            self._leave_mark(ends, verdict)
             self.finish(verdict.code, verdict.text)
             return
         print(f"FATAL {verdict.text}", file=sys.stderr, flush=True)
@@ -122,7 +144,7 @@ class Leader:
         if world == 0:
             need = "supervise.elastic: true would go on without it" if not self._config.elastic else "too few are left"
             lost = f"{len(self._plan.order) - len(left)} of {len(self._plan.order)} ranks are lost"
-            self.finish(ExitCode.CRASH, f"{lost}; {need}; next: none")
+            self._give_up(ExitCode.CRASH, f"{lost}; {need}; next: none")
             return
         _log.warning("going on with %d of %d ranks", world, len(self._plan.order))
         self._start(left[:world])
@@ -145,9 +167,6 @@ class Leader:
     def _post(self, **changes: object) -> None:
         self._beaten = time.monotonic()
         self._plan = replace(self._plan, **changes)  # type: ignore[arg-type]
-        if not self._plan.members:  # refused or ended before all were there: speak to those that are
-            here = {str(rank): note.nonce for rank, note in self._board.notes(self._world).items()}
-            self._plan = replace(self._plan, members=here)
         try:
             self._board.post_plan(self._plan)
         except OSError as error:  # a full disk: try again at the next beat
@@ -172,13 +191,18 @@ class Leader:
             **{key: value for key, value in asdict(fault).items() if key in ("rank", "host", "step", "cause", "code")},
             "restart": verdict.restart,
             "exit_code": verdict.code,
-            "text": verdict.text,
+            "text": verdict.text or _stop_reason(ends),
         }
         try:
             with (self._run_dir / "logs" / "attempts.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(body) + "\n")
         except OSError as error:
             _log.warning("logs/attempts.jsonl: %s", error)
+
+
+def _stop_reason(ends: Mapping[int, End]) -> str:
+    """Why the ranks stopped, if one of them knows."""
+    return next((end.text for end in ends.values() if end.text), "")
 
 
 def free_port(wanted: int | None) -> int:

@@ -1,40 +1,58 @@
-"""One run directory, one writer: a lock file with host, pid and a heartbeat that does not trust any clock."""
+"""One run directory, one writer: a lock file with host, pid and a heartbeat that does not trust any clock.
+
+The file appears with its whole content (a hard link is exclusive), so that it is never empty. A dead holder's lock is replaced
+only by the process that holds the right to replace it, which is a second lock file, named after the first one's content. Of any
+number of processes that start at once, one holds the lock; the others are refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import logging
 import os
-import socket
+import stat
 import threading
 import time
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdit.errors import ConfigError
 from sdit.supervise.files import read_json, write_json
+from sdit.supervise.process import identity, is_running, machine
 from sdit.supervise.run_folder import RunFolder, unwritable
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0  # a holder elsewhere that does not beat for this long is dead; four beats, for slow file systems
+HEAL_SECONDS = BEAT_SECONDS + 1.0  # by then a live holder has replaced content that was damaged
+LOCK_BYTES = 65_536  # read at most; a lock has a few hundred
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds RUN/lock.json. Raises: ConfigError, naming host and pid, when a live process holds it."""
+    """Holds RUN/lock.json; `token` is the unguessable id of this launch.
 
-    def __init__(self, run_dir: Path | RunFolder, watch_seconds: float = WATCH_SECONDS) -> None:
+    Raises: ConfigError, naming host and pid, when a live process holds it. Nothing else was written then.
+    """
+
+    def __init__(
+        self, run_dir: Path | RunFolder, watch_seconds: float = WATCH_SECONDS, launch: Mapping[str, str] | None = None
+    ) -> None:
         self._run_dir = run_dir
-        self._body: dict[str, Any] = {**identity(os.getpid()), "token": uuid.uuid4().hex, "beats": 0}
+        self.token = uuid.uuid4().hex
+        self._body = {**identity(os.getpid()), "token": self.token, "beats": 0, "launch": dict(launch or {})}
         self._beaten = time.monotonic()
         self._ended = threading.Event()
         try:
             if isinstance(run_dir, Path):
                 run_dir.mkdir(parents=True, exist_ok=True)
-            while not self._create():
-                self._take_over(watch_seconds)
+            _acquire(self._path, self._body, watch_seconds)
         except OSError as error:
             raise unwritable(run_dir, error) from error
 
@@ -42,41 +60,11 @@ class RunLock:
     def _path(self) -> Path:
         return self._run_dir / "lock.json"
 
-    def _create(self) -> bool:
-        try:
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._body, file)
-        return True
-
-    def _take_over(self, watch_seconds: float) -> None:
-        """Move a dead holder's lock out of the way; the rename decides between two that try."""
-        holder = _settled(self._path)
-        if holder is not None and _is_live(self._path, holder, watch_seconds):
-            raise ConfigError(
-                f"run_dir: {self._path.parent}: is in use by process {holder.get('pid')} on host {holder.get('host')}; "
-                "legal: another run_dir, or end that process first"
-            )
-        aside = self._path.with_name(f".lock.{self._body['token']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, aside)
-            moved = read_json(aside)
-            if moved is not None and holder is not None and moved.get("token") != holder.get("token"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self._path)  # somebody was quicker: that was their lock, not the dead one
-            elif holder is not None:
-                _log.warning(
-                    "took over the lock of process %s on host %s: it is gone", holder.get("pid"), holder.get("host")
-                )
-            aside.unlink()
-
     @property
     def is_held(self) -> bool:
         """Whether the file still says that the run is ours."""
         body = read_json(self._path)
-        return body is None or body.get("token") == self._body["token"]
+        return body is None or body.get("token") == self.token
 
     def beat(self) -> bool:
         """Show every `BEAT_SECONDS` that the holder lives; call it more often. False: the lock was taken away."""
@@ -109,58 +97,138 @@ class RunLock:
                 self._path.unlink()
 
 
-def identity(pid: int) -> dict[str, Any]:
-    """What tells a process from every other one, also from a later one with the same pid."""
-    return {
-        "host": socket.gethostname(),
-        "pid": pid,
-        "started": _start_ticks(pid),
-        "machine": f"{_read('/proc/sys/kernel/random/boot_id')} {_namespace()}",
-    }
+@dataclass(frozen=True)
+class Holder:
+    """What a lock file says. `body` is empty if it is damaged; `stamp` changes with the file."""
+
+    body: dict[str, Any]
+    stamp: str
+
+    @classmethod
+    def read(cls, path: Path) -> Holder | None:
+        """Return what the file says; None if there is no file. Raises: ConfigError for anything that is no readable file."""
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(
+                    f"run_dir: {path}: is not a regular file; legal: remove it, a lock file takes its place"
+                )
+            with path.open("rb") as file:
+                data = file.read(LOCK_BYTES)
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            raise ConfigError(
+                f"run_dir: {path}: cannot be read ({error.strerror}); legal: a lock file that this user can read"
+            ) from error
+        seed = f"{path.name} {status.st_ino} {status.st_mtime_ns} ".encode() + data
+        return cls(_object(data), hashlib.sha256(seed).hexdigest()[:16])
+
+    @property
+    def is_damaged(self) -> bool:
+        return not self.body
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the holder is, or was, a process of this machine."""
+        return bool(self.body) and self.body.get("machine") == machine()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the holder, a process of this machine, still runs."""
+        return is_running(self.body["pid"], self.body.get("started"))
+
+    def describe(self) -> str:
+        """`process 7 on host n17`."""
+        return f"process {self.body.get('pid')} on host {self.body.get('host')}"
 
 
-def _is_live(path: Path, holder: dict[str, Any], watch_seconds: float) -> bool:
-    """On this machine the process table answers at once; for others, whether the heartbeat moves while we look."""
-    pid = holder.get("pid")
-    here = identity(pid) if isinstance(pid, int) else {}
-    if here.get("machine") == holder.get("machine"):
-        return here["started"] is not None and here["started"] == holder.get("started")
-    deadline = time.monotonic() + watch_seconds
+def _object(data: bytes) -> dict[str, Any]:
+    """The body of a lock; empty if it is none."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    is_lock = isinstance(body, dict) and isinstance(body.get("token"), str) and isinstance(body.get("pid"), int)
+    return body if is_lock else {}
+
+
+def _acquire(path: Path, body: dict[str, Any], watch_seconds: float) -> None:
+    """Make the file hold `body`, which one process at a time can. Raises: ConfigError if a live process holds it."""
+    while not _create(path, body):
+        holder = Holder.read(path)
+        if holder is None:
+            continue  # it was released in the meantime
+        if _is_live(path, holder, watch_seconds):
+            raise in_use(path.parent, Holder.read(path) or holder)
+        right = path.with_name(f".lock.{holder.stamp}")  # whoever holds this may replace that lock
+        _acquire(right, body, watch_seconds)
+        try:
+            now = Holder.read(path)
+            if now is not None and now.stamp == holder.stamp:
+                write_json(path, body)
+                what = "damaged lock" if holder.is_damaged else f"lock of {holder.describe()}"
+                _log.warning("took over the %s: it is gone", what)
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                right.unlink()
+
+
+def _create(path: Path, body: dict[str, Any]) -> bool:
+    """Create the file with its whole content; False if it exists."""
+    temporary = path.with_name(f".lock.{body['token']}.tmp")
+    temporary.write_text(json.dumps(body) + "\n", encoding="utf-8")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return temporary.stat().st_nlink > 1  # NFS repeats a request whose answer was lost
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_without_links(path, body)
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _create_without_links(path: Path, body: dict[str, Any]) -> bool:
+    """The same on a file system without hard links, where others see the file empty for an instant."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(body, file)
+    return True
+
+
+def owner_of(run_dir: Path | RunFolder) -> Holder | None:
+    """Return who holds the run's lock; None if nobody does or the file cannot be read."""
+    try:
+        holder = Holder.read(run_dir / "lock.json")
+    except (ConfigError, OSError):
+        return None
+    return None if holder is None or holder.is_damaged else holder
+
+
+def in_use(run_dir: Path | RunFolder, holder: Holder) -> ConfigError:
+    """Return the error for a run directory that another launch uses."""
+    return ConfigError(
+        f"run_dir: {run_dir}: is in use by {holder.describe()}; legal: another run_dir, or end that process first"
+    )
+
+
+def _is_live(path: Path, holder: Holder, watch_seconds: float) -> bool:
+    """On this machine the process table answers at once; elsewhere a live holder's file changes while we look."""
+    if holder.is_here:
+        return holder.is_running
+    deadline = time.monotonic() + (min(HEAL_SECONDS, watch_seconds) if holder.is_damaged else watch_seconds)
     while time.monotonic() < deadline:
         time.sleep(min(0.5, watch_seconds / 10))
-        body = read_json(path)
-        if body is None:
+        now = Holder.read(path)
+        if now is None:
             return False
-        if (body.get("token"), body.get("beats")) != (holder.get("token"), holder.get("beats")):
-            return True
+        if now.stamp != holder.stamp and not now.is_damaged:
+            return not now.is_here or now.is_running
     return False
-
-
-def _settled(path: Path) -> dict[str, Any] | None:
-    """The lock's content; its creator may still be writing it."""
-    for _ in range(10):
-        body = read_json(path)
-        if body is not None or not path.exists():
-            return body
-        time.sleep(0.05)
-    return None
-
-
-def _start_ticks(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None when there is none, or only its corpse."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

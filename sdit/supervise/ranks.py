@@ -6,7 +6,6 @@ those of a launch inside the outer one's. Where they cannot, one of the two is l
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +13,6 @@ from dataclasses import dataclass
 from sdit.errors import ConfigError
 
 LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # by it a supervisor tells its child, which sees only its ranks, who launched it
-LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time do not
-    "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
-    "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
 HOST = re.compile(r"[\w.:%\[\]-]*")
 MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
     "Open MPI": (
@@ -202,9 +197,3 @@ def _ask_mpi() -> RankInfo:
     node.Free()
     MPI.Finalize()
     return info
-
-
-def launch_id(environment: Mapping[str, str]) -> str:
-    """A short name that all ranks of a launch give themselves."""
-    shared = [f"{name}={environment[name]}" for name in LAUNCH_VARIABLES if name in environment]
-    return hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12]

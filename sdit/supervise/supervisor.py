@@ -10,20 +10,25 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ConfigError, ExitCode
-from sdit.supervise.board import Board, Note, Plan
+from sdit.supervise.admission import refuse_own
+from sdit.supervise.board import Board, Note, Plan, Waiting
 from sdit.supervise.child import HANGUP, Charge, Child, stop_signals
+from sdit.supervise.launch import LaunchMark, processes_to_watch
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
 from sdit.supervise.lock import RunLock
+from sdit.supervise.membership import Membership
+from sdit.supervise.process import command_of, machine, start_ticks
 from sdit.supervise.pulse import FOLDER_MOVED, LAUNCHER_GONE, TICK_SECONDS, Phase, Pulse
-from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo, launch_id
+from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo
 from sdit.supervise.run_folder import RunFolder, unwritable
 from sdit.supervise.station import Station
+from sdit.supervise.unfinished import Unfinished
 from sdit.supervise.verdict import End
 
 _log = logging.getLogger(__name__)
@@ -31,7 +36,6 @@ POLL_SECONDS = 0.1
 BOARD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 0.2  # launchers signal a process group and its processes: that is one signal
 FROZEN_SECONDS = 5.0  # ten ticks
-SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 FOREIGN = ("TORCHELASTIC_",)  # with these, torch would look for torchrun's store instead of rank 0's
 
 
@@ -39,7 +43,7 @@ FOREIGN = ("TORCHELASTIC_",)  # with these, torch would look for torchrun's stor
 class Job:
     """What to supervise: `command` is the rank's, `digest` stands for its config, `largest_world` see `Leader`.
 
-    `observe` says where the node's metrics are served; None: nowhere.
+    `observe` says where the node's metrics are served; None: nowhere. `steps` is the length of the run, if it is known.
     """
 
     command: Sequence[str]
@@ -47,59 +51,78 @@ class Job:
     digest: str
     largest_world: Callable[[int], int]
     observe: ObserveConfig | None = None
+    steps: int | None = None
 
 
 def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str]) -> int:
-    """Run one rank to the end of the run; return the exit code, which is the same on all ranks.
+    """Run one rank to the end of the run; return the exit code, which is the same on all ranks of the launch.
+
+    Rank 0 takes the run's lock before it touches anything that another launch may use.
 
     Raises: ConfigError when another process uses the run directory, or it cannot be written.
     """
-    launch = launch_id(environment)
     folder = RunFolder.create(job.run_dir)
-    try:
-        folder.make("logs")
-        board = Board(folder, launch)
-    except OSError as error:
-        raise unwritable(job.run_dir, error) from error
+    waiting = Waiting(folder)
+    note = Note(
+        info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest, start_ticks(os.getpid()), machine(),
+        LaunchMark.of_this_process(environment),
+    )  # fmt: skip
     if info.rank != 0:
-        return Supervisor(job, folder, config, info, environment, board, None).run(None)
-    meeting = Meeting.from_environment(environment, info.local_world == info.world)
-    leader = Leader(board, config, folder, info.world, meeting, job.largest_world)
+        try:
+            waiting.open()
+            waiting.post(note)
+        except OSError as error:
+            raise unwritable(job.run_dir, error) from error
+        try:
+            return Supervisor(job, folder, config, info, environment, note, Membership(folder, note, waiting)).run()
+        finally:
+            waiting.withdraw(note)
     try:
-        lock = RunLock(folder)
+        lock = RunLock(folder, launch=asdict(note.launch))
     except ConfigError:
         if info.world > 1:
-            time.sleep(BOARD_SECONDS * 4)  # the other ranks of this launch come to the board
-            leader.finish(ExitCode.CONFIG)
+            refuse_own(waiting, note, info.world, job.run_dir, ExitCode.CONFIG)
         raise
     with lock:
-        board.wipe()
-        return Supervisor(job, folder, config, info, environment, board, leader).run(lock)
+        board = Board(folder, lock.token)
+        try:
+            folder.make("logs")
+            board.open()
+            waiting.wipe()
+        except OSError as error:
+            raise unwritable(job.run_dir, error) from error
+        leader = Leader(
+            board, waiting, note, config, folder, info.world,
+            Meeting.from_environment(environment, info.local_world == info.world), job.largest_world,
+            Unfinished(folder, lock.token, job.steps),
+        )  # fmt: skip
+        member = Membership(folder, note, waiting, board)
+        return Supervisor(job, folder, config, info, environment, note, member, lock, leader).run()
 
 
 class Supervisor:
-    """The loop of one rank's parent process."""
+    """The loop of one rank's parent process. Rank 0's has the run's lock and leads the others."""
 
     def __init__(
         self, job: Job, folder: RunFolder, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str],
-        board: Board, leader: Leader | None,
+        note: Note, member: Membership, lock: RunLock | None = None, leader: Leader | None = None,
     ) -> None:  # fmt: skip
         self._folder = folder
         self._job, self._config, self._info, self._environment = job, config, info, environment
-        self._board, self._leader = board, leader
-        self._note = Note(info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest)
+        self._note, self._member, self._lock, self._leader = note, member, lock, leader
         self._station = Station(job.observe, job.run_dir, self._note)
         self._child: Child | None = None
         self._end: End | None = None  # not yet posted
         self._attempt = 0
-        self._launcher = os.getppid() if info.world > 1 and _command_name(os.getppid()) not in SHELLS else None
+        self._above = [(each, " ".join(command_of(each.pid))[:80]) for each in processes_to_watch(info.world)]
+        self._launcher_gone = ""
         self._stop_reason = 0  # the first signal, or LAUNCHER_GONE; 0: nobody asked for a stop
         self._signals: list[float] = []  # when; without SIGHUP, which never asks for a quick stop
         self._stop_seconds = 0.0
         self._plan: Plan | None = None
         self._plan_idle_seconds = 0.0
 
-    def run(self, lock: RunLock | None) -> int:
+    def run(self) -> int:
         """Follow the plan until it gives an exit code."""
         previous = {number: signal.signal(number, self._note_signal) for number in stop_signals()}
         before, board_due = time.monotonic(), 0.0
@@ -110,7 +133,7 @@ class Supervisor:
                 if self._child is not None:
                     self._watch(self._child, seconds)
                 self._obey_signals(seconds)
-                if lock is not None and not lock.beat():
+                if self._lock is not None and not self._lock.beat():
                     return self._leave("another process has taken the lock of the run directory")
                 self._plan_idle_seconds += seconds
                 if now >= board_due or self._child is None:
@@ -137,17 +160,20 @@ class Supervisor:
         if now != self._folder.path:
             self._stop_reason = self._stop_reason or FOLDER_MOVED
         try:
-            self._board.post_note(self._note)
             if self._end is not None:
-                self._board.post_end(self._attempt, self._end)
+                self._member.post_end(self._attempt, self._end)
                 self._end = None
         except OSError as error:  # a full disk: said again at the next look
             _log.warning("rank %d: %s", self._info.rank, error)
         if self._leader is not None:
             self._leader.stopping = self._is_stopping
             self._leader.poll()
-        plan = self._board.plan()
-        if plan is not None and plan.names(self._info.rank, self._note.nonce):
+        plan = self._find_plan()
+        if plan is None and self._plan is None:
+            code = self._turned_away()
+            if code is not None:
+                return code
+        if plan is not None:
             if self._plan is not None and plan.members["0"] != self._plan.members["0"]:
                 self._follow_new_leader()
             if plan != self._plan:
@@ -160,10 +186,28 @@ class Supervisor:
                 self._attempt = plan.attempt
                 if self._info.rank in plan.order:
                     self._start(plan)
-        patience = LOST_SECONDS if self._plan is not None else self._config.start_seconds + LOST_SECONDS
+        has_begun = self._plan is not None and self._plan.attempt > 0
+        patience = LOST_SECONDS if has_begun else self._config.start_seconds + LOST_SECONDS
         if self._plan_idle_seconds > patience:
             return self._leave("rank 0's supervisor does not answer")
         return None
+
+    def _find_plan(self) -> Plan | None:
+        try:
+            return self._member.plan()
+        except OSError as error:  # a full disk: announced again at the next look
+            _log.warning("rank %d: %s", self._info.rank, error)
+            return None
+
+    def _turned_away(self) -> int | None:
+        """Return the exit code if no plan will ever name this rank; None while one may."""
+        refusal = self._member.refusal()
+        if refusal is None:
+            return ExitCode.CRASH if self._is_stopping and self._leader is None else None
+        code, text = refusal
+        if text:
+            print(f"error: rank {self._info.rank}: {text}", file=sys.stderr, flush=True)
+        return code
 
     def _follow_new_leader(self) -> None:
         """Rank 0's supervisor was replaced: its attempts count from 1 again, and ours is none of them."""
@@ -206,7 +250,8 @@ class Supervisor:
         beat, failure = child.pulse.beat(), child.pulse.failure()
         self._end = End(
             self._info.rank, self._note.host, cause, code, int(beat.phase), beat.step, beat.marks, frozen,
-            failure is not None and failure.secondary, failure.text if failure is not None else "", self._is_stopping,
+            failure is not None and failure.secondary, failure.text if failure is not None else self._launcher_gone,
+            self._is_stopping,
         )  # fmt: skip
         self._station.count_end(self._end)
         self._child = None
@@ -229,10 +274,7 @@ class Supervisor:
 
     def _obey_signals(self, seconds: float) -> None:
         """The first signal asks the rank to save and stop; the second, or the end of the grace, ends it at once."""
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._launcher = None
-            print(f"rank {self._info.rank}: the launcher is gone; saving and leaving", file=sys.stderr)
-            self._stop_reason = self._stop_reason or LAUNCHER_GONE
+        self._look_for_launcher()
         if not self._is_stopping or self._child is None:
             return
         self._stop_seconds += seconds
@@ -247,6 +289,17 @@ class Supervisor:
         if self._info.local_rank == 0:
             print(f"error: {self._folder.problem}", file=sys.stderr, flush=True)
         return ExitCode.CONFIG
+
+    def _look_for_launcher(self) -> None:
+        """If a process of the launcher is gone, the rank saves and stops. That is no signal: one that follows is the first."""
+        if self._launcher_gone:
+            return
+        for process, command in self._above:
+            if not process.is_running:
+                self._launcher_gone = f"the launcher's process {process.pid} ({command}) is gone"
+                self._stop_reason = self._stop_reason or LAUNCHER_GONE
+                print(f"rank {self._info.rank}: {self._launcher_gone}; saving and leaving", file=sys.stderr, flush=True)
+                return
 
     def _leave(self, why: str) -> int:
         print(f"FATAL rank {self._info.rank}, host {self._note.host}: {why}; next: none", file=sys.stderr, flush=True)
@@ -263,10 +316,3 @@ def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:
         Phase.SAMPLE: config.sample_seconds,
         Phase.END: config.grace_seconds,
     }[phase]
-
-
-def _command_name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

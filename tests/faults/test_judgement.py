@@ -14,7 +14,7 @@ import torch
 from sdit.errors import ExitCode
 from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Phase, Pulse
-from sdit.supervise.ranks import find_rank, launch_id
+from sdit.supervise.ranks import find_rank
 from sdit.supervise.verdict import End, Judge, culprit
 from sdit.train.clock import Clock
 from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals, WorkTimer, rank_report
@@ -50,12 +50,6 @@ def test_a_crash_is_no_deterministic_error_when_its_text_differs() -> None:
 def test_a_user_s_mistake_is_told_in_the_rank_s_own_words() -> None:
     verdict = Judge(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
     assert (verdict.restart, verdict.code, verdict.text) == (False, 78, "train.steps: is not set")
-
-
-def test_ranks_of_one_launch_name_it_alike_and_two_launches_do_not() -> None:
-    common = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-    assert launch_id({**common, "RANK": "0"}) == launch_id({**common, "RANK": "1"})
-    assert launch_id(common) != launch_id({**common, "MASTER_PORT": "29501"})
 
 
 def test_rank_is_read_from_whatever_launched_it() -> None:

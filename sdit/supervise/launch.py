@@ -1,0 +1,100 @@
+"""The launch that started this process: the launcher's processes above it, and what its ranks have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from sdit.supervise.process import Process, command_of, machine, name_of, parent_of, start_ticks
+
+LAUNCHERS = frozenset((
+    "deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
+    "torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate",
+    "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "prterun", "prun", "prted", "hydra_pmi_proxy",
+    "hydra_bstrap_proxy", "srun", "slurmstepd",
+))  # fmt: skip
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
+INTERPRETERS = ("python", "pypy", *SHELLS)  # their first word that is no option names the program
+LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time seldom do
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # several nodes of a launch may be one machine
+
+
+@dataclass(frozen=True)
+class LaunchMark:
+    """What a rank knows of its launch. Ranks of one launch agree; ranks of two launches differ if anything tells them apart.
+
+    `variables` is a hash of the launcher's variables. `launcher` is the launcher's process that started this rank
+    ("": not known), which all ranks of a node have in common; it means something on the same `node` only.
+    """
+
+    variables: str
+    node: str
+    launcher: str
+
+    @classmethod
+    def of_this_process(cls, environment: Mapping[str, str]) -> LaunchMark:
+        shared = [f"{name}={environment[name]}" for name in LAUNCH_VARIABLES if name in environment]
+        node = " ".join([machine(), *(f"{name}={environment[name]}" for name in NODE_VARIABLES if name in environment)])
+        nearest = next((each for each in launcher_processes() if is_launcher(each.pid)), None)
+        launcher = f"{nearest.pid} {nearest.started}" if nearest is not None else ""
+        return cls(hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12], node, launcher)
+
+    def agrees_with(self, other: LaunchMark) -> bool:
+        """Return whether both ranks can be of one launch."""
+        return self.variables == other.variables and (self.node != other.node or self.launcher == other.launcher)
+
+
+def launcher_processes() -> list[Process]:
+    """Return the processes above this one that belong to its launch: the parent first, the outermost launcher last.
+
+    Scripts between two of them are included. What is above the outermost one (a login shell, sshd, init) is not: it may end
+    while the run continues. Empty if no process above is a known launcher.
+    """
+    above: list[Process] = []
+    outermost, pid = 0, os.getppid()
+    while pid > 0 and (started := start_ticks(pid)) is not None:
+        above.append(Process(pid, started))
+        if is_launcher(pid):
+            outermost = len(above)
+        pid = parent_of(pid)
+    return above[:outermost]
+
+
+def processes_to_watch(world: int) -> list[Process]:
+    """Return the processes above this one without which a launch of `world` ranks is over.
+
+    Without a known launcher that is the parent, unless it is a shell or starts a single process.
+    """
+    found, parent = launcher_processes(), os.getppid()
+    if found or world == 1 or name_of(parent) in SHELLS:
+        return found
+    return [Process(parent, start_ticks(parent))]
+
+
+def is_launcher(pid: int) -> bool:
+    """Return whether a process runs one of `LAUNCHERS`."""
+    return program_of(command_of(pid)) in LAUNCHERS
+
+
+def program_of(command: list[str]) -> str:
+    """Return the program of a command line, as a file or module name: `python -u -m torch.distributed.run` is the module."""
+    if not command:
+        return ""
+    name = PurePath(command[0].split(":")[0]).name  # a SLURM daemon calls itself `slurmstepd: [17.0]`
+    if name.rstrip("0123456789.").lstrip("-") not in INTERPRETERS:
+        return name
+    words = iter(command[1:])
+    for word in words:
+        if word in ("-m", "-c"):
+            return next(words, "") if word == "-m" else ""
+        if word in ("-W", "-X"):
+            next(words, "")
+        elif not word.startswith("-"):
+            return PurePath(word).name
+    return ""

@@ -1,0 +1,93 @@
+"""Processes of this machine, told apart even when the kernel gives a process id a second time (Linux)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this machine: its id and its start time in clock ticks since boot."""
+
+    pid: int
+    started: str | None  # None: the system does not say
+
+    @property
+    def is_running(self) -> bool:
+        return is_running(self.pid, self.started)
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from every other one, also from a later one with the same pid."""
+    return {"host": socket.gethostname(), "pid": pid, "started": start_ticks(pid), "machine": machine()}
+
+
+def machine() -> str:
+    """Return the boot and the process namespace that this process is in: process ids have one meaning within them."""
+    return f"{_read('/proc/sys/kernel/random/boot_id')} {_namespace()}"
+
+
+def is_running(pid: int, started: object) -> bool:
+    """Return whether the process with this start time runs on this machine; a zombie does not."""
+    if isinstance(pid, bool) or not 0 < pid < 2**31:
+        return False
+    ticks = start_ticks(pid)
+    if ticks is not None:
+        return ticks == started
+    if Path(f"/proc/{pid}").exists():
+        return False  # a zombie
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True  # /proc hides the processes of other users
+    except OSError:
+        return False
+    return started is None  # a system without /proc
+
+
+def start_ticks(pid: int) -> str | None:
+    """Return a process's start time in clock ticks since boot; None if there is none, or only a zombie."""
+    fields = _stat(pid)
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
+
+
+def parent_of(pid: int) -> int:
+    """Return the id of a process's parent; 0 if there is none."""
+    fields = _stat(pid)
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
+def name_of(pid: int) -> str:
+    """Return the kernel's name of a process; empty if it cannot be read."""
+    return _read(f"/proc/{pid}/comm")
+
+
+def command_of(pid: int) -> list[str]:
+    """Return the words of a process's command line; empty if they cannot be read."""
+    try:
+        data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return data.decode(errors="replace").rstrip("\0").split("\0") if data else []
+
+
+def _stat(pid: int) -> list[str]:
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,109 @@
+"""RUN/unfinished.json: there while a run is not complete, so that whoever looks next learns how its last launch ended.
+
+Launchers hide how a run ended: `deepspeed` returns 0 when its own child is killed. The file is written when a launch begins, gets
+the reason when it ends, and is removed when the run is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sdit.errors import ExitCode
+from sdit.supervise.files import read_json, write_json
+from sdit.supervise.lock import BEAT_SECONDS, Holder, owner_of
+from sdit.supervise.run_folder import RunFolder
+
+NAME = "unfinished.json"
+SILENT_SECONDS = 12 * BEAT_SECONDS  # a lock of another machine that is older than this is dead
+REFUSED = (ExitCode.USAGE, ExitCode.CONFIG)  # such a launch did not touch the run
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LastLaunch:
+    """How the last launch of a run that is not complete ended; `code` is None if it did not say."""
+
+    token: str
+    started: str
+    steps: int | None = None
+    step: int | None = None
+    code: int | None = None
+    why: str = ""
+
+    def describe(self, run_dir: Path | RunFolder) -> str:
+        """Return one sentence for a user."""
+        if self.code is None:
+            newest = max((path.name for path in (run_dir / "checkpoints").glob("images-*")), default="")
+            where = f"newest checkpoint {newest}" if newest else "no checkpoint"
+            what = f"{where}, all its processes were killed"
+        else:
+            of = f" of {self.steps}" if self.steps else ""
+            place = f"step {self.step}{of}, " if self.step is not None else ""
+            what = f"{place}{self.why} (exit {self.code})"
+        return f"the last launch ended before the run was complete: {what}"
+
+
+def last_launch(run_dir: Path | RunFolder) -> LastLaunch | None:
+    """Return how the last launch ended; None if the run is complete, was never started, or is running."""
+    found = _read(run_dir)
+    if found is not None and found.code is None:
+        holder = owner_of(run_dir)
+        if holder is not None and holder.body["token"] == found.token and _may_run(run_dir, holder):
+            return None
+    return found
+
+
+def _may_run(run_dir: Path | RunFolder, holder: Holder) -> bool:
+    """Whether the lock's holder lives, as far as one look can say."""
+    if holder.is_here:
+        return holder.is_running
+    try:
+        return time.time() - (run_dir / "lock.json").stat().st_mtime < SILENT_SECONDS
+    except OSError:
+        return False
+
+
+def _read(run_dir: Path | RunFolder) -> LastLaunch | None:
+    try:
+        return LastLaunch(**(read_json(run_dir / NAME) or {}))
+    except TypeError:  # no file, or one of another version
+        return None
+
+
+class Unfinished:
+    """The file, as the launch that holds the run's lock writes it. A full disk costs the reason, not the run."""
+
+    def __init__(self, run_dir: Path | RunFolder, token: str, steps: int | None) -> None:
+        """Report how the launch before this one ended and write that this one has begun."""
+        self._run_dir, self._before = run_dir, _read(run_dir)
+        self._mine = LastLaunch(token, datetime.now(timezone.utc).isoformat(timespec="seconds"), steps)
+        if self._before is not None:
+            _log.warning("%s", self._before.describe(run_dir))
+        self._write(self._mine)
+
+    def end(self, code: int, why: str, step: int | None = None) -> None:
+        """Write why the launch ended before the run was complete. A refused launch leaves the file as it was."""
+        if code not in REFUSED:
+            self._write(replace(self._mine, code=int(code), why=why, step=step))
+        elif self._before is not None:
+            self._write(self._before)
+        else:
+            clear(self._run_dir)
+
+    def _write(self, launch: LastLaunch) -> None:
+        try:
+            write_json(self._run_dir / NAME, asdict(launch))
+        except OSError as error:
+            _log.warning("%s: %s", NAME, error)
+
+
+def clear(run_dir: Path | RunFolder) -> None:
+    """The run is complete."""
+    try:
+        (run_dir / NAME).unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("%s: %s", NAME, error)
