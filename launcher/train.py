@@ -35,7 +35,7 @@ from sdit.cli import leave, run_command
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
-from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.errors import ConfigError, ExitCode, SditError, one_line
 from sdit.output import divert_output
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
@@ -123,7 +123,8 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
         return error.exit_code
     except Exception as error:
         secondary = LOST_OTHERS.search(str(error)) is not None
-        rank.pulse.fail(f"{type(error).__name__}: {error}", secondary)
+        text = one_line(f"{type(error).__name__}: {error}")
+        rank.pulse.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
         if secondary:
             print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
         else:

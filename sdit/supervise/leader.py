@@ -100,7 +100,7 @@ class Leader:
         if len(ends) < len(self._plan.order):
             if not self._plan.ending or time.monotonic() - self._since < LOST_SECONDS:
                 return
-            ends |= {rank: self._lost(rank) for rank in self._plan.order if rank not in ends}
+            ends |= {rank: self._lost(rank, ends) for rank in self._plan.order if rank not in ends}
         self._reached_first_step |= any(end.step > 0 or end.phase > 0 for end in ends.values())
         verdict = self._judge.decide(ends, self._newest_checkpoint(), self.stopping)
         problem = self._run_dir.problem
@@ -154,8 +154,11 @@ class Leader:
             _log.warning("the plan could not be posted: %s", error)
             self._beaten = 0.0
 
-    def _lost(self, rank: int) -> End:
-        return End(rank, self._notes[rank].host, "lost", ExitCode.CRASH)
+    def _lost(self, rank: int, others: Mapping[int, End]) -> End:
+        """The end of a rank that reported none. All ranks take the same steps, so the others know how far it was."""
+        known = max(others.values(), key=lambda end: end.step, default=None)
+        step, phase = (known.step, known.phase) if known is not None else (0, 0)
+        return End(rank, self._notes[rank].host, "lost", ExitCode.CRASH, phase, step)
 
     def _newest_checkpoint(self) -> str:
         folder = self._run_dir / "checkpoints"

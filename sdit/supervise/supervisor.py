@@ -249,7 +249,10 @@ class Supervisor:
         return ExitCode.CONFIG
 
     def _leave(self, why: str) -> int:
-        print(f"FATAL rank {self._info.rank}, host {self._note.host}: {why}; next: none", file=sys.stderr, flush=True)
+        where = f"rank {self._info.rank}, host {self._note.host}"
+        if self._child is not None:
+            where += f", step {self._child.beat.step}, phase {self._child.beat.phase.label}"
+        print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
         return ExitCode.CRASH
 
 
