@@ -105,8 +105,9 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
         job = Job(command, Path(config.run_dir), digest, lambda ranks: largest_world(config, ranks), config.observe)
         return supervise(job, config.supervise, info, os.environ)
-    with RunLock(RunFolder.create(Path(config.run_dir))) if info.rank == 0 else nullcontext() as lock:
+    with RunLock(Path(config.run_dir)) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:
+            lock.follow(RunFolder(Path(config.run_dir)).anchor)
             lock.keep_beating()
         return run(options, config, deepspeed, rank)
 

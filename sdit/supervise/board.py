@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sdit.supervise.files import read_json, write_json
-from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.verdict import End
 
 
@@ -57,17 +56,10 @@ class Plan:
 class Board:
     """The folder RUN/supervise/LAUNCH."""
 
-    def __init__(self, run_dir: RunFolder, launch: str) -> None:
-        self._run_dir, self._launch = run_dir, launch
-        run_dir.make("supervise", launch)
-
-    @property
-    def _folder(self) -> Path:
-        return self._run_dir / "supervise" / self._launch
-
-    @property
-    def _plan(self) -> Path:
-        return self._folder / "plan.json"
+    def __init__(self, run_dir: Path, launch: str) -> None:
+        self._folder = run_dir / "supervise" / launch
+        self._plan = self._folder / "plan.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def wipe(self) -> None:
         """Rank 0's supervisor, holder of the run's lock: forget earlier launches. New notes are posted again."""
@@ -83,7 +75,7 @@ class Board:
         path = self._folder / f"rank-{note.rank:05d}.json"
         body = read_json(path)
         if body is None or body.get("nonce") != note.nonce:
-            self._run_dir.make("supervise", self._launch)
+            self._folder.mkdir(parents=True, exist_ok=True)
             write_json(path, asdict(note))
 
     def notes(self, world: int) -> dict[int, Note]:

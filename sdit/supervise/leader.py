@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.board import Board, Note, Plan
-from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.verdict import REFUSED, End, Judge, Verdict, culprit
 
 BEAT_SECONDS = 2.0
@@ -43,7 +43,7 @@ class Leader:
     """Posts plans. `largest_world(n)` is the largest number of ranks, up to n, that the config can run on (0: none)."""
 
     def __init__(
-        self, board: Board, config: SuperviseConfig, run_dir: RunFolder, world: int, meeting: Meeting,
+        self, board: Board, config: SuperviseConfig, run_dir: Path, world: int, meeting: Meeting,
         largest_world: Callable[[int], int],
     ) -> None:  # fmt: skip
         self._board, self._config, self._run_dir, self._world = board, config, run_dir, world
@@ -54,6 +54,7 @@ class Leader:
         self._since = self._beaten = time.monotonic()
         self._reached_first_step = False
         self.stopping = False
+        self.problem = ""  # of the run folder, which is no longer at its path
 
     def poll(self) -> None:
         """One look at the board, and the next thing to do."""
@@ -103,9 +104,8 @@ class Leader:
             ends |= {rank: self._lost(rank, ends) for rank in self._plan.order if rank not in ends}
         self._reached_first_step |= any(end.step > 0 or end.phase > 0 for end in ends.values())
         verdict = self._judge.decide(ends, self._newest_checkpoint(), self.stopping)
-        problem = self._run_dir.problem
-        if problem:  # whatever the ranks met: another attempt, or launch, would begin a new run at the old path
-            verdict = Verdict(False, ExitCode.CONFIG, problem)
+        if self.problem:  # whatever the ranks met: another attempt, or launch, would begin a new run at the old path
+            verdict = Verdict(False, ExitCode.CONFIG, self.problem)
         self._record(ends, verdict)
         if not verdict.restart:
             self.finish(verdict.code, verdict.text)

@@ -15,7 +15,6 @@ from typing import Any
 
 from sdit.errors import ConfigError
 from sdit.supervise.files import read_json, write_json
-from sdit.supervise.run_folder import RunFolder, unwritable
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0  # a holder elsewhere that does not beat for this long is dead; four beats, for slow file systems
@@ -25,22 +24,17 @@ _log = logging.getLogger(__name__)
 class RunLock:
     """Holds RUN/lock.json. Raises: ConfigError, naming host and pid, when a live process holds it."""
 
-    def __init__(self, run_dir: Path | RunFolder, watch_seconds: float = WATCH_SECONDS) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, watch_seconds: float = WATCH_SECONDS) -> None:
+        self._path = run_dir / "lock.json"
         self._body: dict[str, Any] = {**identity(os.getpid()), "token": uuid.uuid4().hex, "beats": 0}
         self._beaten = time.monotonic()
         self._ended = threading.Event()
         try:
-            if isinstance(run_dir, Path):
-                run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 self._take_over(watch_seconds)
         except OSError as error:
             raise unwritable(run_dir, error) from error
-
-    @property
-    def _path(self) -> Path:
-        return self._run_dir / "lock.json"
 
     def _create(self) -> bool:
         try:
@@ -90,6 +84,10 @@ class RunLock:
             write_json(self._path, self._body)
         return True
 
+    def follow(self, run_dir: Path) -> None:
+        """Use another path to the same folder: one that holds after a rename."""
+        self._path = run_dir / self._path.name
+
     def keep_beating(self) -> None:
         """Beat from a thread, for a process without a loop of its own."""
 
@@ -107,6 +105,11 @@ class RunLock:
         if self.is_held:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """The error for a run directory that cannot be used."""
+    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 
 def identity(pid: int) -> dict[str, Any]:

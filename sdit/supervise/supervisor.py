@@ -19,10 +19,10 @@ from sdit.errors import ConfigError, ExitCode
 from sdit.supervise.board import Board, Note, Plan
 from sdit.supervise.child import HANGUP, Charge, Child, stop_signals
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
-from sdit.supervise.lock import RunLock
+from sdit.supervise.lock import RunLock, unwritable
 from sdit.supervise.pulse import FOLDER_MOVED, LAUNCHER_GONE, TICK_SECONDS, Phase, Pulse
 from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo, launch_id
-from sdit.supervise.run_folder import RunFolder, unwritable
+from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.station import Station
 from sdit.supervise.verdict import End
 
@@ -56,22 +56,24 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
     """
     launch = launch_id(environment)
     folder = RunFolder.create(job.run_dir)
+    run_dir = folder.anchor
     try:
         folder.make("logs")
-        board = Board(folder, launch)
+        board = Board(run_dir, launch)
     except OSError as error:
         raise unwritable(job.run_dir, error) from error
     if info.rank != 0:
         return Supervisor(job, folder, config, info, environment, board, None).run(None)
     meeting = Meeting.from_environment(environment, info.local_world == info.world)
-    leader = Leader(board, config, folder, info.world, meeting, job.largest_world)
+    leader = Leader(board, config, run_dir, info.world, meeting, job.largest_world)
     try:
-        lock = RunLock(folder)
+        lock = RunLock(job.run_dir)
     except ConfigError:
         if info.world > 1:
             time.sleep(BOARD_SECONDS * 4)  # the other ranks of this launch come to the board
             leader.finish(ExitCode.CONFIG)
         raise
+    lock.follow(run_dir)
     with lock:
         board.wipe()
         return Supervisor(job, folder, config, info, environment, board, leader).run(lock)
@@ -144,7 +146,7 @@ class Supervisor:
         except OSError as error:  # a full disk: said again at the next look
             _log.warning("rank %d: %s", self._info.rank, error)
         if self._leader is not None:
-            self._leader.stopping = self._is_stopping
+            self._leader.stopping, self._leader.problem = self._is_stopping, self._folder.problem
             self._leader.poll()
         plan = self._board.plan()
         if plan is not None and plan.names(self._info.rank, self._note.nonce):

@@ -16,7 +16,8 @@ from sdit.config import Config
 from sdit.configfile import dump_config
 from sdit.parallel.comm import Comm
 from sdit.redact import redact
-from sdit.supervise.run_folder import RunFolder, unwritable
+from sdit.supervise.lock import unwritable
+from sdit.supervise.run_folder import RunFolder
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
 
@@ -30,7 +31,7 @@ def prepare_run_dir(folder: RunFolder) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder.path, error) from error
 
 
 def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:

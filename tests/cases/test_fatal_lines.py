@@ -68,26 +68,17 @@ def test_rank_killed_by_any_signal_is_named(number: int) -> None:
     assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
 
 
-def run_folder(path: Path):
-    try:  # older code took a path
-        from sdit.supervise.run_folder import RunFolder
-    except ImportError:
-        return path
-    return RunFolder(path)
-
-
 def test_lost_rank_is_reported_at_the_step_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
     monkeypatch.setattr(leading, "LOST_SECONDS", 0.0)
     (tmp_path / "logs").mkdir()
-    folder = run_folder(tmp_path)
-    board = Board(folder, "launch")
+    board = Board(tmp_path, "launch")
     for rank in range(3):
         board.post_note(Note(rank, f"nonce-{rank}", f"n{rank}", 1, "digest"))
     meeting = leading.Meeting("127.0.0.1", None)
-    leader = leading.Leader(board, SuperviseConfig(), folder, 3, meeting, lambda ranks: ranks)
+    leader = leading.Leader(board, SuperviseConfig(), tmp_path, 3, meeting, lambda ranks: ranks)
     leader.poll()
     board.post_end(1, End(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
     board.post_end(1, End(1, "n1", "peer", -9, Phase.STEP, 42, 99))
