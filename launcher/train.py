@@ -36,7 +36,7 @@ from sdit.cli import leave, run_command
 from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
-from sdit.errors import ConfigError, ExitCode, SditError
+from sdit.errors import ConfigError, ExitCode, SditError, one_line
 from sdit.output import divert_output
 from sdit.redact import redact
 from sdit.supervise.child import Supervised
@@ -107,8 +107,9 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
         run_dir = Path(config.run_dir)
         job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe, steps)
         return supervise(job, config.supervise, info, os.environ)
-    with RunLock(RunFolder.create(Path(config.run_dir))) if info.rank == 0 else nullcontext() as lock:
+    with RunLock(Path(config.run_dir)) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:
+            lock.follow(RunFolder(Path(config.run_dir)).anchor)
             lock.keep_beating()
         return run(options, config, deepspeed, rank)
 
@@ -125,7 +126,8 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
         return error.exit_code
     except Exception as error:
         secondary = LOST_OTHERS.search(str(error)) is not None
-        rank.pulse.fail(redact(f"{type(error).__name__}: {error}"), secondary)
+        text = redact(one_line(f"{type(error).__name__}: {error}"))
+        rank.pulse.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
         if secondary:
             print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
         else:

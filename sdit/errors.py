@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import enum
+import re
+
+MESSAGE_CHARACTERS = 300
+_CPP_TRACE = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|frame #0:).*", re.DOTALL)
 
 
 class ExitCode(enum.IntEnum):
@@ -39,3 +43,10 @@ class CheckpointError(SditError):
     """A checkpoint that cannot be read or written; the message names the file."""
 
     exit_code = ExitCode.IO
+
+
+def one_line(text: str, characters: int = MESSAGE_CHARACTERS) -> str:
+    """Return a message as one line of bounded length: no line breaks, control characters, or stack traces of C++ code."""
+    text = _CPP_TRACE.sub("", text) or text
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= characters else text[: characters - 3].rstrip() + "..."

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from sdit.supervise.board import Board, Note, Waiting
 from sdit.supervise.lock import owner_of
-from sdit.supervise.run_folder import RunFolder
 
 SILENT_SECONDS = 30.0  # a waiting rank that says nothing for so long is gone; NFS shows a change after a few seconds
 REFUSE_SECONDS = 10.0  # how long a refused rank 0 waits for ranks of its launch that start later
@@ -51,7 +50,7 @@ def admit(members: Mapping[int, Note], candidates: Iterable[Note], world: int) -
     return kept
 
 
-def refuse_own(waiting: Waiting, me: Note, world: int, run_dir: Path | RunFolder, code: int) -> None:
+def refuse_own(waiting: Waiting, me: Note, world: int, run_dir: Path, code: int) -> None:
     """Tell the other ranks of a launch whose rank 0 (`me`) was refused to leave with `code`.
 
     Ranks that the plan of the lock's holder names are not of this launch.
@@ -70,7 +69,7 @@ def refuse_own(waiting: Waiting, me: Note, world: int, run_dir: Path | RunFolder
         time.sleep(0.1)
 
 
-def named_by_owner(run_dir: Path | RunFolder) -> set[str]:
+def named_by_owner(run_dir: Path) -> set[str]:
     """Return the nonces that the plan of the lock's holder names."""
     owner = owner_of(run_dir)
     board = Board.of_token(run_dir, owner.body["token"]) if owner is not None else None

@@ -22,7 +22,6 @@ from typing import Any
 from sdit.supervise.files import read_json, write_json
 from sdit.supervise.launch import LaunchMark
 from sdit.supervise.process import is_running, machine
-from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.verdict import End
 
 WAITING = "waiting"
@@ -86,16 +85,12 @@ class Plan:
 class Waiting:
     """The folder RUN/supervise/waiting, where ranks say that they are here."""
 
-    def __init__(self, run_dir: RunFolder) -> None:
-        self._run_dir = run_dir
-
-    @property
-    def _folder(self) -> Path:
-        return self._run_dir / "supervise" / WAITING
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "supervise" / WAITING
 
     def open(self) -> None:
         """Create the folder, in a run directory that may be new. Raises: OSError."""
-        self._run_dir.make("supervise", WAITING)
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def wipe(self) -> None:
         """Forget who is here: ranks that wait say it again. Only the lock's holder may do so. Raises: OSError."""
@@ -139,25 +134,18 @@ class Waiting:
 class Board:
     """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
 
-    def __init__(self, run_dir: Path | RunFolder, token: str) -> None:
+    def __init__(self, run_dir: Path, token: str) -> None:
         assert TOKEN.fullmatch(token), token
-        self._run_dir, self._token = run_dir, token
-
-    @property
-    def _folder(self) -> Path:
-        return self._run_dir / "supervise" / self._token
-
-    @property
-    def _plan(self) -> Path:
-        return self._folder / "plan.json"
+        self._folder = run_dir / "supervise" / token
+        self._plan = self._folder / "plan.json"
 
     @classmethod
-    def of_token(cls, run_dir: Path | RunFolder, token: str) -> Board | None:
+    def of_token(cls, run_dir: Path, token: str) -> Board | None:
         """Return the board that a lock's token names; None for anything that is no token."""
         return cls(run_dir, token) if TOKEN.fullmatch(token) else None
 
     @classmethod
-    def all_of(cls, run_dir: Path | RunFolder) -> list[Board]:
+    def all_of(cls, run_dir: Path) -> list[Board]:
         """Return the boards that there are: that of the lock's holder, or of the launch that ended last."""
         try:
             names = sorted(path.name for path in (run_dir / "supervise").iterdir())
@@ -167,8 +155,7 @@ class Board:
 
     def open(self) -> None:
         """Create the folder and remove those of earlier launches. Only the lock's holder may do so. Raises: OSError."""
-        assert isinstance(self._run_dir, RunFolder), "only the lock's holder opens a board"
-        self._run_dir.make("supervise", self._token)
+        self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.parent.iterdir():
             if other not in (self._folder, self._folder.with_name(WAITING)):
                 shutil.rmtree(other, ignore_errors=True)

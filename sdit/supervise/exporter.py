@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import selectors
 import shutil
 import socket
 import threading
@@ -30,8 +32,11 @@ from sdit.textfile import read_text
 
 PORTS_TRIED = 100
 SCRAPES_AT_ONCE = 16
+WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond, the oldest is hung up on
 ACCEPT_SECONDS = 0.5  # between two looks whether the exporter is closed
-REQUEST_SECONDS = 10.0  # a scraper that says or takes nothing for so long is hung up on
+REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, and again for each write of the answer
+REQUEST_BYTES = 16_384  # of the request's head
+ANSWER_BYTES = 1 << 20  # the kernel takes so much (or its limit) of an answer, whether the client reads it or not
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
@@ -42,44 +47,136 @@ _log = logging.getLogger(__name__)
 
 
 class _Handler(WSGIRequestHandler):
+    """Answers one request, whose head was read already, and hangs up."""
+
     timeout = REQUEST_SECONDS
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BytesIO(self.server.heads.pop(self.request))  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are not worth a line each."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers a bounded number of requests at once, each in a thread that nobody waits for."""
+    """Answers a bounded number of requests at once, each in a thread that nobody waits for.
 
-    timeout = ACCEPT_SECONDS
+    One thread reads the requests of all connections. A slow client costs a place in `_Waiting`, never a thread.
+    """
+
     request_queue_size = 64
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, address: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.heads: dict[Any, bytes] = {}
         self._free = threading.BoundedSemaphore(SCRAPES_AT_ONCE)
         super().__init__((address, port), _Handler)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+    def serve(self, closed: threading.Event) -> None:
+        """Accept, read and answer until `closed` is set. Raises: OSError when the listening socket fails."""
+        self.socket.setblocking(False)
+        with _Waiting() as waiting:
+            waiting.selector.register(self.socket, selectors.EVENT_READ)
+            while not closed.is_set():
+                if self.socket.fileno() < 0:
+                    raise OSError(errno.EBADF, "the listening socket is closed")
+                for key, _ in waiting.selector.select(ACCEPT_SECONDS):
+                    if key.fileobj is self.socket:
+                        self._accept(waiting)
+                    elif (head := waiting.read(key.fileobj)) is not None:  # type: ignore[arg-type]
+                        self._answer(key.fileobj, head)
+                waiting.drop_late()
+
+    def _accept(self, waiting: _Waiting) -> None:
         try:
-            super().process_request(request, client_address)
+            connection, _ = self.socket.accept()
+        except (BlockingIOError, ConnectionError):  # the client has left again
+            return
+        waiting.add(connection)
+
+    def _answer(self, connection: Any, head: bytes) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(connection)
+            return
+        connection.setblocking(True)
+        self.heads[connection] = head
+        try:
+            self.process_request(connection, ("", 0))
         except RuntimeError:  # no thread is to be had
             self._free.release()
-            raise
+            del self.heads[connection]
+            self.shutdown_request(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.heads.pop(request, None)
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A scraper that hangs up, or on: its own affair."""
         _log.debug("a request of %s failed", client_address, exc_info=True)
+
+
+class _Waiting:
+    """Connections whose request is not complete yet, oldest first: a bounded number, each for a bounded time."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self._since: dict[socket.socket, float] = {}
+        self._heads: dict[socket.socket, bytes] = {}
+
+    def __enter__(self) -> _Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in list(self._since):
+            self._hang_up(connection)
+        self.selector.close()
+
+    def add(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER_BYTES)
+        self._since[connection], self._heads[connection] = time.monotonic(), b""
+        self.selector.register(connection, selectors.EVENT_READ)
+        if len(self._since) > WAITING_AT_ONCE:
+            self._hang_up(next(iter(self._since)))
+
+    def read(self, connection: socket.socket) -> bytes | None:
+        """Take in what a client sent; return the head of its request once that is complete."""
+        if connection not in self._since:  # hung up on since it became ready
+            return None
+        try:
+            data = connection.recv(REQUEST_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        head = self._heads[connection] = self._heads[connection] + data
+        if not data or len(head) > REQUEST_BYTES:
+            self._hang_up(connection)
+        elif b"\r\n\r\n" in head or b"\n\n" in head:
+            self._forget(connection)
+            return head
+        return None
+
+    def drop_late(self) -> None:
+        """Hang up on clients whose time is over. Bytes that trickle in do not prolong it."""
+        due = time.monotonic() - REQUEST_SECONDS
+        for connection in [connection for connection, since in self._since.items() if since < due]:
+            self._hang_up(connection)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        self._forget(connection)
+        connection.close()
+
+    def _forget(self, connection: socket.socket) -> None:
+        self.selector.unregister(connection)
+        del self._since[connection], self._heads[connection]
 
 
 class Exporter:
@@ -159,8 +256,7 @@ class Exporter:
                 self._write_targets(server.server_port)
             except OSError as error:
                 self._tell_once("targets", f"{self._targets}: {error}; Prometheus must be told of port {self.port}")
-            while not self._closed.is_set():
-                server.handle_request()
+            server.serve(self._closed)
 
     def _listen(self) -> _Server:
         address, wanted = self._config.metrics_address, self._config.metrics_port

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.admission import Attendance, admit
 from sdit.supervise.board import Board, Note, Plan, Waiting
-from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.unfinished import Unfinished, clear
 from sdit.supervise.verdict import REFUSED, End, Judge, Verdict, culprit
 
@@ -45,7 +45,7 @@ class Leader:
     """Posts plans. `largest_world(n)` is the largest number of ranks, up to n, that the config can run on (0: none)."""
 
     def __init__(
-        self, board: Board, waiting: Waiting, note: Note, config: SuperviseConfig, run_dir: RunFolder, world: int,
+        self, board: Board, waiting: Waiting, note: Note, config: SuperviseConfig, run_dir: Path, world: int,
         meeting: Meeting, largest_world: Callable[[int], int], unfinished: Unfinished,
     ) -> None:  # fmt: skip
         self._board, self._waiting, self._unfinished = board, waiting, unfinished
@@ -58,6 +58,7 @@ class Leader:
         self._since = self._beaten = time.monotonic()
         self._reached_first_step = False
         self.stopping = False
+        self.problem = ""  # of the run folder, which is no longer at its path
 
     def poll(self) -> None:
         """One look at the board, and the next thing to do."""
@@ -121,12 +122,11 @@ class Leader:
         if len(ends) < len(self._plan.order):
             if not self._plan.ending or time.monotonic() - self._since < LOST_SECONDS:
                 return
-            ends |= {rank: self._lost(rank) for rank in self._plan.order if rank not in ends}
+            ends |= {rank: self._lost(rank, ends) for rank in self._plan.order if rank not in ends}
         self._reached_first_step |= any(end.step > 0 or end.phase > 0 for end in ends.values())
         verdict = self._judge.decide(ends, self._newest_checkpoint(), self.stopping)
-        problem = self._run_dir.problem
-        if problem:  # whatever the ranks met: another attempt, or launch, would begin a new run at the old path
-            verdict = Verdict(False, ExitCode.CONFIG, problem)
+        if self.problem:  # whatever the ranks met: another attempt, or launch, would begin a new run at the old path
+            verdict = Verdict(False, ExitCode.CONFIG, self.problem)
         self._record(ends, verdict)
         if not verdict.restart:
             self._leave_mark(ends, verdict)
@@ -173,8 +173,11 @@ class Leader:
             _log.warning("the plan could not be posted: %s", error)
             self._beaten = 0.0
 
-    def _lost(self, rank: int) -> End:
-        return End(rank, self._notes[rank].host, "lost", ExitCode.CRASH)
+    def _lost(self, rank: int, others: Mapping[int, End]) -> End:
+        """The end of a rank that reported none. All ranks take the same steps, so the others know how far it was."""
+        known = max(others.values(), key=lambda end: end.step, default=None)
+        step, phase = (known.step, known.phase) if known is not None else (0, 0)
+        return End(rank, self._notes[rank].host, "lost", ExitCode.CRASH, phase, step)
 
     def _newest_checkpoint(self) -> str:
         folder = self._run_dir / "checkpoints"

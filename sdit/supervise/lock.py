@@ -25,7 +25,6 @@ from typing import Any
 from sdit.errors import ConfigError
 from sdit.supervise.files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
-from sdit.supervise.run_folder import RunFolder, unwritable
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0  # a holder elsewhere that does not beat for this long is dead; four beats, for slow file systems
@@ -42,23 +41,18 @@ class RunLock:
     """
 
     def __init__(
-        self, run_dir: Path | RunFolder, watch_seconds: float = WATCH_SECONDS, launch: Mapping[str, str] | None = None
+        self, run_dir: Path, watch_seconds: float = WATCH_SECONDS, launch: Mapping[str, str] | None = None
     ) -> None:
-        self._run_dir = run_dir
+        self._path = run_dir / "lock.json"
         self.token = uuid.uuid4().hex
         self._body = {**identity(os.getpid()), "token": self.token, "beats": 0, "launch": dict(launch or {})}
         self._beaten = time.monotonic()
         self._ended = threading.Event()
         try:
-            if isinstance(run_dir, Path):
-                run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             _acquire(self._path, self._body, watch_seconds)
         except OSError as error:
             raise unwritable(run_dir, error) from error
-
-    @property
-    def _path(self) -> Path:
-        return self._run_dir / "lock.json"
 
     @property
     def is_held(self) -> bool:
@@ -77,6 +71,10 @@ class RunLock:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             write_json(self._path, self._body)
         return True
+
+    def follow(self, run_dir: Path) -> None:
+        """Use another path to the same folder: one that holds after a rename."""
+        self._path = run_dir / self._path.name
 
     def keep_beating(self) -> None:
         """Beat from a thread, for a process without a loop of its own."""
@@ -203,7 +201,7 @@ def _create_without_links(path: Path, body: dict[str, Any]) -> bool:
     return True
 
 
-def owner_of(run_dir: Path | RunFolder) -> Holder | None:
+def owner_of(run_dir: Path) -> Holder | None:
     """Return who holds the run's lock; None if nobody does or the file cannot be read."""
     try:
         holder = Holder.read(run_dir / "lock.json")
@@ -212,11 +210,16 @@ def owner_of(run_dir: Path | RunFolder) -> Holder | None:
     return None if holder is None or holder.is_damaged else holder
 
 
-def in_use(run_dir: Path | RunFolder, holder: Holder) -> ConfigError:
+def in_use(run_dir: Path, holder: Holder) -> ConfigError:
     """Return the error for a run directory that another launch uses."""
     return ConfigError(
         f"run_dir: {run_dir}: is in use by {holder.describe()}; legal: another run_dir, or end that process first"
     )
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """The error for a run directory that cannot be used."""
+    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 
 def _is_live(path: Path, holder: Holder, watch_seconds: float) -> bool:

@@ -12,7 +12,6 @@ from sdit.errors import ExitCode
 from sdit.supervise.board import Board, Note, Plan, Waiting
 from sdit.supervise.launch import LaunchMark
 from sdit.supervise.lock import Holder, in_use, owner_of
-from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.verdict import End
 
 BEAT_SECONDS = 2.0
@@ -28,7 +27,9 @@ _log = logging.getLogger(__name__)
 class Membership:
     """Rank 0's supervisor knows its own `board`. The others announce themselves until the lock holder's plan names them."""
 
-    def __init__(self, run_dir: Path | RunFolder, note: Note, waiting: Waiting, board: Board | None = None) -> None:
+    def __init__(self, run_dir: Path, shown: Path, note: Note, waiting: Waiting, board: Board | None = None) -> None:
+        """`shown` is the run folder's path in messages; `run_dir` may lead to it by a descriptor."""
+        self._shown = shown
         self._run_dir, self._note, self._waiting, self._board = run_dir, note, waiting, board
         self._announced = 0.0
         self._refused_since: float | None = None
@@ -73,7 +74,7 @@ class Membership:
         elif self._foreign is None or _token(self._foreign[0]) != _token(owner):
             self._foreign = owner, now
         elif owner.stamp != self._foreign[0].stamp and now - self._foreign[1] > FOREIGN_SECONDS:
-            return ExitCode.CONFIG, str(in_use(self._run_dir, owner))
+            return ExitCode.CONFIG, str(in_use(self._shown, owner))
         return None
 
     def _announce(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sdit.errors import ConfigError
+from sdit.supervise.lock import unwritable
 
 
 class RunFolder:
@@ -56,6 +57,12 @@ class RunFolder:
         return path
 
     @property
+    def anchor(self) -> Path:
+        """A path that leads this user's processes to the folder, whatever its name is. Without /proc: `path`."""
+        anchor = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        return anchor if self._is_at(anchor) else self.path
+
+    @property
     def now(self) -> Path | None:
         """Where the folder is: `path`, or its new path; None: it is deleted. Costs some microseconds."""
         if self._is_at(self.path):
@@ -71,9 +78,8 @@ class RunFolder:
         if not self._is_alive():
             return None
         # A rename on another host is not known here by name, but the descriptor still leads to the folder.
-        candidates = [Path(name)] if name is not None else []
-        candidates.append(Path(f"/proc/{os.getpid()}/fd/{self._descriptor}"))
-        return next((candidate for candidate in candidates if self._is_at(candidate)), None)
+        found = Path(name) if name is not None and self._is_at(Path(name)) else self.anchor
+        return found if found != self.path else None
 
     @property
     def problem(self) -> str:
@@ -112,8 +118,3 @@ class RunFolder:
             return os.readlink(f"/proc/self/fd/{self._descriptor}")
         except OSError:
             return None
-
-
-def unwritable(run_dir: Path | RunFolder, error: OSError) -> ConfigError:
-    """Return the error for a run directory that cannot be used."""
-    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")

@@ -21,12 +21,12 @@ from sdit.supervise.board import Board, Note, Plan, Waiting
 from sdit.supervise.child import HANGUP, Charge, Child, stop_signals
 from sdit.supervise.launch import LaunchMark, processes_to_watch
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
-from sdit.supervise.lock import RunLock
+from sdit.supervise.lock import RunLock, unwritable
 from sdit.supervise.membership import Membership
 from sdit.supervise.process import command_of, machine, start_ticks
 from sdit.supervise.pulse import FOLDER_MOVED, LAUNCHER_GONE, TICK_SECONDS, Phase, Pulse
 from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo
-from sdit.supervise.run_folder import RunFolder, unwritable
+from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.station import Station
 from sdit.supervise.unfinished import Unfinished
 from sdit.supervise.verdict import End
@@ -62,7 +62,8 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
     Raises: ConfigError when another process uses the run directory, or it cannot be written.
     """
     folder = RunFolder.create(job.run_dir)
-    waiting = Waiting(folder)
+    run_dir = folder.anchor
+    waiting = Waiting(run_dir)
     note = Note(
         info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest, start_ticks(os.getpid()), machine(),
         LaunchMark.of_this_process(environment),
@@ -74,17 +75,20 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
         except OSError as error:
             raise unwritable(job.run_dir, error) from error
         try:
-            return Supervisor(job, folder, config, info, environment, note, Membership(folder, note, waiting)).run()
+            return Supervisor(
+                job, folder, config, info, environment, note, Membership(run_dir, job.run_dir, note, waiting)
+            ).run()
         finally:
             waiting.withdraw(note)
     try:
-        lock = RunLock(folder, launch=asdict(note.launch))
+        lock = RunLock(job.run_dir, launch=asdict(note.launch))
     except ConfigError:
         if info.world > 1:
             refuse_own(waiting, note, info.world, job.run_dir, ExitCode.CONFIG)
         raise
+    lock.follow(run_dir)
     with lock:
-        board = Board(folder, lock.token)
+        board = Board(run_dir, lock.token)
         try:
             folder.make("logs")
             board.open()
@@ -92,11 +96,11 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
         except OSError as error:
             raise unwritable(job.run_dir, error) from error
         leader = Leader(
-            board, waiting, note, config, folder, info.world,
+            board, waiting, note, config, run_dir, info.world,
             Meeting.from_environment(environment, info.local_world == info.world), job.largest_world,
-            Unfinished(folder, lock.token, job.steps),
+            Unfinished(run_dir, lock.token, job.steps),
         )  # fmt: skip
-        member = Membership(folder, note, waiting, board)
+        member = Membership(run_dir, job.run_dir, note, waiting, board)
         return Supervisor(job, folder, config, info, environment, note, member, lock, leader).run()
 
 
@@ -166,7 +170,7 @@ class Supervisor:
         except OSError as error:  # a full disk: said again at the next look
             _log.warning("rank %d: %s", self._info.rank, error)
         if self._leader is not None:
-            self._leader.stopping = self._is_stopping
+            self._leader.stopping, self._leader.problem = self._is_stopping, self._folder.problem
             self._leader.poll()
         plan = self._find_plan()
         if plan is None and self._plan is None:
@@ -302,7 +306,10 @@ class Supervisor:
                 return
 
     def _leave(self, why: str) -> int:
-        print(f"FATAL rank {self._info.rank}, host {self._note.host}: {why}; next: none", file=sys.stderr, flush=True)
+        where = f"rank {self._info.rank}, host {self._note.host}"
+        if self._child is not None:
+            where += f", step {self._child.beat.step}, phase {self._child.beat.phase.label}"
+        print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
         return ExitCode.CRASH
 
 

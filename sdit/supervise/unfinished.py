@@ -15,7 +15,6 @@ from pathlib import Path
 from sdit.errors import ExitCode
 from sdit.supervise.files import read_json, write_json
 from sdit.supervise.lock import BEAT_SECONDS, Holder, owner_of
-from sdit.supervise.run_folder import RunFolder
 
 NAME = "unfinished.json"
 SILENT_SECONDS = 12 * BEAT_SECONDS  # a lock of another machine that is older than this is dead
@@ -34,7 +33,7 @@ class LastLaunch:
     code: int | None = None
     why: str = ""
 
-    def describe(self, run_dir: Path | RunFolder) -> str:
+    def describe(self, run_dir: Path) -> str:
         """Return one sentence for a user."""
         if self.code is None:
             newest = max((path.name for path in (run_dir / "checkpoints").glob("images-*")), default="")
@@ -47,7 +46,7 @@ class LastLaunch:
         return f"the last launch ended before the run was complete: {what}"
 
 
-def last_launch(run_dir: Path | RunFolder) -> LastLaunch | None:
+def last_launch(run_dir: Path) -> LastLaunch | None:
     """Return how the last launch ended; None if the run is complete, was never started, or is running."""
     found = _read(run_dir)
     if found is not None and found.code is None:
@@ -57,7 +56,7 @@ def last_launch(run_dir: Path | RunFolder) -> LastLaunch | None:
     return found
 
 
-def _may_run(run_dir: Path | RunFolder, holder: Holder) -> bool:
+def _may_run(run_dir: Path, holder: Holder) -> bool:
     """Whether the lock's holder lives, as far as one look can say."""
     if holder.is_here:
         return holder.is_running
@@ -67,7 +66,7 @@ def _may_run(run_dir: Path | RunFolder, holder: Holder) -> bool:
         return False
 
 
-def _read(run_dir: Path | RunFolder) -> LastLaunch | None:
+def _read(run_dir: Path) -> LastLaunch | None:
     try:
         return LastLaunch(**(read_json(run_dir / NAME) or {}))
     except TypeError:  # no file, or one of another version
@@ -77,7 +76,7 @@ def _read(run_dir: Path | RunFolder) -> LastLaunch | None:
 class Unfinished:
     """The file, as the launch that holds the run's lock writes it. A full disk costs the reason, not the run."""
 
-    def __init__(self, run_dir: Path | RunFolder, token: str, steps: int | None) -> None:
+    def __init__(self, run_dir: Path, token: str, steps: int | None) -> None:
         """Report how the launch before this one ended and write that this one has begun."""
         self._run_dir, self._before = run_dir, _read(run_dir)
         self._mine = LastLaunch(token, datetime.now(timezone.utc).isoformat(timespec="seconds"), steps)
@@ -101,7 +100,7 @@ class Unfinished:
             _log.warning("%s: %s", NAME, error)
 
 
-def clear(run_dir: Path | RunFolder) -> None:
+def clear(run_dir: Path) -> None:
     """The run is complete."""
     try:
         (run_dir / NAME).unlink(missing_ok=True)

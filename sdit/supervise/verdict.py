@@ -6,10 +6,12 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdit.errors import ExitCode
+from sdit.errors import ExitCode, one_line
 from sdit.supervise.pulse import Phase
 
 REFUSED = {ExitCode.USAGE, ExitCode.CONFIG}  # the user's to mend: an error, not a fault of the run
+TEXT_CHARACTERS = 600
+REFUSED_CHARACTERS = 2000  # a refusal lists what is legal
 FINAL = {ExitCode.DATA, ExitCode.IO}  # another attempt would end alike
 
 
@@ -36,14 +38,21 @@ class End:
     def describe(self) -> str:
         """`rank 1, host n7, step 12, phase step: killed by SIGKILL`."""
         where = f"rank {self.rank}, host {self.host}, step {self.step}, phase {Phase(self.phase).label}"
-        return f"{where}: {self._what()}" + (f" ({self.text})" if self.text else "")
+        # A stalled rank that wakes up while it is ended finds the others gone: that is no reason.
+        text = "" if self.cause == "stall" and self.secondary else one_line(self.text, TEXT_CHARACTERS)
+        return f"{where}: {self._what()}" + (f" ({text})" if text else "")
 
     def _what(self) -> str:
         if self.cause == "stall":
             return "frozen: not even Python runs in it" if self.frozen else "no progress before its deadline"
         if self.cause == "lost":
             return "its supervisor does not answer"
-        return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
+        return f"killed by {_signal_name(-self.code)}" if self.code < 0 else f"exit code {self.code}"
+
+
+def _signal_name(number: int) -> str:
+    """`SIGKILL`; real-time signals have no names."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Judge:
             return Verdict(False, self._stop_code if stopped else ExitCode.DONE, "")
         fault = culprit(list(ends.values()))
         if fault.cause == "exit" and fault.code in REFUSED:
-            return Verdict(False, fault.code, fault.text or fault.describe())
+            return Verdict(False, fault.code, one_line(fault.text, REFUSED_CHARACTERS) or fault.describe())
         if fault.cause == "exit" and fault.code in FINAL:
             return Verdict(False, fault.code, f"{fault.describe()}; next: none, a retry would end alike")
         if stopping or any(end.stopping for end in ends.values()):

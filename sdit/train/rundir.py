@@ -18,7 +18,8 @@ from sdit.config import Config
 from sdit.configfile import dump_config
 from sdit.distributed.comm import Comm
 from sdit.redact import holds_credential, redact
-from sdit.supervise.run_folder import RunFolder, unwritable
+from sdit.supervise.lock import unwritable
+from sdit.supervise.run_folder import RunFolder
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def prepare_run_dir(folder: RunFolder) -> None:
         probe.unlink()
         _remove_leftovers(folder.path)
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder.path, error) from error
 
 
 def _remove_leftovers(path: Path) -> None:

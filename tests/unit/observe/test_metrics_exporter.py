@@ -124,9 +124,9 @@ def test_flood_of_scrapers_ends_in_a_bounded_number_of_threads(start: Callable) 
     eventually(lambda: scrape(port))
     before = threading.active_count()
     flood = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
-    last = flood[-1]
-    last.settimeout(WAIT_SECONDS)
-    assert last.recv(1) == b"", "beyond the bound they are hung up on"
+    oldest = flood[0]
+    oldest.settimeout(WAIT_SECONDS)
+    assert oldest.recv(1) == b"", "beyond the bound the oldest is hung up on"
     assert threading.active_count() <= before + 16
     for connection in flood:
         connection.close()

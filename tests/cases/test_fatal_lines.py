@@ -1,0 +1,102 @@
+"""The line that says why an attempt ended: one readable line, with the last step that anyone knows (row S14)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sdit.config import SuperviseConfig
+from sdit.errors import ExitCode
+from sdit.supervise import leader as leading
+from sdit.supervise.board import Board, Note
+from sdit.supervise.pulse import Phase, Pulse
+from sdit.supervise.verdict import End, Judge
+from tests.faults.ranks import eventually, newest_step, start_fake
+
+GLOO = (
+    "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41213. "
+    "This may be caused by another failure.\nException raised from readComplete at pair.cc:534 (most recent call first):\n"
+    + "".join(
+        f"frame #{number}: <unknown function> + 0x{number:x} (0x7f00 in libtorch_cpu.so)\n" for number in range(60)
+    )
+)
+
+
+def text_of(*ends: End) -> str:
+    return Judge(restarts=3, stop_code=75).decide({end.rank: end for end in ends}, "", stopping=False).text
+
+
+def test_frozen_rank_is_named_without_what_it_said_when_it_was_woken() -> None:
+    """S14: a frozen rank is woken for its stacks, and then finds the others gone: that is not why it is ended."""
+    frozen = End(1, "n17", "stall", -9, Phase.STEP, 42, 99, frozen=True, secondary=True, text=GLOO)
+    waiting = End(0, "n17", "peer", -9, Phase.STEP, 42, 99)
+    text = text_of(waiting, frozen)
+    assert text.startswith("rank 1, host n17, step 42, phase step: frozen: not even Python runs in it; next: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [GLOO, "word " * 2000, "x" * 9000, "two\nlines\r\n\tand \x1b[31mred\x1b[0m\x07\x00 \u2028 end", "\u202eeslaf " * 3],
+    ids=["gloo", "long", "one word", "control characters", "direction marks"],
+)
+@pytest.mark.parametrize("cause", ["exit", "stall"])
+def test_reason_is_one_short_printable_line(text: str, cause: str) -> None:
+    """S14: texts of libraries are cut to a line that a person can read."""
+    line = text_of(End(0, "n17", cause, 70, Phase.STEP, 42, 99, text=text))
+    assert line.isprintable() and len(line) < 800
+    assert "frame #" not in line and "step 42" in line
+
+
+def test_rank_s_last_words_are_kept_whole_characters() -> None:
+    """S14: a text that is longer than its place in shared memory is not cut within a character of a line."""
+    pulse = Pulse()
+    pulse.fail("\u00e4" * 9000, secondary=False)
+    failure = pulse.failure()
+    assert failure is not None
+    line = text_of(End(0, "n17", "exit", 70, Phase.STEP, 42, 99, text=failure.text))
+    assert "\ufffd" not in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, 40, 63])
+def test_rank_killed_by_any_signal_is_named(number: int) -> None:
+    """S14: real-time signals have no name in Python; the supervisor reports their number."""
+    line = text_of(End(0, "n17", "exit", -number, Phase.STEP, 42, 99))
+    assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
+
+
+def test_lost_rank_is_reported_at_the_step_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
+    monkeypatch.setattr(leading, "LOST_SECONDS", 0.0)
+    (tmp_path / "logs").mkdir()
+    board = Board(tmp_path, "launch")
+    for rank in range(3):
+        board.post_note(Note(rank, f"nonce-{rank}", f"n{rank}", 1, "digest"))
+    meeting = leading.Meeting("127.0.0.1", None)
+    leader = leading.Leader(board, SuperviseConfig(), tmp_path, 3, meeting, lambda ranks: ranks)
+    leader.poll()
+    board.post_end(1, End(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
+    board.post_end(1, End(1, "n1", "peer", -9, Phase.STEP, 42, 99))
+    leader.poll()
+    time.sleep(0.01)
+    leader.poll()
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("FATAL rank 2, host n2, step 42, phase step: its supervisor does not answer")
+    (record,) = (json.loads(line) for line in (tmp_path / "logs" / "attempts.jsonl").read_text().splitlines())
+    assert (record["rank"], record["cause"], record["step"]) == (2, "lost", 42)
+
+
+@pytest.mark.slow
+def test_lost_supervisor_is_reported_with_its_step(tmp_path: Path) -> None:
+    """S14: the same with real supervisors."""
+    config = {"step_seconds": 2.5, "first_step_seconds": 2.5, "grace_seconds": 5.0}
+    with start_fake(3, tmp_path / "run", steps=200, step_seconds=0.05, config=config) as ranks:
+        eventually(lambda: newest_step(tmp_path / "run") >= 4)
+        ranks.send(2, signal.SIGKILL)
+        assert ranks.codes(seconds=90) == [ExitCode.CRASH, ExitCode.CRASH, -signal.SIGKILL]
+    assert ranks.fatal[0].startswith("FATAL rank 2,") and ", step 0," not in ranks.fatal[0]
