@@ -51,7 +51,9 @@ OVERRIDES = st.lists(
 
 def _nested(key: str, value: str) -> str:
     parts = key.split(".")
-    return "".join(f"{'  ' * depth}{part}:{'' if part != parts[-1] else ' ' + value}\n" for depth, part in enumerate(parts))
+    return "".join(
+        f"{'  ' * depth}{part}:{'' if part != parts[-1] else ' ' + value}\n" for depth, part in enumerate(parts)
+    )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> None:
