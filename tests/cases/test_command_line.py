@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,7 @@ ODD_NAMES = [
     "a b ",
     "é",
 ]
-ALONE = "supervise.enabled=false"
-BAD_STEPS = "sample.steps=1001"  # refused only once the run's folder is known
+TRAIN = str(ROOT / "launcher" / "train.py")
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +245,25 @@ def test_the_flag_of_torch_distributed_launch_is_accepted(
     assert "--no-such-option: unknown option" in result.err or "required" in result.err
 
 
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ("-m", "torch.distributed.launch", "--nproc_per_node=1", "--master_port=0", TRAIN),
+        ("-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", "29733", TRAIN, "--deepspeed"),
+    ],
+)
+def test_real_launchers_may_append_their_flags(launch: tuple[str, ...], tmp_path: Path) -> None:
+    """R3: Under the launchers of torch and DeepSpeed, the command line is accepted and the config is judged."""
+    words = ("--config", str(TINY), "--deepspeed_config", str(ZERO2), "--run-dir", str(tmp_path / "r"), "train.stpes=3")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *launch, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    text = done.stdout + done.stderr
+    assert "error: command line: train.stpes: unknown key; did you mean train.steps?" in text, text
+    assert "unrecognized arguments" not in text and "unknown option" not in text
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_overrides_stand_anywhere(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """R4: Overrides stand before, between and after options."""
@@ -346,3 +366,13 @@ def test_a_published_json_of_the_repository_is_read() -> None:
 
     for file in (ROOT / "configs" / "deepspeed").glob("*.json"):
         assert read_deepspeed_json(file) == json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_numbers_of_the_environment_are_bounded(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S7: A number of 5,000 digits in a launcher's variable is refused in one line."""
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", name: "9" * 5000}.items():
+        monkeypatch.setenv(variable, value)
+    call(capsys, "train", "--config", TINY, "--run-dir", "r").refused(ExitCode.CONFIG, f"{name}: '9999")
