@@ -358,6 +358,8 @@ def test_an_override_replaces_a_wrong_value_of_the_file() -> None:
     assert load_config("c.yaml", ["train.steps=3"]).train.steps == 3
     with pytest.raises(ConfigError, match=r"^command line: train\.steps: 'more'"):
         load_config("c.yaml", ["train.steps=more"])
+    Path("c.yaml").write_text("run_dir: $SDIT_NO_SUCH/x\n")
+    assert submit.main(["--config", "c.yaml", "--run-dir", "r", "train.steps=1", "--dry-run"]) == ExitCode.DONE
 
 
 def test_a_published_json_of_the_repository_is_read() -> None:

@@ -256,7 +256,7 @@ def test_deep_and_long_overrides_are_refused() -> None:
 )  # fmt: skip
 def test_a_written_config_is_read_back_the_same(text: str, tmp_path: Path) -> None:
     """S7: config.yaml gives back the run folder that a run was started with, whatever its name looks like."""
-    config = load_config(TINY, literal={"run_dir": text})
+    config = load_config(TINY).model_copy(update={"run_dir": text})
     (tmp_path / "config.yaml").write_text(dump_config(config))
     found = load_config(tmp_path / "config.yaml")
     assert Path(found.run_dir) == Path(text)
