@@ -62,6 +62,8 @@ def load_config(
     _drop_replaced(values, overridden)
     sources = {key: source for key, source in sources.items() if not _is_inside(key, overridden)}
     sources |= dict.fromkeys(overridden, COMMAND_LINE)
+    for key in literal or ():
+        _set(values, key, None)  # what is replaced is not judged
     _settle(values, Config, "", sources, name)
     for key, text in (literal or {}).items():
         _set(values, key, text)

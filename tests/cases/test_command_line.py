@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,24 @@ from tests.cases.commands import ROOT, TINY, call, start
 
 ZERO1 = ROOT / "configs" / "deepspeed" / "zero1.json"
 ZERO2 = ROOT / "configs" / "deepspeed" / "zero2.json"
-ODD_NAMES = ["exp #2", "20261126", "007", "null", "~", "true", "1e3", "a: b", "{x", "- y", "$HOME", "${NO}", "'q'", "a b ", "é"]
-ALONE = "supervise.enabled=false"
-BAD_STEPS = "sample.steps=1001"  # refused only once the run's folder is known
+ODD_NAMES = [
+    "exp #2",
+    "20261126",
+    "007",
+    "null",
+    "~",
+    "true",
+    "1e3",
+    "a: b",
+    "{x",
+    "- y",
+    "$HOME",
+    "${NO}",
+    "'q'",
+    "a b ",
+    "é",
+]
+TRAIN = str(ROOT / "launcher" / "train.py")
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +137,7 @@ def path_keys() -> list[str]:
 
 @pytest.mark.parametrize("key", ["run_dir", "data.path", "validation.path", "checkpoint.resume"])
 @pytest.mark.parametrize("text", ["~/x", "$HOME/x", "${HOME}/x", "$SDIT_PLACE/x", "${SDIT_PLACE}/x"])
-def test_home_and_variables_are_expanded(
-    key: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_home_and_variables_are_expanded(key: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """R5: `~` and variables are expanded in each path, in YAML and in overrides."""
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SDIT_PLACE", "/home/me")
@@ -200,18 +215,24 @@ def test_flags_of_deepspeed_scripts_are_accepted(verb: object, flags: tuple[str,
         assert os.path.realpath(options.ds_config) == str(ZERO2) and options.overrides == ["train.steps=3"]
 
 
-@pytest.mark.parametrize("words", [("--deepspeed",), ("--deepspeed", "train.steps=3"), ("train.steps=3", "--deepspeed")])
+@pytest.mark.parametrize(
+    "words", [("--deepspeed",), ("--deepspeed", "train.steps=3"), ("train.steps=3", "--deepspeed")]
+)
 def test_deepspeed_without_a_file_takes_no_override_for_one(words: tuple[str, ...]) -> None:
     """R3: `--deepspeed` alone is a switch; the override after it stays an override."""
     options = train.parse(list(words))
     assert options.ds_config == str(ZERO1) and options.overrides == [word for word in words if "=" in word]
 
 
-@pytest.mark.parametrize("pair", [("--deepspeed", "--ds_config"), ("--ds_config", "--deepspeed_config"), ("--ds_config",) * 2])
+@pytest.mark.parametrize(
+    "pair", [("--deepspeed", "--ds_config"), ("--ds_config", "--deepspeed_config"), ("--ds_config",) * 2]
+)
 def test_two_deepspeed_files_are_refused(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """R3: Two different DeepSpeed JSONs contradict each other."""
     words = (pair[0], ZERO1, pair[1], ZERO2)
-    call(capsys, "train", "--config", TINY, *words).refused(ExitCode.USAGE, "two DeepSpeed JSONs", "zero1.json", "zero2.json")
+    call(capsys, "train", "--config", TINY, *words).refused(
+        ExitCode.USAGE, "two DeepSpeed JSONs", "zero1.json", "zero2.json"
+    )
 
 
 @pytest.mark.parametrize("verb", ["train", "doctor", "sample", "evaluate"])
@@ -222,6 +243,25 @@ def test_the_flag_of_torch_distributed_launch_is_accepted(
     """R3: Each launcher that runs under `torch.distributed.launch` takes its `--local-rank`."""
     result = call(capsys, verb, *flag, "--no-such-option")
     assert "--no-such-option: unknown option" in result.err or "required" in result.err
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ("-m", "torch.distributed.launch", "--nproc_per_node=1", "--master_port=0", TRAIN),
+        ("-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", "29733", TRAIN, "--deepspeed"),
+    ],
+)
+def test_real_launchers_may_append_their_flags(launch: tuple[str, ...], tmp_path: Path) -> None:
+    """R3: Under the launchers of torch and DeepSpeed, the command line is accepted and the config is judged."""
+    words = ("--config", str(TINY), "--deepspeed_config", str(ZERO2), "--run-dir", str(tmp_path / "r"), "train.stpes=3")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *launch, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    text = done.stdout + done.stderr
+    assert "error: command line: train.stpes: unknown key; did you mean train.steps?" in text, text
+    assert "unrecognized arguments" not in text and "unknown option" not in text
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -258,8 +298,14 @@ def test_overrides_between_options_reach_a_real_launch(tmp_path: Path) -> None:
 )
 def test_mistyped_options_are_guessed(verb: str, word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     """R4: An unknown option is refused with the nearest known one."""
-    needed = {"submit": ("--run-dir", "r"), "sample": ("--checkpoint", "c", "--out", "x.png"), "prepare": ("digits", "--out", "o")}
-    call(capsys, verb, *needed.get(verb, ()), word).refused(ExitCode.USAGE, f"{word.partition('=')[0]}: unknown option", hint)
+    needed = {
+        "submit": ("--run-dir", "r"),
+        "sample": ("--checkpoint", "c", "--out", "x.png"),
+        "prepare": ("digits", "--out", "o"),
+    }
+    call(capsys, verb, *needed.get(verb, ()), word).refused(
+        ExitCode.USAGE, f"{word.partition('=')[0]}: unknown option", hint
+    )
 
 
 @pytest.mark.parametrize(("text", "steps"), [("1e3", 1000), ("2.0", 2), ("1E1", 10), ("+3", 3), ("10.", 10)])
@@ -310,8 +356,10 @@ def test_an_override_replaces_a_wrong_value_of_the_file() -> None:
     """R7: What an override replaces is not judged."""
     Path("c.yaml").write_text("train: {steps: many}\n")
     assert load_config("c.yaml", ["train.steps=3"]).train.steps == 3
-    with pytest.raises(ConfigError, match="^command line: train.steps: 'more'"):
+    with pytest.raises(ConfigError, match=r"^command line: train\.steps: 'more'"):
         load_config("c.yaml", ["train.steps=more"])
+    Path("c.yaml").write_text("run_dir: $SDIT_NO_SUCH/x\n")
+    assert submit.main(["--config", "c.yaml", "--run-dir", "r", "train.steps=1", "--dry-run"]) == ExitCode.DONE
 
 
 def test_a_published_json_of_the_repository_is_read() -> None:
@@ -320,3 +368,13 @@ def test_a_published_json_of_the_repository_is_read() -> None:
 
     for file in (ROOT / "configs" / "deepspeed").glob("*.json"):
         assert read_deepspeed_json(file) == json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_numbers_of_the_environment_are_bounded(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S7: A number of 5,000 digits in a launcher's variable is refused in one line."""
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", name: "9" * 5000}.items():
+        monkeypatch.setenv(variable, value)
+    call(capsys, "train", "--config", TINY, "--run-dir", "r").refused(ExitCode.CONFIG, f"{name}: '9999")

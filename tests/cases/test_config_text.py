@@ -19,7 +19,8 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
 MAP_LAUGHS = "a: &a {k: 1, l: 2}\n" + "".join(
-    f"{new}: &{new} {{k: *{old}, l: *{old}, m: *{old}}}\n" for old, new in zip("abcdefghijkl", "bcdefghijklm", strict=True)
+    f"{new}: &{new} {{k: *{old}, l: *{old}, m: *{old}}}\n"
+    for old, new in zip("abcdefghijkl", "bcdefghijklm", strict=True)
 )
 
 
@@ -219,7 +220,12 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["train={}", "train=5", "train=[1]", "train=null", "model.experts=[]", "seed.a=1"])
 def test_sections_as_overrides_end_in_a_config_or_one_line(override: str) -> None:
     """S7: A section that an override replaces cannot break those that come after it."""
-    for words in ([override], ["train.steps=3", override], [override, "train.images=3"], ["checkpoint.every_steps=1", override]):
+    for words in (
+        [override],
+        ["train.steps=3", override],
+        [override, "train.images=3"],
+        ["checkpoint.every_steps=1", override],
+    ):
         try:
             load_config(TINY, words)
         except ConfigError as error:
@@ -228,18 +234,29 @@ def test_sections_as_overrides_end_in_a_config_or_one_line(override: str) -> Non
 
 def test_deep_and_long_overrides_are_refused() -> None:
     """S7: Keys and values of overrides have bounds, too."""
-    for override in ("a" + ".a" * 5000 + "=1", "x" * 70_000 + "=1", "seed=" + "[" * 5000, "seed=" + "9" * 5000, "a..b=1", ".=1"):
+    for override in (
+        "a" + ".a" * 5000 + "=1",
+        "x" * 70_000 + "=1",
+        "seed=" + "[" * 5000,
+        "seed=" + "9" * 5000,
+        "a..b=1",
+        ".=1",
+    ):
         with pytest.raises(ConfigError, match="command line: ") as caught:
             load_config(TINY, [override])
         assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
-    "text", ["007", "1e5", "null", "~", "on", "0o7", "1:0", "exp #2", "a: b", "$HOME/x", "~/x", "a$$b", "- x", "é", ".5", "=", "2026-11-27"]
+    "text",
+    [
+        "007", "1e5", "null", "~", "on", "0o7", "1:0", "exp #2", "a: b", "$HOME/x", "~/x", "a$$b", "- x", "é", ".5", "=",
+        "2026-11-27",
+    ],
 )  # fmt: skip
 def test_a_written_config_is_read_back_the_same(text: str, tmp_path: Path) -> None:
     """S7: config.yaml gives back the run folder that a run was started with, whatever its name looks like."""
-    config = load_config(TINY, literal={"run_dir": text})
+    config = load_config(TINY).model_copy(update={"run_dir": text})
     (tmp_path / "config.yaml").write_text(dump_config(config))
     found = load_config(tmp_path / "config.yaml")
     assert Path(found.run_dir) == Path(text)
