@@ -206,10 +206,10 @@ def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -
             decoder = LatentDecoder(options.vae, config.model.channels, config.data.latent_scale, device)
         drawing = Drawing(trained, options.weights, chosen_settings(config, options), options.images, decoder)
         other_classes = check_classes(source, trained, options.allow_other_classes)
-        if other_classes and info.rank == 0:
-            print(f"warning: {other_classes}", file=sys.stderr)
         blocks = Blocks(options.out.with_suffix(".parts"), drawing, options.block, other_classes)
         check_shape(source, blocks)
+        if other_classes and info.rank == 0:
+            print(f"warning: {other_classes}", file=sys.stderr)
         show = stack.enter_context(progress_bar("img", "draw")) if info.rank == 0 else None
         blocks.draw(comm, options.batch, show)
     return blocks
