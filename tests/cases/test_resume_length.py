@@ -24,7 +24,7 @@ RESUMES: dict[str, tuple[str, ...]] = {
     "halved": (f"train.global_batch={BATCH // 2}",),
     "doubled": (f"train.global_batch={BATCH * 2}",),
     "longer": (f"train.steps={STEPS + 4}",),
-    "images": (f"train.images={LENGTH - 64}",),
+    "images": ("train.steps=null", f"train.images={LENGTH - 64}"),
     "shorter": (f"train.steps={HALF - 2}", "optimizer.learning_rate=0.5"),
     "older": (f"train.global_batch={BATCH // 2}",),
 }
