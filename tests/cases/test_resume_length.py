@@ -159,6 +159,17 @@ def test_an_unchanged_resume_is_the_same_run(runs: Path) -> None:
     assert [record["learning_rate"] for record in got] == [record["learning_rate"] for record in want]
 
 
+def test_no_password_is_listed() -> None:
+    """R2: A changed URL is listed without the password that it holds."""
+    from sdit.config import Config
+    from sdit.train.clock import Clock
+    from sdit.train.resume import Resumed, describe_resume
+
+    change = "observe.pushgateway: 'http://me:hunter22@host:9091' -> None"
+    text = describe_resume([change], Resumed(512, 512, 32), Config(), Clock(256, 8))
+    assert "observe.pushgateway" in text and "hunter22" not in text
+
+
 @pytest.mark.parametrize(("old", "new", "drawn"), [(32, 64, False), (64, 32, True)])
 def test_a_grid_is_due_by_the_batch_of_the_step_that_was_taken(old: int, new: int, drawn: bool) -> None:
     """R2: After a change of the batch, what the last step owed follows from that step's own size."""
