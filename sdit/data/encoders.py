@@ -125,7 +125,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
     try:
         config = json.loads((vae / "config.json").read_bytes())
         with open_regular(vae / "diffusion_pytorch_model.safetensors") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+            weights = hashlib.sha256(file.read()).hexdigest()
     except OSError as error:
         raise ConfigError(
             f"--vae: {error.filename}: {error.strerror}; legal: a local folder with config.json and "

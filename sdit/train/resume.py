@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sdit.config import Config
 from sdit.configfile import config_keys
 from sdit.errors import CheckpointError
+from sdit.redact import redact
 from sdit.sections import TrainConfig
 from sdit.train.clock import Clock
 
@@ -52,7 +53,7 @@ def describe_resume(changes: Sequence[str], resumed: Resumed, config: Config, cl
     if not changes:
         return ""
     count = f"{len(changes)} setting{'s differ' if len(changes) > 1 else ' differs'}"
-    lines = [f"  {change}{_effect(change.partition(':')[0], resumed, config, clock)}" for change in changes]
+    lines = [f"  {redact(change)}{_effect(change.partition(':')[0], resumed, config, clock)}" for change in changes]
     return "\n".join([f"resume: {count} from the checkpoint's:", *lines])
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +37,7 @@ READERS = {
     "routing": ("--out", "out.png"),
     "evaluate": ("--images", "64", "--reference", "digits", "--out", "out.json"),
 }
-HANG_SECONDS = 120.0
+HANG_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -43,6 +45,23 @@ def run(tmp_path: Path) -> Path:
     """A run with one good checkpoint."""
     write_run(tmp_path / "run", tiny_config(), IMAGES)
     return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """A reader that hangs on a FIFO, or reads without end, fails after 15 s or 4 GiB."""
+
+    def expire(*_: object) -> None:
+        pytest.fail("the reader hangs")  # no OSError, which readers report
+
+    before, (soft, hard) = signal.signal(signal.SIGALRM, expire), resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), hard))
+    signal.alarm(15)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -293,6 +312,13 @@ def test_a_resume_passes_over_a_malformed_checkpoint(run: Path, kind: str) -> No
     assert_one_line(caught.value)
 
 
+@pytest.fixture
+def unbounded(bounded: None) -> None:
+    """Commands in processes of their own have a time limit of their own."""
+    signal.alarm(0)
+    resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1:] * 2)
+
+
 def launched(reader: str, checkpoint: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launcher" / f"{reader}.py"), "--checkpoint", str(checkpoint)]
     return subprocess.run(
@@ -301,6 +327,7 @@ def launched(reader: str, checkpoint: Path, folder: Path) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.usefixtures("unbounded")
 def test_every_reader_refuses_a_fifo_in_one_line(run: Path, tmp_path: Path, reader: str) -> None:
     """S8: A FIFO in a checkpoint is refused with 74 and does not hang any command."""
     SHARDS["shard is a FIFO"](checkpoint_of(run))
@@ -321,6 +348,7 @@ def overwrite(folder: Path, kind: str, value: float) -> str:
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.usefixtures("unbounded")
 def test_every_reader_refuses_weights_that_hold_nan(run: Path, tmp_path: Path, reader: str) -> None:
     """R11: Weights that hold a NaN are refused with 74, and the tensor is named."""
     name = overwrite(checkpoint_of(run), "ema", float("nan"))
@@ -438,6 +466,7 @@ def test_a_config_too_large_for_its_weights_takes_no_memory(run: Path) -> None:
         load_model(checkpoint_of(run))
 
 
+@pytest.mark.usefixtures("unbounded")
 def test_the_report_reads_no_fifo(run: Path, tmp_path: Path) -> None:
     """S8: A FIFO or deep JSON among a run's files is named in the report and does not hang it."""
     (run / "metrics.jsonl").write_text('{"images_seen": 4, "step": 1, "loss": 1.0}\n' + "[" * 50_000 + "\n")

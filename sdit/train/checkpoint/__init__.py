@@ -6,6 +6,9 @@ optimizer moment, NAME a parameter or, for a stack of experts, `PARAMETER#EXPERT
 the flattened tensor. Which rank wrote which piece follows from the keys alone, so any layout reads what any other
 wrote.
 
+`manifest.py` says what a manifest must hold; later versions may add fields. `length_images` is the length of the run,
+fixed when it started.
+
 torch.distributed.checkpoint was looked at first: its index is a pickle, it keeps no checksums, and its chunks are
 boxes, while a ZeRO partition is a range of the flattened tensor.
 """
