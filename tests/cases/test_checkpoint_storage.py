@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from sdit.config import CheckpointConfig
+from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
-from sdit.parallel.comm import Comm
 from sdit.train.checkpoint import store as store_module
 from sdit.train.checkpoint.files import write_shard
 from sdit.train.checkpoint.saver import Saver
