@@ -3,6 +3,7 @@
 
   evaluate.py --checkpoint runs/fashion --images 10000 --reference data/fashion-mnist --out fashion.json
   evaluate.py --samples samples.npz --reference data/fashion-mnist --out fashion.json
+  evaluate.py --samples PNG_FOLDER --reference IMAGE_TREE --features inception-2015-12-05.pt --out scores.json
   evaluate.py --samples samples.npz --reference reference.npz --features inception-2015-12-05.pt --out scores.json
   evaluate.py --reference data/fashion-mnist --save-reference fashion.npz
   deepspeed launcher/evaluate.py --checkpoint runs/in256 --images 50000 --vae VAE --reference reference.npz ...
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sdit.evaluate.features import FeatureNetwork
     from sdit.evaluate.images import ImageSet, LabelledImages
     from sdit.evaluate.reference import Reference, ReferenceSource
+    from sdit.evaluate.trees import ImageTree, LabelledTree, Shape
     from sdit.supervise.ranks import RankInfo
     from sdit.train.checkpoint.load import Trained
 
@@ -43,9 +45,13 @@ TRAINED = "trained"
 SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
 
 EPILOG = """\
-references: a folder of prepared images, `digits`, an npz of images (arr_0, (N, H, W, C) uint8), or an npz of statistics
-  (mu, sigma), as --save-reference writes it or ADM and pytorch-fid publish it; without single features or images in it
-  there is no KID, precision or recall
+references: a folder of prepared images, a folder of image files (subfolders are classes), `digits`, an npz of images
+  (arr_0, (N, H, W, C) uint8), or an npz of statistics (mu, sigma), as --save-reference writes it or ADM and pytorch-fid
+  publish it; without single features or images in it there is no KID, precision or recall
+image files: those of --reference are resized and cropped to the size of the images to score, as ADM does. Those of
+  --samples must be square and of one size; --size N resizes and crops them as well. The result says what was done
+few images: below 10,000 of either set FID, Inception score, precision and recall depend on their number (KID: 1,000). They
+  are marked with * and listed under `biased` in the result; compare them only with scores of the same numbers of images
 features:
   trained       a small classifier trained on --train-on, seeded, minutes once, then cached; for small images. Its scores
                 can be compared with one another, not with published ones
@@ -62,7 +68,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("evaluate", __doc__, EPILOG)
     source = parser.add_argument_group("which images").add_argument
     source("--checkpoint", type=Path, metavar="RUN", help="draw from this run, checkpoint folder, or published file")
-    source("--samples", type=Path, metavar="NPZ", help="take the images of this file instead")
+    source("--samples", metavar="SOURCE", help="take the images of this npz or folder of image files instead")
+    source("--size", type=positive_int, metavar="N", help="resize and crop image files to N x N pixels")
+    source("--skip-bad", action="store_true", help="leave out image files that cannot be decoded, and count them")
     source("--images", type=positive_int, metavar="N", help="images to draw")
     source("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
     source("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
@@ -73,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
     source("--seed", type=int, metavar="N", help="seed of all noise")
     against = parser.add_argument_group("against what").add_argument
-    against("--reference", required=True, metavar="SOURCE", help="folder, digits, or npz; see below")
+    against("--reference", required=True, metavar="SOURCE", help="folder, digits or npz; see below")
     against("--allow-other-classes", action="store_true", help="score although the reference has other classes")
     against("--features", default=TRAINED, metavar="NET", help=f"{TRAINED} or a file; see below (default: {TRAINED})")
     against("--train-on", metavar="SOURCE", help="labelled images for trained features (default: --reference)")
@@ -110,6 +118,8 @@ def _check_words(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--out JSON goes with --checkpoint or --samples")
     if not scored and not options.save_reference:
         parser.error("nothing to do; give --checkpoint, --samples or --save-reference")
+    if options.size and options.checkpoint:
+        parser.error("--size goes with --samples or --save-reference; a run decides the size of what it draws")
     if options.npz and not options.checkpoint:
         parser.error("--npz goes with --checkpoint")
     for name, suffix in (("out", ".json"), ("npz", ".npz"), ("save_reference", ".npz")):
@@ -125,34 +135,85 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from sdit.distributed.comm import find_rank, set_threads
-    from sdit.evaluate.images import NpzImages
     from sdit.evaluate.reference import ReferenceSource
 
     info = find_rank(os.environ)
     set_threads(info, options.threads)
-    source = ReferenceSource(options.reference)
-    training = training_images(options)
+    source = ReferenceSource(options.reference, options.skip_bad)
+    samples = open_samples(options, source)
+    training = training_images(
+        options, source, samples.shape if samples is not None else reference_shape(options, source)
+    )
+    check_statistics(options, source)
     for path in (options.out, options.npz, options.save_reference):
         if path is not None:  # before hours of sampling, not after
             path.parent.mkdir(parents=True, exist_ok=True)
     check_cache(options)
-    blocks = draw(options, info, source) if options.checkpoint else None
+    blocks = draw(options, info, source, training) if options.checkpoint else None
     if info.rank != 0:
         return ExitCode.DONE
-    samples = blocks or (NpzImages(options.samples) if options.samples else None)
-    if samples is not None:
-        check_shape(source, samples)
-    network = feature_network(options, training)
-    reference = load_reference(source, network, options.save_reference)
-    if samples is not None:
-        drawn = blocks.facts if blocks is not None else {"file": samples.name}
-        write_result(options, samples, reference, network, drawn)
+    scored = blocks or samples
+    shape = scored.shape if scored is not None else reference_shape(options, source)
+    network = feature_network(options, shaped(training, shape))
+    images = source.images_of(shape)
+    reference = load_reference(source, network, images, options.save_reference)
+    if scored is not None:
+        write_result(options, scored, images, reference, network, blocks)
     if blocks is not None:
         if options.npz:
             blocks.write_npz(options.npz)
             print(options.npz)
         blocks.remove()
     return ExitCode.DONE
+
+
+def open_samples(options: argparse.Namespace, source: ReferenceSource) -> ImageSet | None:
+    """The images of --samples. Raises: ConfigError, DataError."""
+    from sdit.evaluate.images import open_images
+    from sdit.evaluate.trees import ImageTree, TreeImages
+
+    if not options.samples:
+        return None
+    samples = open_images(options.samples, options.skip_bad)
+    if isinstance(samples, ImageTree):
+        shape = samples.common_shape(options.size)
+        channels = shape[2] if source.shape is None else source.shape[2]  # grey pictures are often stored as RGB
+        samples = TreeImages(samples, (*shape[:2], channels), is_sample=True)
+    elif options.size is not None and options.size != samples.shape[0]:
+        raise ConfigError(
+            f"--size: {options.size}, but {options.samples} holds images {samples.shape}; legal: a folder"
+        )
+    check_shape(source, samples)
+    return samples
+
+
+def reference_shape(options: argparse.Namespace, source: ReferenceSource) -> Shape | None:
+    """(H, W, C) of a reference by itself; None if images to draw decide it, or if it holds no images."""
+    from sdit.evaluate.trees import ImageTree
+
+    if isinstance(source.images, ImageTree):
+        return None if options.checkpoint else source.images.common_shape(options.size)
+    return source.shape
+
+
+def check_statistics(options: argparse.Namespace, source: ReferenceSource) -> None:
+    """Hold a reference of statistics against the features before images are drawn. Raises: ConfigError."""
+    from sdit.evaluate.reference import check_dimensions, check_network
+
+    network = None
+    if options.features != TRAINED:
+        from sdit.evaluate.inception import InceptionFeatures
+
+        network = InceptionFeatures(Path(options.features))
+    if source.statistics is None:
+        return
+    if network is not None:
+        check_network(source.statistics, network)
+        check_dimensions(source.statistics, network.dimensions)
+    else:
+        from sdit.evaluate.classifier import FEATURES
+
+        check_dimensions(source.statistics, FEATURES)
 
 
 def check_cache(options: argparse.Namespace) -> None:
@@ -169,8 +230,13 @@ def check_cache(options: argparse.Namespace) -> None:
         raise ConfigError(f"--cache: is not set, and neither the user's cache nor {tried} can be written")
 
 
-def training_images(options: argparse.Namespace) -> LabelledImages | None:
-    """What trained features are learnt from; None for features from a file. Raises: ConfigError, DataError."""
+def training_images(
+    options: argparse.Namespace, source: ReferenceSource, shape: Shape | None
+) -> LabelledImages | ImageTree | None:
+    """What trained features are learnt from; None for features from a file. Raises: ConfigError, DataError.
+
+    `shape`: (H, W, C) of the images to score, if it is known already.
+    """
     if options.features != TRAINED:
         if not Path(options.features).is_file():
             legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
@@ -178,21 +244,39 @@ def training_images(options: argparse.Namespace) -> LabelledImages | None:
         return None
     from sdit.evaluate.classifier import check_learnable
     from sdit.evaluate.images import LabelledImages, open_images
+    from sdit.evaluate.trees import ImageTree
 
-    source = options.train_on or options.reference
-    images = None if source.endswith(".npz") else open_images(source)
+    name = options.train_on or options.reference
+    images = open_images(name, options.skip_bad) if options.train_on else source.images
+    if isinstance(images, ImageTree):
+        if shape is not None:
+            check_learnable(shape, images.labelled(shape).classes)
+        return images
     if not isinstance(images, LabelledImages):
         key = "--train-on" if options.train_on else "--train-on is not set, and --reference"
-        raise ConfigError(f"{key}: {source} holds no labels; legal: digits, or a folder of prepared images")
+        legal = "legal: digits, a folder of prepared images, or one with a folder of image files for each class"
+        raise ConfigError(f"{key}: {name} holds no labels; {legal}")
     check_learnable(images.shape, images.classes)
     return images
 
 
-def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -> Blocks:
+def shaped(training: LabelledImages | ImageTree | None, shape: Shape | None) -> LabelledImages | LabelledTree | None:
+    """Training images in the shape of those to score."""
+    from sdit.evaluate.trees import ImageTree
+
+    if not isinstance(training, ImageTree):
+        return training
+    return training.labelled(shape or training.common_shape(None))
+
+
+def draw(
+    options: argparse.Namespace, info: RankInfo, source: ReferenceSource, training: LabelledImages | ImageTree | None
+) -> Blocks:
     """Draw the images that are missing, on all ranks, which need one another no more afterwards."""
     import torch
 
     from sdit.distributed.comm import Comm
+    from sdit.evaluate.classifier import check_learnable
     from sdit.evaluate.decode import LatentDecoder
     from sdit.evaluate.drawing import Blocks, Drawing
     from sdit.train.checkpoint.load import load_trained
@@ -210,6 +294,9 @@ def draw(options: argparse.Namespace, info: RankInfo, source: ReferenceSource) -
         check_shape(source, blocks)
         if other_classes and info.rank == 0:
             print(f"warning: {other_classes}", file=sys.stderr)
+        images = shaped(training, blocks.shape)
+        if images is not None:
+            check_learnable(images.shape, images.classes)
         show = stack.enter_context(progress_bar("img", "draw")) if info.rank == 0 else None
         blocks.draw(comm, options.batch, show)
     return blocks
@@ -240,7 +327,7 @@ def check_classes(source: ReferenceSource, trained: Trained, allowed: bool) -> s
     return fact
 
 
-def feature_network(options: argparse.Namespace, training: LabelledImages | None) -> FeatureNetwork:
+def feature_network(options: argparse.Namespace, training: LabelledImages | LabelledTree | None) -> FeatureNetwork:
     """The network that the user chose. Raises: ConfigError, DataError."""
     if training is None:
         import torch
@@ -255,13 +342,15 @@ def feature_network(options: argparse.Namespace, training: LabelledImages | None
         return trained_features(pixels, labels, training.classes, options.feature_seed, options.cache, show)
 
 
-def load_reference(source: ReferenceSource, network: FeatureNetwork, save: Path | None) -> Reference:
+def load_reference(
+    source: ReferenceSource, network: FeatureNetwork, images: ImageSet | None, save: Path | None
+) -> Reference:
     """The reference in the network's features, and into the file `save`."""
     from sdit.evaluate.reference import save_reference
 
-    total = source.images.count if source.images is not None else 0
+    total = images.count if images is not None else 0
     with progress_bar("img", "reference") as show:
-        reference = source.load(network, lambda done: show(done, total))
+        reference = source.load(network, lambda done: show(done, total), images)
     if save is not None:
         save_reference(save, reference)
         print(save)
@@ -269,22 +358,33 @@ def load_reference(source: ReferenceSource, network: FeatureNetwork, save: Path 
 
 
 def write_result(
-    options: argparse.Namespace, samples: ImageSet, reference: Reference, network: FeatureNetwork,
-    drawn: dict[str, Any],
+    options: argparse.Namespace, samples: ImageSet, images: ImageSet | None, reference: Reference,
+    network: FeatureNetwork, blocks: Blocks | None,
 ) -> None:  # fmt: skip
-    """Score the samples and write the JSON."""
+    """Score the samples and write the JSON; `images` are those of the reference."""
     from sdit.data.durable import replacing
     from sdit.evaluate.score import score_statistics, software
     from sdit.evaluate.statistics import statistics_of
+    from sdit.evaluate.trees import TreeImages
 
     with progress_bar("img", "features") as show:
         statistics = statistics_of(samples.batches(), network, lambda done: show(done, samples.count))
     scores = score_statistics(statistics, reference, options.metric_seed)
-    result = {**scores, "features": network.facts, "drawn": drawn, "software": software()}
+    trees = {"drawn": samples, "reference_files": images}
+    facts: dict[str, Any] = {"drawn": blocks.facts if blocks is not None else {"file": samples.name}}
+    facts |= {key: tree.facts for key, tree in trees.items() if isinstance(tree, TreeImages)}
+    result = {**scores, "features": network.facts, **facts, "software": software()}
     with replacing(options.out) as file:
         file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
-    print("  ".join(f"{name} {scores[name]:.6g}" for name in SHOWN if scores[name] is not None))
+    marks = {name: "*" if name in scores["biased"] else "" for name in SHOWN}
+    print("  ".join(f"{name} {scores[name]:.6g}{marks[name]}" for name in SHOWN if scores[name] is not None))
     print(options.out)
+    notes = [note for tree in trees.values() if isinstance(tree, TreeImages) for note in tree.notes()]
+    if scores["biased"]:
+        few = "; ".join(f"{name}: {reason}" for name, reason in scores["biased"].items())
+        notes.append(f"* depends on the number of images, compare only with scores of the same numbers ({few})")
+    for note in notes:
+        print(f"warning: {note}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sets of images to read: a prepared folder, the digits, an npz as ADM's evaluation code knows it; and back to an npz.
+"""Sets of images to read: the digits, a prepared folder, a folder of image files, an npz as of ADM; and back to an npz.
 
 n images, H x W pixels, C channels.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import numpy as np
 from sdit.data.dataset import Dataset, EmbeddedDigits, PreparedFolder
 from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
+from sdit.evaluate.trees import ImageTree, Shape, is_tree, open_tree
 
 BATCH = 500
-Shape = tuple[int, int, int]
 
 
 class ImageSet(Protocol):
@@ -42,16 +43,22 @@ class ImageSet(Protocol):
         ...
 
 
-def open_images(source: str) -> ImageSet:
-    """The images of `digits`, of a prepared folder, or of an npz file.
+def open_images(source: str, skip_bad: bool = False) -> ImageSet | ImageTree:
+    """The images of `digits`, of a folder, or of an npz file. Those of a tree of files have no common shape yet.
 
     Raises: DataError, ConfigError.
     """
-    if source.endswith(".npz"):
-        return NpzImages(Path(source))
+    path = Path(source)
     if source == "digits":
         return LabelledImages(source, EmbeddedDigits())
-    return LabelledImages(source, PreparedFolder(Path(source)))
+    if is_tree(path):
+        return open_tree(path, skip_bad)
+    if path.is_dir():
+        return LabelledImages(source, PreparedFolder(path))
+    if source.endswith(".npz"):
+        return NpzImages(path)
+    problem = "is no npz" if path.exists() else "no such file or folder"
+    raise DataError(f"{path}: {problem}; legal: digits, a prepared folder, a folder of image files, or an npz")
 
 
 class LabelledImages:
@@ -137,7 +144,7 @@ def readable_npz(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as npz: {error}") from None
 
 

@@ -41,6 +41,11 @@ class InceptionFeatures:
             ) from None
 
     @property
+    def dimensions(self) -> int:
+        """Number of features D."""
+        return int(self._weight.shape[1])
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {"kind": "inception", "sha256": self.digest, "file": self._path.name, "device": self._device.type}
 

@@ -13,8 +13,9 @@ from sdit.data.classes import Classes
 from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.features import Batches, FeatureNetwork
-from sdit.evaluate.images import ImageSet, LabelledImages, Shape, open_images, readable_npz
+from sdit.evaluate.images import ImageSet, LabelledImages, open_images, readable_npz
 from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
+from sdit.evaluate.trees import ImageTree, Shape, TreeImages
 
 UNKNOWN = Classes(0)
 
@@ -36,6 +37,13 @@ class Reference:
 def reference_of(images: Batches, network: FeatureNetwork, name: str, seen: Seen | None = None) -> Reference:
     """The reference made of a stream of images (n, H, W, C) uint8. Raises: ConfigError, DataError."""
     return Reference(name, statistics_of(images, network, seen), network.digest)
+
+
+def check_dimensions(reference: Reference, features: int) -> None:
+    """ConfigError if the reference holds another number of features."""
+    held = len(reference.statistics.mean)
+    if held != features:
+        raise ConfigError(f"--reference: {reference.name} holds {held} features, not {features}")
 
 
 def check_network(reference: Reference, network: FeatureNetwork) -> None:
@@ -65,17 +73,19 @@ def save_reference(path: Path, reference: Reference) -> None:
 
 
 class ReferenceSource:
-    """A reference as the user names it: `digits`, a prepared folder, an npz of images, of statistics, or of both.
+    """A reference as the user names it: `digits`, a folder, an npz of images, of statistics, or of both.
 
-    Opening it is cheap and finds most mistakes; `images` is None if it holds statistics alone.
+    Opening it is cheap and finds most mistakes; `images` is None if it holds only statistics, and a tree until it is known
+    which shape its files are cropped to.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, skip_bad: bool = False) -> None:
         self.name = source
-        self.statistics = _read_statistics(Path(source)) if source.endswith(".npz") else None
-        self.images: ImageSet | None = None
+        is_npz = source.endswith(".npz") and not Path(source).is_dir()
+        self.statistics = _read_statistics(Path(source)) if is_npz else None
+        self.images: ImageSet | ImageTree | None = None
         if self.statistics is None or _holds_images(Path(source)):
-            self.images = open_images(source)
+            self.images = open_images(source, skip_bad)
 
     @property
     def classes(self) -> Classes:
@@ -86,24 +96,31 @@ class ReferenceSource:
 
     @property
     def shape(self) -> Shape | None:
-        """(H, W, C) of the reference's images, where it has some."""
-        return None if self.images is None else self.images.shape
+        """(H, W, C) of the reference's images, if they have one already."""
+        return None if self.images is None or isinstance(self.images, ImageTree) else self.images.shape
 
-    def load(self, network: FeatureNetwork, seen: Seen | None = None) -> Reference:
-        """The reference in features of `network`; with images at hand this is where the time goes.
+    def images_of(self, shape: Shape | None) -> ImageSet | None:
+        """The images; those of a tree in `shape`, or in what they have in common."""
+        if isinstance(self.images, ImageTree):
+            return TreeImages(self.images, shape or self.images.common_shape(None), is_sample=False)
+        return self.images
+
+    def load(self, network: FeatureNetwork, seen: Seen | None = None, images: ImageSet | None = None) -> Reference:
+        """The reference in features of `network`; `images` are those of `images_of`. Reading them takes the time.
 
         A foreign file's mu and sigma count for FID, and its images, often fewer, for the other scores, as in ADM's evaluation.
 
         Raises:
             ConfigError: made by another network, or for images of another kind.
         """
+        images = images or self.images_of(None)
         if self.statistics is None:
-            assert self.images is not None
-            return replace(reference_of(self.images.batches(), network, self.name, seen), classes=self.classes)
+            assert images is not None
+            return replace(reference_of(images.batches(), network, self.name, seen), classes=self.classes)
         check_network(self.statistics, network)
-        if self.images is None:
+        if images is None:
             return self.statistics
-        given, own = self.statistics.statistics, statistics_of(self.images.batches(), network, seen)
+        given, own = self.statistics.statistics, statistics_of(images.batches(), network, seen)
         merged = FeatureStatistics(
             given.count, given.mean, given.covariance, own.features, own.logits, given.images or own.images
         )
@@ -127,6 +144,10 @@ def _read_statistics(path: Path) -> Reference | None:
             facts: dict[str, Any] = json.loads(str(stored["sdit"])) if "sdit" in names else {}
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape}; legal: (D,) and (D, D)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise DataError(f"{path}: mu or sigma hold values that are not finite")
+    if not np.allclose(covariance, covariance.T, atol=1e-4 * np.abs(covariance).max()):
+        raise DataError(f"{path}: sigma is not symmetric; legal: a covariance (D, D)")
     statistics = FeatureStatistics(facts.get("count"), mean, covariance, features, None, facts.get("images"))
     return Reference(str(facts.get("name", path)), statistics, facts.get("network"), _classes(facts, path))
 

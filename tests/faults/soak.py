@@ -46,6 +46,7 @@ LEGAL = {ExitCode.DONE, ExitCode.REQUEUE, ExitCode.CRASH, ExitCode.IO, -signal.S
 LAUNCHER_SECONDS = (2.0, 40.0)  # when one process has failed, a launcher sends the others SIGTERM, and later SIGKILL
 MAX_LAUNCHES = 60
 LAUNCH_SECONDS = 180.0
+SECOND_SECONDS = 60.0
 DISK_MIB = 6  # room for about eight checkpoints of the tiny model
 LEAST_MIB_BTRFS = 128
 
@@ -168,14 +169,30 @@ def freeze_supervisor(target: Target) -> bool:
 
 
 def launch_again(target: Target) -> bool:
-    """The same command a second time. It must be refused with 78, and the healthy run must not notice."""
-    before = [process.poll() for process in target.ranks.processes]
+    """The same command a second time. Beside a healthy launch it is refused with 78, and the first does not notice.
+
+    If the first launch ends meanwhile, the second one may continue the run: it is stopped then.
+    """
+
+    def is_healthy() -> bool:
+        return [process.poll() for process in target.ranks.processes] == [None, None]
+
+    deadline = time.monotonic() + SECOND_SECONDS
     with target.ranks.again(target.ranks.log.with_suffix(".second.log")) as second:
-        codes = second.codes(60)
-    if codes != [ExitCode.CONFIG] * 2 and before == [None, None]:
-        alive = [process.poll() for process in target.ranks.processes]
-        if alive == [None, None]:
-            raise Broken(f"{target.run_dir.name}: a second launch beside a healthy one ended with {codes}")
+        while any(process.poll() is None for process in second.processes) and is_healthy():
+            if time.monotonic() > deadline:
+                raise Broken(f"{target.run_dir.name}: a second launch was not refused:\n{second.output[-1000:]}")
+            time.sleep(0.1)
+        if is_healthy():
+            codes = second.codes()
+            if codes != [ExitCode.CONFIG] * 2:
+                raise Broken(f"{target.run_dir.name}: a second launch ended with {codes}:\n{second.output[-1000:]}")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in second.processes:
+                process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                second.codes(SECOND_SECONDS)
+                break
     return True
 
 

@@ -77,7 +77,8 @@ def test_a_run_is_scored(sdit: Any, place: Path) -> None:
     )
     done = sdit(words)
     assert done.status == ExitCode.DONE, done
-    assert done.lines[0].startswith("fid ") and done.lines[1:] == ["new/a.json", "a.npz"]
+    assert done.lines[0].startswith("fid ") and [done.lines[1], done.lines[3]] == ["new/a.json", "a.npz"]
+    assert done.lines[2].startswith("warning: * depends on the number of images") and len(done.lines) == 4
     result = json.loads(Path("new/a.json").read_text())
     drawn = result["drawn"]
     assert {key: drawn[key] for key in ("sampler", "steps", "guidance", "guided_channels", "seed", "weights")} == {
@@ -125,7 +126,7 @@ def test_a_reference_is_saved_and_used(sdit: Any) -> None:
         ),
         (f"{INCEPTION} --checkpoint {{place}}/none --images 4 --out x.json", ExitCode.IO, "holds no checkpoint"),
         ("--features no.pt --reference digits --samples x.npz --out x.json", ExitCode.CONFIG, "no.pt: no such file"),
-        ("--reference none --samples {place}/half.npz --out x.json", ExitCode.DATA, "none/index.json: no such file"),
+        ("--reference none --samples {place}/half.npz --out x.json", ExitCode.DATA, "none: no such file or folder"),
         (
             "--reference {place}/half.npz --samples {place}/half.npz --out x.json",
             ExitCode.CONFIG,
