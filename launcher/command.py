@@ -16,6 +16,7 @@ from sdit.redact import redact
 from sdit.textfile import text_problem
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
+RANK = re.compile(r"\d{1,9}")
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.ASCII | re.DOTALL)
 
 
@@ -144,7 +145,7 @@ def progress_bar(unit: str, text: str) -> Iterator[Callable[[int, int], None]]:
 def _tell(message: object, common: bool) -> None:
     """Print an error; what all ranks meet in `common` is told by the first alone."""
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    if rank == "0":
+    if rank == "0" or not RANK.fullmatch(rank):  # a rank that is no number is itself the mistake
         print(redact(f"error: {message}"), file=sys.stderr)
     elif not common:
         print(redact(f"error: rank {rank}: {message}"), file=sys.stderr)

@@ -62,6 +62,8 @@ def load_config(
     _drop_replaced(values, overridden)
     sources = {key: source for key, source in sources.items() if not _is_inside(key, overridden)}
     sources |= dict.fromkeys(overridden, COMMAND_LINE)
+    for key in literal or ():
+        _set(values, key, None)  # what is replaced is not judged
     _settle(values, Config, "", sources, name)
     for key, text in (literal or {}).items():
         _set(values, key, text)
@@ -151,12 +153,13 @@ def shown(value: object) -> str:
 
 
 def _source_of(key: str, sources: Mapping[str, str], default: str) -> str:
-    """Return where the key, or else the section around it, was written."""
-    while key:
-        if key in sources:
-            return sources[key]
-        key = key.rpartition(".")[0]
-    return default
+    """Return where the key, or else the section around it, or else a key inside it, was written."""
+    around = key
+    while around:
+        if around in sources:
+            return sources[around]
+        around = around.rpartition(".")[0]
+    return next((source for other, source in sources.items() if _is_inside(other, {key})), default)
 
 
 def _overrides_beside(key: str, sources: Mapping[str, str]) -> str:
@@ -184,8 +187,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 def _override_value(key: str, text: str) -> Any:
     """Return the value of an override. Text keys take it as it is written, others as YAML."""
     annotation = next((info.annotation for name, info, _ in config_keys() if name == key), None)
-    takes = set(typing.get_args(annotation)) if isinstance(annotation, types.UnionType) else {annotation}
-    is_text = str in {_bare(part) for part in takes}
+    takes = [_bare(part) for part in _alternatives(annotation)]
+    is_text = str in takes
     if is_text and type(None) in takes and text in ("", "~", "null"):
         return None
     if is_text and not text.startswith(("'", '"')):
@@ -196,6 +199,11 @@ def _override_value(key: str, text: str) -> Any:
         if is_text:
             return text
         raise ConfigError(redact(f"{COMMAND_LINE}: {key}: {shown(text)} is not a YAML value ({error})")) from None
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _bare(annotation: Any) -> Any:
@@ -267,7 +275,7 @@ def _check_text(key: str, text: str, source: str) -> None:
 
 def is_path(info: Any) -> bool:
     """Return whether a field of the schema holds a path."""
-    parts = [info, *typing.get_args(info.annotation)]
+    parts = [info, *_alternatives(info.annotation)]
     marks = [getattr(part, "metadata", ()) or getattr(part, "__metadata__", ()) for part in parts]
     return any(PATH_MARK in found for found in marks)
 
@@ -309,8 +317,8 @@ def config_manual() -> str:
 def _type_text(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(annotation))
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        parts = [_type_text(part) for part in typing.get_args(annotation)]
+    if len(_alternatives(annotation)) > 1:
+        parts = [_type_text(part) for part in _alternatives(annotation)]
         return "|".join("null" if part == "NoneType" else part for part in parts)
     return str(getattr(_bare(annotation), "__name__", annotation))
 

@@ -11,8 +11,8 @@ SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "C
 SHORTEST_SECRET = 6  # shorter values of such variables are flags and numbers; hiding them would garble the text
 HIDDEN = "(hidden)"
 _NAME = r"(?:token|key|secret|password|passwd|pwd|passphrase|auth|signature|sig|credential)s?"
-# A password may hold / and @ although a URL should not: the text up to the last @ is hidden.
-_IN_URL = re.compile(r"(?<=://)(?:[^\\\s/?#@:'\"]*:[^\s'\"]*@|[^\s/?#@'\"]*@)")
+# A password may hold / and @ although a URL should not: the text up to the last @ is hidden. Paths lose one / of ://.
+_IN_URL = re.compile(r"(?<=:/)(/?)(?:[^\\\s/?#@:'\"]*:[^\s'\"]*@|[^\s/?#@'\"]*@)")
 _BEFORE_HOST = re.compile(r"(?<![\w/:.%+-])[\w.%+-]+:[^\s@/:'\"]+@(?=[\w\[])")  # user:password@host without a scheme
 _IN_QUERY = re.compile(rf"([?&;#][\w.-]*{_NAME}=)[^\s&;#'\"]+", re.IGNORECASE)
 _IN_HEADER = re.compile(r"\b(Bearer|Basic)(\s+)(?=\S*\d)[A-Za-z0-9+/=._~-]{6,}")
@@ -35,7 +35,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _hide_in_urls(text: str) -> str:
-    text = _IN_URL.sub(f"{HIDDEN}@", text)
+    text = _IN_URL.sub(rf"\1{HIDDEN}@", text)
     return _IN_HEADER.sub(rf"\1\2{HIDDEN}", _IN_QUERY.sub(rf"\1{HIDDEN}", text))
 
 

@@ -19,6 +19,7 @@ LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one t
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 HOST = re.compile(r"[\w.:%\[\]-]*")
+MAX_DIGITS = 9  # of a rank or a number of ranks
 MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK",
@@ -74,6 +75,9 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         raise ConfigError(
             "MASTER_ADDR: is not legal; legal: name or address of rank 0's host, without a user or a port"
         )
+    port = environment.get("MASTER_PORT", "")
+    if port.isdecimal() and len(port) > MAX_DIGITS:
+        raise ConfigError(f"MASTER_PORT: {port[:80]!r} is not legal; legal: a free port of rank 0's host, 1..65535")
     found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
     claims = [claim for claim in (*found, _of_slurm(environment)) if claim is not None]
     if not claims:
@@ -180,8 +184,8 @@ def _number(environment: Mapping[str, str], name: str, source: str, default: int
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdecimal():
-        what = "is not set" if text is None else f"{text!r} is not legal"
+    if text is None or not text.isdecimal() or len(text) > MAX_DIGITS:
+        what = "is not set" if text is None else f"{text[:80]!r} is not legal"
         raise ConfigError(f"{name}: {what} (ranks of {source}); legal: a whole number from 0")
     return int(text)
 
