@@ -24,7 +24,7 @@ from sdit.config import CheckpointConfig, Config
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ExitCode
 from sdit.train.checkpoint.files import write_manifest
-from sdit.train.checkpoint.store import CheckpointStore, find_checkpoint, list_checkpoints
+from sdit.train.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
 from tests.distributed.harness import ROOT
 from tests.faults.test_checkpoint_faults import OneRank
 from tests.unit.written_run import tiny_config, write_run
@@ -371,6 +371,20 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(run: Path,
     ):
         assert found is not None and found.folder == older
         assert name in found.skipped[0] and "NaN or infinite" in found.skipped[0]
+
+
+@pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_are_not_finite_are_passed_over(tmp_path: Path, kind: str) -> None:
+    """R11: An optimizer moment that holds NaN, not only a weight, makes a resume pass over the checkpoint."""
+    store = CheckpointStore(tmp_path, CheckpointConfig(), cast(Comm, OneRank()))
+    values = np.ones(1 << 16, dtype=np.float32)
+    for images in (10, 20):
+        facts = {"clock": {"images_seen": images, "steps": 1}, "config": {}}
+        store.save(Snapshot(images, {f"{kind}/w@0": values}, {f"{kind}/w": values.shape}, facts))
+        values[12345] = np.nan
+    found = store.find()
+    assert found is not None and found.folder.name == "images-000000000010"
+    assert f"{kind}/w holds NaN" in found.skipped[0]
 
 
 def exported(run: Path) -> Path:
