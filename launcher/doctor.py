@@ -38,6 +38,7 @@ from sdit.observe.doctor import (
     as_report,
     as_table,
     check_facts,
+    check_last_launch,
     check_reach,
     fabric_checks,
     local_facts,
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     info = find_rank(os.environ)
     if info.world == 1:
         facts = {0: local_facts(info, options.run_dir) | {"clock_offset_seconds": 0.0}}
-        checks = [roll_call(facts, 1, 0), *check_facts(facts, limits(options))]
+        checks = [roll_call(facts, 1, 0), *check_last_launch(options.run_dir), *check_facts(facts, limits(options))]
         return examine_fabric(info, options, checks, facts)
     place = find_place(info, os.environ, options.timeout_seconds)
     facts = {}
@@ -89,7 +90,8 @@ def run(options: argparse.Namespace) -> int:
         seats = meeting.gather(mine, meeting.port)
         if info.rank == 0:
             facts = meeting.values(0)
-            checks = [roll_call(facts, info.world, options.timeout_seconds), *check_facts(facts, limits(options))]
+            checks = [roll_call(facts, info.world, options.timeout_seconds), *check_last_launch(options.run_dir)]
+            checks += check_facts(facts, limits(options))
         if len(seats) < info.world:
             tell(info, options, checks, facts, None)
             return int(meeting.agree(int(verdict(checks))))

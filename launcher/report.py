@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     runs = read_runs(options.runs)
     page = build_page(runs).encode("utf-8")
     for one in runs:
-        for reason in one.missing:
+        for reason in filter(None, (one.ended_early, *one.missing)):
             print(f"{one.folder}: {reason}", file=sys.stderr)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(f".partial-{options.out.name}")

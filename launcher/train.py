@@ -45,6 +45,7 @@ from sdit.supervise.lock import RunLock
 from sdit.supervise.ranks import find_rank
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.unfinished import clear
 from sdit.topology import choose_expert_parallel, plan_batch
 
 DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
@@ -111,7 +112,10 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
         if lock is not None:
             lock.follow(RunFolder(Path(config.run_dir)).anchor)
             lock.keep_beating()
-        return run(options, config, deepspeed, rank)
+        code = run(options, config, deepspeed, rank)
+        if lock is not None and code == ExitCode.DONE:
+            clear(run_dir)
+        return code
 
 
 def last_words(rank: Supervised, work: Callable[[], int]) -> int:

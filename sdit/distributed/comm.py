@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -14,10 +15,13 @@ import torch
 import torch.distributed as dist
 
 from sdit.errors import ConfigError
-from sdit.supervise.ranks import RankInfo, find_rank
+from sdit.supervise.ranks import RankInfo, find_rank, is_loopback
 
 __all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
 Device = Literal["auto", "cpu", "cuda"]
+LOOPBACK = "127.0.0.1"
+LOOPBACK_CARD = "lo"
+SCHEME = "sdit"  # of the rendezvous below, as torch.distributed knows it
 
 
 class Comm:
@@ -32,9 +36,11 @@ class Comm:
     def _init_group(self, timeout_seconds: float) -> None:
         _set_rendezvous(self.info)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if is_loopback(os.environ["MASTER_ADDR"]) and any(name == LOOPBACK_CARD for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_CARD)
         if self.is_first:
-            meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            print(f"ranks: {self.info.describe()}; meeting at {meeting}, {backend}", file=sys.stderr, flush=True)
+            meeting = f"meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, " if self.world > 1 else ""
+            print(f"ranks: {self.info.describe()}; {meeting}{backend}", file=sys.stderr, flush=True)
         from deepspeed import comm as deepspeed_comm
 
         # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler, and a process killed during the
@@ -45,6 +51,7 @@ class Comm:
             dist_backend=backend,
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=timeout_seconds),
+            init_method=None if _has_agent_store() else f"{SCHEME}://",
             rank=self.rank,
             world_size=self.world,
             verbose=False,
@@ -138,20 +145,48 @@ def _set_rendezvous(info: RankInfo) -> None:
         LOCAL_SIZE=str(info.local_world),
     )
     if info.world > 1:
-        if "MASTER_ADDR" not in os.environ and info.local_world == info.world:
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        on_one_node = info.local_world == info.world and not _has_agent_store()
+        if on_one_node and not is_loopback(os.environ.get("MASTER_ADDR", "")):
+            os.environ["MASTER_ADDR"] = LOOPBACK
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ConfigError(
                     f"{name} is not set; under {info.source} with {info.world} ranks it must name rank 0's host and port"
                 )
         return
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+    if not is_loopback(os.environ.get("MASTER_ADDR", "")):
+        os.environ["MASTER_ADDR"] = LOOPBACK
+    if "MASTER_PORT" in os.environ:
         return
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def _has_agent_store() -> bool:
+    """Return whether torchrun's agent holds the store at MASTER_PORT, as it does for ranks without a supervisor."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet(_url: str, timeout: timedelta = timedelta(minutes=30), **_: object) -> Iterator[tuple[dist.Store, int, int]]:
+    """Yield the store of a new process group, this rank, and the number of ranks, as torch.distributed asks for them.
+
+    torch's own store listens on all addresses. This one listens on MASTER_ADDR if that is a loopback address, and a single rank
+    needs no listener.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1:
+        yield dist.HashStore(), rank, world
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = None
+    if rank == 0 and is_loopback(host):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048).detach()  # torch closes it
+    yield dist.TCPStore(host, port, world, rank == 0, timeout, master_listen_fd=listener), rank, world
+
+
+dist.register_rendezvous_handler(SCHEME, _meet)
 
 
 def set_threads(info: RankInfo, threads: int | None) -> int:

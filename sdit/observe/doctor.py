@@ -15,6 +15,7 @@ from typing import Any
 import sdit
 from sdit.errors import ExitCode
 from sdit.supervise.ranks import RankInfo
+from sdit.supervise.unfinished import last_launch
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "mpi4py", "numpy", "safetensors", "webdataset")
 SHM = Path("/dev/shm")
@@ -130,6 +131,12 @@ def check_facts(facts: Mapping[int, Mapping[str, Any]], limits: Limits) -> list[
         _check_shm(facts, limits.shm_bytes),
         _check_clocks(facts, limits.clock_skew_seconds),
     ]
+
+
+def check_last_launch(run_dir: Path) -> list[Check]:
+    """How the run's last launch ended, if the run is not complete; that is no problem, the same command continues it."""
+    last = last_launch(run_dir)
+    return [] if last is None else [Check("run", last.describe(run_dir))]
 
 
 def _check_versions(facts: Mapping[int, Mapping[str, Any]]) -> Check:

@@ -25,7 +25,7 @@ from sdit.observe.wire import (
     close_listener,
     explain,
 )
-from sdit.supervise.ranks import RankInfo
+from sdit.supervise.ranks import RankInfo, is_loopback
 
 RETRY_SECONDS = 0.2
 CLOCK_PROBES = 8
@@ -74,9 +74,9 @@ class Meeting:
         deadline = time.monotonic() + self.timeout_seconds
         with self._stack:
             if self.info.rank == 0:
-                self.hall = self._stack.enter_context(_Hall(self.place, self.info.world, deadline))
+                self.hall = self._stack.enter_context(_Hall(self.place, self.info.world, deadline, self._own_address()))
             self._wire = self._stack.enter_context(_connect(self.place, deadline, self.info.rank))
-            self._listener = self._stack.enter_context(Listener(self._wire.family))
+            self._listener = self._stack.enter_context(Listener(self._wire.family, self._own_address()))
             card = {"rank": self.info.rank, "world": self.info.world, "host": socket.gethostname(), "pid": os.getpid()}
             self._wire.say(card)
             self._raise_error(self._wire.hear(self.timeout_seconds + ATTEMPT_SECONDS))
@@ -85,6 +85,11 @@ class Meeting:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _own_address(self) -> str:
+        """The address to listen on: loopback if all ranks are on this node and meet there, else all ("")."""
+        is_one_node = self.info.local_world == self.info.world
+        return self.place.host if is_one_node and is_loopback(self.place.host) else ""
 
     def clock_offset_seconds(self) -> float:
         """This rank's clock minus rank 0's: the reading of least delay, which bounds its error."""
@@ -181,7 +186,7 @@ def _advice(place: Place, rank: int) -> str:
 class _Hall:
     """Rank 0's side: seats the ranks and passes on what they say. `rounds[n]` is rank -> (value, public) of gather n."""
 
-    def __init__(self, place: Place, world: int, deadline: float) -> None:
+    def __init__(self, place: Place, world: int, deadline: float, address: str) -> None:
         self.world, self.deadline = world, deadline
         self.patience_seconds = 2 * (deadline - time.monotonic()) + try_seconds(world)
         self.rounds: list[dict[int, tuple[Any, Any]]] = []
@@ -194,7 +199,7 @@ class _Hall:
         except socket.gaierror:
             family = socket.AF_INET  # the connection to ourselves will say it, when the name has had its time
         try:
-            self._socket = socket.create_server(("", place.port), family=family, backlog=1024)
+            self._socket = socket.create_server((address, place.port), family=family, backlog=1024)
         except OSError as error:
             what = (
                 "is taken by another process"

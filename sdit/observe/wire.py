@@ -85,8 +85,8 @@ class Wire:
 class Listener:
     """Answers whoever connects with HELLO, on a port that the system picks."""
 
-    def __init__(self, family: int) -> None:
-        self._socket = socket.create_server(("", 0), family=family, backlog=128)
+    def __init__(self, family: int, address: str = "") -> None:
+        self._socket = socket.create_server((address, 0), family=family, backlog=128)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._answer, name="sdit-doctor-listener", daemon=True).start()
 

@@ -6,6 +6,7 @@ those of a launch inside the outer one's. Where they cannot, one of the two is l
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,3 +202,11 @@ def _ask_mpi() -> RankInfo:
     node.Free()
     MPI.Finalize()
     return info
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is one that other machines cannot reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

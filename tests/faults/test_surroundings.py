@@ -89,7 +89,8 @@ def test_unreachable_master_is_found_at_the_start_deadline(tmp_path: Path) -> No
         str(tmp_path / "run"),
     ]
     command += ["supervise.start_seconds=20.0", "supervise.restarts=0"]
-    with Ranks(2, command, tmp_path / "log", MASTER_ADDR="no-such-host.invalid") as ranks:
+    two_nodes = {"LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "no-such-host.invalid"}
+    with Ranks(2, command, tmp_path / "log", **two_nodes) as ranks:
         assert ranks.codes() == [ExitCode.CRASH] * 2
     assert len(ranks.fatal) == 1 and "phase start" in ranks.fatal[0]
 

@@ -27,6 +27,8 @@ def summary(runs: Sequence[RunRecord]) -> Html:
             dot = tag("i", style=f"background:var(--{colour_of(number)})")
             parts.append(tag("p", dot, run.name, _state(run), class_="run-name"))
         parts.append(tag("div", *_tiles(run), class_="tiles"))
+        if run.ended_early:
+            parts.append(tag("p", tag("b", "Not complete: "), run.ended_early, class_="hint"))
         if run.missing:
             parts.append(tag("p", tag("b", "Not in this report: "), "; ".join(run.missing), class_="hint"))
     return tag("section", *parts, id="summary")

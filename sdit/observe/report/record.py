@@ -16,6 +16,7 @@ from sdit.observe.metrics_file import read_records
 from sdit.observe.report.numbers import is_number
 from sdit.observe.routing import Snapshot
 from sdit.observe.routing_drawer import read_snapshots, snapshot_files
+from sdit.supervise.unfinished import last_launch
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl")
 MAX_SNAPSHOTS = 24
@@ -54,6 +55,7 @@ class RunRecord:
     routing: list[Snapshot] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    ended_early: str = ""  # how the last launch ended, while the run is not complete
 
     @property
     def last(self) -> dict[str, Any]:
@@ -112,6 +114,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     run.events = _records(run, "events.jsonl")
     if (folder / "logs" / "attempts.jsonl").exists():
         run.attempts = _records(run, "logs/attempts.jsonl")
+    ended = last_launch(folder)
+    run.ended_early = ended.describe(folder) if ended is not None else ""
     run.checkpoints = _checkpoints(run)
     run.aside = [_stored(path) for path in sorted((folder / "checkpoints").glob("aside-images-*")) if path.is_dir()]
     run.samples = sorted((folder / "samples").glob("images-*.png"))
