@@ -136,6 +136,9 @@ def run(options: argparse.Namespace) -> int:
 
     info = find_rank(os.environ)
     set_threads(info, options.threads)
+    if options.features != TRAINED and not Path(options.features).is_file():
+        legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
+        raise ConfigError(f"--features: {options.features}: no such file; {legal}")
     source = ReferenceSource(options.reference, options.skip_bad)
     samples = open_samples(options, source)
     training = training_images(
@@ -235,9 +238,6 @@ def training_images(
     `shape`: (H, W, C) of the images to score, if it is known already.
     """
     if options.features != TRAINED:
-        if not Path(options.features).is_file():
-            legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
-            raise ConfigError(f"--features: {options.features}: no such file; {legal}")
         return None
     from sdit.evaluate.classifier import check_learnable
     from sdit.evaluate.images import LabelledImages, open_images
