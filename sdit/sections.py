@@ -71,6 +71,7 @@ class SampleConfig(Section):
     images_per_class: int = field(8, "columns of the grid", ge=1)
     classes: int = field(10, "rows of the grid, one label each", ge=1)
     seed: int = field(0, "seed of the initial noise", ge=0)
+    vae: str | None = field(None, "folder of the AutoencoderKL that decodes a run on latents; null: no pictures")
 
 
 class ValidationConfig(Section):
