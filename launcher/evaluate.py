@@ -74,7 +74,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source("--images", type=positive_int, metavar="N", help="images to draw")
     source("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
     source("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
-    source("--vae", type=Path, metavar="VAE", help="folder of the AutoencoderKL that decodes a run on latents")
+    source(
+        "--vae",
+        type=Path,
+        metavar="VAE",
+        help="folder of the AutoencoderKL that decodes latents (default: sample.vae)",
+    )
     source("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun for flow")
     source("--steps", type=int, metavar="N", help="sampling steps")
     source("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
@@ -139,6 +144,9 @@ def run(options: argparse.Namespace) -> int:
 
     info = find_rank(os.environ)
     set_threads(info, options.threads)
+    if options.features != TRAINED and not Path(options.features).is_file():
+        legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
+        raise ConfigError(f"--features: {options.features}: no such file; {legal}")
     source = ReferenceSource(options.reference, options.skip_bad)
     samples = open_samples(options, source)
     training = training_images(
@@ -238,9 +246,6 @@ def training_images(
     `shape`: (H, W, C) of the images to score, if it is known already.
     """
     if options.features != TRAINED:
-        if not Path(options.features).is_file():
-            legal = f"legal: {TRAINED}, or a local inception-2015-12-05.pt"
-            raise ConfigError(f"--features: {options.features}: no such file; {legal}")
         return None
     from sdit.evaluate.classifier import check_learnable
     from sdit.evaluate.images import LabelledImages, open_images
@@ -277,18 +282,17 @@ def draw(
 
     from sdit.distributed.comm import Comm
     from sdit.evaluate.classifier import check_learnable
-    from sdit.evaluate.decode import LatentDecoder
     from sdit.evaluate.drawing import Blocks, Drawing
     from sdit.train.checkpoint.load import load_trained
+    from sdit.train.decode import latent_decoder
 
     with ExitStack() as stack:
         comm = stack.enter_context(Comm(info)) if info.world > 1 else None
         device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
-        config, decoder = trained.config, None
-        if options.vae is not None:
-            decoder = LatentDecoder(options.vae, config.model.channels, config.data.latent_scale, device)
-        drawing = Drawing(trained, options.weights, chosen_settings(config, options), options.images, decoder)
+        settings = chosen_settings(trained.config, options)
+        decoder = latent_decoder(trained.config, options.vae, device)
+        drawing = Drawing(trained, options.weights, settings, options.images, decoder)
         other_classes = check_classes(source, trained, options.allow_other_classes)
         blocks = Blocks(options.out.with_suffix(".parts"), drawing, options.block, other_classes)
         check_shape(source, blocks)

@@ -4,6 +4,7 @@
   report.py runs/digits                                        writes runs/digits/report.html
   report.py runs/dit runs/switch --out comparison.html
 
+Results of evaluate.py in the run's folder or in RUN/scores are shown as well (evaluate.py ... --out RUN/scores/10k.json).
 The page is complete in itself: no script, nothing fetched, for light and dark, desktop and phone. A run that is still
 training, or whose files are missing or torn, gives a report of what is there, and says what is not.
 Exit status: 0 done, 64 wrong command line, 74 file that cannot be written, 78 a folder that holds no run.

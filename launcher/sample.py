@@ -4,6 +4,7 @@
   sample.py --checkpoint runs/digits --out grid.png
   sample.py --checkpoint runs/digits --out grid.png --labels 3,5-7 --guidance 3 --steps 100
   sample.py --checkpoint runs/in256/checkpoints/images-000102400000 --images 50000 --npz samples.npz
+  sample.py --checkpoint runs/latent256 --vae VAE_FOLDER --out grid.png
   sample.py --checkpoint Switch-DiT-S.pt --config configs/switch_s2.yaml --weights ema --out grid.png
   deepspeed launcher/sample.py --checkpoint runs/digits --images 50000 --npz samples.npz
 
@@ -48,7 +49,9 @@ EPILOG = """\
 what comes out:
   --out   a PNG grid of the first 400 images, row by row; how they were drawn is in its text chunks
   --npz   arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64 labels, as evaluation code for ImageNet reads them
-  --raw   (N, C, H, W) float32, the model's own values: pixels in [-1, 1], or scaled latents, which are not decoded
+  --raw   (N, C, H, W) float32: pixels in [-1, 1], or, of a run on latents without --vae, scaled latents
+  of a run on latents without --vae there is no picture: --out and --npz leave an npz of `latents` (N, C, H, W) float32 as
+  the model draws them, `labels` (N,) and `latent_scale`, by which they are to be divided before they are decoded
 which labels:
   neither --labels nor --images   the grid of the run's config: sample.classes rows, sample.images_per_class columns
   --labels                        sample.images_per_class images of each
@@ -70,6 +73,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source("--checkpoint", type=Path, required=True, metavar="RUN", help="run or checkpoint folder, or published file")
     source("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
     source("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
+    source(
+        "--vae", type=Path, metavar="VAE", help="folder of the AutoencoderKL that decodes latents (default: sample.vae)"
+    )
     target = parser.add_argument_group("into what (one of them at least)").add_argument
     target("--out", type=Path, metavar="PNG", help="write a grid of the images")
     target("--npz", type=Path, metavar="NPZ", help="write all images as uint8, with labels")
@@ -116,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     from sdit.evaluate.generate import generate
     from sdit.observe.image_files import ImageFiles
     from sdit.train.checkpoint.load import load_trained
+    from sdit.train.decode import draws_latents, latent_decoder
 
     info = find_rank(os.environ)
     set_threads(info, options.threads)
@@ -125,19 +132,32 @@ def run(options: argparse.Namespace) -> int:
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
         settings = chosen_settings(trained.config, options)
         labels, columns = chosen_labels(trained, settings, options)
+        decoder = latent_decoder(trained.config, options.vae, device)
+        latents, grid, npz = None, options.out, options.npz
+        if decoder is None and draws_latents(trained.config) and (grid or npz):
+            latents, grid, npz = npz or grid.with_suffix(".npz"), None, None
         files = None
         if info.rank == 0:
             facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": options.weights}
             facts |= settings.model_dump(include={"sampler", "steps", "guidance", "guided_channels", "seed"})
             facts["labels"] = ", ".join(map(trained.classes.describe, dict.fromkeys(labels.tolist())))
-            files = stack.enter_context(ImageFiles(options.out, options.npz, options.raw, labels, columns, facts))
+            if decoder is not None:
+                facts |= {"vae_sha256": decoder.digest, "latent_scale": trained.config.data.latent_scale}
+            scale = trained.config.data.latent_scale
+            files = stack.enter_context(ImageFiles(grid, npz, options.raw, labels, columns, facts, latents, scale))
         show = stack.enter_context(progress_bar("step", f"{len(labels)} images")) if files is not None else None
-        for images in generate(trained, settings, labels, comm, options.batch, show):
+        for images in generate(trained, settings, labels, comm, options.batch, show, decode=decoder):
             if files is not None:
                 files.add(images)
-    for path in (options.out, options.npz, options.raw) if files is not None else ():
-        if path is not None:
-            print(path)
+    if files is not None:
+        for path in (grid, npz, options.raw, latents):
+            if path is not None:
+                print(path)
+        if latents is not None:
+            channels = trained.config.model.channels
+            print(
+                f"no picture: the model draws latents of {channels} channels, kept in {latents}; --vae FOLDER decodes them"
+            )
     return ExitCode.DONE
 
 

@@ -79,6 +79,7 @@ class SampleConfig(Section):
         None, "rows of the grid in place of sample.classes: labels and class names, such as 0,3,Bag or [0, 3, Bag]"
     )
     seed: int = field(0, "seed of the initial noise", ge=0)
+    vae: PathText | None = field(None, "folder of the AutoencoderKL that decodes a run on latents; null: no pictures")
 
 
 class ValidationConfig(Section):

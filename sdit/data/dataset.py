@@ -6,7 +6,7 @@ import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.data.decode import Sample
@@ -98,6 +98,22 @@ def open_dataset(data: DataConfig) -> Dataset:
 def dataset_facts(data: DataConfig) -> DatasetFacts:
     """What the data set's samples have in common, without reading any of them."""
     return DIGITS_FACTS if data.source == "digits" else read_index(_folder(data)).facts
+
+
+def data_kind(data: DataConfig) -> Literal["images", "latents"] | None:
+    """What the data set's samples are; None if it is no longer there."""
+    try:
+        return dataset_facts(data).kind
+    except (DataError, OSError):
+        return None
+
+
+def data_recipe(data: DataConfig) -> dict[str, Any]:
+    """What a prepared folder was made from; empty if it is not there or not one."""
+    try:
+        return {} if data.source == "digits" else read_index(_folder(data)).recipe
+    except (DataError, OSError):
+        return {}
 
 
 def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: str = "data.path") -> None:

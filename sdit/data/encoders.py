@@ -161,13 +161,22 @@ def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
     """Mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
     import torch
 
-    posterior = _load_vae(vae, device).encode(images).latent_dist
+    posterior = load_autoencoder(vae, device).encode(images).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
 @lru_cache(maxsize=1)
-def _load_vae(vae: Path, device: str) -> Any:
-    model = _autoencoder_class().from_pretrained(vae, local_files_only=True, use_safetensors=True)
+def load_autoencoder(vae: Path, device: str) -> Any:
+    """The AutoencoderKL of a local folder, for inference. Raises: ConfigError."""
+    try:
+        # low_cpu_mem_usage wants a further package and says so on every start.
+        model, found = _autoencoder_class().from_pretrained(
+            vae, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # whatever diffusers raises, the folder is the cause
+        raise ConfigError(f"--vae: {vae}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    if found["missing_keys"]:  # diffusers would leave them random
+        raise ConfigError(f"--vae: {vae}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return model.to(device).eval()
 
 

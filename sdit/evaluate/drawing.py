@@ -20,11 +20,11 @@ from sdit.data.durable import replacing
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.decode import LatentDecoder
 from sdit.evaluate.generate import Progress, generate
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.train.checkpoint.files import MANIFEST
 from sdit.train.checkpoint.load import Trained
+from sdit.train.decode import LatentDecoder, draws_latents
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         channels = self.trained.config.model.channels
-        if self.decoder is None and channels not in (1, 3):
+        if self.decoder is None and draws_latents(self.trained.config):
             raise ConfigError(f"--vae: is not set, and {channels} channels are latents, not pixels; legal: a folder")
 
     @property

@@ -82,7 +82,9 @@ def open_tree(root: Path, skip_bad: bool) -> ImageTree:
             folders[:] = [] if top == root else [name for name in folders if not name.startswith(".")]
             for name in files:
                 ending = name.rpartition(".")[2].lower() if "." in name else ""
-                if name.startswith(".") or ending not in IMAGE_FORMATS:
+                if name.startswith("."):
+                    left_out["hidden"] += 1
+                elif ending not in IMAGE_FORMATS:
                     left_out[f".{ending}" if ending else name] += 1
                 else:
                     names.append(str((Path(parent) / name).relative_to(root)))
@@ -122,7 +124,7 @@ class TreeImages:
         found = []
         if self._tree.left_out:
             kinds = ", ".join(f"{count} {ending}" for ending, count in self._tree.left_out.items())
-            found.append(f"{self.name}: left out files that are no images by their ending: {kinds}")
+            found.append(f"{self.name}: left out files that are hidden or no images by their ending: {kinds}")
         if self._bad:
             first = "; ".join(list(self._bad.values())[:NAMED])
             found.append(f"{self.name}: left out {len(self._bad)} of {self.count} images: {first}")

@@ -1,4 +1,4 @@
-"""Files of drawn images: a PNG grid, an npz for evaluation code, raw floats."""
+"""Files of drawn images: a PNG grid, an npz for evaluation code, raw floats, an npz of latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
-from sdit.observe.pictures import save_grid
+from sdit.observe.pictures import save_grid, save_latents
 
 MAX_GRID_IMAGES = 400
 
@@ -21,15 +21,17 @@ class ImageFiles:
 
     def __init__(
         self, grid: Path | None, npz: Path | None, raw: Path | None, labels: np.ndarray, columns: int,
-        facts: Mapping[str, object],
+        facts: Mapping[str, object], latents: Path | None = None, latent_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        self._grid, self._npz, self._raw = grid, npz, raw
+        self._grid, self._npz, self._raw, self._latents = grid, npz, raw, latents
+        self._latent_scale = latent_scale
+        self._kept: list[np.ndarray] = []
         self._labels, self._columns, self._facts = labels, columns, facts
         self._shown: list[np.ndarray] = []
         self._pixels: np.ndarray | None = None
         self._floats: np.ndarray | None = None
         self._count = 0
-        for path in (grid, npz, raw):
+        for path in (grid, npz, raw, latents):
             if path is not None:  # before hours of sampling, not after
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _partial(path).touch()
@@ -47,6 +49,8 @@ class ImageFiles:
             if self._pixels is None:
                 self._pixels = np.empty((len(self._labels), *images.shape[2:], images.shape[1]), dtype=np.uint8)
             self._pixels[self._count : end] = to_pixels(images)
+        if self._latents is not None:
+            self._kept.append(images)
         if self._raw is not None:
             if self._floats is None:
                 shape = (len(self._labels), *images.shape[1:])
@@ -63,7 +67,7 @@ class ImageFiles:
                 assert self._count == len(self._labels), (self._count, len(self._labels))
                 self._finish()
         finally:
-            for path in (self._grid, self._npz, self._raw):
+            for path in (self._grid, self._npz, self._raw, self._latents):
                 if path is not None:
                     with suppress(FileNotFoundError):
                         _partial(path).unlink()
@@ -76,6 +80,8 @@ class ImageFiles:
             with _partial(self._npz).open("wb") as file:
                 np.savez(file, arr_0=self._pixels, arr_1=self._labels)
             os.replace(_partial(self._npz), self._npz)
+        if self._latents is not None:
+            save_latents(self._latents, np.concatenate(self._kept), self._labels, self._latent_scale)
         if self._raw is not None and isinstance(self._floats, np.memmap):
             self._floats.flush()
             os.replace(_partial(self._raw), self._raw)

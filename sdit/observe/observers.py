@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from sdit.config import Config
@@ -13,7 +14,10 @@ from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.sinks import TensorBoard, Tolerant, WeightsAndBiases, require_packages
 from sdit.supervise.ranks import RankInfo
 from sdit.supervise.run_folder import RunFolder
+from sdit.train.decode import draws_latents
 from sdit.train.events import Observer
+
+_log = logging.getLogger(__name__)
 
 
 def build_observers(
@@ -24,15 +28,21 @@ def build_observers(
     Raises: ConfigError, on every rank, for an optional sink whose package is missing.
     """
     require_packages(config.observe)
+    latent_scale = config.data.latent_scale if draws_latents(config) and not config.sample.vae else None
     observers: list[Observer] = [RankLog(run_dir, info)]
     if page is not None:
         observers.append(page)
     if info.rank == 0:
-        observers += [MetricsFile(run_dir), Progress(), Tolerant(SampleGrids(run_dir), "sample grids", lasting=True)]
+        if latent_scale is not None:
+            _log.warning("sample.vae: is not set: the model draws latents, kept in samples/latents-N.npz; no pictures")
+        grids = Tolerant(SampleGrids(run_dir, latent_scale), "sample grids", lasting=True)
+        observers += [MetricsFile(run_dir), Progress(), grids]
         if config.model.variant == "switch":
             observers.append(Tolerant(RoutingMaps(run_dir, config.model), "routing maps", lasting=True))
         if config.observe.tensorboard:
-            observers.append(Tolerant(TensorBoard(Path(str(run_dir))), "TensorBoard"))
+            observers.append(Tolerant(TensorBoard(Path(str(run_dir)), latent_scale is None), "TensorBoard"))
         if config.observe.wandb != "off":
-            observers.append(Tolerant(WeightsAndBiases(Path(str(run_dir)), config), "Weights & Biases"))
+            observers.append(
+                Tolerant(WeightsAndBiases(Path(str(run_dir)), config, latent_scale is None), "Weights & Biases")
+            )
     return observers

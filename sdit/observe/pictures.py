@@ -21,10 +21,10 @@ GAP_GREY = 96
 
 
 class SampleGrids(Observer):
-    """Writes RUN/samples/images-N.png whenever samples were drawn."""
+    """Writes RUN/samples/images-N.png whenever samples were drawn; of latents, which are no pictures, latents-N.npz."""
 
-    def __init__(self, run_dir: Path | RunFolder) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path | RunFolder, latent_scale: float | None = None) -> None:
+        self._run_dir, self._latent_scale = run_dir, latent_scale
 
     @property
     def _folder(self) -> Path:
@@ -41,16 +41,20 @@ class SampleGrids(Observer):
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         self._folder.mkdir(exist_ok=True)
-        save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
+        if self._latent_scale is None:
+            save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
+        else:
+            save_latents(self._path(clock), images, labels, self._latent_scale)
 
     def _path(self, clock: Clock) -> Path:
-        return self._folder / f"images-{clock.images_seen:012d}.png"
+        name = f"images-{clock.images_seen:012d}.png"
+        return self._folder / (name if self._latent_scale is None else latents_name(name))
 
 
 def remove_after(folder: Path, images_seen: int) -> None:
-    """Delete the files images-N.* with N > images_seen: the run went back, and will write others of these moments."""
-    for path in folder.glob("images-*.*"):
-        number = path.stem.removeprefix("images-")
+    """Delete the files images-N.* and latents-N.* with N > images_seen: the run went back and will write them again."""
+    for path in (*folder.glob("images-*.*"), *folder.glob("latents-*.*")):
+        number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) > images_seen:
             path.unlink(missing_ok=True)
 
@@ -58,6 +62,17 @@ def remove_after(folder: Path, images_seen: int) -> None:
 def shown_channels(images: np.ndarray) -> np.ndarray:
     """Of images (n, C, H, W) with more than 3 channels the first three, of those with two the first."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+
+
+def latents_name(name: str) -> str:
+    """The name of a file of latents that takes the place of a picture's."""
+    return Path(name.replace("images-", "latents-")).with_suffix(".npz").name
+
+
+def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, latent_scale: float) -> None:
+    """Write `latents` (n, C, H, W) float32, as the model draws them, with `labels` (n,) and `latent_scale`."""
+    with replacing(path) as file:
+        np.savez(file, latents=latents, labels=labels, latent_scale=np.float64(latent_scale))
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:

@@ -92,8 +92,8 @@ class Tolerant(Observer):
 class TensorBoard(Observer):
     """Event files in RUN/tensorboard; the horizontal axis is images seen."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / "tensorboard"
+    def __init__(self, run_dir: Path, has_pictures: bool = True) -> None:
+        self._folder, self._has_pictures = run_dir / "tensorboard", has_pictures
         self._writer: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
@@ -112,6 +112,8 @@ class TensorBoard(Observer):
         self.on_step(clock, metrics, logged=True)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
+        if not self._has_pictures:
+            return
         pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
         self._writer.add_image("samples", pixels, clock.images_seen, dataformats="HWC" if pixels.ndim == 3 else "HW")
 
@@ -126,8 +128,8 @@ class TensorBoard(Observer):
 class WeightsAndBiases(Observer):
     """A W&B run of the folder's name, over images seen; offline runs lie in RUN/wandb until `wandb sync` sends them."""
 
-    def __init__(self, run_dir: Path, config: Config) -> None:
-        self._run_dir, self._config = run_dir, config
+    def __init__(self, run_dir: Path, config: Config, has_pictures: bool = True) -> None:
+        self._run_dir, self._config, self._has_pictures = run_dir, config, has_pictures
         self._run: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
@@ -157,6 +159,8 @@ class WeightsAndBiases(Observer):
         self.on_step(clock, metrics, logged=True)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
+        if not self._has_pictures:
+            return
         import wandb
 
         pixels = grid_pixels(to_pixels(shown_channels(images)), columns)

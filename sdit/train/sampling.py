@@ -15,6 +15,7 @@ from sdit.distributed.comm import Comm
 from sdit.distributed.engine import Engine
 from sdit.model import DiffusionTransformer, forward_with_guidance
 from sdit.randomness import Purpose, normal_noise
+from sdit.train.decode import latent_decoder
 from sdit.train.ema import Ema
 
 SAMPLE_BATCH = 64  # images per rank and model call
@@ -57,9 +58,10 @@ class GridSampler:
 
     def __init__(self, config: Config, model: DiffusionTransformer, comm: Comm, labels: np.ndarray) -> None:
         self._config, self._model, self._comm, self._labels = config, model, comm, labels
+        self._decode = latent_decoder(config, None, comm.device)
 
     def draw(self, engine: Engine, ema: Ema, step_done: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
-        """All images (n, C, H, W) and labels (n,), on every rank; what `step_done` raises after a sampler step ends it."""
+        """Images (n, C, H, W), decoded by sample.vae, and labels (n,) on every rank; what `step_done` raises ends it."""
         labels = self._labels
         training = self._model.training
         self._model.eval()
@@ -83,4 +85,6 @@ class GridSampler:
             sample_images(self._model, config, config.sample, chunk, labels[chunk], lambda _done, _steps: step_done())
             for chunk in np.array_split(mine, max(1, -(-per_rank // SAMPLE_BATCH)))
         ]
+        if self._decode is not None:
+            parts = [self._decode(part) for part in parts]
         return comm.interleave(torch.cat(parts))[: len(labels)].cpu().numpy()

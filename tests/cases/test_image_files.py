@@ -51,7 +51,7 @@ def evaluate(
     """`sdit evaluate WORDS` with the stand-in's features, in an empty folder."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sdit.parallel.comm.set_threads", lambda *_: 1)
+    monkeypatch.setattr("sdit.distributed.comm.set_threads", lambda *_: 1)
     monkeypatch.setattr("sdit.evaluate.metrics.KID_SUBSETS", 2)
     monkeypatch.chdir(tmp_path)
 
@@ -244,11 +244,11 @@ def test_damaged_files_are_named_or_counted(evaluate: Any, role: str) -> None:
     done = evaluate(f"{words} --skip-bad")
     assert done.status == 0, done
     facts = done.result["drawn" if role == "samples" else "reference_files"]
-    assert facts["bad"]["count"] == 3 and facts["other_files"] == {".txt": 1, "LICENSE": 1, ".png": 1}
+    assert facts["bad"]["count"] == 3 and facts["other_files"] == {".txt": 1, "LICENSE": 1, "hidden": 1}
     assert (
         done.result["images" if role == "samples" else "reference"]["images" if role == "reference" else "count"] == 12
     )
-    assert "left out 3 of 15 images" in done.out and "no images by their ending: 1 .txt" in done.out
+    assert "left out 3 of 15 images" in done.out and "1 .txt" in done.out and "1 LICENSE" in done.out
 
 
 @pytest.mark.parametrize("role", ["samples", "reference"])

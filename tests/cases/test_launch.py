@@ -243,7 +243,7 @@ def test_run_that_was_killed_says_so_until_it_is_complete(tmp_path: Path, capsys
 
 LISTEN = """
 import os
-from sdit.parallel.comm import Comm, find_rank
+from sdit.distributed.comm import Comm, find_rank
 with Comm(find_rank(os.environ), device="cpu") as comm:
     comm.barrier()
     mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}

@@ -95,6 +95,8 @@ def samples_section(runs: Sequence[RunRecord]) -> Html:
             note = (
                 f"{len(figures)} of {len(run.samples)} grids; a row is a class, noise and labels are the same in all."
             )
+            if run.shows_latents:
+                note += " Not pictures: three channels of latents, which no VAE decoded."
             frames = tag("div", *figures, class_="frames" if len(runs) > 1 else "frames big")
             rows = grid_rows(run)
             note += f" Rows from the top: {rows}." if rows else ""

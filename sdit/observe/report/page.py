@@ -12,6 +12,7 @@ from sdit.observe.report.losses import loss_section
 from sdit.observe.report.numbers import is_number
 from sdit.observe.report.record import RunRecord
 from sdit.observe.report.routes import routes_section
+from sdit.observe.report.scores import scores_section
 from sdit.observe.report.setup import config_section, environment_section, topology_section
 from sdit.observe.report.speed import speed_section
 from sdit.observe.report.style import CSS
@@ -19,6 +20,7 @@ from sdit.observe.report.style import CSS
 SECTIONS = {
     "loss": ("Loss", loss_section),
     "samples": ("Samples", samples_section),
+    "scores": ("Scores", scores_section),
     "speed": ("Speed", speed_section),
     "experts": ("Experts", routes_section),
     "faults": ("Faults", faults_section),

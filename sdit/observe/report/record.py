@@ -52,6 +52,7 @@ class RunRecord:
         default_factory=list
     )  # damaged, or later than the point that a start continued from
     samples: list[Path] = field(default_factory=list)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # file name -> result of evaluate
     routing: list[Snapshot] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -81,6 +82,11 @@ class RunRecord:
     def count(self, event: str) -> int:
         """How many events of a kind there were."""
         return sum(record.get("event") == event for record in self.events)
+
+    @property
+    def shows_latents(self) -> bool:
+        """Whether the grids are latent channels: older versions drew them as if they were pictures."""
+        return self.config.get("model.channels") not in (None, 1, 3) and not self.config.get("sample.vae")
 
     @property
     def restarts(self) -> int:
@@ -119,9 +125,11 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     run.checkpoints = _checkpoints(run)
     run.aside = [_stored(path) for path in sorted((folder / "checkpoints").glob("aside-images-*")) if path.is_dir()]
     run.samples = sorted((folder / "samples").glob("images-*.png"))
+    run.scores = _scores(run)
     run.maps = sorted((folder / "routing").glob("images-*.png"))
     if not run.samples:
-        run.missing.append("samples/: no sample grid")
+        has_latents = any((folder / "samples").glob("latents-*.npz"))
+        run.missing.append(f"samples/: {'only latents; sample.vae decodes them' if has_latents else 'no sample grid'}")
     _read_routing(run)
     return run
 
@@ -146,6 +154,17 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ValueError("no JSON object")
     return body
+
+
+def _scores(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """The results of evaluate that lie in the run's folder or in its folder `scores`, by name."""
+    found = {}
+    for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("scores/*.json")]):
+        name = str(path.relative_to(run.folder))
+        body = {} if name in FILES or name == "deepspeed.json" else _try(run, name, _json) or {}
+        if is_number(body.get("fid")) and isinstance(body.get("images"), dict):
+            found[name] = body
+    return found
 
 
 def _records(run: RunRecord, name: str) -> list[dict[str, Any]]:

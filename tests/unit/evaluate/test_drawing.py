@@ -12,10 +12,10 @@ import torch
 
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.decode import LatentDecoder
 from sdit.evaluate.drawing import Blocks, Drawing
 from sdit.evaluate.generate import generate
 from sdit.train.checkpoint.load import load_trained
+from sdit.train.decode import LatentDecoder
 from tests.unit.written_run import tiny_config, write_run
 
 COUNT, SIZE = 11, 4

@@ -125,7 +125,11 @@ def test_a_reference_is_saved_and_used(sdit: Any) -> None:
             "sample.steps: 0",
         ),
         (f"{INCEPTION} --checkpoint {{place}}/none --images 4 --out x.json", ExitCode.IO, "holds no checkpoint"),
-        ("--features no.pt --reference digits --samples {place}/half.npz --out x.json", ExitCode.CONFIG, "no.pt: no such file"),
+        (
+            "--features no.pt --reference digits --samples {place}/half.npz --out x.json",
+            ExitCode.CONFIG,
+            "no.pt: no such file",
+        ),
         ("--reference none --samples {place}/half.npz --out x.json", ExitCode.DATA, "none: no such file or folder"),
         (
             "--reference {place}/half.npz --samples {place}/half.npz --out x.json",
