@@ -92,7 +92,8 @@ def prepare(
             bar.update(result.record.samples)
         if not allow_empty_classes:
             _refuse_emptied_classes(source, finished)
-        index = _index(facts, recipe, [result.record for result in finished if result.record is not None])
+        held = frozenset[int]().union(*(result.labels for result in finished))
+        index = _index(facts, recipe, [result.record for result in finished if result.record is not None], held)
         if not (out / INDEX_NAME).exists() or read_index(out) != index:
             write_index(out, index)
     kept = sum(result.kept for result in finished)
@@ -184,12 +185,15 @@ def _refuse_emptied_classes(source: PictureSource, finished: list[_Finished]) ->
     )
 
 
-def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord]) -> DatasetIndex:
+def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord], held: frozenset[int]) -> DatasetIndex:
+    """The index of the shards, whose pictures bear the labels `held`."""
     total = sum(record.samples for record in shards)
     if not total:
         raise DataError(f"none of {facts.total} pictures can be read")
     ordered = tuple(sorted(shards, key=lambda record: record.name))
-    return DatasetIndex(facts=facts.model_copy(update={"total": total}), recipe=recipe, shards=ordered)
+    empty = tuple(sorted(frozenset(range(facts.classes)) - held))
+    counted = facts.model_copy(update={"total": total, "empty_classes": empty})
+    return DatasetIndex(facts=counted, recipe=recipe, shards=ordered)
 
 
 def _verify_shard(task: tuple[Path, ShardRecord, DatasetFacts]) -> tuple[int, list[str]]:

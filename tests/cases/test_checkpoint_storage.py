@@ -19,6 +19,7 @@ import torch
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoint import store as store_module
 from sdit.train.checkpoint.files import write_shard
 from sdit.train.checkpoint.saver import Saver
@@ -327,7 +328,8 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path, old_lef
     young.touch()
     named.touch()
     os.utime(named, (0, 0))
-    prepare_run_dir(tmp_path)
+    with RunFolder(tmp_path) as folder:
+        prepare_run_dir(folder)
     assert [path for path in old_leftovers if path.exists()] == []
     assert young.exists() and named.exists()
 

