@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from sdit.supervise.board import Board, Note, Waiting
+from sdit.supervise.launch import LaunchMark
 from sdit.supervise.lock import owner_of
 
 SILENT_SECONDS = 30.0  # a waiting rank that says nothing for so long is gone; NFS shows a change after a few seconds
+UNSURE_SECONDS = 5.0  # by then a rank of another launch, which only its parent tells apart, has been refused
 REFUSE_SECONDS = 10.0  # how long a refused rank 0 waits for ranks of its launch that start later
 _log = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ class Attendance:
 
     def __init__(self) -> None:
         self._heard: dict[str, tuple[Note, float]] = {}
+        self._came: dict[str, float] = {}
 
     def hear(self, notes: Iterable[Note], now: float) -> list[Note]:
         """Take in what the folder holds at `now` (seconds); return the ranks that are alive as far as can be seen."""
@@ -33,19 +36,28 @@ class Attendance:
             for nonce, (note, at) in self._heard.items()
             if now - at < SILENT_SECONDS and not note.is_dead
         }
+        self._came = {nonce: self._came.get(nonce, now) for nonce in self._heard}
         return [note for note, _ in self._heard.values()]
 
+    def patient(self, now: float) -> set[str]:
+        """Return the nonces of the ranks that have waited for `UNSURE_SECONDS`."""
+        return {nonce for nonce, came in self._came.items() if now - came > UNSURE_SECONDS}
 
-def admit(members: Mapping[int, Note], candidates: Iterable[Note], world: int) -> dict[int, Note]:
+
+def admit(
+    members: Mapping[int, Note], candidates: Iterable[Note], world: int, patient: Collection[str] = ()
+) -> dict[int, Note]:
     """Return the members of a launch of `world` ranks: those that are still there, then candidates for the free ranks.
 
-    A candidate must agree with every member about the launch. Rank 0 is a member already.
+    A candidate must agree with every member about the launch, and surely unless its nonce is among the `patient` ones.
+    Rank 0 is a member already.
     """
     there = list(candidates)
     kept = {rank: note for rank, note in members.items() if rank == 0 or note.nonce in {each.nonce for each in there}}
     for note in there:
         free = 0 < note.rank < world and note.rank not in kept
-        if free and all(note.launch.agrees_with(member.launch) for member in kept.values()):
+        agrees = LaunchMark.agrees_with if note.nonce in patient else LaunchMark.surely_agrees_with
+        if free and all(agrees(note.launch, member.launch) for member in kept.values()):
             kept[note.rank] = note
     return kept
 

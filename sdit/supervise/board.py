@@ -26,7 +26,7 @@ from sdit.supervise.verdict import End
 
 WAITING = "waiting"
 TOKEN = re.compile(r"[0-9a-f]{32}")
-NOWHERE = LaunchMark("", "", "")
+NOWHERE = LaunchMark("", "", "", "")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ class Waiting:
                 path.unlink()
 
     def post(self, note: Note) -> None:
-        """Say that a rank is here. Raises: OSError."""
-        write_json(self._path(note, "json"), asdict(note))
+        """Say that a rank is here. In vain if the folder is wiped at this instant, or gone. Raises: OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            write_json(self._path(note, "json"), asdict(note))
 
     def holds(self, note: Note) -> bool:
         """Return whether the folder says that a rank is here."""
@@ -113,8 +114,9 @@ class Waiting:
         return [note for note in found if note is not None and not note.is_dead]
 
     def refuse(self, note: Note, code: int) -> None:
-        """Tell a rank of the own launch to leave. Raises: OSError."""
-        write_json(self._path(note, "refused"), {"code": code})
+        """Tell a rank of the own launch to leave. In vain if the folder is wiped at this instant. Raises: OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            write_json(self._path(note, "refused"), {"code": code})
 
     def refusal(self, note: Note) -> int | None:
         """Return the exit code that the own launch's rank 0 left for a rank; None if it left none."""

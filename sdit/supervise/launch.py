@@ -29,25 +29,33 @@ NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # several nodes o
 class LaunchMark:
     """What a rank knows of its launch. Ranks of one launch agree; ranks of two launches differ if anything tells them apart.
 
-    `variables` is a hash of the launcher's variables. `launcher` is the launcher's process that started this rank
-    ("": not known), which all ranks of a node have in common; it means something on the same `node` only.
+    `variables` is a hash of the launcher's variables. `launcher` is the known launcher's process that started this rank
+    ("": none), which all ranks of a node have in common; `parent` is this rank's parent, which they may have in common.
+    Both mean something on the same `node` only.
     """
 
     variables: str
     node: str
     launcher: str
+    parent: str
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str]) -> LaunchMark:
         shared = [f"{name}={environment[name]}" for name in LAUNCH_VARIABLES if name in environment]
         node = " ".join([machine(), *(f"{name}={environment[name]}" for name in NODE_VARIABLES if name in environment)])
+        parent = Process(os.getppid(), start_ticks(os.getppid()))
         nearest = next((each for each in launcher_processes() if is_launcher(each.pid)), None)
-        launcher = f"{nearest.pid} {nearest.started}" if nearest is not None else ""
-        return cls(hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12], node, launcher)
+        variables = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12]
+        return cls(variables, node, str(nearest or ""), str(parent))
 
     def agrees_with(self, other: LaunchMark) -> bool:
         """Return whether both ranks can be of one launch."""
         return self.variables == other.variables and (self.node != other.node or self.launcher == other.launcher)
+
+    def surely_agrees_with(self, other: LaunchMark) -> bool:
+        """Return whether nothing speaks against it: ranks of an unknown launcher mostly have one parent."""
+        is_known = self.node != other.node or bool(self.launcher) or self.parent == other.parent
+        return is_known and self.agrees_with(other)
 
 
 def launcher_processes() -> list[Process]:

@@ -92,8 +92,9 @@ class Leader:
 
     def _gather(self) -> None:
         """Wait for every rank's supervisor, then start the first attempt."""
-        there = self._attendance.hear(self._waiting.notes(), time.monotonic())
-        self._notes = admit(self._notes, there, self._world)
+        now = time.monotonic()
+        there = self._attendance.hear(self._waiting.notes(), now)
+        self._notes = admit(self._notes, there, self._world, self._attendance.patient(now))
         members = {str(rank): note.nonce for rank, note in self._notes.items()}
         if members != self._plan.members:
             self._post(members=members)  # a rank that is named here belongs to this launch and no other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -15,12 +14,8 @@ from sdit.supervise.lock import Holder, in_use, owner_of
 from sdit.supervise.verdict import End
 
 BEAT_SECONDS = 2.0
-DOUBT_SECONDS = (
-    2.0  # in this time the lock's holder names a rank of its own, which another launch took for one of its ranks
-)
-FOREIGN_SECONDS = (
-    30.0  # how long another launch must hold the lock before a rank concludes that its own rank 0 was refused
-)
+DOUBT_SECONDS = 2.0  # within it the lock's holder names its own ranks, also one that another launch refused by mistake
+FOREIGN_SECONDS = 30.0  # if another launch holds the lock for longer, this rank's own rank 0 was refused
 _log = logging.getLogger(__name__)
 
 
@@ -85,8 +80,7 @@ class Membership:
         if now - self._announced > BEAT_SECONDS or not self._waiting.holds(self._note):
             self._announced = now
             self._note = replace(self._note, beats=self._note.beats + 1)
-            with contextlib.suppress(FileNotFoundError):  # the run directory is gone; it is not made again here
-                self._waiting.post(self._note)
+            self._waiting.post(self._note)
 
 
 def _token(owner: Holder | None) -> str:
@@ -97,4 +91,4 @@ def _mark(owner: Holder) -> LaunchMark:
     try:
         return LaunchMark(**owner.body["launch"])
     except (KeyError, TypeError):  # a lock of another version
-        return LaunchMark("another version", "", "")
+        return LaunchMark("another version", "", "", "")

@@ -16,6 +16,9 @@ class Process:
     pid: int
     started: str | None  # None: the system does not say
 
+    def __str__(self) -> str:
+        return f"{self.pid} {self.started}"
+
     @property
     def is_running(self) -> bool:
         return is_running(self.pid, self.started)

@@ -159,7 +159,7 @@ def test_ranks_of_a_refused_launch_leave_without_its_launcher(tmp_path: Path) ->
         eventually(lambda: newest_step(run) >= 4)
         with start_fake(3, run) as second:
             assert second.codes(seconds=30) == [ExitCode.CONFIG] * 3
-        assert len(second.fatal) == 1 + len(first.fatal)
+        assert len(second.fatal) == 1
         assert all(process.poll() is None for process in first.processes)
         ranks_here = [path.name for path in (run / "supervise" / "waiting").iterdir()]
         assert len(ranks_here) == 2  # the first launch's ranks 1 and 2
@@ -171,8 +171,10 @@ def test_members_are_of_one_launch() -> None:
     from sdit.supervise.board import Note
     from sdit.supervise.launch import LaunchMark
 
-    def note(rank: int, nonce: str, variables: str = "v", node: str = "n0", launcher: str = "7 100") -> Note:
-        return Note(rank, nonce, "host", 1, "digest", launch=LaunchMark(variables, node, launcher))
+    def note(
+        rank: int, nonce: str, variables: str = "v", node: str = "n0", launcher: str = "7 100", parent: str = ""
+    ) -> Note:
+        return Note(rank, nonce, "host", 1, "digest", launch=LaunchMark(variables, node, launcher, parent))
 
     zero = note(0, "a")
     mine, other = note(1, "b"), note(1, "c", launcher="8 200")
@@ -182,6 +184,10 @@ def test_members_are_of_one_launch() -> None:
     assert admit({0: zero, 1: mine}, [note(1, "e")], 2)[1].nonce == "e"  # its first supervisor was lost
     there = [note(2, "f", node="n1", launcher="9 1"), note(3, "g", node="n1", launcher="9 2")]
     assert set(admit({0: zero}, there, 4)) == {0, 2}  # ranks of another node agree among themselves
+    start = {0: note(0, "a", launcher="", parent="5 1")}
+    ranks = [note(1, "j", launcher="", parent="6 1"), note(2, "k", launcher="", parent="5 1")]
+    assert set(admit(start, ranks, 3)) == {0, 2}  # an unknown launcher's ranks mostly have one parent
+    assert set(admit(start, ranks, 3, patient={"j"})) == {0, 1, 2}  # if not, they are admitted a little later
     assert set(admit({0: zero}, [note(5, "h"), note(0, "i")], 4)) == {0}
 
 
@@ -195,7 +201,7 @@ def test_ranks_leave_with_any_process_of_their_launcher(tmp_path: Path, who: str
         os.kill(launch.process.pid if who == "deepspeed" else launch.helper(), number)
         eventually(lambda: all(map(is_gone, launch.ranks)), seconds=20)
     end = json.loads((run / "logs" / "attempts.jsonl").read_text().splitlines()[-1])
-    assert end["code"] == ExitCode.REQUEUE and end["step"] == newest_step(run)
+    assert end["code"] == ExitCode.REQUEUE and newest_step(run) - end["step"] in (0, 1)  # a fake counts a step late
     assert "gone" in end["text"]
     (run / "config.yaml").write_text("seed: 1\n")
     with start_fake(2, run, steps=newest_step(run) + 2) as ranks:
