@@ -13,6 +13,7 @@ Everyone polls one file; only rank 0's supervisor, and ranks that no plan names,
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
@@ -166,10 +167,25 @@ class Board:
         write_json(self._plan, asdict(plan))
         return plan
 
+    def beat(self) -> None:
+        """Show that rank 0's supervisor lives although the plan cannot be written: the disk is full. Raises: OSError."""
+        os.utime(self._plan)
+
+    def problem(self, note: Note) -> str:
+        """Return why nothing can be written here, such as `Read-only file system`; empty if it can."""
+        try:
+            write_json(self._folder / f"rank-{note.rank:05d}.json", asdict(note))
+        except OSError as error:
+            return str(error.strerror)
+        return ""
+
     def plan(self) -> Plan | None:
+        """Return the plan. Its `beats` is the file's time, which `beat` changes as well; no clock is compared with it."""
         body = read_json(self._plan)
         if body is None:
             return None
+        with contextlib.suppress(FileNotFoundError):
+            body["beats"] = self._plan.stat().st_mtime_ns
         return replace(Plan(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
 
     def post_end(self, attempt: int, end: End) -> None:

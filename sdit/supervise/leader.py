@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -57,6 +58,7 @@ class Leader:
         self._plan = Plan(attempt=0, members={"0": note.nonce})
         self._since = self._beaten = time.monotonic()
         self._reached_first_step = False
+        self._is_posted = True
         self.stopping = False
         self.problem = ""  # of the run folder, which is no longer at its path
 
@@ -170,9 +172,14 @@ class Leader:
         self._plan = replace(self._plan, **changes)  # type: ignore[arg-type]
         try:
             self._board.post_plan(self._plan)
-        except OSError as error:  # a full disk: try again at the next beat
-            _log.warning("the plan could not be posted: %s", error)
-            self._beaten = 0.0
+        except OSError as error:  # a full disk: the next look tries again
+            if self._is_posted:
+                _log.warning("the supervisors' plan cannot be written (%s); the run continues", error.strerror)
+            self._is_posted, self._beaten = False, 0.0
+            with contextlib.suppress(OSError):
+                self._board.beat()
+            return
+        self._is_posted = True
 
     def _lost(self, rank: int, others: Mapping[int, End]) -> End:
         """The end of a rank that reported none. All ranks take the same steps, so the others know how far it was."""

@@ -125,6 +125,7 @@ class Supervisor:
         self._stop_seconds = 0.0
         self._plan: Plan | None = None
         self._plan_idle_seconds = 0.0
+        self._unwritten_since: float | None = None  # since when something cannot be posted
 
     def run(self) -> int:
         """Follow the plan until it gives an exit code."""
@@ -167,8 +168,13 @@ class Supervisor:
             if self._end is not None:
                 self._member.post_end(self._attempt, self._end)
                 self._end = None
-        except OSError as error:  # a full disk: said again at the next look
-            _log.warning("rank %d: %s", self._info.rank, error)
+            self._unwritten_since = None
+        except OSError as error:  # a full disk: the next look tries again
+            if self._unwritten_since is None:
+                self._unwritten_since = time.monotonic()
+                _log.warning("rank %d: the supervisors' folder cannot be written (%s)", self._info.rank, error.strerror)
+            elif time.monotonic() - self._unwritten_since > LOST_SECONDS:
+                return self._leave(f"run_dir: {self._folder}: cannot be written ({error.strerror})", ExitCode.IO)
         if self._leader is not None:
             self._leader.stopping, self._leader.problem = self._is_stopping, self._folder.problem
             self._leader.poll()
@@ -193,6 +199,9 @@ class Supervisor:
         has_begun = self._plan is not None and self._plan.attempt > 0
         patience = LOST_SECONDS if has_begun else self._config.start_seconds + LOST_SECONDS
         if self._plan_idle_seconds > patience:
+            problem = self._board.problem(self._note)
+            if problem:
+                return self._leave(f"run_dir: {self._folder}: cannot be written ({problem})", ExitCode.IO)
             return self._leave("rank 0's supervisor does not answer")
         return None
 
@@ -305,12 +314,12 @@ class Supervisor:
                 print(f"rank {self._info.rank}: {self._launcher_gone}; saving and leaving", file=sys.stderr, flush=True)
                 return
 
-    def _leave(self, why: str) -> int:
+    def _leave(self, why: str, code: ExitCode = ExitCode.CRASH) -> int:
         where = f"rank {self._info.rank}, host {self._note.host}"
         if self._child is not None:
             where += f", step {self._child.beat.step}, phase {self._child.beat.phase.label}"
         print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
-        return ExitCode.CRASH
+        return code
 
 
 def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:

@@ -48,7 +48,9 @@ def test_an_alias_bomb_ends_a_launch_at_once(tmp_path: Path) -> None:
     """S6: A launcher refuses nested aliases with 78, in a second or two of a whole process."""
     (tmp_path / "bomb.yaml").write_text(LAUGHS)
     began = time.monotonic()
-    start("train", "--config", tmp_path / "bomb.yaml", "--run-dir", tmp_path / "run", seconds=120).refused(78, "aliases")
+    start("train", "--config", tmp_path / "bomb.yaml", "--run-dir", tmp_path / "run", seconds=120).refused(
+        78, "aliases"
+    )
     assert time.monotonic() - began < 10 and not (tmp_path / "run").exists()
 
 

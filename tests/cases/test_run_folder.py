@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +16,13 @@ import pytest
 
 from sdit.errors import ExitCode
 from sdit.observe.metrics_file import read_metrics
+from sdit.supervise.leader import LOST_SECONDS
 from sdit.train.checkpoint.store import find_checkpoint
+from tests.distributed.harness import ROOT
 from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake, start_real
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
+TRAIN = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(TINY)]
 ENDLESS = ("train.steps=1000000", "checkpoint.every_steps=20")
 
 
@@ -146,16 +151,39 @@ def test_unmounted_run_is_saved_where_it_is_and_stops(tmp_path: Path, disk: Path
     assert list(disk.iterdir()) == []
 
 
+def fill(disk: Path) -> None:
+    """Leave no byte free, as a file system that went read-only has none."""
+    with (disk / "fill").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 @pytest.mark.cluster
-def test_run_on_a_disk_made_read_only_ends_with_an_input_output_error(tmp_path: Path, disk: Path) -> None:
-    """R15: `mount -o remount,ro` below a run of two ranks: all leave with 74, and the last checkpoint is whole."""
+def test_disk_that_takes_nothing_for_a_while_ends_no_run(tmp_path: Path, disk: Path) -> None:
+    """R15: the supervisors cannot write to one another for longer than a lost one is waited for."""
     run = disk / "run"
-    with start_real(2, run, TINY, *ENDLESS) as ranks:
-        ranks.log = tmp_path / "log"
-        eventually(lambda: newest_step(run) > 0)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        assert ranks.codes(seconds=90) == [ExitCode.IO] * 2
-    assert find_checkpoint(run).skipped == ()
+    with start_real(2, run, TINY, ENDLESS[0], "checkpoint.every_steps=1000000") as ranks:
+        eventually(lambda: read_metrics(run))
+        fill(disk)
+        time.sleep(LOST_SECONDS + 5)
+        assert [process.poll() for process in ranks.processes] == [None, None]
+        (disk / "fill").unlink()
+        ranks.send(1, signal.SIGTERM)
+        assert ranks.codes() == [ExitCode.REQUEUE] * 2
+        assert ranks.fatal == []
+
+
+@pytest.mark.cluster
+def test_disk_that_takes_nothing_at_the_end_is_an_input_output_error(tmp_path: Path, disk: Path) -> None:
+    """R15: the last checkpoint cannot be written, and the ranks cannot even tell one another: all leave with 74."""
+    run = disk / "run"
+    command = [*TRAIN, "--run-dir", str(run), ENDLESS[0], "checkpoint.every_steps=1000000"]
+    with Ranks(2, command, tmp_path / "log") as ranks:
+        eventually(lambda: read_metrics(run))
+        fill(disk)
+        ranks.send(1, signal.SIGTERM)
+        assert ranks.codes(seconds=2 * LOST_SECONDS + 60) == [ExitCode.IO] * 2
+    assert all("cannot be written (No space left on device)" in line for line in ranks.fatal) and ranks.fatal
 
 
 def test_paths_follow_a_folder(tmp_path: Path) -> None:
