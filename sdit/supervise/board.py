@@ -174,7 +174,7 @@ class Board:
     def problem(self, note: Note) -> str:
         """Return why nothing can be written here, such as `Read-only file system`; empty if it can."""
         try:
-            write_json(self._folder / f"rank-{note.rank:05d}.json", asdict(note))
+            write_json(self._folder / f".writable-{note.rank:05d}.json", asdict(note))
         except OSError as error:
             return str(error.strerror)
         return ""

@@ -52,6 +52,10 @@ class Membership:
         if self._board is not None:
             self._board.post_end(attempt, end)
 
+    def problem(self) -> str:
+        """Return why this rank cannot write to the folder of its launch; empty if it can, or has none."""
+        return "" if self._board is None else self._board.problem(self._note)
+
     def refusal(self) -> tuple[int, str] | None:
         """Return exit code and message if no plan names this rank because its launch was refused; None if it must wait.
 

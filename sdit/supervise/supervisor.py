@@ -199,7 +199,7 @@ class Supervisor:
         has_begun = self._plan is not None and self._plan.attempt > 0
         patience = LOST_SECONDS if has_begun else self._config.start_seconds + LOST_SECONDS
         if self._plan_idle_seconds > patience:
-            problem = self._board.problem(self._note)
+            problem = self._member.problem()
             if problem:
                 return self._leave(f"run_dir: {self._folder}: cannot be written ({problem})", ExitCode.IO)
             return self._leave("rank 0's supervisor does not answer")
