@@ -187,7 +187,7 @@ def test_another_vae_than_the_encoder_is_warned_of(
     assert done.status == 78 and "was trained on images" in done.err
 
 
-@pytest.mark.parametrize("decoded", [True, False])
+@pytest.mark.parametrize("decoded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded: bool) -> None:
     """R10: `sample.vae` decodes the grids in training; without it latents are kept and the log and the report say so."""
     words = [
@@ -211,6 +211,28 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
         assert "the model draws latents" in done.stdout + done.stderr
         with np.load(tmp_path / "run" / "samples" / names[0]) as stored:
             assert stored["latents"].shape == (4, 3, 4, 4)
+
+
+def test_observers_of_a_latent_run_keep_latents(tmp_path: Path) -> None:
+    """R10: Without sample.vae no observer of a run makes a picture of latents; a run that goes back removes them."""
+    from sdit.observe.observers import build_observers
+    from sdit.supervise.ranks import find_rank
+    from sdit.train.clock import Clock
+
+    config = tiny_config("model.channels=4", "observe.tensorboard=true")
+    observers = build_observers(config, tmp_path, find_rank({}))
+    images, labels = np.zeros((2, 4, 4, 4), np.float32), np.arange(2)
+    for observer in observers:
+        observer.on_start(Clock(0, 0), 100, "start")
+        observer.on_samples(Clock(8, 2), images, labels, 2)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["latents-000000000008.npz"]
+    assert set().union(*(observer.missing(Clock(8, 2)) for observer in observers)) <= {"routing"}
+    for observer in observers:
+        observer.on_rollback(Clock(4, 1), "back")
+        observer.close()
+    assert not list((tmp_path / "samples").iterdir())
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"samples" not in events
 
 
 def test_the_report_says_which_scores_are_biased(sdit: Any, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def _row(name: str, body: dict[str, Any]) -> list[str]:
     drawn, held = body["images"].get("count"), reference.get("images")
     biased = body.get("biased")
     if not isinstance(biased, dict):  # written before evaluate said so
-        is_few = any(count < NEEDED for count in (drawn, held) if isinstance(count, int | float))
+        is_few = any(count < NEEDED for count in (drawn, held) if isinstance(count, int))
         biased = dict.fromkeys(SCORES, "") if is_few else {}
     cells = [f"{body[key]:.4g}{'*' if key in biased else ''}" if is_number(body.get(key)) else "—" for key in SCORES]
     counts = [f"{count:,}" if is_number(count) else "—" for count in (drawn, held)]
