@@ -102,15 +102,15 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     # What needs no torch is refused here at once; the rank itself checks the rest, seconds later.
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, info.world)
     merge_deepspeed(config, batch, deepspeed, options.ds_config)
+    run_dir = Path(config.run_dir)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
         steps = -(-config.train.total_images // config.train.global_batch)
-        run_dir = Path(config.run_dir)
         job = Job(command, run_dir, digest, lambda ranks: largest_world(config, ranks), config.observe, steps)
         return supervise(job, config.supervise, info, os.environ)
-    with RunLock(Path(config.run_dir)) if info.rank == 0 else nullcontext() as lock:
+    with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
         if lock is not None:
-            lock.follow(RunFolder(Path(config.run_dir)).anchor)
+            lock.follow(RunFolder(run_dir).anchor)
             lock.keep_beating()
         code = run(options, config, deepspeed, rank)
         if lock is not None and code == ExitCode.DONE:

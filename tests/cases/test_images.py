@@ -463,10 +463,12 @@ def test_two_classes_with_one_stored_name_are_refused(prepare: Prepare, tree: Pa
     assert not out.exists()
 
 
-def test_an_output_folder_may_have_any_name(prepare: Prepare, tree: Path, tmp_path: Path) -> None:
-    """I5: A name that is not UTF-8 in --out does not end the command after its work."""
+def test_an_output_folder_that_is_not_utf_8_is_refused_first(prepare: Prepare, tree: Path, tmp_path: Path) -> None:
+    """I5: A name that is not UTF-8 in --out ends the command before its work, not after it."""
     write_tree(tree, "a/x.png")
-    assert prepare(tree, tmp_path / os.fsdecode(b"s\xe9t")) == ExitCode.DONE
+    out = tmp_path / os.fsdecode(b"s\xe9t")
+    assert prepare(tree, out) == ExitCode.USAGE
+    assert not out.exists()
 
 
 # ---- I6
