@@ -7,7 +7,7 @@
   mpirun -n 4 python launcher/train.py
   srun python launcher/train.py
 
-SIGTERM, SIGUSR1 or SIGINT saves after the present step and ends with 75.
+SIGTERM, SIGUSR1, SIGINT or SIGHUP saves after the present step and ends with 75.
 Exit status: 0 done, 64 wrong command line, 65 bad data or a diverged run, 70 crash, 74 file system error,
 75 stopped and saved (the same command goes on), 78 impossible config. Only 70, 74 and 75 are worth another try.
 """

@@ -1,1 +1,1 @@
-"""Sparse experts whose routes depend on the timestep alone: gates, experts, dispatch, plan, placement, seating."""
+"""Sparse experts whose routes depend on the timestep only: gates, experts, and where both meet in one process."""
