@@ -139,7 +139,9 @@ def test_a_vae_that_does_not_fit_is_one_line(sdit: Any, place: Path, kind: str, 
         "evaluate": "evaluate --out a.json --reference digits --cache cache",
     }[verb]
     done = sdit(f"{words} --checkpoint {{place}}/run --images 5 --vae {folder}")
-    status, line = (74, "error: vae/diffusion") if kind == "cut" else (78, "error: --vae: ")  # a damaged file is no setting
+    status, line = (
+        (74, "error: vae/diffusion") if kind == "cut" else (78, "error: --vae: ")
+    )  # a damaged file is no setting
     assert done.status == status and done.err.splitlines()[-1].startswith(line), done
     assert "error" not in "".join(done.err.splitlines()[:-1]) and not list(Path().glob("a.*"))
 
