@@ -194,8 +194,15 @@ def newest_checkpoint(site: Site) -> str:
     return max(path.name for path in (site.run_dir / "checkpoints").glob("images-*"))
 
 
+def members_of(run_dir: Path) -> list[str]:
+    """Nonces of the supervisors of a launch, as its plan names them."""
+    plans = [json.loads(path.read_text()) for path in (run_dir / "supervise").glob("*/plan.json")]
+    return [nonce for plan in plans for nonce in plan["members"].values()]
+
+
 def test_end_of_the_run_leaves_no_target_and_no_page(site: Site) -> None:
-    nonces = [json.loads(path.read_text())["nonce"] for path in (site.run_dir / "supervise").glob("*/rank-*.json")]
+    eventually(lambda: members_of(site.run_dir)[1:], "a plan for both ranks")
+    nonces = members_of(site.run_dir)
     assert len(nonces) == 2 and all((page_folder() / f"{PREFIX}{nonce}").exists() for nonce in nonces)
     site.ranks.send(0, signal.SIGTERM)
     assert site.ranks.codes() == [ExitCode.REQUEUE] * 2
