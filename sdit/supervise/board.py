@@ -164,6 +164,7 @@ class Board:
                 shutil.rmtree(other, ignore_errors=True)
 
     def post_plan(self, plan: Plan) -> Plan:
+        self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under a running launch
         write_json(self._plan, asdict(plan))
         return plan
 

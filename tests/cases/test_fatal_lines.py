@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
-from sdit.supervise import leader as leading
-from sdit.supervise.board import Board, Note
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.supervise.verdict import End, Judge
 from tests.faults.ranks import eventually, newest_step, start_fake
@@ -66,29 +61,6 @@ def test_rank_killed_by_any_signal_is_named(number: int) -> None:
     """S14: real-time signals have no name in Python; the supervisor reports their number."""
     line = text_of(End(0, "n17", "exit", -number, Phase.STEP, 42, 99))
     assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
-
-
-def test_lost_rank_is_reported_at_the_step_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
-    monkeypatch.setattr(leading, "LOST_SECONDS", 0.0)
-    (tmp_path / "logs").mkdir()
-    board = Board(tmp_path, "launch")
-    for rank in range(3):
-        board.post_note(Note(rank, f"nonce-{rank}", f"n{rank}", 1, "digest"))
-    meeting = leading.Meeting("127.0.0.1", None)
-    leader = leading.Leader(board, SuperviseConfig(), tmp_path, 3, meeting, lambda ranks: ranks)
-    leader.poll()
-    board.post_end(1, End(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
-    board.post_end(1, End(1, "n1", "peer", -9, Phase.STEP, 42, 99))
-    leader.poll()
-    time.sleep(0.01)
-    leader.poll()
-    first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("FATAL rank 2, host n2, step 42, phase step: its supervisor does not answer")
-    (record,) = (json.loads(line) for line in (tmp_path / "logs" / "attempts.jsonl").read_text().splitlines())
-    assert (record["rank"], record["cause"], record["step"]) == (2, "lost", 42)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_what_is_packed_comes_out_under_its_name() -> None:
     assert sums.flags == {name: 2 * value for name, value in zip(FLAGS, flags, strict=True)}
     assert torch.equal(sums.bins, 2 * bins)
     traffic = sums.traffic(world=2)
-    assert traffic["exchange_bytes"] == sum(sums.flags[name] for name in ("tokens", "weights", "seats"))
+    assert traffic["exchange_bytes"] == sum(sums.flags[name] for name in ("tokens", "weights", "samples"))
     assert traffic["exchange_wait_seconds"] == sums.flags["waited_seconds"] / 2
 
 
