@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.pulse import Phase, Pulse
 from sdit.supervise.verdict import End, Judge
@@ -61,6 +64,38 @@ def test_rank_killed_by_any_signal_is_named(number: int) -> None:
     """S14: real-time signals have no name in Python; the supervisor reports their number."""
     line = text_of(End(0, "n17", "exit", -number, Phase.STEP, 42, 99))
     assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
+
+
+def test_lost_rank_is_reported_at_the_step_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
+    from sdit.supervise import leader as leading
+    from sdit.supervise.board import Board, Note, Waiting
+    from sdit.supervise.unfinished import Unfinished
+
+    monkeypatch.setattr(leading, "LOST_SECONDS", 0.0)
+    (tmp_path / "logs").mkdir()
+    token, waiting = "a" * 32, Waiting(tmp_path)
+    board, notes = Board(tmp_path, token), [Note(rank, f"{rank:032x}", f"n{rank}", 1, "digest") for rank in range(3)]
+    board.open()
+    waiting.open()
+    for note in notes[1:]:
+        waiting.post(note)
+    leader = leading.Leader(
+        board, waiting, notes[0], SuperviseConfig(), tmp_path, 3, leading.Meeting("127.0.0.1", None), lambda ranks: ranks,
+        Unfinished(tmp_path, token, 100),
+    )  # fmt: skip
+    eventually(lambda: leader.poll() or (board.plan() is not None and board.plan().attempt == 1))  # type: ignore[union-attr]
+    board.post_end(1, End(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
+    board.post_end(1, End(1, "n1", "peer", -9, Phase.STEP, 42, 99))
+    leader.poll()
+    time.sleep(0.01)
+    leader.poll()
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("FATAL rank 2, host n2, step 42, phase step: its supervisor does not answer")
+    (record,) = (json.loads(line) for line in (tmp_path / "logs" / "attempts.jsonl").read_text().splitlines())
+    assert (record["rank"], record["cause"], record["step"]) == (2, "lost", 42)
 
 
 @pytest.mark.slow
