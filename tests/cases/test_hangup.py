@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,18 @@ def test_hangup_under_a_launcher_is_saved(tmp_path: Path, name: str, target: str
     words = [str(PYTHON / LAUNCHERS[name][0]), *LAUNCHERS[name][1:], port, str(ROOT / "launcher" / "train.py")]
     words += ["--config", str(TINY), "--run-dir", str(run), *ENDLESS]
     check_launcher(words, run, tmp_path / "log", target, name)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI's mpirun")
+@pytest.mark.parametrize("target", ["group", "launcher"])
+def test_hangup_under_mpirun_is_saved(tmp_path: Path, target: str) -> None:
+    """R13: Open MPI turns SIGHUP into SIGTERM after odls_base_sigkill_timeout seconds, and into SIGKILL after as many again."""
+    run = tmp_path / "run"
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "odls_base_sigkill_timeout", "20", "-n", "2"]
+    words += [sys.executable, str(ROOT / "launcher" / "train.py")]
+    words += ["--config", str(TINY), "--run-dir", str(run), *ENDLESS]
+    check_launcher(words, run, tmp_path / "log", target, "mpirun")
 
 
 def check_launcher(words: list[str], run: Path, log: Path, target: str, name: str) -> None:
