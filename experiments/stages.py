@@ -24,9 +24,9 @@ from experiments.training import (
 from experiments.variants import BASELINE, SEARCH_SEED, VARIANTS, Scale
 from launcher.prepare import main as prepare
 from sdit.config import Config
-from sdit.data.durable import replacing
 from sdit.distributed.comm import Comm, find_rank, set_threads
 from sdit.errors import DataError, ExitCode
+from sdit.files import replacing
 from sdit.model import build_model
 from sdit.observe.pictures import save_pixels
 from sdit.train.checkpoint.load import load_trained

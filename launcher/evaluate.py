@@ -366,10 +366,10 @@ def write_result(
     network: FeatureNetwork, blocks: Blocks | None,
 ) -> None:  # fmt: skip
     """Score the samples and write the JSON; `images` are those of the reference."""
-    from sdit.data.durable import replacing
     from sdit.evaluate.score import score_statistics, software
     from sdit.evaluate.statistics import statistics_of
     from sdit.evaluate.trees import TreeImages
+    from sdit.files import replacing
 
     with progress_bar("img", "features") as show:
         statistics = statistics_of(samples.batches(), network, lambda done: show(done, samples.count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +17,13 @@ from torch import Tensor
 from sdit.checked_files import open_regular
 from sdit.config import ModelConfig
 from sdit.errors import CheckpointError, ConfigError
+from sdit.files import replacing_path
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.experts import Experts
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
 from sdit.pickles import load_tensors
-from sdit.safetensors_header import read_header
+from sdit.safetensors_file import read_header
 
 Values = TypeVar("Values")
 POSITIONS = "pos_embed"
@@ -170,17 +170,15 @@ def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metada
     """Write .safetensors, or .pt with the same tensors under `ema` and `model`; a reader never sees half a file."""
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mapping.items()}
-    partial = path.with_name(f".{path.name}.partial")
+    suffix = _suffix(path, WRITTEN_SUFFIXES)
     try:
-        if _suffix(path, WRITTEN_SUFFIXES) == ".safetensors":
-            save_file(tensors, partial, metadata=dict(metadata))
-        else:
-            torch.save({"model": tensors, "ema": tensors, "metadata": dict(metadata)}, partial)
-        os.replace(partial, path)
+        with replacing_path(path) as partial:
+            if suffix == ".safetensors":
+                save_file(tensors, partial, metadata=dict(metadata))
+            else:
+                torch.save({"model": tensors, "ema": tensors, "metadata": dict(metadata)}, partial)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _suffix(path: Path, legal: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from sdit.data.index import DatasetFacts
 from sdit.data.shards import Encoded
 from sdit.data.sources import Picture
 from sdit.errors import ConfigError, DataError
-from sdit.safetensors_header import read_header
+from sdit.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sdit.data.durable import replacing
 from sdit.data.names import shown
 from sdit.errors import ConfigError
+from sdit.files import replacing
 
 IMAGE_LIST_NAME = "images.jsonl"
 ImageRow = tuple[str, int, int, int]  # name, label, bytes, time of its last change in ns

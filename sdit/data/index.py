@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdit.data.durable import replacing
 from sdit.errors import DataError
+from sdit.files import replacing
 
 INDEX_NAME = "index.json"
 

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
-from sdit.data.durable import naming
 from sdit.data.index import INDEX_NAME, ShardRecord, read_index
 from sdit.errors import ConfigError
+from sdit.files import naming
 
 JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]

@@ -14,9 +14,9 @@ from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
 from sdit.data.decode import ALLOWED_SUFFIXES, Sample, decode_sample
-from sdit.data.durable import replacing
 from sdit.data.faults import BadShard
 from sdit.data.index import DatasetFacts, ShardRecord
+from sdit.files import replacing
 
 MAX_MEMBER_BYTES = 64 * 2**20
 READ_ATTEMPTS = 3

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdit.data.durable import naming
 from sdit.data.names import shown, stored_name
 from sdit.data.picture import FILE_FORMATS
 from sdit.errors import ConfigError, DataError
+from sdit.files import naming
 
 IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}

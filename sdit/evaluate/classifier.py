@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdit.caches import user_cache
-from sdit.data.durable import replacing
 from sdit.errors import CheckpointError, ConfigError, DataError
 from sdit.evaluate.features import weights_digest
-from sdit.safetensors_header import read_header
+from sdit.files import replacing
+from sdit.safetensors_file import read_header
 
 FEATURES = 128
 CHANNELS = (16, 32, 64, 64)  # of the stages, each of which halves the image, down to 4 x 4

@@ -17,9 +17,9 @@ from typing import IO, Protocol
 import numpy as np
 
 from sdit.data.dataset import Dataset, EmbeddedDigits, PreparedFolder
-from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.trees import ImageTree, Shape, is_tree, open_tree
+from sdit.files import replacing
 
 BATCH = 500
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from sdit.data.classes import Classes
-from sdit.data.durable import replacing
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.features import Batches, FeatureNetwork
 from sdit.evaluate.images import ImageSet, LabelledImages, open_images, readable_npz
 from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
 from sdit.evaluate.trees import ImageTree, Shape, TreeImages
+from sdit.files import replacing
 
 UNKNOWN = Classes(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
+from sdit.files import commit
 from sdit.observe.pictures import save_grid, save_latents
 
 MAX_GRID_IMAGES = 400
@@ -75,16 +75,16 @@ class ImageFiles:
     def _finish(self) -> None:
         if self._grid is not None:
             save_grid(_partial(self._grid), np.concatenate(self._shown), self._columns, self._facts)
-            os.replace(_partial(self._grid), self._grid)
+            commit(_partial(self._grid), self._grid)
         if self._npz is not None and self._pixels is not None:
             with _partial(self._npz).open("wb") as file:
                 np.savez(file, arr_0=self._pixels, arr_1=self._labels)
-            os.replace(_partial(self._npz), self._npz)
+            commit(_partial(self._npz), self._npz)
         if self._latents is not None:
             save_latents(self._latents, np.concatenate(self._kept), self._labels, self._latent_scale)
         if self._raw is not None and isinstance(self._floats, np.memmap):
             self._floats.flush()
-            os.replace(_partial(self._raw), self._raw)
+            commit(_partial(self._raw), self._raw)
 
 
 def _partial(path: Path) -> Path:

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sdit.files import replace_text
 from sdit.redact import redact
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
@@ -106,9 +107,7 @@ def _keep_up_to(path: Path, images_seen: int) -> None:
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def _images(line: str) -> float:

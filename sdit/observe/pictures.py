@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdit.data.durable import replacing
 from sdit.data.pixels import to_pixels
+from sdit.files import replacing
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import SAMPLES, Observer, OnFailure

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,9 +16,11 @@ import sdit
 from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
 from sdit.errors import CheckpointError
+from sdit.files import replacing
 from sdit.interop import published_buffers, to_published, write_published_file
 from sdit.model import DiffusionTransformer, build_model
-from sdit.train.checkpoint.files import ShardSet, fsync, manifest_files
+from sdit.safetensors_file import TensorEntry, stream_tensors
+from sdit.train.checkpoint.files import ShardSet, manifest_files
 from sdit.train.checkpoint.load import Weights, checkpoint_parts, fill_part, find_trained, load_model
 from sdit.train.clock import Clock
 
@@ -126,35 +126,26 @@ def _held(name: str, value: Tensor) -> Entry:
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
-    """Write the tensors one after another: 8 bytes of header length, a JSON header, then the bytes without gaps.
+    """Write the tensors one after another, wider types first so that all stay aligned.
 
-    Raises: CheckpointError when the file cannot be written. Source: safetensors' format description.
+    Raises: CheckpointError if the file cannot be written.
     """
-    ordered = sorted(
-        entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)
-    )  # wider types first: all stay aligned
-    ends = list(accumulate(entry.bytes for entry in ordered))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    for entry, end in zip(ordered, ends, strict=True):
-        offsets = [end - entry.bytes, end]
-        header[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.partial")
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    total = sum(entry.bytes for entry in ordered)
+    written = 0
+
+    def bytes_of(entry: Entry) -> Iterator[memoryview]:
+        nonlocal written
+        for part in entry.parts():
+            chunk = part.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield chunk
+            written += chunk.nbytes
+            if progress is not None:
+                progress(written, total)
+
+    tensors = [TensorEntry(entry.name, DTYPES[entry.dtype], entry.shape, partial(bytes_of, entry)) for entry in ordered]
     try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            written = 0
-            for entry in ordered:
-                for part in entry.parts():
-                    written += file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-                    if progress is not None:
-                        progress(written, ends[-1])
-        assert written == ends[-1], (written, ends[-1])
-        fsync(partial)
-        os.replace(partial, path)
+        with replacing(path) as file:
+            stream_tensors(tensors, metadata, file.write)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # it never came to be
-            partial.unlink(missing_ok=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sdit.checked_files import open_regular, parse_json, read_bytes
 from sdit.errors import CheckpointError
-from sdit.safetensors_header import Header, read_header
+from sdit.files import fsync
+from sdit.safetensors_file import Header, TensorEntry, read_header, stream_tensors
 from sdit.train.checkpoint.manifest import check_manifest
 
 FORMAT = 1
@@ -45,30 +46,25 @@ class FileRecord:
 def write_shard(
     folder: Path, name: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> FileRecord:
-    """Write flat float32 pieces by key, with the logical shapes, as a safetensors file, and fsync. Raises: OSError.
-
-    Written here and not by the safetensors package: that one holds the interpreter's lock while it writes, loses the
-    reason of a failure, and its file would have to be read again for the checksum.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {"shapes": json.dumps({key: list(shape) for key, shape in shapes.items()})}
-    }
-    size = 0
-    for key, flat in tensors.items():
-        assert flat.dtype == np.float32 and flat.ndim == 1, key
-        header[key] = {"dtype": "F32", "shape": [flat.size], "data_offsets": [size, size + flat.nbytes]}
-        size += flat.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Write flat float32 pieces by key, with the logical shapes, as a safetensors file, and fsync. Raises: OSError."""
+    metadata = {"shapes": json.dumps({key: list(shape) for key, shape in shapes.items()})}
+    entries = [_entry(key, flat) for key, flat in tensors.items()]
     digest = xxhash.xxh3_128()
     with (folder / name).open("wb") as file:
-        parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-        for part in (*parts, *(np.ascontiguousarray(flat, dtype="<f4").data.cast("B") for flat in tensors.values())):
-            digest.update(part)
-            file.write(part)
+
+        def write(chunk: bytes | memoryview) -> None:
+            digest.update(chunk)
+            file.write(chunk)
+
+        size_bytes = stream_tensors(entries, metadata, write)
         file.flush()
         os.fsync(file.fileno())
-        return FileRecord(name, file.tell(), digest.hexdigest())
+    return FileRecord(name, size_bytes, digest.hexdigest())
+
+
+def _entry(key: str, flat: np.ndarray) -> TensorEntry:
+    assert flat.dtype == np.float32 and flat.ndim == 1, key
+    return TensorEntry(key, "F32", flat.shape, lambda: [np.ascontiguousarray(flat, dtype="<f4").data.cast("B")])
 
 
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
@@ -235,25 +231,3 @@ class ShardSet:
         """Logical tensor names of a kind (`weight`, `ema`, ...), without the prefix."""
         prefix = f"{kind}/"
         return (name.removeprefix(prefix) for name in sorted(self.shapes) if name.startswith(prefix))
-
-
-def fsync(path: Path) -> None:
-    """Force a file, or a folder's entries, to storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Swap a small text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        fsync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)

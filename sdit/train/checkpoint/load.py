@@ -20,7 +20,7 @@ from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import SUFFIXES, load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
-from sdit.safetensors_header import read_header
+from sdit.safetensors_file import read_header
 from sdit.train.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
 from sdit.train.checkpoint.store import Found, find_checkpoint
 from sdit.train.clock import Clock

@@ -20,15 +20,14 @@ from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
 from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans, spans_of
+from sdit.files import fsync, replace_text
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoint.files import (
     FORMAT,
     FileRecord,
     ShardSet,
-    fsync,
     manifest_files,
     read_manifest,
-    replace_text,
     verify_file,
     write_manifest,
     write_shard,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -69,9 +70,14 @@ def test_held_out_loss_that_finds_no_room_leaves_the_file_as_it_was(
     metrics.on_start(Clock(), 320, "fresh")
     tell(metrics, range(1, 3))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "metrics.tmp").symlink_to("/dev/full")
-    metrics.on_validation(Clock(64, 2), Validation(validation_loss=0.5))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before and "No space left" in caplog.text
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # a write beyond it fails as on a full file system
+    try:
+        metrics.on_validation(Clock(64, 2), Validation(validation_loss=0.5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and "File too large" in caplog.text
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_events_bear_the_time_of_day(tmp_path: Path) -> None:

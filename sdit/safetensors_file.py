@@ -1,9 +1,15 @@
-"""The header of a safetensors file, checked against the file before any tensor is read. Source: safetensors' format."""
+"""Safetensors files: a header that is checked before any tensor is read, and a streaming writer.
+
+Layout: 8 bytes of header length, a JSON header, then the bytes of the tensors without gaps. Source: safetensors' format
+description.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,3 +110,47 @@ def _short(value: object) -> str:
     """A value of the file in one short line."""
     text = str(value) if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor to write: `chunks()` yields its bytes in order, `size_bytes` in all. `dtype` is a key of ITEM_BYTES."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[memoryview]]
+
+    @property
+    def size_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def stream_tensors(
+    entries: Sequence[TensorEntry], metadata: Mapping[str, str], write: Callable[[bytes | memoryview], object]
+) -> int:
+    """Pass the bytes of a file to `write`, the header first, and return how many they are.
+
+    Unlike the safetensors package it holds one chunk in memory at a time, lets other threads run while it writes, and keeps
+    the reason of a failure.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.size_bytes],
+        }
+        end += entry.size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write(len(text).to_bytes(LENGTH_BYTES, "little"))
+    write(text)
+    written = 0
+    for entry in entries:
+        for chunk in entry.chunks():
+            write(chunk)
+            written += chunk.nbytes
+    assert written == end, (written, end)
+    return LENGTH_BYTES + len(text) + end
