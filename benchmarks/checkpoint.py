@@ -41,7 +41,7 @@ SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12)}  # depth, width, heads; the 
 def measure(trainer: Trainer, rounds: int) -> tuple[list[float], list[float], list[float], int]:
     """Per round: mean seconds of a step without and with a save, seconds blocked by the save; bytes of a checkpoint."""
     saver, step = trainer.tasks.checkpoints.saver, training_step(trainer)
-    meter = Meter(saver, ("save", "hear"))
+    meter = Meter(saver, ("save", "advance"))
 
     def block(save: bool) -> float:
         started = time.perf_counter()
@@ -70,7 +70,7 @@ def save_in_place(trainer: Trainer, saves: int) -> list[float]:
     for _ in range(saves):
         trainer.context.comm.barrier()
         started = time.perf_counter()
-        trainer.tasks.checkpoints.saver.save(must_work=True)
+        trainer.tasks.checkpoints.saver.save(must_succeed=True)
         seconds.append(time.perf_counter() - started)
     return seconds
 

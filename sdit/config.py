@@ -231,7 +231,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "checkpoints and resume")
     sample: SampleConfig = field(SampleConfig(), "sample grids during training")
     validation: ValidationConfig = field(ValidationConfig(), "the held-out loss")
-    observe: ObserveConfig = field(ObserveConfig(), "who else is told of the run")
+    observe: ObserveConfig = field(ObserveConfig(), "where the run is reported")
     supervise: SuperviseConfig = field(
         SuperviseConfig(), "deadlines, restarts and signals of the ranks' parent processes"
     )

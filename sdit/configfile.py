@@ -165,8 +165,8 @@ def _source_of(key: str, sources: Mapping[str, str], default: str) -> str:
 def _overrides_beside(key: str, sources: Mapping[str, str]) -> str:
     """Name the overrides of a section whose keys do not fit together, if the key at fault is not one of them."""
     section = key.partition(".")[0]
-    beside = [other for other, source in sources.items() if source == COMMAND_LINE and _is_inside(other, {section})]
-    return "" if key in beside or not beside else f" (with {', '.join(beside)} of the command line)"
+    others = [other for other, source in sources.items() if source == COMMAND_LINE and _is_inside(other, {section})]
+    return "" if key in others or not others else f" (with {', '.join(others)} of the command line)"
 
 
 def _is_inside(key: str, sections: typing.Collection[str]) -> bool:

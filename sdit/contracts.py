@@ -118,7 +118,7 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Where a sample lies: shard number in the index and position inside the shard; `epoch` keys its augmentation."""
+    """Where a sample is stored: shard number in the index and position inside the shard; `epoch` keys its augmentation."""
 
     epoch: int
     shard: int

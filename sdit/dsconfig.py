@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON beside our YAML: what each may say, and an error naming both where they disagree."""
+"""The DeepSpeed JSON and our YAML: what each may set, and an error that names both if they disagree."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
 def published_names(mapping: Mapping[str, Values], weights: Literal["ema", "model"]) -> dict[str, Values]:
     """The values of one model by their published names, which no wrapper and no holder such as `model.` precedes.
 
-    If a mapping holds an averaged model beside another one, as Lightning's `state_dict` does, `weights` chooses.
-    Values beside the model that has a holder belong to other modules and are left out.
+    If a mapping holds an averaged model and another one, as Lightning's `state_dict` does, `weights` chooses.
+    Values next to a model that has a holder belong to other modules and are left out.
 
     Raises: ValueError for two values of one name.
     """

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import _tensor, _utils
 
-# Modules of the standard library whose objects people keep beside their weights. They are replaced by `Inert` objects.
+# Modules of the standard library whose objects people keep with their weights. They are replaced by `Inert` objects.
 HARMLESS = frozenset(
     (
         "_codecs", "abc", "argparse", "builtins", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum",

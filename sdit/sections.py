@@ -137,5 +137,5 @@ class SuperviseConfig(Section):
     sample_seconds: float = field(600.0, "longest sampler step of a grid, or batch of held-out images", gt=0)
     restarts: int = field(3, "restarts without a newer checkpoint between them before the run ends", ge=0)
     grace_seconds: float = field(60.0, "time to save and leave after a stop signal", gt=0)
-    elastic: bool = field(False, "go on with the ranks that are left when a node is lost")
+    elastic: bool = field(False, "continue with the ranks that are left when a node is lost")
     stop_code: Literal[75, 0] = field(75, "exit code after a stop signal: 75 asks the scheduler to run the job again")

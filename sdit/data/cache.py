@@ -41,7 +41,7 @@ class ShardCache(Generic[Opened]):
     def _read(self, shard: int, future: Future[Opened]) -> None:
         try:
             future.set_result(self._open_shard(shard))
-        except BaseException as error:  # every waiting thread must get it, whatever it is
+        except BaseException as error:  # every waiting thread must get it, also KeyboardInterrupt
             with self._lock:
                 if self._shards.get(shard) is future:
                     del self._shards[shard]  # the next call tries again

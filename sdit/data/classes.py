@@ -74,7 +74,7 @@ def class_differences(here: Classes, there: Classes, ordered: bool = True) -> st
 
 
 def check_label_syntax(text: str) -> None:
-    """Raises: ConfigError for a list of labels that is wrong whatever the classes are."""
+    """Raises: ConfigError for a list of labels that is wrong for any classes."""
     for prefix, item, quoted in _items(text):
         _check_item(prefix, item, quoted, text)
 

@@ -173,7 +173,7 @@ def load_autoencoder(vae: Path, device: str) -> Any:
         model, found = _autoencoder_class().from_pretrained(
             vae, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except Exception as error:  # whatever diffusers raises, the folder is the cause
+    except Exception as error:  # the folder is the cause of any error of diffusers
         raise ConfigError(f"--vae: {vae}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     if found["missing_keys"]:  # diffusers would leave them random
         raise ConfigError(f"--vae: {vae}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")

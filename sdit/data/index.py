@@ -53,7 +53,7 @@ class ShardRecord(_Record):
 
 
 class DatasetIndex(_Record):
-    """The whole of index.json; `recipe` is what the folder was made from, and decides whether a preparation goes on."""
+    """The whole of index.json; `recipe` is what the folder was made from, and decides whether a preparation continues."""
 
     version: Literal[1] = 1
     facts: DatasetFacts

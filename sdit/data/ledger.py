@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 class BadSampleLedger:
     """Bad samples `by_reason`, of the whole run so far, and per epoch against what is allowed.
 
-    Ranks meet bad shards unevenly, so one rank alone is stopped only by what the whole run is allowed; the trainer sums
+    Ranks meet bad shards unevenly, so a single rank is stopped only by what the whole run is allowed; the trainer sums
     `in_latest_epoch` over the ranks. A run that resumes begins to count anew.
     """
 

@@ -1,6 +1,6 @@
 """Samples of the run, decoded ahead of use by threads.
 
-B samples, C channels, H = W size, O orientations. What a run index yields depends on (seed, index, data) alone.
+B samples, C channels, H = W size, O orientations. What a run index yields depends on (seed, index, data) only.
 """
 
 from __future__ import annotations

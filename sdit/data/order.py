@@ -2,7 +2,7 @@
 
 An epoch lays its shuffled shards, each with shuffled members, end to end, cuts that sequence into S equal streams and
 deals samples from the streams in turn. Neighbouring samples so come from S distant places, all streams last to the end
-of the epoch whatever the shard sizes, and a reader needs one open shard per stream.
+of the epoch for any shard sizes, and a reader needs one open shard per stream.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a folder of shards from pictures, over processes, and goes on where an earlier run of it was stopped."""
+"""Writes a folder of shards from images, over processes, and continues what an earlier process left unfinished."""
 
 from __future__ import annotations
 

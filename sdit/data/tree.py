@@ -28,7 +28,7 @@ class LeftOut:
     endings: dict[str, list[str]] = field(default_factory=dict)
     hidden_files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
-    beside_classes: list[str] = field(default_factory=list)
+    outside_classes: list[str] = field(default_factory=list)
     empty_classes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -42,7 +42,7 @@ class LeftOut:
             ("files that are no images", files, by_ending),
             ("hidden files", len(self.hidden_files), listed(self.hidden_files)),
             ("folders", len(self.folders), listed(self.folders, len(self.folders))),
-            ("images beside the class folders", len(self.beside_classes), listed(self.beside_classes)),
+            ("images next to the class folders", len(self.outside_classes), listed(self.outside_classes)),
             ("classes without images", len(self.empty_classes), listed(self.empty_classes, len(self.empty_classes))),
         ]
         return [f"left out: {reason}: {count}: {names}" for reason, count, names in reasons if count]
@@ -63,7 +63,7 @@ class ImageTree:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names as they are stored: text, whatever bytes the file system holds."""
+        """The names as they are stored: text, for any bytes of the file system."""
         return tuple(map(stored_name, self.classes))
 
     def labelled(self) -> list[tuple[str, int]]:
@@ -104,7 +104,7 @@ def read_tree(root: Path, out: Path | None = None, numeric: bool = False) -> Ima
     folders_only = frozenset(name for name, names in classes.items() if names and name not in walk.folders_with_files)
     images = walk.images_among(files)
     if classes:
-        left_out.beside_classes += images
+        left_out.outside_classes += images
         left_out.empty_classes += [name for name, names in classes.items() if not names]
     tree = ImageTree(root, classes, [] if classes else images, folders_only, left_out)
     twice = [name for name, count in Counter(tree.class_names).items() if count > 1]
@@ -255,7 +255,9 @@ def _has_image_ending(name: str) -> bool:
 
 
 def _refuse_broken_links(root: Path, files: list[str]) -> None:
-    """DataError if a link beside the class folders leads nowhere: it may have been a class."""
+    """DataError if a link next to the class folders leads nowhere: it may have been a class."""
     for name in files:
         if not _has_image_ending(name) and os.path.islink(root / name) and not os.path.exists(root / name):
-            raise DataError(f"{shown(root / name)}: a broken symbolic link beside the class folders; mend or remove it")
+            raise DataError(
+                f"{shown(root / name)}: a broken symbolic link next to the class folders; mend or remove it"
+            )

@@ -1,4 +1,4 @@
-"""The variational bound of one reverse step, written in the error of x0 alone."""
+"""The variational bound of one reverse step, written in the error of x0 only."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def draw_timesteps(
 ) -> NDArray[np.int64] | NDArray[np.float32]:
     """The t (global_batch,) of the samples from `first_index` on: int64 in 0..T-1, or float32 in (0, 1) if T is None.
 
-    `stratified`: one t in each equal part of 0..T-1, the parts in random order; a sample alone is still uniform.
+    `stratified`: one t in each equal part of 0..T-1, the parts in random order; each single sample is still uniform.
     `uw`: the same over `clusters` clusters of equal weight, so that each cluster has the same number of samples.
     """
     index = np.arange(first_index, first_index + global_batch)

@@ -77,7 +77,7 @@ class DiffusionObjective(Objective):
         return LossParts(mse, vlb, mse + vlb, output)
 
     def _bound(self, x0: Tensor, x0_error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """The bound's term of each t in bits per element, times T / 1000; it trains the variance alone (B,)."""
+        """The bound's term of each t in bits per element, times T / 1000; it trains the variance only (B,)."""
         posterior_x0, low, high = _per_image(self._reverse.at(t))
         log_variance = learned_log_variance(variance, low, high)
         divergence = _image_mean(kl_bits(x0_error, posterior_x0, low, log_variance))

@@ -21,7 +21,7 @@ MAX_BETA = 0.999  # of the cosine schedule: beta would reach 1 at the last times
 class Schedule:
     """The forward process x_t = alpha_t x0 + sigma_t noise in S steps; every table is float64 (S,).
 
-    `timesteps` (S,) int64 is what the network is told at each step: 0..T-1 itself unless the schedule is thinned.
+    `timesteps` (S,) int64 is the timestep input of the network at each step: 0..T-1 itself unless the schedule is thinned.
     """
 
     betas: np.ndarray
@@ -84,7 +84,7 @@ class Schedule:
         """The rising positions int64 (steps,) to keep.
 
         `even` holds both ends, 0 and T-1 (IDDPM, sec. 4); `leading` the first of each of `steps` equal parts (DDIM);
-        `log_snr` lies evenly in log-SNR between both ends, as far as whole timesteps allow (DPM-Solver).
+        `log_snr` is evenly spaced in log-SNR between both ends, as far as whole timesteps allow (DPM-Solver).
         """
         total = len(self.betas)
         if not 1 <= steps <= total:

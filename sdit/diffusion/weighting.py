@@ -76,5 +76,5 @@ def min_snr_weights(snr: np.ndarray, gamma: float, prediction: Prediction) -> np
 
 
 def p2_weights(snr: np.ndarray, k: float, gamma: float) -> np.ndarray:
-    """The factor 1 / (k + SNR)^gamma on the error of whatever is predicted (P2); (T,)."""
+    """The factor 1 / (k + SNR)^gamma on the error of the prediction (P2); (T,)."""
     return (k + snr) ** -gamma

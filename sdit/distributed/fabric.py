@@ -77,7 +77,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def port_from_agent(info: RankInfo, environment: Mapping[str, str], propose: int, timeout_seconds: float) -> int:
-    """Under torchrun MASTER_PORT is its agent's own: the port that rank 0 proposes to meet at, told through the agent."""
+    """Under torchrun MASTER_PORT is its agent's own: return the port that rank 0 proposes through the agent."""
     place = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
     store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False)
     key = f"sdit/doctor/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -87,7 +87,7 @@ def port_from_agent(info: RankInfo, environment: Mapping[str, str], propose: int
 
 
 def place_from_mpi(address: str, port: int) -> tuple[str, int]:
-    """Rank 0's address and port on all ranks of an MPI launch, told through MPI, which is left again at once."""
+    """Rank 0's address and port on all ranks of an MPI launch, exchanged through MPI, which is left again at once."""
     import mpi4py
 
     mpi4py.rc.initialize = False

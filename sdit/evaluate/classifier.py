@@ -138,7 +138,7 @@ def check_learnable(shape: tuple[int, int, int], classes: int) -> None:
         raise ConfigError(f"features: images of {height} x {width} pixels cannot be learnt; legal: {legal}")
     if classes < 2:
         raise ConfigError(
-            f"features: {classes} classes cannot be told apart; legal: labelled images of 2 classes or more"
+            f"features: {classes} classes cannot be distinguished; legal: labelled images of 2 classes or more"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from sdit.data.digits import digits
 
 WANTED_RECOGNISED = 0.97  # the classifier itself recognises 0.989 of the real digits it has not seen
-# Measured on the real digits, whose spread is 1: with labels ignored it is 1.39; one k-means style of each class alone
+# Measured on the real digits, whose spread is 1: with labels ignored it is 1.39; only one k-means style of each class
 # has 0.76 if there are 4 styles, 0.64 of 10, 0.56 of 20. Twenty digits of each class have 0.97 +- 0.02.
 SPREAD_BAND = (0.6, 1.39)
 

@@ -1,4 +1,4 @@
-"""Thousands of images from a trained model, block by block, so that an evaluation that was killed goes on.
+"""Thousands of images from a trained model, block by block, so that an evaluation that was killed continues.
 
 n images, H x W pixels, C channels.
 """

@@ -138,7 +138,7 @@ class NpzImages:
 
 @contextmanager
 def readable_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive; whatever is wrong with it while it is read becomes one DataError."""
+    """Yield the archive. Any error while it is read becomes one DataError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive

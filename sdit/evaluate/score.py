@@ -60,7 +60,7 @@ def biased(drawn: FeatureStatistics, real: FeatureStatistics, is_paired: bool) -
 
 
 def score_statistics(drawn: FeatureStatistics, reference: Reference, seed: int) -> Scores:
-    """All scores from statistics alone."""
+    """All scores from statistics only."""
     real = reference.statistics
     check_dimensions(reference, len(drawn.mean))
     assert drawn.features is not None and drawn.logits is not None

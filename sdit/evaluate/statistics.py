@@ -89,7 +89,7 @@ class Moments:
 
 
 class Kept:
-    """At most `limit` rows of a stream, all equally likely, in their order: a function of the stream's rows alone.
+    """At most `limit` rows of a stream, all equally likely, in their order: a function of the stream's rows only.
 
     Every row draws a number, and those with the smallest stay. Rows at equal distances would not do: labels of drawn images
     follow one another in a cycle.

@@ -1,7 +1,7 @@
 """Uneven all-to-all inside an expert-parallel group, asynchronous forward and backward. S rows sent, R rows received.
 
 A transfer is two autograd nodes: `begin` starts it and `finish` waits. In backward the roles swap: `finish` starts the
-way back and `begin` waits, so that whatever ran between the two in forward hides the transfer in both directions.
+way back and `begin` waits, so that the work between the two in forward hides the transfer in both directions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which samples an expert with limited capacity serves: a function of the global batch, whatever the layout.
+"""Which samples an expert with limited capacity serves: a function of the global batch, for any layout.
 
 N samples of the global batch, T tasks, M experts, k experts used per sample and block.
 """

@@ -33,7 +33,7 @@ class ExpertWork:
 class BlockPlan:
     """One rank's exchange in one block.
 
-    `send_rows` (S,) own rows by destination, then row; a row goes once per destination, whatever it needs there.
+    `send_rows` (S,) own rows by destination, then row; a row goes once per destination, for all experts that it uses there.
     `send_splits`, `receive_splits` (P,) rows to and from each rank. `local`: what own rows need of experts owned or
     replicated; `remote`: what the arrived rows, by source, then row, need here. Results return in the order of arrival, so
     `send_rows` also says where they are added. `travels`: some row of the group does, in either direction of any rank.

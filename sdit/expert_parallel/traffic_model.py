@@ -59,8 +59,8 @@ class UnitCosts:
 class TrafficModel:
     """A fixed set of random micro-batches of one group. Placements are compared on it before they are used."""
 
-    def __init__(self, routes: RoutingTable, ranks: int, per_rank: int, seating: AssignmentKind = "path") -> None:
-        self.routes, self.ranks, self.per_rank, self.seating = routes, ranks, per_rank, seating
+    def __init__(self, routes: RoutingTable, ranks: int, per_rank: int, assignment: AssignmentKind = "path") -> None:
+        self.routes, self.ranks, self.per_rank, self.assignment = routes, ranks, per_rank, assignment
         samples = ranks * per_rank
         batches = min(max(1, MODEL_SAMPLES // samples), MODEL_BATCHES)
         self.tasks = np.random.default_rng(0).integers(0, routes.tasks, (batches, samples))
@@ -75,7 +75,7 @@ class TrafficModel:
 
     def assigned_ranks(self, placement: ExpertPlacement) -> np.ndarray:
         """(batches, n) ranks of the samples under the placement."""
-        if self.seating == "order":
+        if self.assignment == "order":
             return self.ranks_in_order()
         need = path_need(self.routes.experts, placement)
         return np.stack([assign_samples(tasks, need, self.per_rank) for tasks in self.tasks])

@@ -71,7 +71,7 @@ def prior_loss(model: DiffusionTransformer, t: Tensor) -> Tensor:
 
 
 def _matched_prior(task: Tensor, assignment: Assignment) -> Tensor:
-    """(B, units) float32: 1 / (k depth) on the units whose column lies in the task's window, else 0."""
+    """(B, units) float32: 1 / (k depth) on the units whose column is in the task's window, else 0."""
     windows = assignment.windows
     column = torch.from_numpy(assignment.columns).to(task.device)
     start = torch.from_numpy(windows.starts).to(task.device)[task][:, None]

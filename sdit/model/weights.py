@@ -1,4 +1,4 @@
-"""Initial weights: a pure function of (seed, parameter name, expert id), whatever else is built, in whatever order."""
+"""Initial weights: a pure function of (seed, parameter name, expert id). The order of construction does not matter."""
 
 from __future__ import annotations
 

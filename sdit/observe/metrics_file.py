@@ -64,7 +64,7 @@ class MetricsFile(Observer):
         try:
             _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **validation.as_dict()})])
         except OSError as error:
-            _log.warning("%s: the held-out loss is not in it (%s); training goes on", self._metrics, error.strerror)
+            _log.warning("%s: the held-out loss is not in it (%s); training continues", self._metrics, error.strerror)
 
     def missing(self, clock: Clock) -> set[str]:
         """The held-out loss, where the last line is the step's and lacks it."""
@@ -81,7 +81,7 @@ class MetricsFile(Observer):
         self._append(self._events, {**where, "event": kind, "text": redact(text)})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
-        """Add a line; on a full disk it is lost and told, and the run goes on, as it does without its checkpoint."""
+        """Add a line. On a full disk it is lost, which is reported once, and the run continues."""
         line = json.dumps(record) + "\n"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -93,7 +93,7 @@ class MetricsFile(Observer):
         except OSError as error:
             self._lost[path.name] = self._lost.get(path.name, 0) + 1
             if self._lost[path.name] == 1:
-                _log.warning("%s: a line is lost (%s); training goes on", path, error.strerror)
+                _log.warning("%s: a line is lost (%s); training continues", path, error.strerror)
             return
         if self._lost.pop(path.name, 0):
             _log.warning("%s: can be written again", path)

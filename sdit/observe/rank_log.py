@@ -66,16 +66,16 @@ class _Lines(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A file that may fill the disk: that is told once, and the run goes on."""
+    """A file on a disk that may be full: that is reported once, and the run continues."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8")
         self.setFormatter(_Lines(rank))
-        self._told = False
+        self._reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             print(f"{self.baseFilename}: {sys.exc_info()[1]}; lines are lost", file=sys.stderr)
 
 

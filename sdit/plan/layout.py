@@ -19,7 +19,7 @@ ALIGNMENT = 2  # DeepSpeed rounds a flattened group up to a multiple of this x t
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, `numels` in order, whose optimizer state `ranks` ranks share; `experts` tells the spread ones."""
+    """Parameters, `numels` in order, whose optimizer state `ranks` ranks share; `experts` marks sharded experts."""
 
     numels: tuple[int, ...]
     ranks: int

@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """State that lies on the device for the whole run."""
+        """State that stays on the device for the whole run."""
         state = self.state
         return state.weights + state.masters + state.moments + state.ema - state.offloaded
 

@@ -113,8 +113,8 @@ def as_table(plan: Plan) -> str:
     size = checkpoint_bytes(job)
     lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} at one time")]
     if plan.room_bytes is not None:
-        verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {verdict}{'; ' + plan.advice if plan.advice else ''}"))
+        result = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""From loaded samples to a batch: noise, times and label drop are functions of (seed, sample index) alone."""
+"""From loaded samples to a batch: noise, times and label drop are functions of (seed, sample index) only."""
 
 from __future__ import annotations
 

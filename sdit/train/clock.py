@@ -1,4 +1,4 @@
-"""The run's clock, and what follows from it alone: learning rate and EMA decay."""
+"""The run's clock, and what follows from it: learning rate and EMA decay."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Clock:
         return replace(self, images_seen=self.images_seen + global_batch, steps=self.steps + 1)
 
     def crosses(self, earlier: Clock, every_images: int | None, every_steps: int | None) -> bool:
-        """Whether a multiple of the interval lies in (earlier, now]; no interval: never."""
+        """Return whether a multiple of the interval is in (earlier, now]. Without an interval: never."""
         if every_images is not None:
             return self.images_seen // every_images > earlier.images_seen // every_images
         return every_steps is not None and self.steps // every_steps > earlier.steps // every_steps

@@ -45,7 +45,7 @@ class BadStepGuard:
 
 
 class SpikeDetector:
-    """Exponentially weighted mean and variance of the loss; says when a value lies far above."""
+    """Exponentially weighted mean and variance of the loss; finds values far above."""
 
     def __init__(self, deviations: float) -> None:
         self._deviations = deviations
@@ -53,7 +53,7 @@ class SpikeDetector:
         self._count = 0
 
     def observe(self, loss: float) -> bool:
-        """Take in a loss; True when it lies `deviations` standard deviations above the mean so far."""
+        """Count a loss; return whether it is `deviations` standard deviations above the mean so far."""
         self._count += 1
         far = self._count > SPIKE_MEMORY_STEPS and loss > self._mean + self._deviations * math.sqrt(self._variance)
         rate = max(1.0 / self._count, 1.0 / SPIKE_MEMORY_STEPS)

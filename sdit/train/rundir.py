@@ -1,4 +1,4 @@
-"""A run is a directory; the same command in it goes on."""
+"""A run is a directory; the same command continues it."""
 
 from __future__ import annotations
 

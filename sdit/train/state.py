@@ -110,7 +110,7 @@ class RunState:
         self.engine.sync_compute_weights()
 
     def load(self, found: Found) -> list[str]:
-        """Take over a checkpoint on whatever layout this is; return the config changes, a line each.
+        """Load a checkpoint of any layout; return the config changes, a line each.
 
         Raises:
             ConfigError: the checkpoint is of another run (model, seed, data, objective).

@@ -51,7 +51,7 @@ class TrainStep:
         self._check_bad_samples(sums.flags["bad_samples"])
         context.timer.end_step()
         self._bins += sums.bins
-        self._saver.hear(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
+        self._saver.advance(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)

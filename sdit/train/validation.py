@@ -23,7 +23,7 @@ from sdit.train.context import TrainContext
 from sdit.train.record import Validation
 from sdit.train.rundata import Note, check_held_out, was_accepted
 
-SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
+SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, for any two seeds
 
 
 def open_held_out(

@@ -336,7 +336,7 @@ def test_nested_classes_are_read_if_asked(prepare: Prepare, tree: Path, out: Pat
 
 
 def test_all_that_is_left_out_is_counted_and_listed(prepare: Prepare, tree: Path, out: Path) -> None:
-    """I4: Files by ending, hidden files, ignored folders and images beside the class folders are listed."""
+    """I4: Files by ending, hidden files, ignored folders and images next to the class folders are listed."""
     write_tree(tree, "good/a.png", "good/.cache/a.png", "beside.png")
     for name in ("good/x.txt", "good/y.txt", "good/z.avi", "good/.DS_Store", "good/README", "__MACOSX/good/._a.png"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -419,7 +419,7 @@ def test_linked_folders_are_read_and_loops_are_left_out(
 
 
 def test_a_class_folder_link_that_leads_nowhere_is_an_error(prepare: Prepare, tree: Path, out: Path) -> None:
-    """I4: A broken link beside the class folders is not a class that vanishes."""
+    """I4: A broken link next to the class folders is not a class that vanishes."""
     write_tree(tree, "a/x.png")
     (tree / "b").symlink_to("nowhere")
     assert f"{tree}/b: a broken symbolic link" in prepare.refuses(tree, out)

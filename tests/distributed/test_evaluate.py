@@ -1,4 +1,4 @@
-"""An evaluation gives the same images and scores on any number of ranks, and goes on when it was killed."""
+"""An evaluation gives the same images and scores on any number of ranks, and continues after a kill."""
 
 from __future__ import annotations
 

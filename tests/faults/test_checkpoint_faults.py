@@ -260,6 +260,6 @@ def test_background_write_is_committed_through_the_step_s_flags_alone(tmp_path: 
     for _ in range(10_000):
         if outcome.saved:
             break
-        saver.hear(*saver.flags())
+        saver.advance(*saver.flags())
         time.sleep(0.001)
     assert outcome.saved == ["images-000000000010"] and names(tmp_path) == outcome.saved

@@ -1,4 +1,4 @@
-"""The command line of prepare: one clear line, the right exit status, and the same command goes on."""
+"""The command line of prepare: one clear line, the right exit status, and the same command continues."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from sdit.model.embedding import float_linear
 
 def gate_probabilities(t_emb: Tensor, gates: Sequence[nn.Linear]) -> Tensor:
     """(depth, G, M) float32 softmax(Linear(SiLU(t_emb))) of every block's gate, for t_emb (G, D) float32."""
-    # One GEMM for all blocks; float32 whatever the weights' dtype, or bf16 rounding would move samples between experts.
+    # One GEMM for all blocks; always float32, or bf16 rounding would move samples between experts.
     weight, bias = torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])
     logits = float_linear(F.silu(t_emb), weight, bias)
     return logits.view(len(t_emb), len(gates), -1).transpose(0, 1).softmax(dim=-1)

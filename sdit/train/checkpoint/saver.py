@@ -22,7 +22,7 @@ Failed = Callable[[str], None]
 
 
 class Saver:
-    """Writes `snapshot()` at the trainer's request; `saved(folder, seconds)` and `failed(text)` hear of the outcome.
+    """Writes `snapshot()` on request, and calls `saved(folder, seconds)` or `failed(text)` with the outcome.
 
     Every method is called by all ranks at the same step.
     """
@@ -48,8 +48,8 @@ class Saver:
         """How far this rank is with a write in the background; summed over ranks with the step's losses."""
         return self._writing.flags() if self._writing is not None else (0.0, 0.0, 0.0)
 
-    def hear(self, written: float, failed: float, committed: float) -> None:
-        """Go on with a write in the background, given the flags of all ranks.
+    def advance(self, written: float, failed: float, committed: float) -> None:
+        """Continue a write in the background, given the flags of all ranks.
 
         Raises: CheckpointError after `MAX_FAILURES` failures in a row.
         """
@@ -60,32 +60,32 @@ class Saver:
         except DiskFullError as error:
             failed_write, self._writing = self._writing, None
             if failed_write.is_retry:
-                self._count(error, must_work=False)
+                self._count(error, must_succeed=False)
             else:
                 self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
             return
         except CheckpointError as error:
             self._writing = None
-            self._count(error, must_work=False)
+            self._count(error, must_succeed=False)
             return
         if folder is not None:
             images_seen, seconds, self._writing = self._writing.images_seen, self._writing.seconds, None
             self._note(images_seen, folder, seconds)
 
-    def save(self, must_work: bool = False) -> None:
+    def save(self, must_succeed: bool = False) -> None:
         """Write a checkpoint of this moment, or start to.
 
-        Raises: CheckpointError when it `must_work`, and after `MAX_FAILURES` failures in a row.
+        Raises: CheckpointError when it `must_succeed`, and after `MAX_FAILURES` failures in a row.
         """
         self.finish()
-        if self._asynchronous and not must_work:
+        if self._asynchronous and not must_succeed:
             self._writing = BackgroundWrite(self._store, self._comm, self._still(self._snapshot()))
             return
         started, snapshot = time.perf_counter(), self._snapshot()
         try:
             folder = self._store.save(snapshot)
         except CheckpointError as error:
-            self._count(error, must_work)
+            self._count(error, must_succeed)
             return
         self._note(snapshot.images_seen, folder, time.perf_counter() - started)
 
@@ -94,7 +94,7 @@ class Saver:
         while self._writing is not None:
             self._writing.wait()
             flags = torch.tensor(self.flags(), dtype=torch.float64, device=self._comm.device)
-            self.hear(*self._comm.sum(flags).tolist())
+            self.advance(*self._comm.sum(flags).tolist())
 
     def _still(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot in memory that the next step does not change; arrays of what lives on a GPU are copies already.
@@ -113,15 +113,15 @@ class Saver:
         self._failures, self.last, self.saved_at = 0, str(folder), images_seen
         self._saved(folder, seconds)
 
-    def _count(self, error: CheckpointError, must_work: bool) -> None:
+    def _count(self, error: CheckpointError, must_succeed: bool) -> None:
         self._failures += 1
         self._failed(str(error))
-        if must_work or self._failures >= MAX_FAILURES:
+        if must_succeed or self._failures >= MAX_FAILURES:
             raise error
 
 
 class BackgroundWrite:
-    """One checkpoint on its way to storage while the run goes on; the step's all-reduce carries its progress."""
+    """One checkpoint that is written while the run continues. The all-reduce of the step carries its progress."""
 
     def __init__(self, store: CheckpointStore, comm: Comm, snapshot: Snapshot, is_retry: bool = False) -> None:
         self._store, self._comm, self.snapshot, self.is_retry = store, comm, snapshot, is_retry
@@ -151,7 +151,7 @@ class BackgroundWrite:
         self._thread.join()
 
     def flags(self) -> tuple[float, float, float]:
-        """This rank has written its part; it failed; the whole is committed (rank 0 alone knows)."""
+        """This rank has written its part; it failed; the whole is committed (only rank 0 knows)."""
         if self._thread.is_alive():
             return (0.0, 0.0, 0.0)
         if self._problem is not None:

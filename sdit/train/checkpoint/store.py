@@ -151,7 +151,7 @@ class CheckpointStore:
         return self._folder if self._run_folder is None else self._run_folder / "checkpoints"
 
     def folder_of(self, images_seen: int) -> Path:
-        """Where the checkpoint of a moment lies once it is committed."""
+        """Return the folder of the checkpoint of a moment, once it is committed."""
         return self.folder / f"images-{images_seen:012d}"
 
     def begin(self, images_seen: int) -> None:
@@ -169,7 +169,7 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(later, aside)
                 os.utime(aside)
-                _log.warning("%s: the run goes on from before it; it is now %s", later, aside.name)
+                _log.warning("%s: the run continues from before it; it is now %s", later, aside.name)
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write this rank's part, wait for all ranks, commit; return the new folder.
@@ -287,7 +287,7 @@ class CheckpointStore:
         )
 
     def newest(self) -> Found | None:
-        """The newest checkpoint of this run that verifies, whatever `checkpoint.resume` says; all ranks together."""
+        """Return the newest checkpoint of this run that verifies. `checkpoint.resume` does not matter. All ranks call this."""
         return self._first_verified(list_checkpoints(self.folder))[0]
 
     def _first_verified(self, candidates: Sequence[Path]) -> tuple[Found | None, list[str]]:

@@ -72,7 +72,7 @@ def test_no_set_of_replicas_is_cheaper_for_a_given_assignment(seed: int) -> None
 def test_auto_is_never_dearer_than_samples_or_weights_alone(
     expert_bytes: int, seating: AssignmentKind, learned: RoutingTable
 ) -> None:
-    traffic = TrafficModel(learned, ranks=4, per_rank=16, seating=seating)
+    traffic = TrafficModel(learned, ranks=4, per_rank=16, assignment=seating)
     expert_to_rank, costs = place_experts("path", learned, 4), UnitCosts(S2_ROW_BYTES, expert_bytes, ranks=4)
     choice = choose_exchange("auto", traffic, expert_to_rank, costs)
     tokens, weights = (choose_exchange(kind, traffic, expert_to_rank, costs) for kind in ("tokens", "weights"))
@@ -106,7 +106,7 @@ def test_weights_at_no_price_bring_every_needed_expert_and_at_any_price_none(lea
 
 
 def test_the_hottest_experts_come_to_the_samples_first(learned: RoutingTable) -> None:
-    traffic = TrafficModel(learned, ranks=4, per_rank=16, seating="order")
+    traffic = TrafficModel(learned, ranks=4, per_rank=16, assignment="order")
     choice = choose_exchange(
         "auto", traffic, place_experts("index", learned, 4), UnitCosts(S2_ROW_BYTES, S2_EXPERT_BYTES, 4)
     )

@@ -100,7 +100,7 @@ def test_reader_sees_whole_pages_while_the_writer_runs_is_stopped_and_is_replace
         "    time.sleep(0.0005)\n"
     )
     newest = 0.0
-    for _ in range(2):  # the second process goes on where the first was killed
+    for _ in range(2):  # the second process continues where the first was killed
         writer = subprocess.Popen([sys.executable, "-c", code, str(page.path)], cwd=ROOT)
         try:
             deadline, seen = time.monotonic() + 60, 0
