@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import plan, submit, train
+from sdit.cli import plan, submit, train
 from sdit.configfile import config_keys, load_config
 from sdit.errors import ConfigError, ExitCode
 from tests.cases.commands import ROOT, TINY, call, start

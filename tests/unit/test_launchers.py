@@ -75,7 +75,7 @@ def drawn_from(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_is_quick_and_needs_no_torch(verb: str) -> None:
-    code = f"import sys; sys.argv[0] = 'launcher/{verb}.py'; from launcher.{verb} import main; main(['--help'])"
+    code = f"import sys; sys.argv[0] = 'launcher/{verb}.py'; from sdit.cli.{verb} import main; main(['--help'])"
     ended = f"try:\n {code}\nexcept SystemExit as end: assert not end.code and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", ended], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_a_mistyped_verb_is_guessed(sdit: Command) -> None:
 def test_a_process_leaves_without_the_interpreters_end_unless_mpi_wants_it(
     code: ExitCode, mpi: bool, ends: bool
 ) -> None:
-    script = "import atexit, sys; from sdit.cli import leave; atexit.register(print, 'ended'); print('told')\n"
+    script = "import atexit, sys; from sdit.cli.process import leave; atexit.register(print, 'ended'); print('told')\n"
     script += "sys.modules['mpi4py.MPI'] = sys\n" if mpi else ""
     result = subprocess.run(
         [sys.executable, "-c", f"{script}leave({int(code)})"], capture_output=True, text=True, cwd=ROOT
