@@ -86,10 +86,10 @@ def test_help_is_quick_and_needs_no_torch(verb: str) -> None:
 
 def test_every_verb_is_a_launcher_and_is_listed(sdit: Command) -> None:
     manual = sdit("--help").out
-    scripts = {path.stem for path in (ROOT / "launcher").glob("*.py")} - {"__init__", "command"}
+    scripts = {path.stem for path in (ROOT / "launcher").glob("*.py")} - {"__init__"}
     assert scripts == set(cli.VERBS)
     for verb in cli.VERBS:
-        assert verb in manual and callable(importlib.import_module(f"launcher.{verb}").main)
+        assert verb in manual and callable(importlib.import_module(f"sdit.cli.{verb}").main)
     assert sdit().out == manual and sdit("--version").out.startswith("sdit ")
 
 
