@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher.command import Parser, exit_status
-from sdit.cli import leave
+from sdit.cli.parser import Parser
+from sdit.cli.process import exit_status, leave
 from sdit.errors import ExitCode
 
 HERE = Path(__file__).resolve().parent

@@ -22,7 +22,7 @@ from experiments.training import (
     train,
 )
 from experiments.variants import BASELINE, SEARCH_SEED, VARIANTS, Scale
-from launcher.prepare import main as prepare
+from sdit.cli.prepare import main as prepare
 from sdit.config import Config
 from sdit.distributed.comm import Comm, find_rank, set_threads
 from sdit.errors import DataError, ExitCode

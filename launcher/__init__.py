@@ -1,1 +1,1 @@
-"""Thin scripts around the library; each is also `sdit <verb>`."""
+"""Scripts that run the commands of `sdit.cli` from a checkout; not part of the installed package."""

@@ -1,75 +1,13 @@
 #!/usr/bin/env python3
-"""Write a trained run's weights as one file in published names (DiT, DTR, Switch-DiT), to share or to sample elsewhere.
+"""Run `sdit export` from a checkout, installed or not."""
 
-  export.py --checkpoint runs/digits --out digits.safetensors
-  export.py --checkpoint runs/in256 --out model.safetensors --dtype bfloat16
-  export.py --checkpoint runs/digits --out digits.pt             for code that reads the published .pt checkpoints
-
-A .safetensors file carries the run's config, so that `sample.py --checkpoint FILE` needs nothing else; it is written
-tensor by tensor, whatever the size of the model.
-Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 impossible setting.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher.command import Parser, exit_status, progress_bar
-from sdit.cli import run_command
-from sdit.errors import ExitCode
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser("export", __doc__)
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="run folder (its newest good checkpoint) or checkpoint folder",
-    )
-    add("--out", type=Path, required=True, metavar="FILE", help="file to write: .safetensors, or .pt")
-    add("--weights", choices=("ema", "weight"), default="ema", help="averaged weights or the last ones (default: ema)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the stored weights (default: float32)",
-    )
-    options = parser.parse_args(arguments)
-    if options.out.suffix not in (".safetensors", ".pt", ".pth"):
-        parser.error(f"--out: {options.out} does not end in .safetensors, .pt or .pth")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> int:
-    import torch  # seconds to import: not for --help
-
-    from sdit.train.checkpoint.export import export_pickle, export_safetensors
-
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    if options.out.suffix == ".safetensors":
-        with progress_bar("B", "exported") as show:
-            facts = export_safetensors(options.checkpoint, options.out, options.weights, dtype, show)
-    else:
-        facts = export_pickle(options.checkpoint, options.out, options.weights, dtype)
-    size = options.out.stat().st_size
-    print(f"{options.out}: {facts['variant']}, {facts['weights']} after {facts['images_seen']} images, {size} bytes")
-    return ExitCode.DONE
-
+from sdit.cli.export import main
+from sdit.cli.process import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,94 +1,13 @@
 #!/usr/bin/env python3
-"""Draw which experts the denoising tasks take: affinity, overlap of paths, agreement with the prior, load.
+"""Run `sdit routing` from a checkout, installed or not."""
 
-  routing.py --checkpoint runs/digits --out map.png
-  routing.py --checkpoint Switch-DiT-S.pt --config configs/switch_s2.yaml --out map.png
-
-The routes depend on the timestep alone, so the map is exact: it needs no images. With a capacity
-(model.experts.capacity_factor) it also counts the samples that full experts drop in a step, as the mean of random batches.
-Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 a model without gates.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher.command import Parser, exit_status
-from sdit.caches import run_caches, use_cache
-from sdit.cli import run_command
-from sdit.errors import ConfigError, ExitCode
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from sdit.config import Config
-
-DRAWS = 32
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser("routing", __doc__)
-    add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, checkpoint folder, or published file"
-    )
-    add("--config", type=Path, metavar="YAML", help="config of a published file that does not carry its own")
-    add("--weights", choices=("ema", "weight"), default="ema", help="averaged weights or the last ones (default: ema)")
-    add("--out", type=Path, required=True, metavar="PNG", help="file to write")
-    options = parser.parse_args(arguments)
-    if options.out.suffix != ".png":
-        parser.error(f"--out: {options.out} does not end in .png")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> int:
-    use_cache(run_caches(options.checkpoint))
-    from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
-    from sdit.observe.routing import routing_map
-    from sdit.train.checkpoint.load import load_trained
-
-    trained = load_trained(options.checkpoint, options.weights, options.config)
-    model = trained.config.model
-    if model.variant != "switch":
-        raise ConfigError(f"model.variant: {model.variant} has no gates; legal for a routing map: switch")
-    probs = trained.model.all_gate_probs()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    title = f"after {trained.clock.images_seen:,} images ({options.weights})"
-    assignment, dropped = solve_assignment(probs, model), expected_drops(trained.config, probs.numpy())
-    routing_map(probs.numpy(), model.experts.top_k, assignment, options.out, title, dropped)
-    print(options.out)
-    return ExitCode.DONE
-
-
-def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
-    """(depth,) samples that full experts drop per step, mean over DRAWS random batches; None without a capacity."""
-    import numpy as np
-
-    from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
-    from sdit.expert_parallel.routing_table import RoutingTable
-    from sdit.observe.routing import chosen_experts
-
-    experts = config.model.experts
-    if experts.capacity_factor is None:
-        return None
-    chosen = chosen_experts(probs, experts.top_k)
-    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count)
-    capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
-    batches = np.random.default_rng(config.seed).integers(0, probs.shape[1], (DRAWS, config.train.global_batch))
-    return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)
-
+from sdit.cli.process import run_command
+from sdit.cli.routing import main
 
 if __name__ == "__main__":
     run_command(main)

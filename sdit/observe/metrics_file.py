@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class MetricsFile(Observer):
         self.on_event(clock, "checkpoint", f"{folder.name} in {seconds:.2f} s")
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
-        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
         where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
         self._append(self._events, {**where, "event": kind, "text": redact(text)})
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sdit.config import SuperviseConfig
@@ -196,7 +196,7 @@ class Leader:
         """One line per attempt in logs/attempts.jsonl."""
         fault = culprit(list(ends.values()))
         body = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempt": self._plan.attempt,
             "ranks": len(self._plan.order),
             **{key: value for key, value in asdict(fault).items() if key in ("rank", "host", "step", "cause", "code")},

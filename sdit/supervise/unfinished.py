@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sdit.errors import ExitCode
@@ -79,7 +79,7 @@ class Unfinished:
     def __init__(self, run_dir: Path, token: str, steps: int | None) -> None:
         """Report how the launch before this one ended and write that this one has begun."""
         self._run_dir, self._before = run_dir, _read(run_dir)
-        self._mine = LastLaunch(token, datetime.now(timezone.utc).isoformat(timespec="seconds"), steps)
+        self._mine = LastLaunch(token, datetime.now(UTC).isoformat(timespec="seconds"), steps)
         if self._before is not None:
             _log.warning("%s", self._before.describe(run_dir))
         self._write(self._mine)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.events import ROUTING, SAMPLES, VALIDATION
-
-if TYPE_CHECKING:
-    from sdit.train.loop import PeriodicTasks
+from sdit.train.tasks import PeriodicTasks
 
 
 def catch_up(context: TrainContext, tasks: PeriodicTasks, attempt: int) -> None:

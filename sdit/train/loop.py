@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from sdit.errors import ExitCode
 from sdit.supervise.pulse import Phase
 from sdit.train.batches import BatchStream
 from sdit.train.catch_up import catch_up
-from sdit.train.checkpoints import Checkpoints
 from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.guards import RollBack, StopAgreed
 from sdit.train.record import StepRecord
-from sdit.train.sampling import GridSampler, RoutingMaps
 from sdit.train.step import TrainStep
-from sdit.train.validation import Validator
-
-
-@dataclass(frozen=True)
-class PeriodicTasks:
-    """What a run does between two steps. Each task says itself when it is due."""
-
-    validator: Validator
-    checkpoints: Checkpoints
-    routing: RoutingMaps
-    sampler: GridSampler
+from sdit.train.tasks import PeriodicTasks
 
 
 class Trainer:

@@ -35,7 +35,7 @@ from sdit.train.decode import latent_decoder
 from sdit.train.events import Observers
 from sdit.train.guards import StopSignals
 from sdit.train.injection import FaultyEngine
-from sdit.train.loop import PeriodicTasks, Trainer
+from sdit.train.loop import Trainer
 from sdit.train.module import TrainModule
 from sdit.train.resume import describe_resume, read_length
 from sdit.train.rundata import (
@@ -49,6 +49,7 @@ from sdit.train.rundata import (
 from sdit.train.rundir import describe_run, prepare_run_dir
 from sdit.train.sampling import GridSampler, RoutingMaps, grid_labels, grid_rows
 from sdit.train.state import RunState
+from sdit.train.tasks import PeriodicTasks
 from sdit.train.timing import StepTimer
 from sdit.train.validation import Validator, open_held_out
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import plan, submit, train
+from sdit.cli import plan, submit, train
 from sdit.configfile import config_keys, load_config
 from sdit.errors import ConfigError, ExitCode
 from tests.cases.commands import ROOT, TINY, call, start
@@ -271,7 +271,7 @@ def test_overrides_stand_anywhere(place: int, monkeypatch: pytest.MonkeyPatch) -
     words[2 * place : 2 * place] = ["sample.steps=2", "train.steps=7"]
     words.append("seed=9")
     options = train.parse(words)
-    assert options.overrides == ["sample.steps=2", "train.steps=7", "seed=9"] and options.config == str(TINY)
+    assert options.overrides == ["sample.steps=2", "train.steps=7", "seed=9"] and options.config == TINY
     options = submit.parse([*words, "--nodes", "2", "train.steps=8"])
     assert options.overrides == ["sample.steps=2", "train.steps=7", "seed=9", "train.steps=8"] and options.nodes == 2
     options = plan.parse(["train.steps=8", "--nodes", "2", "seed=4", str(TINY), "--json", "sample.steps=2"])

@@ -367,7 +367,7 @@ def test_a_refusal_needs_no_torch(tmp_path: Path, verb: str) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"elasticity": ENABLED}))
     script = f"""
 import resource, sys
-from launcher.{verb} import main
+from sdit.cli.{verb} import main
 target = [{str(TINY)!r}] if {verb!r} == "plan" else ["--config", {str(TINY)!r}, "--run-dir", {str(tmp_path)!r}]
 code = main([*target, "--ds_config", {str(tmp_path / "ds.json")!r}])
 used = resource.getrusage(resource.RUSAGE_SELF)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import main as report
-from launcher.train import main as train
+from sdit.cli.report import main as report
+from sdit.cli.train import main as train
 from sdit.errors import ExitCode
 from sdit.supervise.lock import identity
 from tests.cases.launches import Launch, environments

@@ -144,7 +144,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "simple namespace": lambda: types.SimpleNamespace(path=Path("x")),
     "numpy scalar": lambda: {"loss": np.float64(0.5), "step": np.int64(3)},
     "numpy array": lambda: {"losses": np.arange(3.0)},
-    "time": lambda: datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
+    "time": lambda: datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
     "enum": lambda: Colour.RED,
     "defaultdict": lambda: collections.defaultdict(list, {"a": [1]}),
     "deque": lambda: collections.deque([1, 2]),

@@ -60,7 +60,7 @@ def test_a_refusal_comes_within_a_second(words: tuple[object, ...], status: int)
 def test_a_refused_config_imports_no_torch(tmp_path: Path) -> None:
     """Start-up: a refused config is refused before torch, numpy and DeepSpeed are imported."""
     code = (
-        "import sys; from launcher.train import main\n"
+        "import sys; from sdit.cli.train import main\n"
         f"code = main(['--config', {str(TINY)!r}, '--run-dir', {str(tmp_path / 'r')!r}, 'train.stpes=3'])\n"
         "print(code, [name for name in ('torch', 'numpy', 'deepspeed') if name in sys.modules])"
     )

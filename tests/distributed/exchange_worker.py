@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdit.cli import leave
+from sdit.cli.process import leave
 from sdit.config import ExpertsConfig
 from sdit.distributed.comm import Comm, find_rank
 from sdit.distributed.deepspeed_internals import make_expert_groups

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdit.cli import leave
+from sdit.cli.process import leave
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
 from sdit.resolved import resolve_run

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from sdit.cli import leave
+from sdit.cli.process import leave
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics_file import MetricsFile

@@ -161,7 +161,7 @@ def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: P
 def test_faults_are_refused_outside_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from launcher.train import main
+    from sdit.cli.train import main
 
     monkeypatch.delenv("SDIT_FAULTS", raising=False)
     with pytest.raises(SystemExit) as end:

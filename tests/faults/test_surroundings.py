@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.prepare import main as prepare
+from sdit.cli.prepare import main as prepare
 from sdit.errors import ExitCode
 from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import ROOT, case, metrics_of, train_together

@@ -20,8 +20,8 @@ from sdit.train.clock import Clock, StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.events import SAMPLES, Observer, Observers
 from sdit.train.guards import StopAgreed
-from sdit.train.loop import PeriodicTasks
 from sdit.train.sampling import GridSampler, RoutingMaps
+from sdit.train.tasks import PeriodicTasks
 from sdit.train.timing import StepTimer
 
 BATCH, EVERY, STEPS = 32, 128, 100

@@ -113,7 +113,7 @@ def put(proc: Path, pid: int, command: str, count: int = 7) -> Path:
 def test_supervisors_are_told_from_ranks_and_others(health: ModuleType, tmp_path: Path) -> None:
     put(tmp_path, 1, "tini -g -- /opt/sdit/docker/entrypoint.sh train --config x")
     put(tmp_path, 8, "/opt/venv/bin/python3 /opt/venv/bin/sdit train --config x")
-    put(tmp_path, 9, "/opt/venv/bin/python3 /opt/sdit/launcher/train.py --config x")
+    put(tmp_path, 9, "/opt/venv/bin/python3 -P -m sdit.cli.train --config x")
     (tmp_path / "self").mkdir()
     assert health.supervisors(tmp_path) == [8] and health.naps(8, tmp_path) == 7 and health.naps(10, tmp_path) is None
 

@@ -75,7 +75,7 @@ def drawn_from(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_is_quick_and_needs_no_torch(verb: str) -> None:
-    code = f"import sys; sys.argv[0] = 'launcher/{verb}.py'; from launcher.{verb} import main; main(['--help'])"
+    code = f"import sys; sys.argv[0] = 'launcher/{verb}.py'; from sdit.cli.{verb} import main; main(['--help'])"
     ended = f"try:\n {code}\nexcept SystemExit as end: assert not end.code and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", ended], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -86,10 +86,10 @@ def test_help_is_quick_and_needs_no_torch(verb: str) -> None:
 
 def test_every_verb_is_a_launcher_and_is_listed(sdit: Command) -> None:
     manual = sdit("--help").out
-    scripts = {path.stem for path in (ROOT / "launcher").glob("*.py")} - {"__init__", "command"}
+    scripts = {path.stem for path in (ROOT / "launcher").glob("*.py")} - {"__init__"}
     assert scripts == set(cli.VERBS)
     for verb in cli.VERBS:
-        assert verb in manual and callable(importlib.import_module(f"launcher.{verb}").main)
+        assert verb in manual and callable(importlib.import_module(f"sdit.cli.{verb}").main)
     assert sdit().out == manual and sdit("--version").out.startswith("sdit ")
 
 
@@ -110,7 +110,7 @@ def test_a_mistyped_verb_is_guessed(sdit: Command) -> None:
 def test_a_process_leaves_without_the_interpreters_end_unless_mpi_wants_it(
     code: ExitCode, mpi: bool, ends: bool
 ) -> None:
-    script = "import atexit, sys; from sdit.cli import leave; atexit.register(print, 'ended'); print('told')\n"
+    script = "import atexit, sys; from sdit.cli.process import leave; atexit.register(print, 'ended'); print('told')\n"
     script += "sys.modules['mpi4py.MPI'] = sys\n" if mpi else ""
     result = subprocess.run(
         [sys.executable, "-c", f"{script}leave({int(code)})"], capture_output=True, text=True, cwd=ROOT

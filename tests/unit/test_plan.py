@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.plan import main
+from sdit.cli.plan import main
 from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
 from sdit.model import build_model

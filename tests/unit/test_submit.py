@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.submit import TEMPLATE, main
+from sdit.cli.batch_script import Allocation, render
+from sdit.cli.submit import TEMPLATE, main
 from sdit.configfile import load_config
 from sdit.errors import ConfigError, ExitCode
-from sdit.submit import Allocation, render
 
 HOSTILE = [
     "a;touch x",

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def _checkpoints(run: RunRecord) -> list[Checkpoint]:
 def _stored(folder: Path) -> Checkpoint:
     """A checkpoint's folder, as it is now."""
     files = [path.stat() for path in folder.iterdir() if path.is_file()]
-    written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0.0), tz=timezone.utc)
+    written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0.0), tz=UTC)
     number = folder.name.rpartition("-")[2]
     return Checkpoint(
         folder.name, int(number) if number.isdecimal() else 0, bytes=sum(file.st_size for file in files),

@@ -70,7 +70,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
 
 
 def test_a_prepared_folder_holds_the_images_it_was_made_of(tmp_path: Path) -> None:
-    from launcher.prepare import main
+    from sdit.cli.prepare import main
 
     assert main(["digits", "--out", str(tmp_path / "digits"), "--samples-per-shard", "700"]) == 0
     folder, embedded = open_images(str(tmp_path / "digits")), open_images("digits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ def test_held_out_loss_that_finds_no_room_leaves_the_file_as_it_was(
 
 
 def test_events_bear_the_time_of_day(tmp_path: Path) -> None:
-    before = datetime.now(timezone.utc).replace(microsecond=0)
+    before = datetime.now(UTC).replace(microsecond=0)
     MetricsFile(tmp_path).on_event(Clock(32, 1), "loss_spike", "loss 7")
     (event,), _ = read_records(tmp_path / "events.jsonl")
-    assert before <= datetime.fromisoformat(event["time"]) <= datetime.now(timezone.utc)
+    assert before <= datetime.fromisoformat(event["time"]) <= datetime.now(UTC)

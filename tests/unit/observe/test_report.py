@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher.report import main
+from sdit.cli.report import main
 from sdit.errors import ExitCode
 from sdit.observe.report import build_page, read_runs
 from sdit.observe.report.charts import Series, line_chart

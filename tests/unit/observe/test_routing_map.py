@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher.routing import expected_drops
+from sdit.cli.routing import expected_drops
 from sdit.config import Config, ModelConfig
 from sdit.model import Assignment, build_model, solve_assignment
 from sdit.model.windows import expert_windows

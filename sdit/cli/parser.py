@@ -1,4 +1,4 @@
-"""What the launchers share: mistakes become one line and an exit status that schedulers understand."""
+"""The argument parser of all commands, and the options that several of them share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from sdit.errors import CheckpointError, ConfigError, ExitCode, SditError
+from sdit.cli.presets import DEFAULT_DEEPSPEED, config_file, deepspeed_file
+from sdit.errors import ExitCode
 from sdit.redact import redact
 from sdit.textfile import text_problem
 
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
-RANK = re.compile(r"\d{1,9}")
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.ASCII | re.DOTALL)
 
 
@@ -78,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _DeepSpeedJson(argparse.Action):
-    """Collects the names under which a DeepSpeed JSON was given, with the files; `--deepspeed` may come without one."""
+    """Stores the DeepSpeed JSON that was given under any of its names. `--deepspeed` may come without a file."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         given = getattr(namespace, self.dest)
@@ -89,13 +87,27 @@ class _DeepSpeedJson(argparse.Action):
 
 
 def add_deepspeed_options(parser: Parser, text: str) -> None:
-    """Add the DeepSpeed JSON as `ds_config` (None if not given), under its own name and DeepSpeed's names."""
+    """Add the DeepSpeed JSON as `ds_config` (a path; None if not given), under its own name and DeepSpeed's names."""
+    add = parser.add_argument
     names = ("--ds_config", "--deepspeed_config", "--deepscale_config")
-    parser.add_argument(*names, action=_DeepSpeedJson, metavar="JSON", help=text)
-    text = "as DeepSpeed's own scripts take it: the same JSON, or nothing, because DeepSpeed is always used"
-    parser.add_argument("--deepspeed", action=_DeepSpeedJson, dest="ds_config", metavar="JSON", help=text)
+    text += f"; a path or a preset (default: {DEFAULT_DEEPSPEED})"
+    add(*names, action=_DeepSpeedJson, type=deepspeed_file, metavar="JSON", help=text)
+    text = "as DeepSpeed's own scripts accept it: the same JSON, or nothing, because DeepSpeed is always used"
+    add("--deepspeed", action=_DeepSpeedJson, type=deepspeed_file, dest="ds_config", metavar="JSON", help=text)
     for name in ("--deepscale", "--deepspeed_mpi"):
-        parser.add_argument(name, action="store_true", help="taken as DeepSpeed's own scripts take it; no effect")
+        add(name, action="store_true", help="accepted as DeepSpeed's own scripts accept it; no effect")
+
+
+def add_config_option(add: Callable[..., Any], text: str, default: str | None = None) -> None:
+    """Add `--config` (the path of a YAML config), given as a path or as a preset's name; None without a default."""
+    text += "; a path or a preset" + (f" (default: {default})" if default else "")
+    add("--config", type=config_file, default=default, metavar="YAML", help=text)
+
+
+def add_trained_options(add: Callable[..., Any]) -> None:
+    """Add `--config` and `--weights`, which say how a checkpoint is read."""
+    add_config_option(add, "config of a published file that does not carry its own")
+    add("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
 
 
 def add_rank_option(add: Callable[..., Any]) -> None:
@@ -109,43 +121,3 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
     return value
-
-
-def exit_status(action: Callable[[], int]) -> int:
-    """Run a launcher's work and return its exit status; what a user can mend is told in one line on stderr."""
-    try:
-        return int(action())
-    except SditError as error:
-        _tell(error, common=isinstance(error, ConfigError | CheckpointError))
-        return int(error.exit_code)
-    except OSError as error:
-        if error.filename is None:  # no file of the user's: a broken connection, say
-            raise
-        _tell(f"{error.filename}: {error.strerror}", common=False)
-        return int(ExitCode.IO)
-    except KeyboardInterrupt:
-        _tell("stopped", common=True)
-        return int(ExitCode.REQUEUE)
-
-
-@contextmanager
-def progress_bar(unit: str, text: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to be called with (done, all) that moves a bar on a terminal, and shows nothing elsewhere."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(desc=text, unit=unit, unit_scale=unit == "B", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
-def _tell(message: object, common: bool) -> None:
-    """Print an error; what all ranks meet in `common` is told by the first alone."""
-    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    if rank == "0" or not RANK.fullmatch(rank):  # a rank that is no number is itself the mistake
-        print(redact(f"error: {message}"), file=sys.stderr)
-    elif not common:
-        print(redact(f"error: rank {rank}: {message}"), file=sys.stderr)

@@ -1,0 +1,5 @@
+"""`python -m sdit.cli VERB ...`."""
+
+from sdit.cli import main
+
+main()

@@ -1,0 +1,127 @@
+"""Write training images as verified tar shards that the trainer reads (data.source: shards, data.path: FOLDER).
+
+  sdit prepare digits        --out FOLDER                        1,797 digits, 8 x 8 grey, 10 classes
+  sdit prepare fashion-mnist --out FOLDER --pad 32               60,000 pictures, 28 x 28 grey, 10 classes
+  sdit prepare folder  --images TREE --size 256 --out FOLDER     one subfolder of images for each class
+  sdit prepare latents --images TREE --size 256 --vae VAE --flip --out FOLDER
+  sdit prepare --verify FOLDER                                   check every shard and every sample
+
+The same command again continues where it was stopped and keeps what is intact. --skip-bad may be added later.
+If images were added to TREE, --add-images appends them in new shards. index.json is written last.
+Exit status: 0 done, 64 wrong command line, 65 bad data, 74 file system error, 75 stopped (repeat it), 78 bad option.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sdit.cli.parser import Parser, positive_int
+
+
+def command_line() -> Parser:
+    """Return the parser of `sdit prepare`, with a subparser for each source of images."""
+    parser = Parser("prepare", __doc__)
+    parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a prepared folder instead of writing one")
+    _add_jobs(parser, default=None)
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources", parser_class=Parser)
+
+    def add_source(name: str, text: str) -> argparse.ArgumentParser:
+        return sources.add_parser(name, help=text, description=text)
+
+    digits = add_source("digits", "the 8 x 8 digits of scikit-learn")
+    fashion = add_source("fashion-mnist", "Fashion-MNIST from its four idx-ubyte.gz files")
+    folder = add_source("folder", "a tree of images, as PNG")
+    latents = add_source("latents", "a tree of images, as VAE posterior moments (pip install sdit[vae])")
+    _add_fashion(fashion)
+    for each in (folder, latents):
+        _add_images(each)
+    _add_vae(latents)
+    for each in (digits, fashion, folder, latents):
+        each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
+        each.add_argument(
+            "--samples-per-shard",
+            type=positive_int,
+            default=1024,
+            metavar="N",
+            help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
+        )
+        _add_jobs(each, default=argparse.SUPPRESS)  # a default here would override --jobs before the source
+    return parser
+
+
+def _add_fashion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--files",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        metavar="FOLDER",
+        help="where the files are (default: %(default)s, Debian's dataset-fashion-mnist)",
+    )
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="60,000 or 10,000 (default: train)")
+    parser.add_argument("--pad", type=int, metavar="PIXELS", help="add a black border up to this width, such as 32")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    tree_help = (
+        "one subfolder of images (png, jpg, webp, gif, bmp, tiff, ppm, pgm) for each class; without subfolders: "
+    )
+    tree_help += "unlabelled; of an animation the first frame is read"
+    add("--images", type=Path, required=True, metavar="TREE", help=tree_help)
+    size_help = "centre crop and resize the images to this square"
+    add("--size", type=positive_int, required=True, metavar="PIXELS", help=size_help)
+    add("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read (default: stop)")
+    background_help = (
+        "white, black or R,G,B behind transparent pixels (default: the colours that they hide show, as in ADM)"
+    )
+    add("--background", type=_colour, metavar="COLOUR", help=background_help)
+    switches = {
+        "--exif": "turn images as their EXIF orientation says (default: do not, as in ADM)",
+        "--numeric-classes": "sort class folders by number, so that 2 comes before 10 (default: sorted as text)",
+        "--allow-empty-classes": "keep the labels of classes without images (default: stop)",
+        "--nested-classes": "the subfolders are classes although they hold only folders or are called train, val "
+        "(default: stop)",
+        "--add-images": "append images that were added to TREE since FOLDER was written",
+    }
+    for name, text in switches.items():
+        add(name, action="store_true", help=text)
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    named = {"white": (255, 255, 255), "black": (0, 0, 0)}
+    if text in named:
+        return named[text]
+    values = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}; legal: white, black, or R,G,B with numbers from 0 to 255")
+    return values[0], values[1], values[2]
+
+
+def _add_vae(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        required=True,
+        metavar="VAE",
+        help="local folder of a diffusers AutoencoderKL; nothing is fetched",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="also store mirrored images, for data.flip (twice the bytes)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the moments on disk (default: float32)"
+    )
+    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="images per VAE pass (default: 16)")
+    parser.add_argument("--device", default="cpu", help="of the VAE, such as cuda (default: cpu)")
+
+
+def _add_jobs(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help="processes (default: one per core and 4,096 images; with --device cuda: 1)",
+    )
