@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.runs[0]))
-    from sdit.observe.report import build_page, read_runs  # slow imports: not for --help
+    from sdit.report import build_page, read_runs  # slow imports: not for --help
 
     runs = read_runs(options.runs)
     page = build_page(runs).encode("utf-8")
