@@ -28,7 +28,7 @@ from sdit.distributed.comm import Comm, find_rank, set_threads
 from sdit.errors import DataError, ExitCode
 from sdit.files import replacing
 from sdit.model import build_model
-from sdit.observe.pictures import save_pixels
+from sdit.observe.sample_grids import save_pixels
 from sdit.train.checkpoint.load import load_trained
 
 # Keys of the config that say where things lie and who is told, not what was computed.

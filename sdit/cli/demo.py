@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
     from sdit.distributed.comm import find_rank, set_threads
     from sdit.evaluate.generate import generate
     from sdit.model import solve_assignment
-    from sdit.observe.pictures import save_grid
-    from sdit.observe.routing import routing_map
+    from sdit.observe.routing_figures import routing_map
+    from sdit.observe.sample_grids import save_grid
     from sdit.train.checkpoint.load import load_trained
 
     set_threads(find_rank(os.environ), None)

@@ -12,7 +12,6 @@ Exit status: 0 done, 64 wrong command line, 74 file that cannot be written, 78 a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser
 from sdit.cli.process import exit_status
 from sdit.errors import ExitCode
+from sdit.files import replace_text
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,16 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.runs[0]))
-    from sdit.observe.report import build_page, read_runs  # slow imports: not for --help
+    from sdit.report import build_page, read_runs  # slow imports: not for --help
 
     runs = read_runs(options.runs)
-    page = build_page(runs).encode("utf-8")
+    page = build_page(runs)
     for one in runs:
         for reason in filter(None, (one.ended_early, *one.missing)):
             print(f"{one.folder}: {reason}", file=sys.stderr)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f".partial-{options.out.name}")
-    partial.write_bytes(page)
-    os.replace(partial, options.out)
-    print(f"{options.out} ({len(page) / 1e6:.2f} MB)")
+    replace_text(options.out, page)
+    print(f"{options.out} ({len(page.encode()) / 1e6:.2f} MB)")
     return ExitCode.DONE

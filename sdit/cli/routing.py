@@ -2,9 +2,11 @@
 
   sdit routing --checkpoint runs/digits --out map.png
   sdit routing --checkpoint Switch-DiT-S.pt --config switch_s2.yaml --out map.png
+  sdit routing --checkpoint runs/digits/routing/images-000000064000.npz --out map.png
 
-The routes depend on the timestep alone, so the map is exact: it needs no images. With a capacity
+The routes depend on the timestep only, so the map is exact: it needs no images. With a capacity
 (model.experts.capacity_factor) it also counts the samples that full experts drop in a step, as the mean of random batches.
+Training saves the gate probabilities as arrays in RUN/routing; an array file is drawn as it was saved.
 Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 a model without gates.
 """
 
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser, add_trained_options
 from sdit.cli.process import exit_status
-from sdit.errors import ConfigError, ExitCode
+from sdit.errors import CheckpointError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +33,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("routing", __doc__)
     add = parser.add_argument
     add(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, checkpoint folder, or published file"
-    )
+        "--checkpoint", type=Path, required=True, metavar="RUN",
+        help="run folder, checkpoint folder, published file, or array file RUN/routing/images-N.npz",
+    )  # fmt: skip
     add_trained_options(add)
     add("--out", type=Path, required=True, metavar="PNG", help="file to write")
     options = parser.parse_args(arguments)
@@ -47,9 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.checkpoint.suffix == ".npz":
+        return draw_arrays(options.checkpoint, options.out)
     use_cache(run_caches(options.checkpoint))
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
-    from sdit.observe.routing import routing_map
+    from sdit.observe.routing_figures import routing_map
     from sdit.train.checkpoint.load import load_trained
 
     trained = load_trained(options.checkpoint, options.weights, options.config)
@@ -62,6 +67,21 @@ def run(options: argparse.Namespace) -> int:
     assignment, dropped = solve_assignment(probs, model), expected_drops(trained.config, probs.numpy())
     routing_map(probs.numpy(), model.experts.top_k, assignment, options.out, title, dropped)
     print(options.out)
+    return ExitCode.DONE
+
+
+def draw_arrays(path: Path, out: Path) -> int:
+    """Draw a file of RUN/routing. Raises: CheckpointError if it cannot be read."""
+    from sdit.observe.routing import UNREADABLE, Snapshot
+    from sdit.observe.routing_figures import draw_map
+
+    try:
+        snapshot = Snapshot.load(path)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: not a routing snapshot ({type(error).__name__}: {error})") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_map(snapshot, out, f"after {snapshot.images_seen:,} images")
+    print(out)
     return ExitCode.DONE
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
 from sdit.files import commit
-from sdit.observe.pictures import save_grid, save_latents
+from sdit.observe.sample_grids import save_grid, save_latents
 
 MAX_GRID_IMAGES = 400
 

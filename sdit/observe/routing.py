@@ -1,20 +1,24 @@
 """Which experts the tasks take: affinity, overlap of paths, agreement with the prior, load. T tasks, M experts, k used.
 
 A unit is one expert of one block, depth * M of them in block order; the path of a task is the set of units it uses.
-Imports no torch: the process that draws maps beside a training run shall be light.
 """
 
 from __future__ import annotations
 
-import os
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdit.data.durable import replacing
+
 if TYPE_CHECKING:
     from sdit.model import Assignment
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def chosen_experts(probs: np.ndarray, top_k: int) -> np.ndarray:
@@ -98,7 +102,7 @@ class Snapshot:
         return None if self.prior is None else float((self.paths & self.prior).sum() / self.paths.sum())
 
     def save(self, path: Path) -> None:
-        """Write a compressed npz in one piece; probabilities are kept in half precision."""
+        """Write a compressed npz, atomically; probabilities are stored in half precision. Raises: OSError."""
         depth, _, count = self.probs.shape
         arrays: dict[str, np.ndarray] = {
             "shape": np.array([self.images_seen, self.top_k, depth, count]),
@@ -109,14 +113,12 @@ class Snapshot:
             arrays |= {"prior": np.packbits(self.prior, axis=1), "columns": self.columns}
         if self.dropped is not None:
             arrays["dropped"] = self.dropped
-        partial = path.with_name(f".partial-{path.name}")
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read what `save` wrote. Raises: OSError, ValueError, KeyError for a file that is none."""
+        """Read what `save` wrote. Raises: one of UNREADABLE for another or a damaged file."""
         with np.load(path, allow_pickle=False) as stored:
             images_seen, top_k, depth, count = stored["shape"].tolist()
             units = depth * count
@@ -131,11 +133,24 @@ class Snapshot:
             )  # fmt: skip
 
 
-def routing_map(
-    probs: np.ndarray, top_k: int, assignment: Assignment | None, path: Path, title: str = "",
-    dropped: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """Write one PNG of six maps for gate probabilities (depth, T, M) of all tasks."""
-    from sdit.observe.routing_pictures import draw_map  # half a second to import, and rarely needed
+def snapshot_files(folder: Path) -> list[Path]:
+    """Return the snapshots of a run in RUN/routing, by images seen."""
+    return sorted(path for path in folder.glob("images-*.npz") if path.is_file())
 
-    draw_map(Snapshot.take(0, probs, top_k, assignment, dropped), path, title)
+
+def read_snapshots(files: Sequence[Path], report: Callable[[str], None]) -> list[Snapshot]:
+    """Return the snapshots that can be read; `report` gets one line about each of the others."""
+    found = []
+    for path in files:
+        try:
+            found.append(Snapshot.load(path))
+        except UNREADABLE as error:
+            report(f"{path}: not a routing snapshot ({type(error).__name__}: {error})")
+    return found
+
+
+def evenly(items: Sequence[Any], number: int) -> list[Any]:
+    """Return at most `number` of the items, evenly spaced, with the first and the last."""
+    if len(items) <= number:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, number)]

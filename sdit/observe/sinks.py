@@ -14,7 +14,7 @@ import numpy as np
 from sdit.config import ObserveConfig
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
-from sdit.observe.pictures import grid_pixels, shown_channels
+from sdit.observe.sample_grids import grid_pixels, shown_channels
 from sdit.redact import redact
 from sdit.train.clock import Clock
 from sdit.train.events import Observer, OnFailure

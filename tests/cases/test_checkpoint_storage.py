@@ -295,15 +295,14 @@ def test_what_was_put_aside_counts_as_room(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_report_lists_what_was_put_aside(tmp_path: Path) -> None:
     """S13: The report's table of checkpoints holds those that were put aside."""
-    from sdit.observe.report.history import checkpoints_section
-    from sdit.observe.report.record import read_runs
+    from sdit.report import build_page, read_runs
 
     store = store_of_one(tmp_path / "checkpoints")
     for images in (10, 20):
         store.save(snapshot(images))
     store.begin(10)
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    text = str(checkpoints_section(read_runs([tmp_path])))
+    text = build_page(read_runs([tmp_path]))
     assert "aside-images-000000000020" in text and "put aside" in text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdit.observe.report.record import read_runs
+from sdit.report.record import read_runs
 from sdit.train.checkpoint.files import write_manifest
 from sdit.train.clock import learning_rate_factor
 from tests.distributed.harness import case, metrics_of, train_together

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdit.observe.report import build_page, read_runs
-from tests.unit.observe.report_run import write_folder
+from sdit.report import build_page, read_runs
+from tests.unit.report.report_run import write_folder
 
 pytestmark = [
     pytest.mark.cluster,

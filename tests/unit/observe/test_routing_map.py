@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdit.cli.routing import expected_drops
+from sdit.cli.routing import expected_drops, main
 from sdit.config import Config, ModelConfig
+from sdit.errors import ExitCode
 from sdit.model import Assignment, build_model, solve_assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import (
     Snapshot,
     chosen_experts,
+    evenly,
     gate_entropy,
     path_overlap,
     prior_agreement,
-    routing_map,
     task_affinity,
     task_paths,
 )
-from sdit.observe.routing_drawer import draw_all, undrawn
+from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_run, routing_map
 from sdit.observe.routing_maps import RoutingMaps
-from sdit.observe.routing_pictures import ANIMATION_FRAMES, MAP_PIXELS, evenly
 from sdit.train.clock import Clock
-from sdit.train.events import ROUTING
+from sdit.train.events import ROUTING, Observers
 from sdit.train.record import StepRecord
 
 DEPTH, TASKS, EXPERTS, TOP_K = 3, 40, 4, 2
@@ -131,22 +131,22 @@ def save_snapshots(folder: Path, probs: np.ndarray, moments: list[int]) -> None:
         Snapshot.take(images, probs, TOP_K, None).save(folder / f"images-{images:012d}.npz")
 
 
-def test_the_drawer_makes_up_for_what_is_missing_and_names_what_it_cannot_read(
-    tmp_path: Path, probs: np.ndarray, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_drawn_once_and_what_cannot_be_read_is_named(tmp_path: Path, probs: np.ndarray) -> None:
     save_snapshots(tmp_path, probs, [64, 128])
     (tmp_path / "images-000000000192.npz").write_bytes(b"torn")
-    draw_all(tmp_path)
-    assert [path.name for path in undrawn(tmp_path)] == ["images-000000000192.npz"]
-    assert "images-000000000192.npz" in capsys.readouterr().err
+    lines: list[str] = []
+    draw_run(tmp_path, lines.append)
+    assert len(lines) == 1 and "images-000000000192.npz" in lines[0]
     with Image.open(tmp_path / "training.gif") as animation:
         assert animation.n_frames == 2
-    before = (tmp_path / "images-000000000064.png").stat().st_mtime_ns
     save_snapshots(tmp_path, probs, [256])
-    draw_all(tmp_path)
-    assert (tmp_path / "images-000000000256.png").exists()
-    assert (tmp_path / "images-000000000064.png").stat().st_mtime_ns == before
-    assert not list(tmp_path.glob(".partial-*"))
+    draw_run(tmp_path, lines.append)
+    newest = tmp_path / "images-000000000256.png"
+    before = newest.stat().st_mtime_ns
+    draw_run(tmp_path, lines.append)
+    assert newest.stat().st_mtime_ns == before
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".npz"}
+    assert names == {"images-000000000128.png", newest.name, "training.png", "training.gif"}
 
 
 def test_frames_are_few_and_hold_both_ends() -> None:
@@ -155,35 +155,72 @@ def test_frames_are_few_and_hold_both_ends() -> None:
     assert len(chosen) == ANIMATION_FRAMES and (chosen[0], chosen[-1]) == (0, 999)
 
 
-def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: Path, probs: np.ndarray) -> None:
-    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=120)
-    maps.on_start(Clock(), 256, "fresh")
-    for clock in (Clock(128, 1), Clock(256, 2)):
-        maps.on_step(clock, StepRecord(step=clock.steps, images_seen=clock.images_seen))
+def maps_after(run_dir: Path, probs: np.ndarray, moments: tuple[int, ...], total: int) -> RoutingMaps:
+    """The observer of a run of `total` images after the given steps."""
+    maps = RoutingMaps(run_dir, ModelConfig.model_validate(CONFIG))
+    maps.on_start(Clock(), total, "fresh")
+    for step, images in enumerate(moments, start=1):
+        clock = Clock(images, step)
+        maps.on_step(clock, StepRecord(step=step, images_seen=images))
         assert maps.missing(clock) == {ROUTING}
         maps.on_routing(clock, probs, list(range(DEPTH * EXPERTS)))
         assert maps.missing(clock) == set()
-        assert (tmp_path / "routing" / f"images-{clock.images_seen:012d}.npz").exists()
+    return maps
+
+
+def files_of(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "routing").iterdir()}
+
+
+def test_a_run_saves_arrays_during_training_and_draws_at_its_end(tmp_path: Path, probs: np.ndarray) -> None:
+    maps = maps_after(tmp_path, probs, (128, 256), total=256)
+    arrays = {"images-000000000128.npz", "images-000000000256.npz"}
+    assert files_of(tmp_path) == arrays
     maps.close()
-    names = {path.name for path in (tmp_path / "routing").glob("[!.]*")}
-    pictures = {f"images-{images:012d}.{kind}" for images in (128, 256) for kind in ("npz", "png")}
-    assert names == pictures | {"training.png", "training.gif"}
+    assert files_of(tmp_path) == arrays | {"images-000000000256.png", "training.png", "training.gif"}
 
 
-@pytest.mark.parametrize(
-    ("images_seen", "finish_seconds", "stops"), [(128, 3600, False), (256, 0, False), (256, 3600, True)]
-)
-def test_a_run_that_stops_or_has_waited_long_enough_leaves_the_drawing_for_later(
-    tmp_path: Path, probs: np.ndarray, images_seen: int, finish_seconds: float, stops: bool
+@pytest.mark.parametrize(("images_seen", "stops"), [(128, False), (256, True)])
+def test_a_run_that_fails_or_stops_draws_nothing(
+    tmp_path: Path, probs: np.ndarray, images_seen: int, stops: bool
 ) -> None:
-    maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds)
-    maps.on_start(Clock(), 256, "fresh")
-    maps.on_step(Clock(images_seen, 1), StepRecord(step=1, images_seen=images_seen))
-    maps.on_routing(Clock(images_seen, 1), probs, None)
-    if stops:  # in the drawing of the last grid
+    maps = maps_after(tmp_path, probs, (images_seen,), total=256)
+    if stops:
         maps.on_stop(Clock(images_seen, 1))
     maps.close()
-    assert len(undrawn(tmp_path / "routing")) == 1
+    assert files_of(tmp_path) == {f"images-{images_seen:012d}.npz"}
+    again = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG))
+    again.on_start(Clock(images_seen, 1), images_seen, "resumed")  # at the end of the run
+    again.close()
+    assert f"images-{images_seen:012d}.png" in files_of(tmp_path)
+
+
+def test_a_run_that_did_not_start_draws_nothing(tmp_path: Path, probs: np.ndarray) -> None:
+    (tmp_path / "routing").mkdir()
+    save_snapshots(tmp_path / "routing", probs, [64])
+    RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG)).close()
+    assert files_of(tmp_path) == {"images-000000000064.npz"}
+
+
+def test_a_failure_to_draw_is_a_warning(tmp_path: Path, probs: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    maps = maps_after(tmp_path, probs, (256,), total=256)
+    (tmp_path / "routing" / "training.png").mkdir()
+    Observers([maps]).close()
+    assert "routing maps failed" in caplog.text
+    assert not (tmp_path / "routing" / "images-000000000256.png").exists()
+
+
+def test_a_saved_array_is_drawn_on_demand(
+    tmp_path: Path, probs: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_snapshots(tmp_path, probs, [64])
+    out = tmp_path / "maps" / "64.png"
+    assert main(["--checkpoint", str(tmp_path / "images-000000000064.npz"), "--out", str(out)]) == ExitCode.DONE
+    with Image.open(out) as image:
+        assert image.size == MAP_PIXELS
+    (tmp_path / "torn.npz").write_bytes(b"torn")
+    assert main(["--checkpoint", str(tmp_path / "torn.npz"), "--out", str(out)]) == ExitCode.IO
+    assert "torn.npz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("factor", "dropped"), [(None, None), (1.0, 16.0), (2.0, 0.0)])

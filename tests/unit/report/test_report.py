@@ -14,16 +14,17 @@ from PIL import Image
 
 from sdit.cli.report import main
 from sdit.errors import ExitCode
-from sdit.observe.report import build_page, read_runs
-from sdit.observe.report.charts import Series, line_chart
-from sdit.observe.report.html import tag
-from sdit.observe.report.images import file_uri
-from sdit.observe.report.numbers import curve, log_ticks, seconds, short, smooth, thin, ticks
-from sdit.observe.report.speed import time_parts
-from tests.unit.observe.report_run import record, write_folder
+from sdit.report import build_page, read_runs
+from sdit.report.figures import BOTTOM, HEIGHT, TOP, Mark, Series, heat_map, line_chart, smooth, thin
+from sdit.report.images import file_uri
+from sdit.report.parts import Chart, Text
+from sdit.report.speed import time_parts
+from sdit.report.values import curve, seconds, short
+from tests.unit.report.report_run import record, write_folder
 
 SECTIONS = ["loss", "samples", "speed", "experts", "faults", "checkpoints", "topology", "config", "environment"]
 VOID = {"img", "meta", "br"}
+TEXT_DROP = 3.8  # of a tick's text below its line
 
 
 class Page(HTMLParser):
@@ -46,7 +47,7 @@ class Page(HTMLParser):
         for key, value in attributes:
             if key == "id":
                 self.ids.append(str(value))
-            if key in ("src", "href", "srcset", "action", "data", "poster"):
+            if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
                 self.addresses.append(str(value))
 
     def handle_startendtag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -76,7 +77,7 @@ def test_a_page_has_every_section_and_asks_nobody_for_anything(folder: Path) -> 
     assert [name for name in page.ids if name != "summary"] == SECTIONS
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    assert "url(" not in text and "@import" not in text and "default-src &#x27;none&#x27;" in text
+    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
     assert len(text.encode()) < 5_000_000
     assert "Not in this report" not in page.words
 
@@ -226,32 +227,70 @@ def test_curves_hold_only_finite_numbers() -> None:
     assert curve(records, "a") == ([0.0, 5.0], [1.0, 2.5])
 
 
+class Drawn:
+    """The tick texts and heights of a chart over y from `low` to `high`, as they are in its SVG."""
+
+    def __init__(self, low: float, high: float, log_y: bool) -> None:
+        chart = line_chart([Series("a", [0.0, 1.0], [low, high], "c0", plain=True)], "y", log_y=log_y)
+        assert isinstance(chart, Chart)
+        found = re.findall(r'text-anchor: end[^>]* y="([^"]*)"[^>]*>([^<]*)<', chart.svg)
+        self.texts, self.heights = [text for _, text in found], [float(height) for height, _ in found]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 153_600), (-3.2, 7.9), (0.98, 1.02), (0, 0), (1e-9, 3e-9)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert 1 <= len(found) <= 11
-    assert all(low - 1e-9 * abs(low) <= value <= high * (1 + 1e-9) for value in found)
+    drawn = Drawn(low, high, log_y=False)
+    assert 1 <= len(drawn.texts) <= 11 and len(set(drawn.texts)) == len(drawn.texts)
+    assert all(TOP <= height - TEXT_DROP <= HEIGHT - BOTTOM + 0.1 for height in drawn.heights)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.01, 3), (0.12, 0.19), (1e-6, 1e6), (0.9, 1.1)])
 def test_log_ticks_are_few_and_inside(low: float, high: float) -> None:
-    found = log_ticks(low, high)
-    assert 2 <= len(found) <= 14 and all(low <= value <= high * (1 + 1e-9) for value in found)
+    drawn = Drawn(low, high, log_y=True)
+    assert 2 <= len(drawn.texts) <= 14 and len(set(drawn.texts)) == len(drawn.texts)
+    assert all(TOP <= height - TEXT_DROP <= HEIGHT - BOTTOM + 0.1 for height in drawn.heights)
 
 
 def test_numbers_are_short() -> None:
-    assert [short(value) for value in (0, 12, 153_600, 1e6, 0.00004, 0.25)] == [
-        "0",
-        "12",
-        "153.6k",
-        "1M",
-        "4e-5",
-        "0.25",
-    ]
+    values = (0, 12, 153_600, 1e6, 0.00004, 0.00025, 0.25)
+    assert [short(value) for value in values] == ["0", "12", "153.6k", "1M", "4e-5", "2.5e-4", "0.25"]
     assert [seconds(value) for value in (0.5, 200, 7500)] == ["0.5 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_a_chart_of_one_point_or_none_is_a_chart() -> None:
-    assert "circle" in line_chart([Series("a", [1.0], [2.0], "c0")], "y", log_y=True)
-    assert "no values" in line_chart([Series("a", [], [], "c0"), Series("b", [1.0], [-1.0], "c1")], "y", log_y=True)
-    assert tag("p", "<", 1, title='"') == '<p title="&quot;">&lt;1</p>'
+    one = line_chart([Series("a", [1.0], [2.0], "c0")], "y", log_y=True)
+    assert isinstance(one, Chart) and "stroke: var(--c0); stroke-width: 6; stroke-linecap: round" in one.svg
+    none = line_chart([Series("a", [], [], "c0"), Series("b", [1.0], [-1.0], "c1")], "y", log_y=True)
+    assert none == Text("no values", "empty")
+
+
+def test_figures_take_colours_and_fonts_from_the_page_and_have_no_ids() -> None:
+    marks = [Mark(1.0, "restart", "<b> & 'x' #fe0001")]
+    chart = line_chart([Series("a", [0.0, 2.0], [1.0, 2.0], "c3")], "loss", marks=marks)
+    image = heat_map(np.zeros((4, 5, 3), dtype=np.uint8), "x", "y", [(0.5, "1")], [(0.5, "2")])
+    assert isinstance(chart, Chart) and ">loss<" in chart.svg and "var(--c3)" in chart.svg
+    assert "<title>&lt;b&gt; &amp; 'x' #fe0001</title>" in chart.svg and chart.legend == [("restart", "bad")]
+    for svg in (chart.svg.replace("#fe0001<", ""), image.svg):
+        assert not re.search(r'#[0-9a-f]{6}|font-|\bid="|url\(|<style|<metadata|<script', svg)
+        assert svg.startswith("<svg") and "<?xml" not in svg
+
+
+def test_the_same_files_give_the_same_page(folder: Path) -> None:
+    assert build_page(read_runs([folder])) == build_page(read_runs([folder]))
+
+
+def test_a_run_that_has_only_drawn_maps_shows_the_newest(folder: Path) -> None:
+    for path in (folder / "routing").glob("*.npz"):
+        path.unlink()
+    Image.new("RGB", (64, 64), "red").save(folder / "routing" / "images-000000000960.png")
+    text = build_page(read_runs([folder]))
+    assert 'alt="routing map"' in text and "only drawn maps" in text
+
+
+def test_long_tables_are_folded_and_counted(folder: Path) -> None:
+    line = {"images_seen": 320, "step": 20, "event": "skipped_step"}
+    lines = [json.dumps(line | {"text": f"number {number}."}) for number in range(450)]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    words = page_of(folder).words
+    assert "410 more" in words and "and 50 that are only in the files" in words
+    assert "number 399." in words and words.count("number 400.") == words.count("number 5.") - 1

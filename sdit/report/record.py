@@ -13,9 +13,8 @@ from typing import Any
 from sdit.configfile import config_keys, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
-from sdit.observe.report.numbers import is_number
-from sdit.observe.routing import Snapshot
-from sdit.observe.routing_drawer import read_snapshots, snapshot_files
+from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files
+from sdit.report.values import is_number
 from sdit.supervise.unfinished import last_launch
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl")
@@ -214,9 +213,10 @@ def _stored(folder: Path) -> Checkpoint:
 
 def _read_routing(run: RunRecord) -> None:
     files = snapshot_files(run.folder / "routing")
-    if len(files) > MAX_SNAPSHOTS:
-        files = [files[round(place * (len(files) - 1) / (MAX_SNAPSHOTS - 1))] for place in range(MAX_SNAPSHOTS)]
-    run.routing = read_snapshots(files, lambda text: run.missing.append(text.removeprefix(f"{run.folder}/")))
+    found = read_snapshots(
+        evenly(files, MAX_SNAPSHOTS), lambda text: run.missing.append(text.removeprefix(f"{run.folder}/"))
+    )
+    run.routing = found
     has_gates = run.config.get("model.variant", "switch") == "switch"
     if not run.routing and has_gates:
         run.missing.append("routing/: no snapshots of the gates" + (", only drawn maps" if run.maps else ""))

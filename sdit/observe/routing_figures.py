@@ -1,24 +1,39 @@
-"""Pictures of routing snapshots: one map of six panels; and how the routes moved, as a row of frames and an animation."""
+"""Images of routing snapshots: one map of six panels, and the change of the routes as a row of frames and an animation.
+
+Imported only to draw: matplotlib takes half a second to import.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from sdit.observe.routing import Snapshot, gate_entropy, path_overlap, task_affinity
+from sdit.data.durable import replacing
+from sdit.observe.routing import (
+    Snapshot,
+    evenly,
+    gate_entropy,
+    path_overlap,
+    read_snapshots,
+    snapshot_files,
+    task_affinity,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from sdit.model import Assignment
+
 CELLS_WITH_NUMBERS = 128  # beyond, numbers in the load map could not be read
 SHARP_UNITS = 256  # up to here each unit has pixels of its own; smoothing would blur it, and beyond it is needed
 MAX_BLOCK_TICKS = 14
-PATH_COLOURS = {"neither": "#ffffff", "prior only": "#f2b134", "path only": "#c8413b", "path and prior": "#2f6690"}
+PATH_COLOURS = {"neither": "#e9ecf0", "prior only": "#f2b134", "path only": "#c8413b", "path and prior": "#2f6690"}
 MAP_PIXELS = (1950, 1100)
 FRAME_PIXELS = 280  # side of one heat map in a frame
 CAPTION_PIXELS = 26
@@ -29,10 +44,31 @@ FRAME_MILLISECONDS = 250
 LAST_FRAME_MILLISECONDS = 2000
 
 
-def draw_map(snapshot: Snapshot, path: Path, title: str = "") -> None:
-    """Write the PNG of six panels."""
-    from matplotlib.figure import Figure
+def routing_map(
+    probs: np.ndarray, top_k: int, assignment: Assignment | None, path: Path, title: str = "",
+    dropped: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Write one PNG of six maps for gate probabilities (depth, T, M) of all tasks."""
+    draw_map(Snapshot.take(0, probs, top_k, assignment, dropped), path, title)
 
+
+def draw_run(folder: Path, report: Callable[[str], None]) -> None:
+    """Draw the newest snapshot of RUN/routing as images-N.png, and all of them as training.png and training.gif.
+
+    Nothing is drawn if the newest image exists. `report` gets one line about each snapshot that cannot be read.
+    """
+    files = snapshot_files(folder)
+    if not files or files[-1].with_suffix(".png").exists():
+        return
+    snapshots = read_snapshots(evenly(files, ANIMATION_FRAMES), report)
+    if snapshots:
+        draw_training(snapshots, folder / "training.png", folder / "training.gif")
+        newest = snapshots[-1]
+        draw_map(newest, folder / f"images-{newest.images_seen:012d}.png", f"after {newest.images_seen:,} images")
+
+
+def draw_map(snapshot: Snapshot, path: Path, title: str = "") -> None:
+    """Write the PNG of six panels, atomically."""
     depth, tasks, count = snapshot.probs.shape
     figure = Figure(figsize=(MAP_PIXELS[0] / 100, MAP_PIXELS[1] / 100), dpi=100, layout="constrained")
     axes = figure.subplots(2, 3)
@@ -45,7 +81,8 @@ def draw_map(snapshot: Snapshot, path: Path, title: str = "") -> None:
     _draw_pairs(axes[1, 0], affinity, "Affinity of two tasks", "cosine of their gate probabilities")
     _draw_pairs(axes[1, 1], overlap, "Overlap of two tasks' paths", "share of common experts")
     _draw_loads(axes[1, 2], snapshot.loads, snapshot.dropped)
-    figure.savefig(path, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_affinity(axes: Axes, probs: np.ndarray) -> None:
@@ -124,7 +161,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
 
 
 def _tasks_down(axes: Axes, values: np.ndarray, **style: Any) -> Any:
-    """Draw (T, units) with the tasks downwards; return the image."""
+    """Draw (T, units) with the tasks downwards, and return the image."""
     axes.set_ylabel("timestep (0: least noise)")
     return axes.imshow(values, aspect="auto", **style)
 
@@ -136,52 +173,47 @@ def _colour_bar(axes: Axes, image: Any, label: str) -> None:
 
 
 def _mean_tasks(paths: np.ndarray) -> np.ndarray:
-    """(units,) mean timestep of the tasks that use each unit; unused ones come last."""
+    """Return the mean timestep (units,) of the tasks that use each unit; infinite for unused units."""
     counts = paths.sum(0)
     weighted = np.arange(len(paths)) @ paths
     return np.where(counts > 0, weighted / np.maximum(counts, 1), np.inf)
 
 
-def heat(values: np.ndarray, colours: str, top: float = 1.0) -> Image.Image:
-    """One pixel per value of (rows, columns), 0 to `top`, in a colour map of matplotlib."""
+def heat(values: np.ndarray, colours: str, top: float = 1.0) -> np.ndarray:
+    """Return pixels (rows, columns, 3) uint8 of values (rows, columns) from 0 to `top`, in a colour map of matplotlib."""
     rgb = matplotlib.colormaps[colours](np.clip(values / top, 0, 1))[..., :3]
-    return Image.fromarray((rgb * 255).round().astype(np.uint8))
-
-
-def evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """At most `number` of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= number:
-        return list(items)
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, number)]
+    return (rgb * 255).round().astype(np.uint8)
 
 
 def frame(snapshot: Snapshot, top: float, tall: bool) -> Image.Image:
-    """Affinity (tasks down, experts across) and overlap of the paths under a caption: side by side, or one above the other."""
+    """Return affinity (tasks down, experts across) and overlap of the paths: side by side, or one above the other if `tall`."""
     units = snapshot.probs.transpose(1, 0, 2).reshape(snapshot.probs.shape[1], -1)
     side, step = FRAME_PIXELS, FRAME_PIXELS + MARGIN_PIXELS
     maps = [heat(units, "viridis", top), heat(path_overlap(snapshot.paths), "magma")]
     width, height = (step, 2 * step) if tall else (2 * step, step)
-    picture = Image.new("RGB", (width + MARGIN_PIXELS, height + CAPTION_PIXELS), "white")
+    image = Image.new("RGB", (width + MARGIN_PIXELS, height + CAPTION_PIXELS), "white")
     for number, part in enumerate(maps):
         across, down = (0, number) if tall else (number, 0)
         place = (MARGIN_PIXELS + across * step, CAPTION_PIXELS + down * step)
-        picture.paste(part.resize((side, side), Image.Resampling.NEAREST), place)
+        image.paste(Image.fromarray(part).resize((side, side), Image.Resampling.NEAREST), place)
     caption = f"{snapshot.images_seen:,} images"
     if snapshot.agreement is not None:
         caption += f", prior {snapshot.agreement:.0%}"
     font = ImageFont.load_default(15)
-    ImageDraw.Draw(picture).text((MARGIN_PIXELS, 4), caption, fill="black", font=font)
-    return picture
+    ImageDraw.Draw(image).text((MARGIN_PIXELS, 4), caption, fill="black", font=font)
+    return image
 
 
 def draw_training(snapshots: Sequence[Snapshot], row_path: Path, animation_path: Path) -> None:
-    """Write how the routes moved: a PNG of up to ROW_FRAMES moments side by side, and a GIF."""
+    """Write the change of the routes, atomically: a PNG of up to ROW_FRAMES moments side by side, and a GIF."""
     top = max(float(snapshot.probs.max()) for snapshot in snapshots)
     columns = [frame(snapshot, top, tall=True) for snapshot in evenly(snapshots, ROW_FRAMES)]
     row = Image.new("RGB", (sum(column.width for column in columns), columns[0].height), "white")
     for number, column in enumerate(columns):
         row.paste(column, (number * column.width, 0))
-    row.save(row_path, format="PNG")
+    with replacing(row_path) as file:
+        row.save(file, format="PNG")
     frames = [frame(snapshot, top, tall=False) for snapshot in evenly(snapshots, ANIMATION_FRAMES)]
     times = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
-    frames[0].save(animation_path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    with replacing(animation_path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -1,0 +1,184 @@
+"""The experts: loads over training, dropped samples, and maps of which task uses which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sdit.observe.routing import Snapshot, evenly, path_overlap, task_affinity
+from sdit.observe.routing_figures import MAX_BLOCK_TICKS, PATH_COLOURS, heat
+from sdit.report.figures import Series, heat_map, line_chart, with_scale
+from sdit.report.images import file_uri, pixels_uri
+from sdit.report.parts import Card, Chart, Frames, Grid, Part, Section, colour_of, rows, side_by_side
+from sdit.report.record import RunRecord
+from sdit.report.values import curve, short
+
+FRAMES = 6
+MAX_COLUMNS = 200  # moments of the load map
+MAX_ROWS = 250  # of a heat map: more could not be told apart at the size it is shown
+MAP_BYTES = 400_000
+CURVES = (
+    ("expert_load_max_over_mean", "Fullest expert", "load / mean of its block"),
+    ("rank_work_max_over_mean", "Fullest rank", "work / mean of the ranks"),
+    ("dropped_fraction", "Dropped by full experts", "share of the expert uses"),
+)
+FRAME_NOTE = (
+    "Above: gate probability, timesteps downwards from 0 (least noise), across the experts, in the order of the blocks. "
+    "Below: share of experts that two timesteps have in common."
+)
+
+
+def experts_section(runs: Sequence[RunRecord]) -> Section:
+    """Return everything about gates; empty for models without them."""
+    gated = [run for run in runs if run.routing or any(_is_table(record.get("expert_load")) for record in run.metrics)]
+    curves = [Card(title, [chart]) for key, title, label in CURVES if (chart := _curves(runs, gated, key, label))]
+    agreement = _agreement(runs)
+    curves += [Card("Agreement with the diffusion prior", [agreement])] if agreement is not None else []
+    groups = [
+        side_by_side(runs, title, draw, among=gated)
+        for title, draw in (
+            ("Load of the experts over training", _loads),
+            ("Dropped by block", _dropped),
+            ("Task-expert affinity, now", _affinity),
+            ("Paths and the prior, now", _paths),
+            ("Task-task affinity, now", lambda run: _pairs(run, affinity=True)),
+            ("Overlap of paths, now", lambda run: _pairs(run, affinity=False)),
+        )
+    ]
+    moving = side_by_side(runs, "How the routes moved", _frames, FRAME_NOTE, gated)
+    grids = [*rows(gated, curves, *groups), *(Grid([card], "wide") for card in moving)]
+    return Section("experts", "Experts", "Experts and routes", grids)
+
+
+def _curves(runs: Sequence[RunRecord], gated: Sequence[RunRecord], key: str, label: str) -> Part | None:
+    """Return curves of the runs with gates, if any of them moves."""
+    series = [
+        Series(run.name, *curve(run.metrics, key), colour_of(number), plain=True)
+        for number, run in enumerate(runs)
+        if run in gated
+    ]
+    return line_chart(series, label) if any(len(set(one.ys)) > 1 for one in series) else None
+
+
+def _agreement(runs: Sequence[RunRecord]) -> Part | None:
+    series = []
+    for number, run in enumerate(runs):
+        points = [(float(shot.images_seen), 100 * shot.agreement) for shot in run.routing if shot.agreement is not None]
+        series.append(Series(run.name, [x for x, _ in points], [y for _, y in points], colour_of(number), plain=True))
+    return line_chart(series, "% of the paths", top=100.0) if any(one.xs for one in series) else None
+
+
+def _loads(run: RunRecord) -> Part | None:
+    """Return the load over the mean of the block, an expert in a row, over images."""
+    records = [record for record in run.metrics if _is_table(record.get("expert_load"))]
+    shapes = {np.shape(record["expert_load"]) for record in records[-1:]}
+    records = evenly([record for record in records if np.shape(record["expert_load"]) in shapes], MAX_COLUMNS)
+    if not records:
+        return None
+    loads = np.array([record["expert_load"] for record in records], dtype=np.float64)  # (moments, depth, M)
+    ratio = np.nan_to_num(loads / np.maximum(loads.mean(2, keepdims=True), 1e-9))
+    moments, depth, count = ratio.shape
+    first, last = float(records[0]["images_seen"]), float(records[-1]["images_seen"])
+    top = max(2.0, float(ratio.max()))
+    rgb = heat(ratio.reshape(moments, -1).T[:: _stride(depth * count)], "cividis", top)
+    x_ticks = [(place, short(first + place * (last - first))) for place in (0.0, 0.5, 1.0) if last > first]
+    label = f"load of {depth * count} experts over images seen"
+    chart = heat_map(rgb, "images seen", f"block ({count} experts each)", x_ticks, _block_ticks(depth), label)
+    return with_scale(chart, "0", "cividis", f"{top:.2g} x mean")
+
+
+def _dropped(run: RunRecord) -> Part | None:
+    records = [record for record in run.metrics if isinstance(record.get("dropped_by_block"), list)]
+    if not any(any(record["dropped_by_block"]) for record in records):
+        return None
+    series = [
+        Series(f"block {block}", *curve(records, "dropped_by_block", block), f"c{number}", plain=True)
+        for number, block in enumerate(evenly(range(len(records[-1]["dropped_by_block"])), 8))
+    ]
+    return line_chart(series, "samples per step")
+
+
+def _affinity(run: RunRecord) -> Part | None:
+    if not run.routing:
+        return _drawn(run)
+    shot = run.routing[-1]
+    depth, tasks, count = shot.probs.shape
+    top = float(shot.probs.max())
+    rgb = heat(_units(shot)[:: _stride(tasks)], "viridis", top)
+    blocks = f"block ({count} experts each)"
+    chart = heat_map(rgb, blocks, "timestep (0: least noise)", _block_ticks(depth), _task_ticks(tasks))
+    return with_scale(chart, "0", "viridis", f"{top:.2f} gate probability")
+
+
+def _paths(run: RunRecord) -> Part | None:
+    """Return which experts a task uses, and which the prior wants it to use, by the prior's columns."""
+    shot = run.routing[-1] if run.routing else None
+    if shot is None or shot.prior is None or shot.columns is None:
+        return None
+    code = (2 * shot.paths + shot.prior)[:, np.argsort(shot.columns)]
+    palette = np.array(
+        [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in PATH_COLOURS.values()], np.uint8
+    )
+    chart = heat_map(
+        palette[code], "experts, by their column in the prior", "timestep (0: least noise)",
+        y_ticks=_task_ticks(len(shot.paths)), label="which experts the tasks use, and which the prior wants them to use",
+    )  # fmt: skip
+    return Chart(chart.svg, [("prior only", "p1"), ("path only", "p2"), ("path and prior", "p3")])
+
+
+def _pairs(run: RunRecord, affinity: bool) -> Part | None:
+    if not run.routing:
+        return None
+    shot = run.routing[-1]
+    values = task_affinity(shot.probs) if affinity else path_overlap(shot.paths)
+    step, marks = _stride(len(values)), _task_ticks(len(values))
+    chart = heat_map(heat(values[::step, ::step], "magma"), "timestep", "timestep", marks, marks)
+    return with_scale(chart, "0", "magma", "1: the same gates" if affinity else "1: the same path")
+
+
+def _frames(run: RunRecord) -> Part | None:
+    if len(run.routing) < 2:
+        return None
+    top = max(float(shot.probs.max()) for shot in run.routing)
+    frames = []
+    for shot in evenly(run.routing, FRAMES):
+        step = _stride(len(shot.paths), MAX_ROWS // 2)
+        overlap = path_overlap(shot.paths)[::step, ::step]
+        caption = f"{shot.images_seen:,} images" + ("" if shot.agreement is None else f" · prior {shot.agreement:.0%}")
+        affinity = pixels_uri(heat(_units(shot)[::step], "viridis", top))
+        images = [(affinity, f"affinity, {caption}"), (pixels_uri(heat(overlap, "magma")), f"overlap, {caption}")]
+        frames.append((caption, images))
+    return Frames(frames, "map")
+
+
+def _drawn(run: RunRecord) -> Part | None:
+    """Return the newest map that an older version drew, for a run whose arrays are gone."""
+    uri = file_uri(run.maps[-1], MAP_BYTES) if run.maps else None
+    return Frames([("", [(uri, "routing map")])]) if uri else None
+
+
+def _units(shot: Snapshot) -> np.ndarray:
+    """Return gate probabilities (T, units)."""
+    return shot.probs.transpose(1, 0, 2).reshape(shot.probs.shape[1], -1)
+
+
+def _stride(count: int, most: int = MAX_ROWS) -> int:
+    return max(1, -(-count // most))
+
+
+def _block_ticks(depth: int) -> list[tuple[float, str]]:
+    return [((block + 0.5) / depth, f"{block}") for block in range(0, depth, -(-depth // MAX_BLOCK_TICKS))]
+
+
+def _task_ticks(tasks: int) -> list[tuple[float, str]]:
+    step = next(step for step in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, tasks) if tasks <= 6 * step)
+    return [((task + 0.5) / tasks, f"{task}") for task in range(0, tasks, step)]
+
+
+def _is_table(value: object) -> bool:
+    """Return whether it is a list of equally long lists of numbers."""
+    try:
+        return np.asarray(value, dtype=np.float64).ndim == 2
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,137 @@
+"""What a page consists of. The template has one macro for each kind of part and escapes every text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from markupsafe import Markup
+
+from sdit.report.record import RunRecord
+
+COLOURS = 8  # c0 to c7 of the style sheet; the ninth run has the colour of the first
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with the colours that its legend names; `scale`: lowest value, CSS gradient, highest value."""
+
+    kind: ClassVar = "chart"
+    svg: Markup
+    legend: Sequence[tuple[str, str]] = ()
+    scale: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. The template folds rows after the fortieth; `summary` folds the whole table."""
+
+    kind: ClassVar = "table"
+    rows: Sequence[Sequence[object]]
+    head: Sequence[object] = ()
+    css: str = ""
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, cut into (name, amount, share in 0 to 1, colour)."""
+
+    kind: ClassVar = "bar"
+    pieces: Sequence[tuple[str, str, float, str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Figures beside one another: (caption, images as (data URI, alternative text)); `css` is `map` for heat maps."""
+
+    kind: ClassVar = "frames"
+    frames: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    css: str = ""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Groups of ranks that share experts: (title, ranks)."""
+
+    kind: ClassVar = "ranks"
+    groups: Sequence[tuple[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph (`note`, `empty`) or a heading inside a card (`h3`)."""
+
+    kind: ClassVar = "text"
+    text: str
+    css: str = "note"
+
+
+Part = Chart | Table | Bar | Frames | Ranks | Text
+
+
+@dataclass(frozen=True)
+class Card:
+    """A titled box; `run`: the number of the run that it shows, None if it shows all runs."""
+
+    title: str
+    parts: Sequence[Part]
+    run: int | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cards that share rows: as many as fit, `two` beside each other, or one in a row (`wide`)."""
+
+    cards: Sequence[Card]
+    css: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that the navigation links to; it is left out if it has no grids."""
+
+    name: str
+    link: str
+    title: str
+    grids: Sequence[Grid]
+
+
+def colour_of(number: int) -> str:
+    """Return the name of the colour of a run."""
+    return f"c{number % COLOURS}"
+
+
+def badge(text: str, kind: str) -> Markup:
+    """Return a small label; `kind` is good, bad, warn or plain."""
+    return Markup('<span class="badge {}">{}</span>').format(kind, text)
+
+
+def side_by_side(
+    runs: Sequence[RunRecord], title: str, draw: Callable[[RunRecord], Part | None], note: str = "",
+    among: Sequence[RunRecord] | None = None,
+) -> list[Card]:  # fmt: skip
+    """Return one card per run (of those `among` them), so that columns stay whole; none if no run has a value."""
+    bodies = {number: draw(run) for number, run in enumerate(runs) if among is None or run in among}
+    if all(body is None for body in bodies.values()):
+        return []
+    notes = [Text(note)] if note else []
+    return [
+        Card(title, [Text("not in this run", "empty")] if body is None else [body, *notes], number)
+        for number, body in bodies.items()
+    ]
+
+
+def rows(runs: Sequence[RunRecord], *groups: list[Card]) -> list[Grid]:
+    """Return one grid for one run. For several runs, each group has a grid of its own."""
+    if len(runs) == 1:
+        cards = [card for group in groups for card in group]
+        return [Grid(cards)] if cards else []
+    return [Grid(group, "two" if len(group) == 2 else "") for group in groups if group]
+
+
+def list_grid(runs: Sequence[RunRecord], cards: Sequence[Card]) -> list[Grid]:
+    """Return a grid of lists: one run has the whole width."""
+    return [Grid(cards, "" if len(runs) > 1 else "wide")] if cards else []

@@ -1,0 +1,152 @@
+"""How a run was set up: data, ranks, config with what differs from the defaults, environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from sdit.configfile import config_keys
+from sdit.redact import redact
+from sdit.report.history import MAX_NAMES
+from sdit.report.parts import Card, Grid, Part, Ranks, Section, Table, Text
+from sdit.report.record import RunRecord
+from sdit.report.values import is_number
+
+SETS = (("data", "Training images", "data.path"), ("held_out_data", "Held-out images", "validation.path"))
+MAX_RANKS = 32  # drawn one by one
+IN_OTHER_SECTIONS = (
+    "ranks", "ranks_found_by", "device", "expert_parallel", "micro_batch", "accumulation", "data", "held_out_data",
+    "sample_rows",
+)  # fmt: skip
+
+
+def data_section(runs: Sequence[RunRecord]) -> Section:
+    """Return a card for each data set of each run, as the last start found them."""
+    cards = []
+    for number, run in enumerate(runs):
+        for name, title, key in SETS:
+            data = run.environment.get(name)
+            if isinstance(data, Mapping):
+                cards.append(Card(title, _data(run, data, key), number))
+    return Section("data", "Data", "Data", [Grid(cards)] if cards else [])
+
+
+def _data(run: RunRecord, data: Mapping[str, object], key: str) -> list[Part]:
+    is_embedded = key == "data.path" and run.config.get("data.source") == "digits"
+    facts = {
+        "where": "the embedded digits" if is_embedded else redact(str(run.config.get(key, "—"))),
+        "samples": f"{data.get('total', '?')} {data.get('kind', '')}",
+        "classes": data.get("classes", "?"),
+        "fingerprint": str(data.get("fingerprint", "—"))[:16],
+    }
+    parts: list[Part] = [Table(list(facts.items()))]
+    names = data.get("class_names")
+    if isinstance(names, list) and names:
+        parts.append(Table(list(enumerate(names[:MAX_NAMES])), ("label", "class"), summary="class names"))
+        parts += [Text(f"and {len(names) - MAX_NAMES} more")] if len(names) > MAX_NAMES else []
+    return parts
+
+
+def topology_section(runs: Sequence[RunRecord]) -> Section:
+    """Return the ranks in their groups, and how the batch is divided."""
+    cards = []
+    for number, run in enumerate(runs):
+        facts = _facts(run)
+        if facts:
+            cards.append(Card("Ranks", [*_ranks(run), Table(list(facts.items()))], number))
+    return Section("topology", "Topology", "Topology", [Grid(cards)] if cards else [])
+
+
+def _facts(run: RunRecord) -> dict[str, object]:
+    environment, zero = run.environment, run.deepspeed.get("zero_optimization")
+    ranks, micro, times = (environment.get(key) for key in ("ranks", "micro_batch", "accumulation"))
+    facts: dict[str, object] = {}
+    if is_number(ranks):
+        facts["ranks"] = f"{ranks}, found by {environment.get('ranks_found_by', '?')}"
+        facts["device"] = environment.get("device", "?")
+    if is_number(micro) and is_number(times) and is_number(ranks):
+        product = int(ranks * micro * times)  # type: ignore[operator]
+        facts["global batch"] = f"{product} = {ranks} ranks x {micro} images x {times} micro-step{'s' * (times != 1)}"
+    if isinstance(zero, Mapping):
+        facts["ZeRO stage"] = zero.get("stage", 0)
+    for key in ("train.precision", "parallel.exchange", "parallel.placement", "parallel.seating"):
+        if key in run.config:
+            facts[key.partition(".")[2]] = _shown(run.config[key])
+    decisions = [str(event.get("text", "")) for event in run.events if event.get("event") == "experts"]
+    return facts | ({"last decision on experts": decisions[-1]} if decisions else {})
+
+
+def _ranks(run: RunRecord) -> list[Part]:
+    """Return the ranks in expert-parallel groups of neighbours."""
+    world, group = run.environment.get("ranks"), run.environment.get("expert_parallel")
+    if not is_number(world) or not 1 <= world <= MAX_RANKS:  # type: ignore[operator]
+        return []
+    world = int(world)  # type: ignore[arg-type]
+    size = int(group) if is_number(group) and group >= 1 else 1  # type: ignore[arg-type,operator,call-overload]
+    title = f"experts shared by {size}" if size > 1 else "all experts"
+    return [Ranks([(title, range(first, min(first + size, world))) for first in range(0, world, size)])]
+
+
+def config_section(runs: Sequence[RunRecord]) -> Section:
+    """Return what differs from the defaults, and between the runs; all keys below."""
+    defaults = {key: default for key, _, default in config_keys()}
+    keys = list(dict.fromkeys([*defaults, *(key for run in runs for key in run.config)]))
+    changed = [run.changed() for run in runs]
+    head = ["key", *([run.name for run in runs] if len(runs) > 1 else ["value"]), "default"]
+
+    def table(shown: Sequence[str], summary: str = "") -> Table:
+        return Table([_row(runs, changed, key, defaults) for key in shown], head, "keys", summary)
+
+    cards = []
+    if len(runs) > 1:
+        different = [key for key in keys if len({_shown(run.config.get(key)) for run in runs}) > 1 and key != "run_dir"]
+        same = Text("The runs differ only in their folders.", "empty")
+        cards.append(Card("Where the runs differ", [table(different) if different else same]))
+    set_keys = [key for key in keys if any(key in found for found in changed)]
+    cards.append(Card("What differs from the defaults", [table(set_keys), table(keys, f"all {len(keys)} keys")]))
+    return Section("config", "Config", "Config", [Grid(cards, "wide")] if any(run.config for run in runs) else [])
+
+
+def _row(
+    runs: Sequence[RunRecord], changed: Sequence[Mapping[str, Any]], key: str, defaults: Mapping[str, Any]
+) -> list[object]:
+    cells: list[object] = [key]
+    for run, found in zip(runs, changed, strict=True):
+        text = _shown(run.config[key]) if key in run.config else "not in its config"
+        cells.append(_cell(text, "set" if key in found else "same"))
+    return [*cells, _cell(_shown(defaults[key]) if key in defaults else "unknown key", "same")]
+
+
+def _cell(text: str, css: str) -> Markup:
+    return Markup('<span class="{}">{}</span>').format(css, text)
+
+
+def environment_section(runs: Sequence[RunRecord]) -> Section:
+    """Return versions, command, machine."""
+    values = [_flat(run.environment) for run in runs]
+    names = list(dict.fromkeys(name for flat in values for name in flat))
+    head = ["", *[run.name for run in runs]] if len(runs) > 1 else []
+    table = Table([[name, *[flat.get(name, "—") for flat in values]] for name in names], head, "keys")
+    grids = [Grid([Card("As the last start found it", [table])], "wide")] if names else []
+    return Section("environment", "Environment", "Environment", grids)
+
+
+def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in environment.items():
+        if name in IN_OTHER_SECTIONS:
+            continue
+        if isinstance(value, Mapping):
+            found |= {str(key): _shown(part) for key, part in value.items()}
+        else:
+            found[name] = redact(" ".join(map(str, value))) if isinstance(value, list) else _shown(value)
+    return found
+
+
+def _shown(value: object) -> str:
+    """Return a value as YAML writes it, without secrets."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else redact(str(value))
