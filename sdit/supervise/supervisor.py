@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -116,7 +117,7 @@ class Supervisor:
         self._note, self._member, self._lock, self._leader = note, member, lock, leader
         self._station = Station(job.observe, job.run_dir, self._note)
         self._child: Child | None = None
-        self._end: End | None = None  # not yet posted
+        self._end: End | None = None  # of this attempt; posted again at each look if its file is missing
         self._attempt = 0
         self._above = [(each, " ".join(command_of(each.pid))[:80]) for each in processes_to_watch(info.world)]
         self._launcher_gone = ""
@@ -167,7 +168,6 @@ class Supervisor:
         try:
             if self._end is not None:
                 self._member.post_end(self._attempt, self._end)
-                self._end = None
             self._unwritten_since = None
         except OSError as error:  # a full disk: the next look tries again
             if self._unwritten_since is None:
@@ -193,7 +193,7 @@ class Supervisor:
             if plan.ending and plan.attempt == self._attempt and self._child is not None:
                 self._end_child(self._child, "peer", dump=True)
             elif plan.attempt > self._attempt and not plan.ending:
-                self._attempt = plan.attempt
+                self._attempt, self._end = plan.attempt, None
                 if self._info.rank in plan.order:
                     self._start(plan)
         has_begun = self._plan is not None and self._plan.attempt > 0
@@ -235,6 +235,8 @@ class Supervisor:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": self._info.local_rank}
         meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": plan.port}
         node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: self._info.source}
+        with contextlib.suppress(OSError):
+            self._folder.make("logs")  # somebody may have removed it under a running launch
         stacks = (self._folder / "logs").absolute() / f"rank-{self._info.rank:03d}.stacks"
         pulse = Pulse.create()
         charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume, self._station.page)
