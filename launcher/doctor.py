@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
 from launcher.command import Parser, add_rank_option, exit_status
 from sdit.cli import status_of
 from sdit.errors import ConfigError, ExitCode
+from sdit.launch_environment import RankInfo, find_rank
 from sdit.observe.doctor import (
     GIB,
     Check,
@@ -47,7 +48,6 @@ from sdit.observe.doctor import (
 )
 from sdit.observe.meeting import Meeting
 from sdit.observe.wire import MeetingError, Place
-from sdit.supervise.ranks import RankInfo, find_rank
 
 DEFAULT_PORT = "29500"  # as torchrun has it
 

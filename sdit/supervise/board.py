@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.supervise.files import read_json, write_json
+from sdit.json_files import read_json, write_json
 from sdit.supervise.launch import LaunchMark
 from sdit.supervise.process import is_running, machine
 from sdit.supervise.verdict import End

@@ -13,9 +13,9 @@ import pytest
 
 from sdit.config import Config, ObserveConfig
 from sdit.errors import ConfigError
+from sdit.launch_environment import RankInfo
 from sdit.observe.observers import build_observers
 from sdit.observe.sinks import MAX_SERIES, TensorBoard, Tolerant, WeightsAndBiases, require_packages, scalars
-from sdit.supervise.ranks import RankInfo
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 
