@@ -28,11 +28,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
-from sdit.observe.metrics import MetricsPage
+from sdit.metrics.collector import SharedMetricsCollector
+from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
+from sdit.observe.metrics import PrometheusObserver
 from sdit.observe.observers import build_observers
 from sdit.resolved import resolve_run
-from sdit.supervise.collector import PageCollector
-from sdit.supervise.metric_page import Page, Watch
 from sdit.train.clock import Clock
 from sdit.train.events import Observer, Observers
 from sdit.train.loop import Trainer
@@ -92,7 +92,7 @@ def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
+def measure(options: argparse.Namespace, folder: Path, page: SharedMetricsFile) -> Turns:
     """One run of the given number of pairs of blocks."""
     has_tensorboard = "true" if importlib.util.find_spec("tensorboardX") else "false"
     overrides = [
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
     ]  # fmt: skip
     config = load_config(str(ROOT / "configs" / "digits.yaml"), overrides)
     info = find_rank(os.environ)
-    observers = build_observers(config, folder, info, MetricsPage(config, folder, info, page.path))
+    observers = build_observers(config, folder, info, PrometheusObserver(config, folder, info, page.path))
     turns = Turns(observers, options.block)
     run = resolve_run(config, {"zero_optimization": {"stage": 1}}, "benchmark", info.world, info.local_world)
     with (
@@ -117,10 +117,10 @@ def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
     return turns
 
 
-def scrape_cpu_seconds(page: Page) -> float:
+def scrape_cpu_seconds(page: SharedMetricsFile) -> float:
     """CPU time of answering one scrape, without the socket."""
     registry = CollectorRegistry()
-    registry.register(PageCollector(lambda: [page.path], lambda: 0.0))
+    registry.register(SharedMetricsCollector(lambda: [page.path], lambda: 0.0))
     return median_cpu_seconds(lambda: generate_latest(registry))
 
 
@@ -140,10 +140,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images per step")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    page = Page.create(f"benchmark-{os.getpid()}")
+    page = SharedMetricsFile.create(f"benchmark-{os.getpid()}")
     try:
         now = time.monotonic()
-        page.post_watch(Watch(0, True, 0, "training", 180.0, now, now, now))
+        page.write_status(RankStatus(0, True, 0, "training", 180.0, now, now, now))
         with tempfile.TemporaryDirectory() as folder:
             turns = measure(options, Path(folder), page)
         report(turns, options.block, scrape_cpu_seconds(page))

@@ -26,13 +26,13 @@ def replacing_path(path: Path, shared: bool = False) -> Iterator[Path]:
     """Do the same for a writer that takes a path: yield a hidden path in the same folder.
 
     The hidden name is always the same, so that a repeated command replaces what a killed one left. If several processes may
-    write `path` at once (`shared`), it is unique.
+    write `path` at once (`shared`), it is unique. Then nothing is forced to storage: such files are messages.
     Raises: OSError.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp" if shared else f".{path.name}.tmp")
     try:
         yield partial
-        commit(partial, path)
+        commit(partial, path, durable=not shared)
     finally:
         with suppress(OSError):  # it was committed, or never created
             partial.unlink()
@@ -44,12 +44,14 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def commit(partial: Path, path: Path) -> None:
-    """Give a complete file its final name, so that file and name survive a power cut. Raises: OSError."""
+def commit(partial: Path, path: Path, durable: bool = True) -> None:
+    """Give a complete file its final name; if `durable`, file and name survive a power cut. Raises: OSError."""
     with naming(path):
-        fsync(partial)
+        if durable:
+            fsync(partial)
         os.replace(partial, path)
-        fsync(path.parent)
+        if durable:
+            fsync(path.parent)
 
 
 def fsync(path: Path) -> None:

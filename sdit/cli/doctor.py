@@ -26,6 +26,7 @@ from typing import Any
 from sdit.cli.parser import Parser, add_rank_option
 from sdit.cli.process import exit_status, status_of
 from sdit.errors import ConfigError, ExitCode
+from sdit.launch_environment import RankInfo, find_rank
 from sdit.observe.doctor import (
     GIB,
     Check,
@@ -42,7 +43,6 @@ from sdit.observe.doctor import (
 )
 from sdit.observe.meeting import Meeting
 from sdit.observe.wire import MeetingError, Place
-from sdit.supervise.ranks import RankInfo, find_rank
 
 DEFAULT_PORT = "29500"  # as torchrun has it
 

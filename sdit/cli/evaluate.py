@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sdit.evaluate.images import ImageSet, LabelledImages
     from sdit.evaluate.reference import Reference, ReferenceSource
     from sdit.evaluate.trees import ImageTree, LabelledTree, Shape
-    from sdit.supervise.ranks import RankInfo
+    from sdit.launch_environment import RankInfo
     from sdit.train.checkpoint.load import Trained
 
 SHOWN = ("fid", "kid", "inception_score", "precision", "recall")

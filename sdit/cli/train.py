@@ -34,13 +34,13 @@ from sdit.cli.process import exit_status, leave, run_command
 from sdit.configfile import config_manual, dump_config, load_config
 from sdit.dsconfig import read_deepspeed_json
 from sdit.errors import ExitCode, SditError, one_line
+from sdit.launch_environment import find_rank
 from sdit.output import divert_output
 from sdit.redact import redact
 from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
-from sdit.supervise.ranks import find_rank
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
 from sdit.supervise.unfinished import clear
@@ -157,12 +157,12 @@ def run(options: argparse.Namespace, resolved: ResolvedRun, rank: Supervised) ->
     check_run(resolved)
     set_threads(info, config.parallel.threads)
     from sdit.observe.folder_watch import FolderWatch
-    from sdit.observe.metrics import MetricsPage
+    from sdit.observe.metrics import PrometheusObserver
     from sdit.observe.observers import build_observers
 
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if rank.is_supervised else RunFolder.create(run_dir)
-    page = None if rank.page is None else MetricsPage(config, run_dir, info, rank.page)
+    page = None if rank.page is None else PrometheusObserver(config, run_dir, info, rank.page)
     observers = build_observers(config, folder, info, page, FolderWatch(folder, rank.pulse))
     try:
         with Comm(info, device=config.parallel.device) as comm:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sdit.errors import ConfigError
-from sdit.supervise.ranks import RankInfo, find_rank, is_loopback
+from sdit.launch_environment import RankInfo, find_rank, is_loopback
 
 __all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
 Device = Literal["auto", "cpu", "cuda"]

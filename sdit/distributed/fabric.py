@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sdit.distributed.comm import Comm
-from sdit.supervise.ranks import RankInfo
+from sdit.launch_environment import RankInfo
 
 ALL_PAIRS_RANKS = 16
 PING_BYTES, PINGS = 8, 10

@@ -14,7 +14,7 @@ from typing import Any
 
 import sdit
 from sdit.errors import ExitCode
-from sdit.supervise.ranks import RankInfo
+from sdit.launch_environment import RankInfo
 from sdit.supervise.unfinished import last_launch
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "mpi4py", "numpy", "safetensors", "webdataset")

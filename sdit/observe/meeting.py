@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from sdit.launch_environment import RankInfo, is_loopback
 from sdit.observe.wire import (
     ATTEMPT_SECONDS,
     HELLO,
@@ -25,7 +26,6 @@ from sdit.observe.wire import (
     close_listener,
     explain,
 )
-from sdit.supervise.ranks import RankInfo, is_loopback
 
 RETRY_SECONDS = 0.2
 CLOCK_PROBES = 8

@@ -1,4 +1,4 @@
-"""What a rank writes to its metrics page at every step; the node's exporter (sdit.supervise.exporter) serves it."""
+"""Write the numbers of each step to the rank's shared metrics file, which sdit.metrics.exporter serves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import get_args
 
 from sdit.config import Config
 from sdit.data.faults import SampleReason, ShardReason
-from sdit.supervise.metric_families import WRITTEN_BY_RANKS
-from sdit.supervise.metric_page import PageWriter, Series
-from sdit.supervise.ranks import RankInfo
+from sdit.launch_environment import RankInfo
+from sdit.metrics.shared_file import Series, SharedMetricsWriter
+from sdit.metrics.specs import RANK_METRICS
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
 from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
@@ -32,22 +32,22 @@ EVENTS = {  # kind -> counter
 _log = logging.getLogger(__name__)
 
 
-class MetricsPage(Observer):
-    """Puts a rank's numbers where the node's exporter finds them. Never raises: a full /dev/shm is told once."""
+class PrometheusObserver(Observer):
+    """Writes a rank's numbers to its shared metrics file. Never raises: a full /dev/shm is logged once."""
 
     every_rank = True
 
-    def __init__(self, config: Config, run_dir: Path, info: RankInfo, page: Path) -> None:
-        self._config, self._run_dir, self._page = config, run_dir, page
+    def __init__(self, config: Config, run_dir: Path, info: RankInfo, path: Path) -> None:
+        self._config, self._run_dir, self._path = config, run_dir, path
         self._is_first = info.rank == 0
         self._blocks = shown_blocks(config)
         self._bad_samples: dict[str, int] = {}
-        self._writer: PageWriter | None = None
+        self._writer: SharedMetricsWriter | None = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         labels = build_labels(self._run_dir)
         try:
-            self._writer = PageWriter(self._page, list(self._series(labels)))
+            self._writer = SharedMetricsWriter(self._path, list(self._series(labels)))
         except (OSError, ValueError) as error:
             _log.warning("no metrics of this rank: %s", error)
             return
@@ -62,17 +62,17 @@ class MetricsPage(Observer):
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         if self._writer is None:
             return
-        self._tell_of_rank(self._writer, record)
+        self._write_rank(self._writer, record)
         if self._is_first:
-            self._tell_of_step(self._writer, clock, record)
+            self._write_step(self._writer, clock, record)
             if record.logged:
-                self._tell_of_logged(self._writer, record)
+                self._write_logged(self._writer, record)
         self._publish()
 
     def on_validation(self, clock: Clock, validation: Validation) -> None:
         if self._writer is None or not self._is_first:
             return
-        self._tell_of_values(self._writer, validation)
+        self._write_values(self._writer, validation)
         self._publish()
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
@@ -80,7 +80,7 @@ class MetricsPage(Observer):
             return
         self._writer.observe("sdit_checkpoint_seconds", seconds)
         self._writer.set("sdit_checkpoint_last_success_timestamp_seconds", time.time())
-        images_seen = int(folder.name.removeprefix("images-"))  # a save in the background is behind the clock
+        images_seen = int(folder.name.removeprefix("images-"))  # a background save is older than the clock
         self._writer.set("sdit_checkpoint_images_seen", images_seen)
         self._publish()
 
@@ -95,60 +95,60 @@ class MetricsPage(Observer):
             self._writer.close()
             self._writer = None
 
-    def _tell_of_rank(self, page: PageWriter, record: StepRecord) -> None:
+    def _write_rank(self, writer: SharedMetricsWriter, record: StepRecord) -> None:
         for phase in PHASES:
-            page.add("sdit_phase_seconds_total", getattr(record, f"{phase}_seconds") or 0.0, phase)
-        page.observe("sdit_data_wait_seconds", record.data_wait_seconds or 0.0)
+            writer.add("sdit_phase_seconds_total", getattr(record, f"{phase}_seconds") or 0.0, phase)
+        writer.observe("sdit_data_wait_seconds", record.data_wait_seconds or 0.0)
         for kind, size in (record.memory_bytes or {}).items():
-            page.set("sdit_memory_bytes", size, kind)
+            writer.set("sdit_memory_bytes", size, kind)
         for reason, count in (record.bad_samples_by_reason or {}).items():
-            page.add("sdit_bad_samples_total", count - self._bad_samples.get(reason, 0), reason)
+            writer.add("sdit_bad_samples_total", count - self._bad_samples.get(reason, 0), reason)
             self._bad_samples[reason] = count
 
-    def _tell_of_step(self, page: PageWriter, clock: Clock, record: StepRecord) -> None:
-        page.add("sdit_steps_total", 1)
-        page.add("sdit_images_total", self._config.train.global_batch)
-        page.set("sdit_images_seen", clock.images_seen)
-        page.set("sdit_last_step_timestamp_seconds", time.time())
-        page.observe("sdit_step_seconds", record.step_seconds or 0.0)
+    def _write_step(self, writer: SharedMetricsWriter, clock: Clock, record: StepRecord) -> None:
+        writer.add("sdit_steps_total", 1)
+        writer.add("sdit_images_total", self._config.train.global_batch)
+        writer.set("sdit_images_seen", clock.images_seen)
+        writer.set("sdit_last_step_timestamp_seconds", time.time())
+        writer.observe("sdit_step_seconds", record.step_seconds or 0.0)
         for part, key in PARTS.items():
             value = getattr(record, key)
-            page.set("sdit_loss", math.nan if value is None else value, part)
-        self._tell_of_values(page, record)
+            writer.set("sdit_loss", math.nan if value is None else value, part)
+        self._write_values(writer, record)
         tokens, weights = record.exchange_bytes_tokens or 0.0, record.exchange_bytes_weights or 0.0
         seats = (record.exchange_bytes or 0.0) - tokens - weights
         for mode, sent in {"tokens": tokens, "weights": weights, "seats": seats}.items():
-            page.add("sdit_exchange_bytes_total", sent, mode)
-        page.observe("sdit_exchange_seconds", record.exchange_wait_seconds or 0.0)
+            writer.add("sdit_exchange_bytes_total", sent, mode)
+        writer.observe("sdit_exchange_seconds", record.exchange_wait_seconds or 0.0)
 
-    def _tell_of_values(self, page: PageWriter, record: Validation) -> None:
+    def _write_values(self, writer: SharedMetricsWriter, record: Validation) -> None:
         for name, key in GAUGES.items():
             if (value := getattr(record, key, None)) is not None:
-                page.set(name, value)
+                writer.set(name, value)
         for name, key in BY_BIN.items():
             for number, value in zip(BINS, getattr(record, key, None) or (), strict=False):
-                page.set(name, math.nan if value is None else value, number)
+                writer.set(name, math.nan if value is None else value, number)
 
-    def _tell_of_logged(self, page: PageWriter, record: StepRecord) -> None:
+    def _write_logged(self, writer: SharedMetricsWriter, record: StepRecord) -> None:
         for block, count in enumerate(record.dropped_by_block_since_logged or ()):
-            page.add("sdit_expert_dropped_samples_total", count, str(block))
+            writer.add("sdit_expert_dropped_samples_total", count, str(block))
         for block, loads in enumerate(record.expert_load or ()):
             mean = sum(loads) / len(loads)
-            page.set("sdit_dead_experts", sum(load == 0 for load in loads), str(block))
+            writer.set("sdit_dead_experts", sum(load == 0 for load in loads), str(block))
             if block in self._blocks:
                 for expert, load in enumerate(loads):
-                    page.set("sdit_expert_load_ratio", load / mean, str(block), str(expert))
+                    writer.set("sdit_expert_load_ratio", load / mean, str(block), str(expert))
 
     def _publish(self) -> None:
         assert self._writer is not None
         try:
             self._writer.publish()
         except OSError as error:
-            _log.warning("no metrics of this rank any more: %s", error)
+            _log.warning("metrics of this rank are off from now on: %s", error)
             self.close()
 
     def _series(self, build: Sequence[str]) -> Iterable[Series]:
-        """Every series this rank writes; known from the config, so that counters are there before they first count."""
+        """Yield each series of this rank. The config defines them all, so that a counter exists before it first counts."""
         depth = self._config.model.depth if self._config.model.variant == "switch" else 0
         blocks = [(str(block),) for block in range(depth)]
         experts = [str(expert) for expert in range(self._config.model.experts.count)]
@@ -164,24 +164,24 @@ class MetricsPage(Observer):
             ("block",): blocks,
             ("block", "expert"): [(str(block), expert) for block in self._blocks for expert in experts],
         }
-        for family in WRITTEN_BY_RANKS:
-            if family.by_rank or self._is_first:
-                yield from ((family.name, own) for own in labels[family.labels])
+        for spec in RANK_METRICS:
+            if spec.by_rank or self._is_first:
+                yield from ((spec.name, own) for own in labels[spec.labels])
 
 
 def shown_blocks(config: Config) -> list[int]:
-    """Blocks whose experts have series of their own: all, or as many, evenly spread, as `observe.metrics_experts` allows."""
+    """Return the blocks whose experts have their own series: evenly spaced, as many as `observe.metrics_experts` allows."""
     model = config.model
     if model.variant != "switch":
         return []
     count = min(model.depth, config.observe.metrics_experts // model.experts.count)
     if count <= 1:
         return list(range(count))
-    return [round(place * (model.depth - 1) / (count - 1)) for place in range(count)]
+    return [round(number * (model.depth - 1) / (count - 1)) for number in range(count)]
 
 
 def checkpoint_interval_images(config: Config) -> float:
-    """Images between two checkpoints; NaN when there is only one, at the end."""
+    """Return the images between two checkpoints; NaN if the only checkpoint is at the end."""
     if config.checkpoint.every_images is not None:
         return config.checkpoint.every_images
     if config.checkpoint.every_steps is not None:
@@ -190,7 +190,7 @@ def checkpoint_interval_images(config: Config) -> float:
 
 
 def build_labels(run_dir: Path) -> tuple[str, str, str, str]:
-    """Version, git commit, torch and deepspeed, as environment.json has them."""
+    """Return version, git commit, torch and deepspeed from environment.json."""
     try:
         found = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 
 from sdit.config import Config
+from sdit.launch_environment import RankInfo
 from sdit.observe.metrics_file import MetricsFile
 from sdit.observe.progress import Progress
 from sdit.observe.rank_log import RankLog
 from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.sample_grids import SampleGrids
 from sdit.observe.sinks import TensorBoard, WeightsAndBiases, require_packages
-from sdit.supervise.ranks import RankInfo
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.decode import draws_latents
 from sdit.train.events import Observer, Observers

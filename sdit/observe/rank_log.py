@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sdit.launch_environment import RankInfo
 from sdit.redact import redact
-from sdit.supervise.ranks import RankInfo
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import Observer
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdit.data.durable import replacing
+from sdit.files import replacing
 
 if TYPE_CHECKING:
     from sdit.model import Assignment

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from sdit.data.durable import replacing
+from sdit.files import replacing
 from sdit.observe.routing import (
     Snapshot,
     evenly,

@@ -71,11 +71,13 @@ def refuse_own(waiting: Waiting, me: Note, world: int, run_dir: Path, code: int)
     while len(told) < world - 1 and time.monotonic() < deadline:
         taken = named_by_owner(run_dir)
         for note in waiting.notes():
-            if note.nonce in told | taken or not note.launch.agrees_with(me.launch):
+            if note.nonce in taken or not note.launch.agrees_with(me.launch):
                 continue
             try:
-                waiting.refuse(note, code)
-                told.add(note.nonce)
+                if waiting.refusal(note) is None:  # also if a new holder of the lock has removed it
+                    waiting.refuse(note, code)
+                else:
+                    told.add(note.nonce)
             except OSError as error:
                 _log.warning("rank %d could not be told to leave: %s", note.rank, error)
         time.sleep(0.1)

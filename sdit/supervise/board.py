@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.supervise.files import read_json, write_json
+from sdit.json_files import read_json, write_json
 from sdit.supervise.launch import LaunchMark
 from sdit.supervise.process import is_running, machine
 from sdit.supervise.verdict import End
@@ -101,8 +101,9 @@ class Waiting:
                 path.unlink()
 
     def post(self, note: Note) -> None:
-        """Say that a rank is here. In vain if the folder is wiped at this instant, or gone. Raises: OSError."""
+        """Say that a rank is here. In vain if the folder is wiped at this instant, or the run is gone. Raises: OSError."""
         with contextlib.suppress(FileNotFoundError):
+            _make(self._folder)
             write_json(self._path(note, "json"), asdict(note))
 
     def holds(self, note: Note) -> bool:
@@ -115,7 +116,7 @@ class Waiting:
         return [note for note in found if note is not None and not note.is_dead]
 
     def refuse(self, note: Note, code: int) -> None:
-        """Tell a rank of the own launch to leave. In vain if the folder is wiped at this instant. Raises: OSError."""
+        """Tell a rank of the own launch to leave. In vain if the folder is wiped at this instant, or gone. Raises: OSError."""
         with contextlib.suppress(FileNotFoundError):
             write_json(self._path(note, "refused"), {"code": code})
 
@@ -164,18 +165,25 @@ class Board:
                 shutil.rmtree(other, ignore_errors=True)
 
     def post_plan(self, plan: Plan) -> Plan:
-        self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under a running launch
+        _make(self._folder)  # somebody may have removed it under a running launch
         write_json(self._plan, asdict(plan))
         return plan
+
+    @property
+    def has_plan(self) -> bool:
+        """Return whether the plan is there: somebody may have removed the folder."""
+        return self._plan.exists()
 
     def beat(self) -> None:
         """Show that rank 0's supervisor lives although the plan cannot be written: the disk is full. Raises: OSError."""
         os.utime(self._plan)
 
     def problem(self, note: Note) -> str:
-        """Return why nothing can be written here, such as `Read-only file system`; empty if it can."""
+        """Return why nothing can be written here, such as `Read-only file system`; empty if it can, or the folder is gone."""
         try:
             write_json(self._folder / f".writable-{note.rank:05d}.json", asdict(note))
+        except FileNotFoundError:
+            return ""
         except OSError as error:
             return str(error.strerror)
         return ""
@@ -190,11 +198,23 @@ class Board:
         return replace(Plan(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
 
     def post_end(self, attempt: int, end: End) -> None:
-        """Say how a rank's attempt ended, unless a new holder of the lock has removed the launch. Raises: OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            write_json(self._folder / f"end-{attempt:04d}-{end.rank:05d}.json", asdict(end))
+        """Say how a rank's attempt ended, if the folder does not say so yet.
+
+        If the folder is missing, nothing is written: rank 0 creates it again, or a new holder of the lock has removed the launch.
+        The caller calls again at each look. Raises: OSError.
+        """
+        path = self._folder / f"end-{attempt:04d}-{end.rank:05d}.json"
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                write_json(path, asdict(end))
 
     def ends(self, attempt: int) -> dict[int, End]:
         """How the ranks of an attempt ended, of those that have."""
         found = (read_json(path) for path in self._folder.glob(f"end-{attempt:04d}-*.json"))
         return {body["rank"]: End(**body) for body in found if body is not None}
+
+
+def _make(folder: Path) -> None:
+    """Create RUN/supervise and a folder in it, but never RUN itself. Raises: OSError."""
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)

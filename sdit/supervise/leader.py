@@ -64,13 +64,13 @@ class Leader:
 
     def poll(self) -> None:
         """One look at the board, and the next thing to do."""
-        if self._plan.code is not None:
-            return
-        if self._plan.attempt == 0:
-            self._gather()
-        else:
-            self._follow()
-        if time.monotonic() - self._beaten > BEAT_SECONDS:
+        if self._plan.code is None:
+            if self._plan.attempt == 0:
+                self._gather()
+            else:
+                self._follow()
+        is_due = self._plan.code is None and time.monotonic() - self._beaten > BEAT_SECONDS
+        if is_due or not self._is_posted or not self._board.has_plan:
             self._post(beats=self._plan.beats + 1)
 
     def finish(self, code: int, text: str = "") -> None:
@@ -175,9 +175,10 @@ class Leader:
         except OSError as error:  # a full disk: the next look tries again
             if self._is_posted:
                 _log.warning("the supervisors' plan cannot be written (%s); the run continues", error.strerror)
-            self._is_posted, self._beaten = False, 0.0
-            with contextlib.suppress(OSError):
-                self._board.beat()
+            self._is_posted = False
+            if self._plan.code is None:  # the last plan is not waited for without an end
+                with contextlib.suppress(OSError):
+                    self._board.beat()
             return
         self._is_posted = True
 
@@ -205,6 +206,7 @@ class Leader:
             "text": verdict.text or _stop_reason(ends),
         }
         try:
+            (self._run_dir / "logs").mkdir(exist_ok=True)  # somebody may have removed it under a running launch
             with (self._run_dir / "logs" / "attempts.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(body) + "\n")
         except OSError as error:

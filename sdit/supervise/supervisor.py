@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from types import FrameType
 
 from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ConfigError, ExitCode
+from sdit.launch_environment import LAUNCHER_VARIABLE, RankInfo
 from sdit.supervise.admission import refuse_own
 from sdit.supervise.board import Board, Note, Plan, Waiting
 from sdit.supervise.child import HANGUP, Charge, Child, stop_signals
@@ -23,11 +25,10 @@ from sdit.supervise.launch import LaunchMark, processes_to_watch
 from sdit.supervise.leader import LOST_SECONDS, Leader, Meeting
 from sdit.supervise.lock import RunLock, unwritable
 from sdit.supervise.membership import Membership
+from sdit.supervise.metrics_publisher import MetricsPublisher
 from sdit.supervise.process import command_of, machine, start_ticks
 from sdit.supervise.pulse import FOLDER_MOVED, LAUNCHER_GONE, TICK_SECONDS, Phase, Pulse
-from sdit.supervise.ranks import LAUNCHER_VARIABLE, RankInfo
 from sdit.supervise.run_folder import RunFolder
-from sdit.supervise.station import Station
 from sdit.supervise.unfinished import Unfinished
 from sdit.supervise.verdict import End
 
@@ -114,9 +115,9 @@ class Supervisor:
         self._folder = folder
         self._job, self._config, self._info, self._environment = job, config, info, environment
         self._note, self._member, self._lock, self._leader = note, member, lock, leader
-        self._station = Station(job.observe, job.run_dir, self._note)
+        self._publisher = MetricsPublisher(job.observe, job.run_dir, self._note)
         self._child: Child | None = None
-        self._end: End | None = None  # not yet posted
+        self._end: End | None = None  # of this attempt; posted again at each look if its file is missing
         self._attempt = 0
         self._above = [(each, " ".join(command_of(each.pid))[:80]) for each in processes_to_watch(info.world)]
         self._launcher_gone = ""
@@ -146,14 +147,14 @@ class Supervisor:
                     code = self._consult()
                     if code is not None:
                         return code
-                    self._station.tell(
+                    self._publisher.publish(
                         self._plan, self._attempt, self._child, self._deadline_seconds(), int(self._is_stopping)
                     )
                 time.sleep(POLL_SECONDS)
         finally:
             if self._child is not None:
                 self._child.kill()
-            self._station.close()
+            self._publisher.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -167,7 +168,6 @@ class Supervisor:
         try:
             if self._end is not None:
                 self._member.post_end(self._attempt, self._end)
-                self._end = None
             self._unwritten_since = None
         except OSError as error:  # a full disk: the next look tries again
             if self._unwritten_since is None:
@@ -193,7 +193,7 @@ class Supervisor:
             if plan.ending and plan.attempt == self._attempt and self._child is not None:
                 self._end_child(self._child, "peer", dump=True)
             elif plan.attempt > self._attempt and not plan.ending:
-                self._attempt = plan.attempt
+                self._attempt, self._end = plan.attempt, None
                 if self._info.rank in plan.order:
                     self._start(plan)
         has_begun = self._plan is not None and self._plan.attempt > 0
@@ -235,9 +235,11 @@ class Supervisor:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": self._info.local_rank}
         meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": plan.port}
         node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: self._info.source}
+        with contextlib.suppress(OSError):
+            self._folder.make("logs")  # somebody may have removed it under a running launch
         stacks = (self._folder / "logs").absolute() / f"rank-{self._info.rank:03d}.stacks"
         pulse = Pulse.create()
-        charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume, self._station.page)
+        charge = Charge(pulse.descriptor, plan.attempt, os.getpid(), str(stacks), plan.resume, self._publisher.path)
         environment = {**kept, **{name: str(value) for name, value in {**place, **meeting, **node}.items()}}
         self._child = Child(self._job.command, environment, charge, pulse)
         if self._is_stopping:
@@ -266,7 +268,7 @@ class Supervisor:
             failure is not None and failure.secondary, failure.text if failure is not None else self._launcher_gone,
             self._is_stopping,
         )  # fmt: skip
-        self._station.count_end(self._end)
+        self._publisher.count_end(self._end)
         self._child = None
         child.pulse.close()
 

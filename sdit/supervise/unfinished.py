@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sdit.errors import ExitCode
-from sdit.supervise.files import read_json, write_json
+from sdit.json_files import read_json, write_json
 from sdit.supervise.lock import BEAT_SECONDS, Holder, owner_of
 
 NAME = "unfinished.json"

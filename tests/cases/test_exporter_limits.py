@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdit.config import ObserveConfig
-from sdit.supervise.exporter import Exporter
-from sdit.supervise.metric_page import Page, Watch
+from sdit.metrics.exporter import Exporter
+from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
 from tests.cluster.runs import free_ports
 
 SCRAPE_SECONDS = 2.0  # Prometheus waits longer
@@ -30,11 +30,11 @@ def scrape(port: int) -> str:
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
     """The port of an exporter that serves."""
-    page = Page.create(f"test-{os.getpid()}-{time.monotonic_ns()}")
+    shared_file = SharedMetricsFile.create(f"test-{os.getpid()}-{time.monotonic_ns()}")
     now = time.monotonic()
-    page.post_watch(Watch(0, True, 7, "training", 180.0, now, now, now, ends={"exit": 0}))
+    shared_file.write_status(RankStatus(0, True, 7, "training", 180.0, now, now, now, ends={"exit": 0}))
     (port,) = free_ports(1)
-    exporter = Exporter(tmp_path, ObserveConfig(metrics_port=port), "thishost", lambda: [page.path])
+    exporter = Exporter(tmp_path, ObserveConfig(metrics_port=port), "thishost", lambda: [shared_file.path])
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -43,8 +43,8 @@ def port(tmp_path: Path) -> Iterator[int]:
         time.sleep(0.02)
     yield port
     exporter.close()
-    page.close()
-    page.path.unlink(missing_ok=True)
+    shared_file.close()
+    shared_file.path.unlink(missing_ok=True)
 
 
 def silent(connection: socket.socket) -> None:

@@ -218,8 +218,8 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
 
 def test_observers_of_a_latent_run_keep_latents(tmp_path: Path) -> None:
     """R10: Without sample.vae no observer of a run makes a picture of latents; a run that goes back removes them."""
+    from sdit.launch_environment import find_rank
     from sdit.observe.observers import build_observers
-    from sdit.supervise.ranks import find_rank
     from sdit.train.clock import Clock
 
     config = tiny_config("model.channels=4", "observe.tensorboard=true")

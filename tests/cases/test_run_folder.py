@@ -126,6 +126,46 @@ def test_part_of_a_run_that_is_deleted_is_made_again(tmp_path: Path) -> None:
     assert ranks.fatal == []
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_end_is_reported_again_until_the_folder_is_back(tmp_path: Path, world: int) -> None:
+    """S11: `rm -r RUN/supervise` and a stop in the same instant: no end is lost."""
+    run = tmp_path / "run"
+    with start_fake(world, run, steps=100_000) as ranks:
+        eventually(lambda: newest_step(run) >= 4)
+        shutil.rmtree(run / "supervise")
+        ranks.send(0, signal.SIGTERM)
+        assert ranks.codes(seconds=30) == [ExitCode.REQUEUE] * world
+    assert ranks.fatal == []
+
+
+def test_ends_that_are_deleted_are_reported_again(tmp_path: Path) -> None:
+    """S11: rank 0 reads no end before it is removed: rank 1 has ended, and rank 0 hangs."""
+    run = tmp_path / "run"
+    config = {"step_seconds": 3.0, "first_step_seconds": 3.0, "restarts": 0}
+    with start_fake(2, run, faults=["exception@1:6"], config=config) as ranks:
+        eventually((run / "struck").exists)
+        for _ in range(20):
+            shutil.rmtree(run / "supervise", ignore_errors=True)
+            time.sleep(0.02)
+        assert ranks.codes(seconds=30) == [ExitCode.CRASH] * 2
+    assert len(ranks.fatal) == 1 and ranks.fatal[0].startswith("FATAL rank 1,")
+
+
+def test_ranks_find_each_other_in_a_folder_that_was_deleted(tmp_path: Path) -> None:
+    """S11: `rm -r RUN/supervise` while rank 0 waits for rank 1, and again while rank 1 waits to be named."""
+    run = tmp_path / "run"
+    with start_fake(2, run, steps=100_000, only=(0,)) as ranks:
+        eventually(lambda: list((run / "supervise").glob("*/plan.json")))
+        shutil.rmtree(run / "supervise")
+        ranks.join(1)
+        for _ in range(10):
+            time.sleep(0.1)
+            shutil.rmtree(run / "supervise", ignore_errors=True)
+        eventually(lambda: newest_step(run) >= 4)
+        ranks.send(0, signal.SIGTERM)
+        assert ranks.codes() == [ExitCode.REQUEUE] * 2
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MB. Needs root."""

@@ -190,7 +190,7 @@ def test_the_password_comes_from_a_file_or_the_environment(
     where: str, gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S2: A gateway that wants a password gets it from a file or a variable; without it, the log says so once."""
-    from sdit.supervise.exporter import Exporter
+    from sdit.metrics.exporter import Exporter
 
     (tmp_path / "password").write_text(f"{SECRET}\n")
     overrides = [f"observe.pushgateway=http://127.0.0.1:{gateway.server_port}", "observe.pushgateway_user=me"]
@@ -215,7 +215,7 @@ def test_a_password_file_that_cannot_be_read_costs_only_the_pushes(
     kind: str, gateway: Gateway, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S2: A password file that cannot be read is named in the log once; nothing waits for it."""
-    from sdit.supervise.exporter import Exporter
+    from sdit.metrics.exporter import Exporter
 
     path = tmp_path / "password"
     if kind == "folder":

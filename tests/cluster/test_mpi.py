@@ -25,7 +25,7 @@ def test_mpirun_trains_what_deepspeed_trains(reference: Path, tmp_path: Path) ->
 
 
 def test_mpi_itself_tells_the_rank_where_no_known_variable_does() -> None:
-    program = "import os; from sdit.supervise.ranks import find_rank; print(find_rank(os.environ).describe())"
+    program = "import os; from sdit.launch_environment import find_rank; print(find_rank(os.environ).describe())"
     unknown = [word for name in ("RANK", "SIZE") for word in ("-u", f"OMPI_COMM_WORLD_{name}")]
     output = launch(*MPIRUN, "2", "env", *unknown, sys.executable, "-c", program)
     ranks = [f"rank {rank} of 2, {rank} of 2 on this node; found by mpi4py" for rank in range(2)]

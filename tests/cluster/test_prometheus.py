@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from sdit.errors import ExitCode
-from sdit.supervise.metric_page import PREFIX, page_folder
+from sdit.metrics.shared_file import PREFIX, shared_folder
 from tests.cluster.runs import free_ports
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import Ranks, start_real
@@ -203,8 +203,8 @@ def members_of(run_dir: Path) -> list[str]:
 def test_end_of_the_run_leaves_no_target_and_no_page(site: Site) -> None:
     eventually(lambda: members_of(site.run_dir)[1:], "a plan for both ranks")
     nonces = members_of(site.run_dir)
-    assert len(nonces) == 2 and all((page_folder() / f"{PREFIX}{nonce}").exists() for nonce in nonces)
+    assert len(nonces) == 2 and all((shared_folder() / f"{PREFIX}{nonce}").exists() for nonce in nonces)
     site.ranks.send(0, signal.SIGTERM)
     assert site.ranks.codes() == [ExitCode.REQUEUE] * 2
     assert list((site.run_dir / "targets").iterdir()) == []
-    assert not any((page_folder() / f"{PREFIX}{nonce}").exists() for nonce in nonces)
+    assert not any((shared_folder() / f"{PREFIX}{nonce}").exists() for nonce in nonces)

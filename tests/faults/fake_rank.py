@@ -15,9 +15,9 @@ from pathlib import Path
 
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode, SditError
+from sdit.launch_environment import find_rank
 from sdit.supervise.child import Supervised
 from sdit.supervise.pulse import Phase
-from sdit.supervise.ranks import find_rank
 from sdit.supervise.supervisor import Job, supervise
 
 CHECKPOINT_STEPS = 4

@@ -41,6 +41,10 @@ class Ranks:
         with self.log.open("a") as file:
             return subprocess.Popen(self._command, env=self._environments[rank], stdout=file, stderr=file, cwd=ROOT)
 
+    def join(self, rank: int) -> None:
+        """Start a rank that was not among those started first."""
+        self.processes.append(self._launch(rank))
+
     def replace(self, rank: int) -> None:
         """Start a rank that has ended again, as the controller of a Kubernetes Job would."""
         assert self.processes[rank].wait(WAIT_SECONDS) is not None

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sdit.errors import ExitCode
+from sdit.launch_environment import find_rank
 from sdit.supervise.fault import Fault
 from sdit.supervise.pulse import Phase, Pulse
-from sdit.supervise.ranks import find_rank
 from sdit.supervise.verdict import End, Judge, culprit
 from sdit.train.clock import Clock
 from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdit.supervise.metric_families import FAMILIES, RUN_STATES
+from sdit.metrics.specs import METRICS, RUN_STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "cluster" / "prometheus"
@@ -58,8 +58,8 @@ def expressions() -> list[str]:
 
 
 def test_rules_and_panels_name_metrics_that_exist() -> None:
-    known = set(FAMILIES) | {rule["record"] for rule in RECORDS}
-    for family in FAMILIES.values():
+    known = set(METRICS) | {rule["record"] for rule in RECORDS}
+    for family in METRICS.values():
         if family.kind == "histogram":
             known |= {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
     for expression in expressions():
@@ -74,7 +74,7 @@ def test_every_metric_has_a_panel() -> None:
     records = {rule["record"]: rule["expr"] for rule in RECORDS}
     shown = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
     shown += " ".join(expression for name, expression in records.items() if name in shown)
-    assert [name for name in FAMILIES if not re.search(rf"\b{name}(_sum|_bucket)?\b", shown)] == []
+    assert [name for name in METRICS if not re.search(rf"\b{name}(_sum|_bucket)?\b", shown)] == []
 
 
 def test_dashboard_in_the_repository_is_the_generated_one() -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from sdit.supervise.ranks import find_rank
+from sdit.launch_environment import find_rank
 from tests.distributed.harness import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"

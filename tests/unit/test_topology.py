@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdit.errors import ConfigError
-from sdit.supervise.ranks import ALONE, LAUNCHER_VARIABLE, RankInfo, find_rank, tasks_per_node
+from sdit.launch_environment import ALONE, LAUNCHER_VARIABLE, RankInfo, find_rank, tasks_per_node
 from sdit.topology import (
     BatchPlan,
     ExpertGroups,

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from sdit.config import ObserveConfig
+from sdit.metrics.exporter import REVIVE_SECONDS, Exporter
+from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
 from sdit.supervise.board import Note, Plan
-from sdit.supervise.exporter import REVIVE_SECONDS, Exporter
-from sdit.supervise.metric_page import Page, Watch
-from sdit.supervise.station import Station
+from sdit.supervise.metrics_publisher import MetricsPublisher
 from tests.cluster.runs import free_ports
 
 WAIT_SECONDS = 60.0
@@ -46,21 +46,21 @@ def scrape(port: int, path: str = "/metrics") -> str:
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    page = Page.create(f"test-{os.getpid()}-{time.monotonic_ns()}")
+def shared_file() -> Iterator[SharedMetricsFile]:
+    shared_file = SharedMetricsFile.create(f"test-{os.getpid()}-{time.monotonic_ns()}")
     now = time.monotonic()
-    page.post_watch(Watch(0, True, 7, "training", 180.0, now, now, now, ends={"exit": 0}))
-    yield page
-    page.close()
-    page.path.unlink(missing_ok=True)
+    shared_file.write_status(RankStatus(0, True, 7, "training", 180.0, now, now, now, ends={"exit": 0}))
+    yield shared_file
+    shared_file.close()
+    shared_file.path.unlink(missing_ok=True)
 
 
 @pytest.fixture
-def start(page: Page, tmp_path: Path) -> Iterator[Callable[..., Exporter]]:
+def start(shared_file: SharedMetricsFile, tmp_path: Path) -> Iterator[Callable[..., Exporter]]:
     started: list[Exporter] = []
 
     def make(**observe: Any) -> Exporter:
-        started.append(Exporter(tmp_path, ObserveConfig(**observe), "thishost", lambda: [page.path]))
+        started.append(Exporter(tmp_path, ObserveConfig(**observe), "thishost", lambda: [shared_file.path]))
         return started[-1]
 
     yield make
@@ -180,42 +180,44 @@ def test_gateway_that_is_not_there_is_told_once(start: Callable, caplog: pytest.
     assert len(caplog.records) == 1 and f"observe.pushgateway: {url}" in caplog.records[0].message
 
 
-def test_silent_supervisor_is_not_healthy(start: Callable, page: Page) -> None:
+def test_silent_supervisor_is_not_healthy(start: Callable, shared_file: SharedMetricsFile) -> None:
     (port,) = free_ports(1)
     start(metrics_port=port)
     eventually(lambda: scrape(port, "/healthz"))
     past = time.monotonic() - 100
-    page.post_watch(Watch(0, True, 7, "training", 180.0, past, past, past))
+    shared_file.write_status(RankStatus(0, True, 7, "training", 180.0, past, past, past))
     with pytest.raises(urllib.error.HTTPError, match="503"):
         scrape(port, "/healthz")
 
 
-def test_first_rank_of_the_machine_serves_all_of_it_and_pages_of_no_plan_are_ignored(tmp_path: Path) -> None:
+def test_first_rank_of_the_machine_serves_all_of_it_and_files_of_no_attempt_are_ignored(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     config = ObserveConfig(metrics_port=port)
     nonces = {rank: f"test-{os.getpid()}-{time.monotonic_ns()}-{rank}" for rank in (1, 2, 3)}
-    stations = {rank: Station(config, tmp_path, Note(rank, nonce, "h", 1, "d")) for rank, nonce in nonces.items()}
+    publishers = {
+        rank: MetricsPublisher(config, tmp_path, Note(rank, nonce, "h", 1, "d")) for rank, nonce in nonces.items()
+    }
     members = {"0": "elsewhere", **{str(rank): nonces[rank] for rank in (1, 2)}}
     plan = Plan(1, members, order=(0, 1, 2))
     try:
         for rank in (2, 1):  # rank 3 is of another launch
-            stations[rank].tell(plan, 1, None, 60.0, 0)
-        stations[3].tell(None, 0, None, 60.0, 0)
+            publishers[rank].publish(plan, 1, None, 60.0, 0)
+        publishers[3].publish(None, 0, None, 60.0, 0)
         text = eventually(lambda: scrape(port))
         assert [rank for rank in range(4) if f'sdit_rank_up{{rank="{rank}"}}' in text] == [1, 2]
-        assert stations[2]._exporter is None and stations[1]._exporter is not None
+        assert publishers[2]._exporter is None and publishers[1]._exporter is not None
     finally:
-        for station in stations.values():
-            station.close()
-    assert not any(Path(station.page).exists() for station in stations.values() if station.page)
+        for publisher in publishers.values():
+            publisher.close()
+    assert not any(Path(publisher.path).exists() for publisher in publishers.values() if publisher.path)
 
 
 def test_supervisor_without_shared_memory_supervises_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sdit.supervise.metric_page.page_folder", lambda: tmp_path / "missing")
+    monkeypatch.setattr("sdit.metrics.shared_file.shared_folder", lambda: tmp_path / "missing")
     with caplog.at_level(logging.WARNING):
-        station = Station(ObserveConfig(), tmp_path, Note(0, "n", "h", 1, "d"))
-    station.tell(Plan(1, {"0": "n"}, order=(0,)), 1, None, 60.0, 0)
-    station.close()
-    assert station.page == "" and len(caplog.records) == 1
+        publisher = MetricsPublisher(ObserveConfig(), tmp_path, Note(0, "n", "h", 1, "d"))
+    publisher.publish(Plan(1, {"0": "n"}, order=(0,)), 1, None, 60.0, 0)
+    publisher.close()
+    assert publisher.path == "" and len(caplog.records) == 1

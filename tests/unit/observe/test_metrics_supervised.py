@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ExitCode
+from sdit.launch_environment import find_rank
+from sdit.metrics.shared_file import PREFIX, SharedMetricsWriter, shared_folder
 from sdit.supervise.child import Supervised
-from sdit.supervise.metric_page import PREFIX, PageWriter, page_folder
 from sdit.supervise.pulse import Phase
-from sdit.supervise.ranks import find_rank
 from sdit.supervise.supervisor import Job, supervise
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ STEP_SECONDS = 0.02
 
 def train(steps: int, fault: str, rank: Supervised) -> int:
     """Count steps on the page; at step 20 of the first attempt rank 1 is killed, or holds Python's lock for 5 s."""
-    writer = PageWriter(rank.page, SERIES[: 3 if os.environ["RANK"] == "0" else 0])
+    writer = SharedMetricsWriter(rank.page, SERIES[: 3 if os.environ["RANK"] == "0" else 0])
     for step in range(steps):
         rank.pulse.mark(Phase.STEP, step)
         time.sleep(STEP_SECONDS)
@@ -92,7 +92,7 @@ def test_counters_never_fall_over_a_restart_and_nothing_is_left_at_the_end(tmp_p
         eventually(goes_on_after_its_restart)
         (plan,) = tmp_path.rglob("plan.json")
         nonces = list(json.loads(plan.read_text())["members"].values())
-        pages = [page_folder() / f"{PREFIX}{nonce}" for nonce in nonces]
+        pages = [shared_folder() / f"{PREFIX}{nonce}" for nonce in nonces]
         assert len(pages) == 2 and all(page.exists() for page in pages)
         assert ranks.codes() == [ExitCode.DONE] * 2
     for before, after in itertools.pairwise(seen):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sdit.launch_environment import RankInfo
 from sdit.observe.rank_log import RankLog
 from sdit.redact import redact
-from sdit.supervise.ranks import RankInfo
 
 
 def info(rank: int) -> RankInfo:

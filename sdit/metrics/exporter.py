@@ -1,4 +1,4 @@
-"""The node's Prometheus exporter: threads of one supervisor that serve, and push, what the local ranks' pages hold."""
+"""The Prometheus exporter of a node: threads of one supervisor that serve and push the local shared metrics files."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ from prometheus_client.exposition import basic_auth_handler, default_handler, pu
 
 from sdit.config import ObserveConfig
 from sdit.errors import ConfigError
+from sdit.json_files import write_json
+from sdit.metrics.collector import SharedMetricsCollector
+from sdit.metrics.shared_file import RankStatus
 from sdit.redact import redact
-from sdit.supervise.collector import PageCollector
-from sdit.supervise.files import write_json
-from sdit.supervise.metric_page import Watch
 from sdit.textfile import read_text
 
 PORTS_TRIED = 100
 SCRAPES_AT_ONCE = 16
-WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond, the oldest is hung up on
-ACCEPT_SECONDS = 0.5  # between two looks whether the exporter is closed
+WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond that, the oldest is closed
+ACCEPT_SECONDS = 0.5  # between two checks whether the exporter is closed
 REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, and again for each write of the answer
 REQUEST_BYTES = 16_384  # of the request's head
-ANSWER_BYTES = 1 << 20  # the kernel takes so much (or its limit) of an answer, whether the client reads it or not
+ANSWER_BYTES = (
+    1 << 20
+)  # send buffer: the kernel takes so much (or its limit) of a response even if the client does not read
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
 PASSWORD_VARIABLE = "SDIT_PUSHGATEWAY_PASSWORD"
 Handler = Callable[[str, str, float | None, list[tuple[str, str]], bytes], Callable[[], None]]
-SILENT_SECONDS = 30.0  # a supervisor that has not written for so long is not well
+SILENT_SECONDS = 30.0  # a supervisor that has not written for so long is unhealthy
 _log = logging.getLogger(__name__)
 
 
 class _Handler(WSGIRequestHandler):
-    """Answers one request, whose head was read already, and hangs up."""
+    """Answers one request, whose head was already read, and closes the connection."""
 
     timeout = REQUEST_SECONDS
 
@@ -56,13 +58,13 @@ class _Handler(WSGIRequestHandler):
         self.rfile = io.BytesIO(self.server.heads.pop(self.request))  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not worth a line each."""
+        """Do not log scrapes."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers a bounded number of requests at once, each in a thread that nobody waits for.
+    """Answers a bounded number of requests at once, each in a daemon thread.
 
-    One thread reads the requests of all connections. A slow client costs a place in `_Waiting`, never a thread.
+    One thread reads the requests of all connections. A slow client uses an entry of `_Waiting`, never a thread.
     """
 
     request_queue_size = 64
@@ -93,7 +95,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def _accept(self, waiting: _Waiting) -> None:
         try:
             connection, _ = self.socket.accept()
-        except (BlockingIOError, ConnectionError):  # the client has left again
+        except (BlockingIOError, ConnectionError):  # the client has already closed
             return
         waiting.add(connection)
 
@@ -105,7 +107,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.heads[connection] = head
         try:
             self.process_request(connection, ("", 0))
-        except RuntimeError:  # no thread is to be had
+        except RuntimeError:  # the system has no more threads
             self._free.release()
             del self.heads[connection]
             self.shutdown_request(connection)
@@ -118,12 +120,12 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hangs up, or on: its own affair."""
+        """Log failed requests for debugging only: the client closed the connection or did not read."""
         _log.debug("a request of %s failed", client_address, exc_info=True)
 
 
 class _Waiting:
-    """Connections whose request is not complete yet, oldest first: a bounded number, each for a bounded time."""
+    """Connections with an incomplete request, oldest first: a bounded number, each for a bounded time."""
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
@@ -135,7 +137,7 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         for connection in list(self._since):
-            self._hang_up(connection)
+            self._close(connection)
         self.selector.close()
 
     def add(self, connection: socket.socket) -> None:
@@ -144,11 +146,11 @@ class _Waiting:
         self._since[connection], self._heads[connection] = time.monotonic(), b""
         self.selector.register(connection, selectors.EVENT_READ)
         if len(self._since) > WAITING_AT_ONCE:
-            self._hang_up(next(iter(self._since)))
+            self._close(next(iter(self._since)))
 
     def read(self, connection: socket.socket) -> bytes | None:
-        """Take in what a client sent; return the head of its request once that is complete."""
-        if connection not in self._since:  # hung up on since it became ready
+        """Read what a client sent. Return the head of its request when it is complete, else None."""
+        if connection not in self._since:  # closed since it became ready
             return None
         try:
             data = connection.recv(REQUEST_BYTES)
@@ -158,19 +160,19 @@ class _Waiting:
             data = b""
         head = self._heads[connection] = self._heads[connection] + data
         if not data or len(head) > REQUEST_BYTES:
-            self._hang_up(connection)
+            self._close(connection)
         elif b"\r\n\r\n" in head or b"\n\n" in head:
             self._forget(connection)
             return head
         return None
 
     def drop_late(self) -> None:
-        """Hang up on clients whose time is over. Bytes that trickle in do not prolong it."""
+        """Close connections that are past their deadline. Slowly arriving bytes do not extend it."""
         due = time.monotonic() - REQUEST_SECONDS
         for connection in [connection for connection, since in self._since.items() if since < due]:
-            self._hang_up(connection)
+            self._close(connection)
 
-    def _hang_up(self, connection: socket.socket) -> None:
+    def _close(self, connection: socket.socket) -> None:
         self._forget(connection)
         connection.close()
 
@@ -180,41 +182,42 @@ class _Waiting:
 
 
 class Exporter:
-    """Serves `pages()` on the configured port, or the next free one, and pushes them where that is asked for.
+    """Serves the shared metrics files that `files()` returns, and pushes them if a Pushgateway is configured.
 
-    All of it happens in daemon threads: nothing here is waited for, and whatever fails is told once.
+    If the configured port is in use, the exporter takes the next free one. All work runs in daemon threads. Each kind of
+    failure is logged once and never raised.
     """
 
-    def __init__(self, run_dir: Path, config: ObserveConfig, host: str, pages: Callable[[], Sequence[Path]]) -> None:
+    def __init__(self, run_dir: Path, config: ObserveConfig, host: str, files: Callable[[], Sequence[Path]]) -> None:
         self._run_dir, self._config, self._host = run_dir.absolute(), config, host
         self._free_bytes: float | None = None
-        self._collector = PageCollector(pages, lambda: self._free_bytes)
+        self._collector = SharedMetricsCollector(files, lambda: self._free_bytes)
         self._registry = CollectorRegistry()
         self._registry.register(self._collector)
         self._server: _Server | None = None
         self._jobs: dict[str, tuple[Callable[[], None], threading.Thread]] = {}
         self._closed = threading.Event()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._revived = 0.0
         self.port: int | None = None
         if config.metrics_port is not None:
             self._run("sdit-exporter", self._serve)
         if config.pushgateway is not None:
             self._run("sdit-push", self._keep_pushing)
-        self._run("sdit-disk", self._watch_disk)
+        self._run("sdit-disk", self._measure_disk)
 
     def check(self) -> None:
-        """Start threads again that have died. Called all the time."""
+        """Restart threads that have died. The supervisor calls this at each poll."""
         now = time.monotonic()
         if now - self._revived < REVIVE_SECONDS:
             return
         self._revived = now
         for name, (work, thread) in list(self._jobs.items()):
-            if not thread.is_alive() and name not in self._told:
+            if not thread.is_alive() and name not in self._logged:
                 self._run(name, work)
 
     def close(self) -> None:
-        """Push a last time, hang up, and leave the list of targets."""
+        """Push a last time, stop serving, and remove this node from the list of targets."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -225,20 +228,20 @@ class Exporter:
             try:
                 self._targets.unlink(missing_ok=True)
             except OSError as error:
-                self._tell_once("targets", f"{self._targets}: {error}")
+                self._log_once("targets", f"{self._targets}: {error}")
 
     @property
     def _targets(self) -> Path:
         return self._run_dir / "targets" / f"{self._host}.json"
 
     def _run(self, name: str, work: Callable[[], None]) -> None:
-        def tell_of_failure() -> None:
+        def log_failure() -> None:
             try:
                 work()
             except Exception as error:
                 _log.warning("%s: %s: %s; starting it again", name, type(error).__name__, error)
 
-        thread = threading.Thread(target=tell_of_failure, name=name, daemon=True)
+        thread = threading.Thread(target=log_failure, name=name, daemon=True)
         self._jobs[name] = (work, thread)
         thread.start()
 
@@ -247,7 +250,7 @@ class Exporter:
             server = self._listen()
         except OSError as error:
             address = f"{self._config.metrics_address}:{self._config.metrics_port}"
-            self._tell_once("sdit-exporter", f"observe.metrics_port: {address}: {error}; no metrics are served")
+            self._log_once("sdit-exporter", f"observe.metrics_port: {address}: {error}; no metrics are served")
             return
         with server:
             self._server, self.port = server, server.server_port
@@ -255,7 +258,7 @@ class Exporter:
             try:
                 self._write_targets(server.server_port)
             except OSError as error:
-                self._tell_once("targets", f"{self._targets}: {error}; Prometheus must be told of port {self.port}")
+                self._log_once("targets", f"{self._targets}: {error}; Prometheus must be told of port {self.port}")
             server.serve(self._closed)
 
     def _listen(self) -> _Server:
@@ -270,12 +273,12 @@ class Exporter:
                     raise
                 continue
             if port != wanted:
-                self._tell_once("port", f"observe.metrics_port: {wanted} is in use; metrics are served on {port}")
+                self._log_once("port", f"observe.metrics_port: {wanted} is in use; metrics are served on {port}")
             return server
         raise OSError(errno.EADDRINUSE, f"ports up to {first + PORTS_TRIED - 1} are in use as well")
 
     def _write_targets(self, port: int) -> None:
-        """The file that Prometheus' file_sd_configs finds this exporter by."""
+        """Write the file by which Prometheus' file_sd_configs finds this exporter. Raises: OSError."""
         address = self._config.metrics_address
         if address in ("0.0.0.0", "::"):
             address = self._host
@@ -287,7 +290,7 @@ class Exporter:
     def _answer(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environment["PATH_INFO"] != "/healthz":
             return make_wsgi_app(self._registry)(environment, start_response)
-        silent = [watch.rank for watch in self._collector.watches() if _is_silent(watch)]
+        silent = [status.rank for status in self._collector.statuses() if _is_silent(status)]
         start_response("503 Service Unavailable" if silent else "200 OK", [("Content-Type", "application/json")])
         return [json.dumps({"silent_supervisors": silent}).encode()]
 
@@ -303,28 +306,28 @@ class Exporter:
             login = gateway_login(self._config, os.environ)
             push_to_gateway(gateway, "sdit", self._registry, grouping, PUSH_TIMEOUT_SECONDS, login or default_handler)
         except (OSError, ValueError, HTTPException) as error:
-            self._tell_once("push", f"observe.pushgateway: {gateway}: {error}; training goes on")
+            self._log_once("push", f"observe.pushgateway: {gateway}: {error}; training continues")
 
-    def _watch_disk(self) -> None:
-        """Apart from the rest: a file system that hangs must not hang a scrape."""
+    def _measure_disk(self) -> None:
+        """Measure free space in a thread of its own: a file system that hangs must not delay a scrape."""
         while True:
             try:
                 self._free_bytes = float(shutil.disk_usage(self._run_dir).free)
             except OSError as error:
-                self._tell_once("disk", f"{self._run_dir}: {error}")
+                self._log_once("disk", f"{self._run_dir}: {error}")
             if self._closed.wait(DISK_SECONDS):
                 return
 
-    def _tell_once(self, topic: str, text: str) -> None:
-        if topic not in self._told:
-            self._told.add(topic)
+    def _log_once(self, topic: str, text: str) -> None:
+        if topic not in self._logged:
+            self._logged.add(topic)
             _log.warning("%s", redact(text))
 
 
 def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Handler | None:
-    """Return the handler that logs in at the Pushgateway; None if neither a user nor a password is set.
+    """Return the handler that authenticates to the Pushgateway; None if neither a user nor a password is set.
 
-    The password is read for each push, so that it can be changed during the run. It is kept nowhere else.
+    The password is read at each push, so that it can be changed during the run. It is not stored.
     Raises: OSError, ValueError.
     """
     password = environment.get(PASSWORD_VARIABLE, "")
@@ -345,5 +348,5 @@ def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Hand
     return send
 
 
-def _is_silent(watch: Watch) -> bool:
-    return time.monotonic() - watch.written_at > SILENT_SECONDS
+def _is_silent(status: RankStatus) -> bool:
+    return time.monotonic() - status.written_at > SILENT_SECONDS

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
+from sdit.files import replacing_path
+
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
-    """Swap the file atomically. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(json.dumps(body) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    """Replace the file in one step. Several processes may do so. Raises: OSError."""
+    with replacing_path(path, shared=True) as partial:
+        partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

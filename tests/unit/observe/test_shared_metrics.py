@@ -1,4 +1,4 @@
-"""Laws of the metrics page: whole at any instant, counters that never fall, bounded series, no harm to training."""
+"""Laws of the shared metrics file: whole at any instant, counters that never fall, bounded series, no harm to training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sdit.config import Config
 from sdit.configfile import load_config
-from sdit.observe.metrics import BINS, MetricsPage, shown_blocks
-from sdit.supervise.collector import PageCollector
-from sdit.supervise.metric_page import Page, PageWriter, Watch, page_path, sweep_pages
-from sdit.supervise.ranks import RankInfo
+from sdit.launch_environment import RankInfo
+from sdit.metrics.collector import SharedMetricsCollector
+from sdit.metrics.shared_file import (
+    RankStatus,
+    SharedMetricsFile,
+    SharedMetricsWriter,
+    remove_abandoned_files,
+    shared_path,
+)
+from sdit.observe.metrics import BINS, PrometheusObserver, shown_blocks
 from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
@@ -47,27 +53,27 @@ def record(values: dict[str, Any], logged: bool = False) -> StepRecord:
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
+def shared_file() -> Iterator[SharedMetricsFile]:
     nonce = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    page = Page.create(nonce)
-    yield page
-    page.close()
-    page.path.unlink(missing_ok=True)
+    shared_file = SharedMetricsFile.create(nonce)
+    yield shared_file
+    shared_file.close()
+    shared_file.path.unlink(missing_ok=True)
 
 
 def tiny(*overrides: str) -> Config:
     return load_config(str(ROOT / "tests" / "distributed" / "tiny.yaml"), list(overrides))
 
 
-def watch(rank: int = 0) -> Watch:
+def status(rank: int = 0) -> RankStatus:
     now = time.monotonic()
-    return Watch(rank, True, 7, "training", 180.0, now - 3, now, now, restarts=1, ends={"exit": 1})
+    return RankStatus(rank, True, 7, "training", 180.0, now - 3, now, now, restarts=1, ends={"exit": 1})
 
 
-def samples(page: Page) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def samples(shared_file: SharedMetricsFile) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """What a scrape would say: (name, labels) -> value."""
     registry = CollectorRegistry()
-    registry.register(PageCollector(lambda: [page.path], lambda: None))
+    registry.register(SharedMetricsCollector(lambda: [shared_file.path], lambda: None))
     found = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -79,20 +85,22 @@ def value(found: dict, name: str, **labels: str) -> float:
     return found[name, tuple(sorted(labels.items()))]
 
 
-def test_write_that_was_cut_leaves_the_one_before_it(page: Page) -> None:
+def test_write_that_was_cut_leaves_the_one_before_it(shared_file: SharedMetricsFile) -> None:
     for number in range(1, 6):
-        page.values.write(b"x" * 100 * number)
-        torn = Page.open(page.path)
-        place = torn.values._place(number + 1)
-        os.pwrite(torn._descriptor, b"\xff" * 50, place + 3)  # a writer that was killed while it wrote the next one
+        shared_file.values.write(b"x" * 100 * number)
+        torn = SharedMetricsFile.open(shared_file.path)
+        offset = torn.values._slot(number + 1)
+        os.pwrite(torn._descriptor, b"\xff" * 50, offset + 3)  # a writer that was killed while it wrote the next one
         assert torn.values.read() == b"x" * 100 * number
         torn.close()
 
 
-def test_reader_sees_whole_pages_while_the_writer_runs_is_stopped_and_is_replaced(page: Page) -> None:
+def test_reader_sees_whole_files_while_the_writer_runs_is_stopped_and_is_replaced(
+    shared_file: SharedMetricsFile,
+) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from sdit.supervise.metric_page import PageWriter\n"
-        "writer = PageWriter(Path(sys.argv[1]), "
+        "import sys, time; from pathlib import Path; from sdit.metrics.shared_file import SharedMetricsWriter\n"
+        "writer = SharedMetricsWriter(Path(sys.argv[1]), "
         "[('sdit_steps_total', ()), ('sdit_images_total', ()), ('sdit_step_seconds', ())])\n"
         "while True:\n"
         "    writer.add('sdit_steps_total', 1); writer.add('sdit_images_total', 1)\n"
@@ -101,24 +109,24 @@ def test_reader_sees_whole_pages_while_the_writer_runs_is_stopped_and_is_replace
     )
     newest = 0.0
     for _ in range(2):  # the second process continues where the first was killed
-        writer = subprocess.Popen([sys.executable, "-c", code, str(page.path)], cwd=ROOT)
+        writer = subprocess.Popen([sys.executable, "-c", code, str(shared_file.path)], cwd=ROOT)
         try:
             deadline, seen = time.monotonic() + 60, 0
             while seen < 300 and time.monotonic() < deadline:
                 before = newest
-                newest = check_whole(page, newest)
+                newest = check_whole(shared_file, newest)
                 seen += newest > before
             os.kill(writer.pid, signal.SIGSTOP)
-            assert check_whole(page, newest) >= newest
+            assert check_whole(shared_file, newest) >= newest
         finally:
             writer.kill()
             writer.wait()
         assert seen == 300, "the writer made no progress"
-        newest = check_whole(page, newest)
+        newest = check_whole(shared_file, newest)
 
 
-def check_whole(page: Page, newest: float) -> float:
-    numbers = dict(page.numbers())
+def check_whole(shared_file: SharedMetricsFile, newest: float) -> float:
+    numbers = dict(shared_file.numbers())
     if not numbers:
         return newest
     steps = numbers["sdit_steps_total", ()][0]
@@ -128,17 +136,17 @@ def check_whole(page: Page, newest: float) -> float:
     return steps
 
 
-def test_records_become_metrics_with_units_and_labels(page: Page, tmp_path: Path) -> None:
-    page.post_watch(watch())
-    observer = MetricsPage(tiny(), tmp_path, RankInfo(0, 2, 0, 2, "test"), page.path)
+def test_records_become_metrics_with_units_and_labels(shared_file: SharedMetricsFile, tmp_path: Path) -> None:
+    shared_file.write_status(status())
+    observer = PrometheusObserver(tiny(), tmp_path, RankInfo(0, 2, 0, 2, "test"), shared_file.path)
     observer.on_start(Clock(64, 2), 640, "")
-    assert "sdit_grad_norm" not in {name for name, _ in samples(page)}, "what is not known yet is not served"
+    assert "sdit_grad_norm" not in {name for name, _ in samples(shared_file)}, "what is not known yet is not served"
     observer.on_step(Clock(96, 3), record(RECORD))
     observer.on_step(Clock(128, 4), record(LOGGED, logged=True))
     observer.on_checkpoint(Clock(128, 4), tmp_path / "images-000000000096", 0.7)
     for kind in ("checkpoint_failed", "loss_spike", "skipped_step", "experts"):
         observer.on_event(Clock(128, 4), kind, "")
-    found = samples(page)
+    found = samples(shared_file)
     assert value(found, "sdit_steps_total") == 2 and value(found, "sdit_images_total") == 64
     assert value(found, "sdit_images_seen") == 128 and value(found, "sdit_images_goal") == 640
     assert value(found, "sdit_loss", part="total") == 1.5 and value(found, "sdit_loss", part="vlb") == 0.25
@@ -159,13 +167,13 @@ def test_records_become_metrics_with_units_and_labels(page: Page, tmp_path: Path
     assert value(found, "sdit_run_state", state="training") == 1.0 and value(found, "sdit_restarts_total") == 1.0
 
 
-def test_histogram_is_cumulative_and_ends_with_its_count(page: Page) -> None:
-    page.post_watch(watch())
-    writer = PageWriter(page.path, SERIES)
+def test_histogram_is_cumulative_and_ends_with_its_count(shared_file: SharedMetricsFile) -> None:
+    shared_file.write_status(status())
+    writer = SharedMetricsWriter(shared_file.path, SERIES)
     for seconds in (0.005, 0.01, 0.3, 1000.0):
         writer.observe("sdit_step_seconds", seconds)
     writer.publish()
-    found = samples(page)
+    found = samples(shared_file)
     buckets = {
         dict(labels)["le"]: count for (name, labels), count in found.items() if name == "sdit_step_seconds_bucket"
     }
@@ -174,12 +182,12 @@ def test_histogram_is_cumulative_and_ends_with_its_count(page: Page) -> None:
     writer.close()
 
 
-def test_other_ranks_write_what_differs_between_ranks_alone(page: Page, tmp_path: Path) -> None:
-    page.post_watch(watch(rank=1))
-    observer = MetricsPage(tiny(), tmp_path, RankInfo(1, 2, 1, 2, "test"), page.path)
+def test_other_ranks_write_what_differs_between_ranks_alone(shared_file: SharedMetricsFile, tmp_path: Path) -> None:
+    shared_file.write_status(status(rank=1))
+    observer = PrometheusObserver(tiny(), tmp_path, RankInfo(1, 2, 1, 2, "test"), shared_file.path)
     observer.on_start(Clock(), 640, "")
     observer.on_step(Clock(32, 1), record(LOGGED, logged=True))
-    assert all(("rank", "1") in labels for _, labels in samples(page))
+    assert all(("rank", "1") in labels for _, labels in samples(shared_file))
 
 
 @pytest.mark.parametrize(
@@ -193,21 +201,23 @@ def test_experts_have_at_most_so_many_series_over_the_whole_depth(depth: int, ex
         assert (blocks[0], blocks[-1]) == (0, depth - 1)
 
 
-def test_no_series_has_the_step_or_anything_else_without_bound_as_a_label(page: Page, tmp_path: Path) -> None:
-    page.post_watch(watch())
-    observer = MetricsPage(tiny(), tmp_path, RankInfo(0, 1, 0, 1, "test"), page.path)
+def test_no_series_has_the_step_or_anything_else_without_bound_as_a_label(
+    shared_file: SharedMetricsFile, tmp_path: Path
+) -> None:
+    shared_file.write_status(status())
+    observer = PrometheusObserver(tiny(), tmp_path, RankInfo(0, 1, 0, 1, "test"), shared_file.path)
     observer.on_start(Clock(), 640, "")
     before = set()
     for step in range(1, 4):
         observer.on_step(Clock(32 * step, step), record(LOGGED, logged=True))
-        before = before or set(samples(page))
-        assert set(samples(page)) == before
+        before = before or set(samples(shared_file))
+        assert set(samples(shared_file)) == before
 
 
 def test_full_shared_memory_is_told_once_and_stops_nothing(
-    page: Page, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shared_file: SharedMetricsFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    observer = MetricsPage(tiny(), tmp_path, RankInfo(0, 1, 0, 1, "test"), page.path)
+    observer = PrometheusObserver(tiny(), tmp_path, RankInfo(0, 1, 0, 1, "test"), shared_file.path)
     observer.on_start(Clock(), 640, "")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a write beyond it fails as on a full file system
@@ -216,28 +226,28 @@ def test_full_shared_memory_is_told_once_and_stops_nothing(
             observer.on_step(Clock(32 * step, step), record(LOGGED, logged=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["no metrics of this rank any more"]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["metrics of this rank are off from now on"]
 
 
-def test_pages_of_dead_supervisors_are_swept_and_those_of_living_ones_stay(page: Page) -> None:
+def test_files_of_dead_supervisors_are_removed_and_those_of_living_ones_stay(shared_file: SharedMetricsFile) -> None:
     nonce = f"dead-{os.getpid()}-{time.monotonic_ns()}"
-    Page.create(nonce).close()
-    for path in (page_path(nonce), page.path):
+    SharedMetricsFile.create(nonce).close()
+    for path in (shared_path(nonce), shared_file.path):
         os.utime(path, (0, 0))
-    sweep_pages()
-    assert page.path.exists() and not page_path(nonce).exists()
+    remove_abandoned_files()
+    assert shared_file.path.exists() and not shared_path(nonce).exists()
 
 
-def test_unknown_stays_unknown_over_a_restart_and_counters_go_on(page: Page) -> None:
+def test_unknown_stays_unknown_over_a_restart_and_counters_go_on(shared_file: SharedMetricsFile) -> None:
     series = [("sdit_steps_total", ()), ("sdit_grad_norm", ())]
-    first = PageWriter(page.path, series)
+    first = SharedMetricsWriter(shared_file.path, series)
     first.add("sdit_steps_total", 5)
     first.publish()
     first.close()
-    second = PageWriter(page.path, [*series, ("sdit_learning_rate", ())])
+    second = SharedMetricsWriter(shared_file.path, [*series, ("sdit_learning_rate", ())])
     second.add("sdit_steps_total", 1)
     second.publish()
     second.close()
-    numbers = dict(page.numbers())
+    numbers = dict(shared_file.numbers())
     assert numbers["sdit_steps_total", ()][0] == 6
     assert math.isnan(numbers["sdit_grad_norm", ()][0]) and math.isnan(numbers["sdit_learning_rate", ()][0])
