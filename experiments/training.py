@@ -22,9 +22,9 @@ from sdit.errors import ExitCode
 from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
-from sdit.supervise.child import Supervised
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.lock import RunLock
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.worker import WorkerContext
 from sdit.train.build import open_trainer
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
@@ -63,7 +63,7 @@ class StepTimer(Observer):
 class Turn(Observer):
     """Asks the run to stop when it has seen `until` images: the next model's turn."""
 
-    def __init__(self, pulse: Pulse, until: int) -> None:
+    def __init__(self, pulse: Heartbeat, until: int) -> None:
         self._pulse, self._until = pulse, until
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
@@ -86,8 +86,8 @@ def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    supervised = Supervised(Pulse())
-    turn = Turn(supervised.pulse, until or config.train.total_images)
+    supervised = WorkerContext(Heartbeat())
+    turn = Turn(supervised.heartbeat, until or config.train.total_images)
     observers = [MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn]
     with RunLock(run_dir):
         try:

@@ -40,12 +40,12 @@ from sdit.errors import ConfigError, ExitCode, SditError, one_line
 from sdit.launch_environment import find_rank
 from sdit.output import divert_output
 from sdit.redact import redact
-from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
 from sdit.supervise.unfinished import clear
+from sdit.supervise.worker import WorkerContext
 from sdit.topology import choose_expert_parallel, plan_batch
 
 DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
@@ -79,7 +79,7 @@ def _fault(text: str) -> Fault:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    rank = Supervised.from_environment(os.environ)
+    rank = WorkerContext.from_environment(os.environ)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     command = [sys.executable, __file__, *arguments]
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: list[str]) -> int:
+def run_or_supervise(options: argparse.Namespace, rank: WorkerContext, command: list[str]) -> int:
     """Be the rank or, as the launcher's own child, the supervisor of one, which `command` starts."""
     given = {"run_dir": options.run_dir, "checkpoint.resume": rank.resume}
     literal = {key: text for key, text in given.items() if text is not None}
@@ -118,7 +118,7 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
         return code
 
 
-def last_words(rank: Supervised, work: Callable[[], int]) -> int:
+def last_words(rank: WorkerContext, work: Callable[[], int]) -> int:
     """Do a rank's work; tell its supervisor, which tells the user, why it failed.
 
     A rank that merely lost the others needs no traceback.
@@ -126,12 +126,12 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
     try:
         return work()
     except SditError as error:
-        rank.pulse.fail(redact(str(error)), secondary=False)
+        rank.heartbeat.fail(redact(str(error)), secondary=False)
         return error.exit_code
     except Exception as error:
         secondary = LOST_OTHERS.search(str(error)) is not None
         text = redact(one_line(f"{type(error).__name__}: {error}"))
-        rank.pulse.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
+        rank.heartbeat.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
         if secondary:
             print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
         else:
@@ -152,7 +152,7 @@ def largest_world(config: Config, ranks: int) -> int:
     return 0
 
 
-def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: Supervised) -> int:
+def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: WorkerContext) -> int:
     """Be one rank of the run."""
     use_cache([Path(config.run_dir) / "cache"])
     from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
@@ -168,8 +168,8 @@ def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], 
 
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if rank.is_supervised else RunFolder.create(run_dir)
-    page = None if rank.page is None else PrometheusObserver(config, run_dir, info, rank.page)
-    observers = [*build_observers(config, folder, info, page), FolderWatch(folder, rank.pulse)]
+    page = None if rank.metrics_path is None else PrometheusObserver(config, run_dir, info, rank.metrics_path)
+    observers = [*build_observers(config, folder, info, page), FolderWatch(folder, rank.heartbeat)]
     try:
         with Comm(info, device=config.parallel.device) as comm:
             try:

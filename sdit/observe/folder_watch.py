@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdit.supervise.pulse import FOLDER_MOVED, Pulse
+from sdit.supervise.heartbeat import FOLDER_MOVED, Heartbeat
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
@@ -13,7 +13,7 @@ from sdit.train.events import Observer
 class FolderWatch(Observer):
     """Asks for a stop after the step in which the run folder is no longer at its path. Raises: ConfigError if it is deleted."""
 
-    def __init__(self, folder: RunFolder, pulse: Pulse) -> None:
+    def __init__(self, folder: RunFolder, pulse: Heartbeat) -> None:
         self._folder, self._pulse = folder, pulse
 
     def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:

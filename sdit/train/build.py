@@ -21,10 +21,10 @@ from sdit.dsconfig import merge_deepspeed
 from sdit.errors import ConfigError
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, init_weights
-from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.worker import WorkerContext
 from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
 from sdit.train.checkpoint.space import check_space
 from sdit.train.checkpoint.store import CheckpointStore, Found
@@ -67,13 +67,13 @@ def check_config(config: Config, deepspeed: dict[str, Any], source: str, world: 
 @contextmanager
 def open_trainer(
     config: Config, deepspeed: dict[str, Any], source: str, comm: Comm, observers: Sequence[Observer] = (),
-    supervised: Supervised | None = None, faults: Sequence[Fault] = (),
+    supervised: WorkerContext | None = None, faults: Sequence[Fault] = (),
 ) -> Iterator[Trainer]:  # fmt: skip
     """The trainer of this rank, resumed as `checkpoint.resume` says; closes its threads on leaving."""
     merged = check_config(config, deepspeed, source, comm.world)
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, comm.world)
     run_dir = Path(comm.from_first(config.run_dir))
-    supervised = supervised or Supervised(Pulse())
+    supervised = supervised or WorkerContext(Heartbeat())
     with ExitStack() as stack:
         if comm.is_first:
             # The supervisor has created the folder. If it is gone, no rank creates it again.
@@ -130,7 +130,7 @@ def open_trainer(
             for note in notes:
                 observer.on_event(state.clock, note.kind, note.text)
         trainer = Trainer(
-            config, batch, comm, engine, objective, loader, experts, state, sampler, validator, told, supervised.pulse,
+            config, batch, comm, engine, objective, loader, experts, state, sampler, validator, told, supervised.heartbeat,
             supervised.attempt,
         )  # fmt: skip
         if found is not None:

@@ -13,8 +13,8 @@ from types import FrameType
 import numpy as np
 import torch
 
-from sdit.supervise.child import HANGUP, stop_signals
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
+from sdit.supervise.worker import HANGUP, stop_signals
 
 SPIKE_MEMORY_STEPS = 100  # loss statistics forget with this time constant
 
@@ -130,7 +130,7 @@ class StopSignals:
     launchers that signal whole process trees would be heard twice.
     """
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: Heartbeat) -> None:
         self._pulse = pulse
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}

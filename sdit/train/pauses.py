@@ -14,7 +14,7 @@ import torch
 from sdit.config import Config
 from sdit.distributed.comm import Comm
 from sdit.distributed.engine import Engine
-from sdit.supervise.pulse import Phase, Pulse
+from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, SAMPLES, VALIDATION, Observer
 from sdit.train.guards import StopAgreed, StopSignals
@@ -29,7 +29,7 @@ class Pauses:
 
     def __init__(
         self, config: Config, comm: Comm, engine: Engine, state: RunState, sampler: GridSampler,
-        validator: Validator | None, observers: Sequence[Observer], pulse: Pulse, signals: StopSignals, times: StepTimes,
+        validator: Validator | None, observers: Sequence[Observer], pulse: Heartbeat, signals: StopSignals, times: StepTimes,
         attempt: int,
     ) -> None:  # fmt: skip
         self._config, self._comm, self._engine, self._state = config, comm, engine, state
@@ -71,7 +71,7 @@ class Pauses:
     def validate(self) -> dict[str, Any]:
         """The validation keys of metrics.jsonl."""
         assert self._validator is not None
-        self._pulse.mark(Phase.SAMPLE, self._state.clock.steps)
+        self._pulse.enter(Phase.SAMPLE, self._state.clock.steps)
         with self._times.part("validation"):
             return self._validator.measure(self._engine, self._state.ema, self._stop_point)
 
@@ -96,7 +96,7 @@ class Pauses:
             for observer in self._observers:
                 observer.on_routing(state.clock, probs, state.prior.columns)
         if SAMPLES in due:
-            self._pulse.mark(Phase.SAMPLE, state.clock.steps)
+            self._pulse.enter(Phase.SAMPLE, state.clock.steps)
             with self._times.part("sample"):
                 images, labels = self._sampler.draw(self._engine, state.ema, self._stop_point)
             for observer in self._observers:
@@ -112,7 +112,7 @@ class Pauses:
 
     def _stop_point(self) -> None:
         """Progress was made inside a pause. Raises: StopAgreed, on all ranks, when any of them was asked to stop."""
-        self._pulse.tap()
+        self._pulse.progress()
         asked = torch.tensor([float(self._signals.requested)], device=self._comm.device)
         if self._comm.sum(asked).item():
             raise StopAgreed

@@ -21,7 +21,7 @@ from sdit.errors import DataError, ExitCode
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.routing_table import exact_loads
 from sdit.plan.flops import flops_per_image
-from sdit.supervise.pulse import Phase, Pulse
+from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.topology import BatchPlan
 from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS, bin_means
@@ -44,7 +44,7 @@ class Trainer:
     def __init__(
         self, config: Config, batch: BatchPlan, comm: Comm, engine: Engine, objective: Objective, loader: Loader,
         experts: ExpertParallel, state: RunState, sampler: GridSampler, validator: Validator | None,
-        observers: Sequence[Observer], pulse: Pulse, attempt: int = 1,
+        observers: Sequence[Observer], pulse: Heartbeat, attempt: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.batch, self.comm, self.engine = config, batch, comm, engine
         self.objective, self.loader, self.experts, self.state = objective, loader, experts, state
@@ -78,7 +78,7 @@ class Trainer:
             for observer in self.observers:
                 observer.on_stop(self.state.clock)
         self._save(must_work=True)
-        self.pulse.mark(Phase.END, self.state.clock.steps)
+        self.pulse.enter(Phase.END, self.state.clock.steps)
         return code
 
     def _stop_reason(self) -> str:
@@ -91,7 +91,7 @@ class Trainer:
         micro_batches, phase = self.loader.batches(self._requests()), Phase.FIRST_STEP
         while self.state.clock.images_seen < self.state.length_images:
             before, started = self.state.clock, time.perf_counter()
-            self.pulse.mark(phase, before.steps)
+            self.pulse.enter(phase, before.steps)
             with self.work.host(), self.times.part("data_wait"):
                 raw = [next(micro_batches) for _ in range(self.batch.accumulation)]
             try:
@@ -163,7 +163,7 @@ class Trainer:
             batch = draw_batch(self.config, self.config.seed, samples, times[samples.index - first], drop, device)
             with self.work.kernels():
                 losses = self.engine.forward(batch, assignment, loads)
-            self.pulse.tap()
+            self.pulse.progress()
             self.engine.backward(losses.total)
             parts += losses.parts / len(raw)
             bins += losses.bins
@@ -219,7 +219,7 @@ class Trainer:
         clock = self.state.clock
         if self.rollbacks >= self.config.train.rollbacks:
             raise DataError(f"{reason}; last good checkpoint: {self.saver.last}")
-        self.pulse.mark(Phase.CHECKPOINT, clock.steps)
+        self.pulse.enter(Phase.CHECKPOINT, clock.steps)
         self.saver.finish()
         found = self.state.store.newest()
         if found is None:
@@ -272,7 +272,7 @@ class Trainer:
 
     def _save(self, must_work: bool = False) -> None:
         """Write a checkpoint of this moment, unless it is there already."""
-        self.pulse.mark(Phase.CHECKPOINT, self.state.clock.steps)
+        self.pulse.enter(Phase.CHECKPOINT, self.state.clock.steps)
         with self.times.part("checkpoint"):
             if must_work:
                 self.saver.finish()

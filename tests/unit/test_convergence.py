@@ -24,7 +24,7 @@ from experiments.variants import FULL, QUICK, VARIANTS
 from sdit.config import Config
 from sdit.errors import DataError, ExitCode
 from sdit.plan.flops import flops_per_image as planned_flops
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +186,7 @@ def test_a_burst_of_other_load_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_turn_ends_at_its_images_and_not_before() -> None:
-    pulse = Pulse()
+    pulse = Heartbeat()
     turn = Turn(pulse, until=64)
     turn.on_step(Clock(32, 1), {}, logged=False)
     assert not pulse.stop_requested

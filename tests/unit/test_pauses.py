@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdit.config import Config
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.clock import Clock
 from sdit.train.events import SAMPLES, Observer
 from sdit.train.guards import StopAgreed
@@ -86,7 +86,7 @@ def pauses_at(clock: Clock, keeper: Keeper, attempt: int = 1) -> tuple[Pauses, T
         sampler,
         None,
         [keeper],
-        Pulse(),
+        Heartbeat(),
         sampler.signals,
         StepTimes(),
         attempt,
