@@ -56,11 +56,11 @@ def admit(
     kept = {
         rank: member for rank, member in members.items() if rank == 0 or member.nonce in {each.nonce for each in there}
     }
-    for member in there:
-        free = 0 < member.rank < world and member.rank not in kept
-        agrees = LaunchIdentity.agrees_with if member.nonce in settled else LaunchIdentity.surely_agrees_with
-        if free and all(agrees(member.launch, member.launch) for member in kept.values()):
-            kept[member.rank] = member
+    for candidate in there:
+        free = 0 < candidate.rank < world and candidate.rank not in kept
+        agrees = LaunchIdentity.agrees_with if candidate.nonce in settled else LaunchIdentity.surely_agrees_with
+        if free and all(agrees(candidate.launch, member.launch) for member in kept.values()):
+            kept[candidate.rank] = candidate
     return kept
 
 
