@@ -23,9 +23,9 @@ from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
 from sdit.resolved import resolve_run
-from sdit.supervise.child import Supervised
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.lock import RunLock
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.worker import WorkerContext
 from sdit.train.clock import Clock
 from sdit.train.events import Observer, Observers
 from sdit.train.module import TrainModule
@@ -65,12 +65,12 @@ class StepTimer(Observer):
 class Turn(Observer):
     """Asks the run to stop when it has seen `until` images: the next model's turn."""
 
-    def __init__(self, pulse: Pulse, until: int) -> None:
-        self._pulse, self._until = pulse, until
+    def __init__(self, heartbeat: Heartbeat, until: int) -> None:
+        self._heartbeat, self._until = heartbeat, until
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         if clock.images_seen >= self._until:
-            self._pulse.request_stop()
+            self._heartbeat.request_stop()
 
 
 def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path, *more: str) -> Config:
@@ -88,13 +88,13 @@ def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    supervised = Supervised(Pulse())
-    turn = Turn(supervised.pulse, until or config.train.total_images)
+    worker = WorkerContext(Heartbeat())
+    turn = Turn(worker.heartbeat, until or config.train.total_images)
     observers = Observers([MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn])
     with RunLock(run_dir):
         try:
             resolved = resolve_run(config, DEEPSPEED, "experiment", comm.world, comm.info.local_world)
-            with open_trainer(resolved, comm, observers, supervised) as trainer:
+            with open_trainer(resolved, comm, observers, worker) as trainer:
                 trainer.run()
                 was_asked = trainer.context.signals.received is not None  # the end of a turn is no signal
         finally:

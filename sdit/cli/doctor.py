@@ -25,24 +25,24 @@ from typing import Any
 
 from sdit.cli.parser import Parser, add_rank_option
 from sdit.cli.process import exit_status, status_of
-from sdit.errors import ConfigError, ExitCode
-from sdit.launch_environment import RankInfo, find_rank
-from sdit.observe.doctor import (
+from sdit.doctor.checks import (
     GIB,
     Check,
     Limits,
     as_report,
     as_table,
+    check_attendance,
     check_facts,
     check_last_launch,
     check_reach,
     fabric_checks,
     local_facts,
-    roll_call,
     verdict,
 )
-from sdit.observe.meeting import Meeting
-from sdit.observe.wire import MeetingError, Place
+from sdit.doctor.connection import Endpoint, RendezvousError
+from sdit.doctor.rendezvous import Rendezvous
+from sdit.errors import ConfigError, ExitCode
+from sdit.launch_environment import RankInfo, find_rank
 
 DEFAULT_PORT = "29500"  # as torchrun has it
 
@@ -75,17 +75,21 @@ def run(options: argparse.Namespace) -> int:
     info = find_rank(os.environ)
     if info.world == 1:
         facts = {0: local_facts(info, options.run_dir) | {"clock_offset_seconds": 0.0}}
-        checks = [roll_call(facts, 1, 0), *check_last_launch(options.run_dir), *check_facts(facts, limits(options))]
+        checks = [
+            check_attendance(facts, 1, 0),
+            *check_last_launch(options.run_dir),
+            *check_facts(facts, limits(options)),
+        ]
         return examine_fabric(info, options, checks, facts)
     place = find_place(info, os.environ, options.timeout_seconds)
     facts = {}
     checks = []
-    with Meeting(info, place, options.timeout_seconds) as meeting:
+    with Rendezvous(info, place, options.timeout_seconds) as meeting:
         mine = local_facts(info, options.run_dir) | {"clock_offset_seconds": meeting.clock_offset_seconds()}
         seats = meeting.gather(mine, meeting.port)
         if info.rank == 0:
             facts = meeting.values(0)
-            checks = [roll_call(facts, info.world, options.timeout_seconds), *check_last_launch(options.run_dir)]
+            checks = [check_attendance(facts, info.world, options.timeout_seconds), *check_last_launch(options.run_dir)]
             checks += check_facts(facts, limits(options))
         if len(seats) < info.world:
             tell(info, options, checks, facts, None)
@@ -146,13 +150,13 @@ def tell(
             print(f"error: {check.name}: {check.problem}", file=sys.stderr, flush=True)
 
 
-def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: float) -> Place:
+def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: float) -> Endpoint:
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, or what the launcher has in their place."""
     if "MASTER_PORT" not in environment and info.source in ("Open MPI", "MPICH or Intel MPI"):
         from sdit.distributed.fabric import place_from_mpi
 
         host = "127.0.0.1" if info.local_world == info.world else socket.gethostname()
-        return Place(*place_from_mpi(environment.get("MASTER_ADDR", host), free_port()))
+        return Endpoint(*place_from_mpi(environment.get("MASTER_ADDR", host), free_port()))
     host = environment.get("MASTER_ADDR", "127.0.0.1" if info.local_world == info.world else "")
     port = environment.get("MASTER_PORT", DEFAULT_PORT)
     if not host:
@@ -164,12 +168,12 @@ def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: 
         from sdit.distributed.fabric import port_from_agent
 
         try:
-            return Place(host, port_from_agent(info, environment, free_port(), timeout_seconds))
+            return Endpoint(host, port_from_agent(info, environment, free_port(), timeout_seconds))
         except RuntimeError as error:
-            raise MeetingError(
+            raise RendezvousError(
                 f"torchrun's agent at {host}:{port} does not answer ({str(error).splitlines()[0]})"
             ) from None
-    return Place(host, int(port))
+    return Endpoint(host, int(port))
 
 
 def free_port() -> int:

@@ -38,12 +38,12 @@ from sdit.launch_environment import find_rank
 from sdit.output import divert_output
 from sdit.redact import redact
 from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
-from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
 from sdit.supervise.unfinished import clear
+from sdit.supervise.worker import WorkerContext
 
 LOST_OTHERS = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe", re.IGNORECASE)
 
@@ -73,7 +73,7 @@ def _fault(text: str) -> Fault:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    rank = Supervised.from_environment(os.environ)
+    rank = WorkerContext.from_environment(os.environ)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     command = [sys.executable, "-P", "-m", "sdit.cli.train", *arguments]  # -P: no modules of the current folder
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: list[str]) -> int:
+def run_or_supervise(options: argparse.Namespace, rank: WorkerContext, command: list[str]) -> int:
     """Run as a training rank if a supervisor started this process. Otherwise start `command` and supervise it."""
     given = {"run_dir": options.run_dir, "checkpoint.resume": rank.resume}
     literal = {key: text for key, text in given.items() if text is not None}
@@ -124,7 +124,7 @@ def rank_environment() -> dict[str, str]:
     )
 
 
-def last_words(rank: Supervised, work: Callable[[], int]) -> int:
+def last_words(rank: WorkerContext, work: Callable[[], int]) -> int:
     """Do a rank's work; tell its supervisor, which tells the user, why it failed.
 
     A rank that merely lost the others needs no traceback.
@@ -132,12 +132,12 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
     try:
         return work()
     except SditError as error:
-        rank.pulse.fail(redact(str(error)), secondary=False)
+        rank.heartbeat.fail(redact(str(error)), secondary=False)
         return error.exit_code
     except Exception as error:
         secondary = LOST_OTHERS.search(str(error)) is not None
         text = redact(one_line(f"{type(error).__name__}: {error}"))
-        rank.pulse.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
+        rank.heartbeat.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
         if secondary:
             print(f"rank {os.environ['RANK']}: lost the other ranks", file=sys.stderr)
         else:
@@ -145,7 +145,7 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
         return ExitCode.CRASH
 
 
-def run(options: argparse.Namespace, resolved: ResolvedRun, rank: Supervised) -> int:
+def run(options: argparse.Namespace, resolved: ResolvedRun, rank: WorkerContext) -> int:
     """Run as one training rank."""
     config = resolved.config
     use_cache([Path(config.run_dir) / "cache"])
@@ -162,8 +162,8 @@ def run(options: argparse.Namespace, resolved: ResolvedRun, rank: Supervised) ->
 
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if rank.is_supervised else RunFolder.create(run_dir)
-    page = None if rank.page is None else PrometheusObserver(config, run_dir, info, rank.page)
-    observers = build_observers(config, folder, info, page, FolderWatch(folder, rank.pulse))
+    page = None if rank.metrics_path is None else PrometheusObserver(config, run_dir, info, rank.metrics_path)
+    observers = build_observers(config, folder, info, page, FolderWatch(folder, rank.heartbeat))
     try:
         with Comm(info, device=config.parallel.device) as comm:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdit.supervise.pulse import FOLDER_MOVED, Pulse
+from sdit.supervise.heartbeat import FOLDER_MOVED, Heartbeat
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
@@ -12,12 +12,12 @@ from sdit.train.record import StepRecord
 class FolderWatch(Observer):
     """Asks for a stop after the step in which the run folder is no longer at its path. Raises: ConfigError if it is deleted."""
 
-    def __init__(self, folder: RunFolder, pulse: Pulse) -> None:
-        self._folder, self._pulse = folder, pulse
+    def __init__(self, folder: RunFolder, heartbeat: Heartbeat) -> None:
+        self._folder, self._heartbeat = folder, heartbeat
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         now = self._folder.now
         if now is None:
             self._folder.check()
         elif now != self._folder.path:
-            self._pulse.request_stop(FOLDER_MOVED)
+            self._heartbeat.request_stop(FOLDER_MOVED)

@@ -1,6 +1,6 @@
-"""Runs that survive faults: every launched rank process is a light parent that starts the real rank as its child.
+"""Supervision: each launched process is a light supervisor that starts the training rank as its worker process.
 
-The parent needs the standard library alone, so that it is up in a fraction of a second and is not taken down by what
-takes a rank down. It watches the child's pulse in shared memory, ends it at a deadline, and agrees with the other
-parents, through small files in the run directory, on when an attempt is over and what follows. Rank 0's parent leads.
+The supervisor needs only the standard library, so that it starts in a fraction of a second and survives what ends a rank. It
+watches the worker's heartbeat in shared memory and ends the worker at a deadline. The supervisors agree, through small files in
+the run directory (the rendezvous store), on when an attempt is over and what follows. Rank 0's supervisor is the coordinator.
 """

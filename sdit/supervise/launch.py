@@ -26,8 +26,8 @@ NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # several nodes o
 
 
 @dataclass(frozen=True)
-class LaunchMark:
-    """What a rank knows of its launch. Ranks of one launch agree; ranks of two launches differ if anything tells them apart.
+class LaunchIdentity:
+    """What a rank knows about its launch. Ranks of one launch agree. Ranks of two launches mostly differ.
 
     `variables` is a hash of the launcher's variables. `launcher` is the known launcher's process that started this rank
     ("": none), which all ranks of a node have in common; `parent` is this rank's parent, which they may have in common.
@@ -40,7 +40,7 @@ class LaunchMark:
     parent: str
 
     @classmethod
-    def of_this_process(cls, environment: Mapping[str, str]) -> LaunchMark:
+    def of_this_process(cls, environment: Mapping[str, str]) -> LaunchIdentity:
         shared = [f"{name}={environment[name]}" for name in LAUNCH_VARIABLES if name in environment]
         node = " ".join([machine(), *(f"{name}={environment[name]}" for name in NODE_VARIABLES if name in environment)])
         parent = Process(os.getppid(), start_ticks(os.getppid()))
@@ -48,12 +48,12 @@ class LaunchMark:
         variables = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:12]
         return cls(variables, node, str(nearest or ""), str(parent))
 
-    def agrees_with(self, other: LaunchMark) -> bool:
+    def agrees_with(self, other: LaunchIdentity) -> bool:
         """Return whether both ranks can be of one launch."""
         return self.variables == other.variables and (self.node != other.node or self.launcher == other.launcher)
 
-    def surely_agrees_with(self, other: LaunchMark) -> bool:
-        """Return whether nothing speaks against it: ranks of an unknown launcher mostly have one parent."""
+    def surely_agrees_with(self, other: LaunchIdentity) -> bool:
+        """Return whether both are of one launch beyond doubt: ranks of an unknown launcher mostly have one parent."""
         is_known = self.node != other.node or bool(self.launcher) or self.parent == other.parent
         return is_known and self.agrees_with(other)
 

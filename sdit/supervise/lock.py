@@ -1,4 +1,4 @@
-"""One run directory, one writer: a lock file with host, pid and a heartbeat that does not trust any clock.
+"""One run directory, one writer: a lock file with host, pid and a heartbeat that compares no clocks.
 
 The file appears with its whole content (a hard link is exclusive), so that it is never empty. A dead holder's lock is replaced
 only by the process that holds the right to replace it, which is a second lock file, named after the first one's content. Of any
@@ -26,9 +26,9 @@ from sdit.errors import ConfigError
 from sdit.json_files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
 
-BEAT_SECONDS = 5.0
-WATCH_SECONDS = 20.0  # a holder elsewhere that does not beat for this long is dead; four beats, for slow file systems
-HEAL_SECONDS = BEAT_SECONDS + 1.0  # by then a live holder has replaced content that was damaged
+HEARTBEAT_SECONDS = 5.0
+WATCH_SECONDS = 20.0  # a remote holder without a heartbeat for so long is dead; four heartbeats, for slow file systems
+HEAL_SECONDS = HEARTBEAT_SECONDS + 1.0  # by then a live holder has replaced content that was damaged
 LOCK_BYTES = 65_536  # read at most; a lock has a few hundred
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class RunLock:
         self._path = run_dir / "lock.json"
         self.token = uuid.uuid4().hex
         self._body = {**identity(os.getpid()), "token": self.token, "beats": 0, "launch": dict(launch or {})}
-        self._beaten = time.monotonic()
+        self._published_at = time.monotonic()
         self._ended = threading.Event()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -56,15 +56,15 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether the file still says that the run is ours."""
+        """Return whether the file still holds this launch's token."""
         body = read_json(self._path)
         return body is None or body.get("token") == self.token
 
     def beat(self) -> bool:
-        """Show every `BEAT_SECONDS` that the holder lives; call it more often. False: the lock was taken away."""
-        if time.monotonic() - self._beaten < BEAT_SECONDS:
+        """Show every `HEARTBEAT_SECONDS` that the holder is alive; call it more often. False: another launch took the lock."""
+        if time.monotonic() - self._published_at < HEARTBEAT_SECONDS:
             return True
-        self._beaten = time.monotonic()
+        self._published_at = time.monotonic()
         if not self.is_held:
             return False
         self._body["beats"] += 1
@@ -77,10 +77,10 @@ class RunLock:
         self._path = run_dir / self._path.name
 
     def keep_beating(self) -> None:
-        """Beat from a thread, for a process without a loop of its own."""
+        """HeartbeatState from a thread, for a process without a loop of its own."""
 
         def beat() -> None:
-            while not self._ended.wait(BEAT_SECONDS / 2):
+            while not self._ended.wait(HEARTBEAT_SECONDS / 2):
                 self.beat()
 
         threading.Thread(target=beat, name="sdit-lock", daemon=True).start()
@@ -142,7 +142,7 @@ class Holder:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """The body of a lock; empty if it is none."""
+    """Return the body of a lock; empty if the data are not one."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -218,7 +218,7 @@ def in_use(run_dir: Path, holder: Holder) -> ConfigError:
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """The error for a run directory that cannot be used."""
+    """Return the error for a run directory that cannot be used."""
     return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 

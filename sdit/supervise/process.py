@@ -14,7 +14,7 @@ class Process:
     """A process of this machine: its id and its start time in clock ticks since boot."""
 
     pid: int
-    started: str | None  # None: the system does not say
+    started: str | None  # None if the system does not know
 
     def __str__(self) -> str:
         return f"{self.pid} {self.started}"
@@ -38,9 +38,9 @@ def is_running(pid: int, started: object) -> bool:
     """Return whether the process with this start time runs on this machine; a zombie does not."""
     if isinstance(pid, bool) or not 0 < pid < 2**31:
         return False
-    ticks = start_ticks(pid)
-    if ticks is not None:
-        return ticks == started
+    alive = start_ticks(pid)
+    if alive is not None:
+        return alive == started
     if Path(f"/proc/{pid}").exists():
         return False  # a zombie
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run, held open, so that one that is renamed, deleted or replaced under a running process is noticed."""
+"""The open folder of a run. A process notices if its folder is renamed, deleted or replaced."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class RunFolder:
 
     @property
     def anchor(self) -> Path:
-        """A path that leads this user's processes to the folder, whatever its name is. Without /proc: `path`."""
+        """Return a path to the folder that stays valid after a rename. Without /proc: `path`."""
         anchor = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
         return anchor if self._is_at(anchor) else self.path
 
     @property
     def now(self) -> Path | None:
-        """Where the folder is: `path`, or its new path; None: it is deleted. Costs some microseconds."""
+        """Return the folder's path now: `path` or a new one; None if it is deleted. Takes microseconds."""
         if self._is_at(self.path):
             return self.path
         name = self._name()
@@ -83,7 +83,7 @@ class RunFolder:
 
     @property
     def problem(self) -> str:
-        """One sentence that says what happened to the folder; empty: it is where it was."""
+        """Return one sentence that says what happened to the folder; empty if it is at its path."""
         now = self.now
         if now == self.path:
             return ""
@@ -113,7 +113,7 @@ class RunFolder:
             return False
 
     def _name(self) -> str | None:
-        """The path that the kernel (Linux) knows for the open folder."""
+        """Return the path that the kernel (Linux) knows for the open folder."""
         try:
             return os.readlink(f"/proc/self/fd/{self._descriptor}")
         except OSError:

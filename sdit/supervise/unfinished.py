@@ -1,7 +1,7 @@
-"""RUN/unfinished.json: there while a run is not complete, so that whoever looks next learns how its last launch ended.
+"""RUN/unfinished.json exists while a run is not complete. It says how the last launch ended.
 
-Launchers hide how a run ended: `deepspeed` returns 0 when its own child is killed. The file is written when a launch begins, gets
-the reason when it ends, and is removed when the run is complete.
+Launchers hide how a run ended: `deepspeed` returns 0 when its child is killed. A launch writes the file when it begins,
+adds the reason when it ends, and removes it when the run is complete.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from sdit.errors import ExitCode
 from sdit.json_files import read_json, write_json
-from sdit.supervise.lock import BEAT_SECONDS, Holder, owner_of
+from sdit.supervise.lock import HEARTBEAT_SECONDS, Holder, owner_of
 
 NAME = "unfinished.json"
-SILENT_SECONDS = 12 * BEAT_SECONDS  # a lock of another machine that is older than this is dead
+SILENT_SECONDS = 12 * HEARTBEAT_SECONDS  # a lock of another machine that is older than this is dead
 REFUSED = (ExitCode.USAGE, ExitCode.CONFIG)  # such a launch did not touch the run
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LastLaunch:
-    """How the last launch of a run that is not complete ended; `code` is None if it did not say."""
+    """How the last launch of a run that is not complete ended; `code` is None if it left no reason."""
 
     token: str
     started: str
@@ -57,7 +57,7 @@ def last_launch(run_dir: Path) -> LastLaunch | None:
 
 
 def _may_run(run_dir: Path, holder: Holder) -> bool:
-    """Whether the lock's holder lives, as far as one look can say."""
+    """Return whether the lock's holder seems alive."""
     if holder.is_here:
         return holder.is_running
     try:
@@ -74,7 +74,7 @@ def _read(run_dir: Path) -> LastLaunch | None:
 
 
 class Unfinished:
-    """The file, as the launch that holds the run's lock writes it. A full disk costs the reason, not the run."""
+    """The file, written by the launch that holds the run's lock. If the disk is full, the reason is lost."""
 
     def __init__(self, run_dir: Path, token: str, steps: int | None) -> None:
         """Report how the launch before this one ended and write that this one has begun."""
@@ -101,7 +101,7 @@ class Unfinished:
 
 
 def clear(run_dir: Path) -> None:
-    """The run is complete."""
+    """Remove the file: the run is complete."""
     try:
         (run_dir / NAME).unlink(missing_ok=True)
     except OSError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdit.contracts import RawBatch
 from sdit.data.order import rank_indices
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
 from sdit.train.context import TrainContext
 
@@ -26,7 +26,7 @@ class BatchStream:
         context, state = self._context, self._context.state
         while state.clock.images_seen < state.length_images:
             phase = Phase.FIRST_STEP if state.clock.steps == self._first_step else Phase.STEP
-            context.pulse.mark(phase, state.clock.steps)
+            context.heartbeat.enter(phase, state.clock.steps)
             context.timer.begin_step()
             if self._loaded is None:
                 self._loaded = context.loader.batches(self._requests())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdit.config import CheckpointConfig
 from sdit.errors import DataError
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.train.checkpoint.saver import Saver
 from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
@@ -55,7 +55,7 @@ class Checkpoints:
         clock = state.clock
         if self._rolled_back >= self._rollbacks:
             raise DataError(f"{reason}; last good checkpoint: {self.saver.last}")
-        self._context.pulse.mark(Phase.CHECKPOINT, clock.steps)
+        self._context.heartbeat.enter(Phase.CHECKPOINT, clock.steps)
         self.saver.finish()
         found = state.store.newest()
         if found is None:

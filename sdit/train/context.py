@@ -15,7 +15,7 @@ from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer
 from sdit.resolved import ResolvedRun
-from sdit.supervise.pulse import Phase, Pulse
+from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.train.events import Observers
 from sdit.train.guards import StopAgreed, StopSignals
 from sdit.train.state import RunState
@@ -35,7 +35,7 @@ class TrainContext:
     loader: Loader
     state: RunState
     observers: Observers
-    pulse: Pulse
+    heartbeat: Heartbeat
     signals: StopSignals
     timer: StepTimer
 
@@ -45,7 +45,7 @@ class TrainContext:
 
     def stop_point(self) -> None:
         """Report progress inside a periodic task. Raises: StopAgreed, on all ranks, if any of them was asked to stop."""
-        self.pulse.tap()
+        self.heartbeat.progress()
         asked = torch.tensor([float(self.signals.requested)], device=self.comm.device)
         if self.comm.sum(asked).item():
             raise StopAgreed
@@ -53,7 +53,7 @@ class TrainContext:
     @contextmanager
     def task(self, phase: Phase, name: str) -> Iterator[None]:
         """Run a periodic task inside the `with`: the supervisor learns its phase, and its time counts as `name`."""
-        self.pulse.mark(phase, self.state.clock.steps)
+        self.heartbeat.enter(phase, self.state.clock.steps)
         with self.timer.phase(name):
             yield
 

@@ -7,8 +7,8 @@ import signal
 import threading
 from types import FrameType
 
-from sdit.supervise.child import HANGUP, stop_signals
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
+from sdit.supervise.worker import HANGUP, stop_signals
 
 SPIKE_MEMORY_STEPS = 100  # loss statistics forget with this time constant
 
@@ -66,12 +66,12 @@ class SpikeDetector:
 class StopSignals:
     """SIGTERM, SIGUSR1, SIGINT and SIGHUP ask for a stop after the present step. The second one is obeyed at once.
 
-    A SIGHUP is never the second one, because a lost terminal sends several. A supervisor asks through the pulse:
+    A SIGHUP is never the second one, because a lost terminal sends several. A supervisor asks through the heartbeat:
     launchers that signal whole process trees would be heard twice.
     """
 
-    def __init__(self, pulse: Pulse) -> None:
-        self._pulse = pulse
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
         if threading.current_thread() is threading.main_thread():
@@ -90,12 +90,12 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         """Whether somebody wants the run to stop."""
-        return self.received is not None or self._pulse.stop_requested
+        return self.received is not None or self._heartbeat.stop_requested
 
     @property
     def reason(self) -> str:
         """Why somebody wants the run to stop, such as `SIGTERM`; empty: nobody does."""
-        return self.received.name if self.received is not None else self._pulse.stop_reason
+        return self.received.name if self.received is not None else self._heartbeat.stop_reason
 
     def close(self) -> None:
         """Put the previous handlers back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from sdit.errors import ExitCode
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.train.batches import BatchStream
 from sdit.train.catch_up import catch_up
 from sdit.train.clock import StepSpan
@@ -35,7 +35,7 @@ class Trainer:
             self.context.event("stopping", self._stop_reason())
             self.context.observers.on_stop(self.context.state.clock)
         self.tasks.checkpoints.save(must_succeed=True)
-        self.context.pulse.mark(Phase.END, self.context.state.clock.steps)
+        self.context.heartbeat.enter(Phase.END, self.context.state.clock.steps)
         return code
 
     def _train(self) -> None:

@@ -23,10 +23,10 @@ from sdit.errors import ConfigError
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.resolved import ResolvedRun, check_trainable
-from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.worker import WorkerContext
 from sdit.train.checkpoint.space import check_space
 from sdit.train.checkpoint.store import CheckpointStore, Found
 from sdit.train.checkpoints import Checkpoints
@@ -62,16 +62,16 @@ def check_run(run: ResolvedRun) -> None:
 
 @contextmanager
 def open_trainer(
-    run: ResolvedRun, comm: Comm, observers: Observers | None = None, supervised: Supervised | None = None,
+    run: ResolvedRun, comm: Comm, observers: Observers | None = None, worker: WorkerContext | None = None,
     faults: Sequence[Fault] = (),
 ) -> Iterator[Trainer]:  # fmt: skip
     """Build the trainer of this rank, resumed as `checkpoint.resume` says; close its threads at the end of the `with`."""
     check_run(run)
     config = run.config
-    supervised = supervised or Supervised(Pulse())
+    worker = worker or WorkerContext(Heartbeat())
     observers = (observers or Observers()).of_rank(comm.is_first)
     with ExitStack() as stack:
-        folder = stack.enter_context(open_run_folder(comm, config.run_dir, supervised))
+        folder = stack.enter_context(open_run_folder(comm, config.run_dir, worker))
         loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
         store = CheckpointStore(folder.path / "checkpoints", config.checkpoint, comm, folder)
         found = store.find()
@@ -89,11 +89,11 @@ def open_trainer(
         if comm.is_first:
             describe_run(folder.path, run, comm, facts_of(state, classes))
         if faults:
-            engine = cast(Engine, FaultyEngine(engine, faults, supervised.attempt, lambda: state.clock.steps))
-        signals = StopSignals(supervised.pulse)
+            engine = cast(Engine, FaultyEngine(engine, faults, worker.attempt, lambda: state.clock.steps))
+        signals = StopSignals(worker.heartbeat)
         stack.callback(signals.close)
         context = TrainContext(
-            run, comm, engine, model, objective, experts, loader, state, observers, supervised.pulse, signals,
+            run, comm, engine, model, objective, experts, loader, state, observers, worker.heartbeat, signals,
             StepTimer(comm.device),
         )  # fmt: skip
         tasks = build_tasks(context, held_out, labels, found)
@@ -101,16 +101,16 @@ def open_trainer(
         context.event("layout", describe_layout(run, model, engine))
         for note in notes:
             context.event(note.kind, note.text)
-        yield Trainer(context, tasks, supervised.attempt)
+        yield Trainer(context, tasks, worker.attempt)
 
 
 @contextmanager
-def open_run_folder(comm: Comm, run_dir: str, supervised: Supervised) -> Iterator[RunFolder]:
+def open_run_folder(comm: Comm, run_dir: str, worker: WorkerContext) -> Iterator[RunFolder]:
     """Open the folder of the run on every rank; rank 0 prepares it. Raises: ConfigError."""
     path = Path(comm.from_first(run_dir))
     if comm.is_first:
         # The supervisor has created the folder. If it is gone, no rank creates it again.
-        with RunFolder(path) if supervised.is_supervised else RunFolder.create(path) as folder:
+        with RunFolder(path) if worker.is_supervised else RunFolder.create(path) as folder:
             prepare_run_dir(folder)
     comm.barrier()
     with RunFolder(path) as folder:

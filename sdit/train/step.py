@@ -97,7 +97,7 @@ class TrainStep:
             batch = draw_batch(samples, times[samples.index - first], config.seed, classes, drop, device)
             with context.timer.device_work():
                 losses = context.engine.forward(batch, assignment, loads)
-            context.pulse.tap()
+            context.heartbeat.progress()
             context.engine.backward(losses.total)
             parts += losses.parts / len(micro_batches)
             bins += losses.bins

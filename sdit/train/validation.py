@@ -14,7 +14,7 @@ from sdit.data.identity import DataIdentity
 from sdit.data.loader import Loader
 from sdit.diffusion import draw_timesteps
 from sdit.sections import ValidationConfig
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.train.batch import draw_batch
 from sdit.train.batches import rank_requests
 from sdit.train.bins import BINS, bin_means

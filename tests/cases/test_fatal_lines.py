@@ -11,8 +11,8 @@ import pytest
 
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
-from sdit.supervise.pulse import Phase, Pulse
-from sdit.supervise.verdict import End, Judge
+from sdit.supervise.heartbeat import Heartbeat, Phase
+from sdit.supervise.restart_policy import ExitReport, RestartPolicy
 from tests.faults.ranks import eventually, newest_step, start_fake
 
 GLOO = (
@@ -24,45 +24,45 @@ GLOO = (
 )
 
 
-def text_of(*ends: End) -> str:
-    return Judge(restarts=3, stop_code=75).decide({end.rank: end for end in ends}, "", stopping=False).text
+def text_of(*ends: ExitReport) -> str:
+    return RestartPolicy(restarts=3, stop_code=75).decide({end.rank: end for end in ends}, "", stopping=False).text
 
 
 def test_frozen_rank_is_named_without_what_it_said_when_it_was_woken() -> None:
     """S14: a frozen rank is woken for its stacks, and then finds the others gone: that is not why it is ended."""
-    frozen = End(1, "n17", "stall", -9, Phase.STEP, 42, 99, frozen=True, secondary=True, text=GLOO)
-    waiting = End(0, "n17", "peer", -9, Phase.STEP, 42, 99)
-    text = text_of(waiting, frozen)
+    frozen = ExitReport(1, "n17", "stall", -9, Phase.STEP, 42, 99, frozen=True, secondary=True, text=GLOO)
+    registry = ExitReport(0, "n17", "peer", -9, Phase.STEP, 42, 99)
+    text = text_of(registry, frozen)
     assert text.startswith("rank 1, host n17, step 42, phase step: frozen: not even Python runs in it; next: ")
 
 
 @pytest.mark.parametrize(
     "text",
     [GLOO, "word " * 2000, "x" * 9000, "two\nlines\r\n\tand \x1b[31mred\x1b[0m\x07\x00 \u2028 end", "\u202eeslaf " * 3],
-    ids=["gloo", "long", "one word", "control characters", "direction marks"],
+    ids=["gloo", "long", "one word", "control characters", "direction progress"],
 )
 @pytest.mark.parametrize("cause", ["exit", "stall"])
 def test_reason_is_one_short_printable_line(text: str, cause: str) -> None:
     """S14: texts of libraries are cut to a line that a person can read."""
-    line = text_of(End(0, "n17", cause, 70, Phase.STEP, 42, 99, text=text))
+    line = text_of(ExitReport(0, "n17", cause, 70, Phase.STEP, 42, 99, text=text))
     assert line.isprintable() and len(line) < 800
     assert "frame #" not in line and "step 42" in line
 
 
 def test_rank_s_last_words_are_kept_whole_characters() -> None:
     """S14: a text that is longer than its place in shared memory is not cut within a character of a line."""
-    pulse = Pulse()
+    pulse = Heartbeat()
     pulse.fail("\u00e4" * 9000, secondary=False)
     failure = pulse.failure()
     assert failure is not None
-    line = text_of(End(0, "n17", "exit", 70, Phase.STEP, 42, 99, text=failure.text))
+    line = text_of(ExitReport(0, "n17", "exit", 70, Phase.STEP, 42, 99, text=failure.text))
     assert "\ufffd" not in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, 40, 63])
 def test_rank_killed_by_any_signal_is_named(number: int) -> None:
     """S14: real-time signals have no name in Python; the supervisor reports their number."""
-    line = text_of(End(0, "n17", "exit", -number, Phase.STEP, 42, 99))
+    line = text_of(ExitReport(0, "n17", "exit", -number, Phase.STEP, 42, 99))
     assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
 
 
@@ -70,28 +70,31 @@ def test_lost_rank_is_reported_at_the_step_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
-    from sdit.supervise import leader as leading
-    from sdit.supervise.board import Board, Note, Waiting
+    from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
+    from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
     from sdit.supervise.unfinished import Unfinished
 
-    monkeypatch.setattr(leading, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr("sdit.supervise.coordinator.LOST_SECONDS", 0.0)
     (tmp_path / "logs").mkdir()
-    token, waiting = "a" * 32, Waiting(tmp_path)
-    board, notes = Board(tmp_path, token), [Note(rank, f"{rank:032x}", f"n{rank}", 1, "digest") for rank in range(3)]
-    board.open()
-    waiting.open()
-    for note in notes[1:]:
-        waiting.post(note)
-    leader = leading.Leader(
-        board, waiting, notes[0], SuperviseConfig(), tmp_path, 3, leading.Meeting("127.0.0.1", None), lambda ranks: ranks,
+    token, registry = "a" * 32, MemberRegistry(tmp_path)
+    store, members = (
+        RendezvousStore(tmp_path, token),
+        [Member(rank, f"{rank:032x}", f"n{rank}", 1, "digest") for rank in range(3)],
+    )
+    store.open()
+    registry.open()
+    for member in members[1:]:
+        registry.post(member)
+    coordinator = Coordinator(
+        store, registry, members[0], SuperviseConfig(), tmp_path, 3, RendezvousEndpoint("127.0.0.1", None), lambda ranks: ranks,
         Unfinished(tmp_path, token, 100),
     )  # fmt: skip
-    eventually(lambda: leader.poll() or (board.plan() is not None and board.plan().attempt == 1))  # type: ignore[union-attr]
-    board.post_end(1, End(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
-    board.post_end(1, End(1, "n1", "peer", -9, Phase.STEP, 42, 99))
-    leader.poll()
+    eventually(lambda: coordinator.poll() or (store.attempt_spec() is not None and store.attempt_spec().attempt == 1))  # type: ignore[union-attr]
+    store.report_exit(1, ExitReport(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
+    store.report_exit(1, ExitReport(1, "n1", "peer", -9, Phase.STEP, 42, 99))
+    coordinator.poll()
     time.sleep(0.01)
-    leader.poll()
+    coordinator.poll()
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("FATAL rank 2, host n2, step 42, phase step: its supervisor does not answer")
     (record,) = (json.loads(line) for line in (tmp_path / "logs" / "attempts.jsonl").read_text().splitlines())

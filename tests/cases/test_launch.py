@@ -168,27 +168,27 @@ def test_ranks_of_a_refused_launch_leave_without_its_launcher(tmp_path: Path) ->
 def test_members_are_of_one_launch() -> None:
     """S1: The lock's holder admits a rank of its own launcher, and none of another one, whatever the variables say."""
     from sdit.supervise.admission import admit
-    from sdit.supervise.board import Note
-    from sdit.supervise.launch import LaunchMark
+    from sdit.supervise.launch import LaunchIdentity
+    from sdit.supervise.rendezvous import Member
 
-    def note(
+    def member(
         rank: int, nonce: str, variables: str = "v", node: str = "n0", launcher: str = "7 100", parent: str = ""
-    ) -> Note:
-        return Note(rank, nonce, "host", 1, "digest", launch=LaunchMark(variables, node, launcher, parent))
+    ) -> Member:
+        return Member(rank, nonce, "host", 1, "digest", launch=LaunchIdentity(variables, node, launcher, parent))
 
-    zero = note(0, "a")
-    mine, other = note(1, "b"), note(1, "c", launcher="8 200")
+    zero = member(0, "a")
+    mine, other = member(1, "b"), member(1, "c", launcher="8 200")
     assert admit({0: zero}, [other, mine], 2) == {0: zero, 1: mine}
-    assert admit({0: zero}, [note(1, "d", variables="w", node="n1")], 2) == {0: zero}
-    assert admit({0: zero, 1: mine}, [mine, note(1, "e")], 2) == {0: zero, 1: mine}  # the rank is taken
-    assert admit({0: zero, 1: mine}, [note(1, "e")], 2)[1].nonce == "e"  # its first supervisor was lost
-    there = [note(2, "f", node="n1", launcher="9 1"), note(3, "g", node="n1", launcher="9 2")]
+    assert admit({0: zero}, [member(1, "d", variables="w", node="n1")], 2) == {0: zero}
+    assert admit({0: zero, 1: mine}, [mine, member(1, "e")], 2) == {0: zero, 1: mine}  # the rank is taken
+    assert admit({0: zero, 1: mine}, [member(1, "e")], 2)[1].nonce == "e"  # its first supervisor was lost
+    there = [member(2, "f", node="n1", launcher="9 1"), member(3, "g", node="n1", launcher="9 2")]
     assert set(admit({0: zero}, there, 4)) == {0, 2}  # ranks of another node agree among themselves
-    start = {0: note(0, "a", launcher="", parent="5 1")}
-    ranks = [note(1, "j", launcher="", parent="6 1"), note(2, "k", launcher="", parent="5 1")]
+    start = {0: member(0, "a", launcher="", parent="5 1")}
+    ranks = [member(1, "j", launcher="", parent="6 1"), member(2, "k", launcher="", parent="5 1")]
     assert set(admit(start, ranks, 3)) == {0, 2}  # an unknown launcher's ranks mostly have one parent
-    assert set(admit(start, ranks, 3, patient={"j", "k"})) == {0, 1, 2}  # if not, they are admitted a little later
-    assert set(admit({0: zero}, [note(5, "h"), note(0, "i")], 4)) == {0}
+    assert set(admit(start, ranks, 3, settled={"j", "k"})) == {0, 1, 2}  # if not, they are admitted a little later
+    assert set(admit({0: zero}, [member(5, "h"), member(0, "i")], 4)) == {0}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -16,14 +16,14 @@ from pathlib import Path
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode, SditError
 from sdit.launch_environment import find_rank
-from sdit.supervise.child import Supervised
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.worker import WorkerContext
 
 CHECKPOINT_STEPS = 4
 
 
-def train(run_dir: Path, steps: int, options: dict, rank: Supervised) -> int:
+def train(run_dir: Path, steps: int, options: dict, rank: WorkerContext) -> int:
     """Barrier by barrier to the end; rank 0 writes empty checkpoints."""
     me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     checkpoints = run_dir / "checkpoints"
@@ -32,11 +32,11 @@ def train(run_dir: Path, steps: int, options: dict, rank: Supervised) -> int:
     barrier = run_dir / "barriers" / f"{rank.attempt}-{os.environ['MASTER_PORT']}"
     barrier.mkdir(parents=True, exist_ok=True)
     for step in range(done, steps):
-        rank.pulse.mark(Phase.STEP if step > done else Phase.FIRST_STEP, step)
+        rank.heartbeat.enter(Phase.STEP if step > done else Phase.FIRST_STEP, step)
         strike(options.get("faults", []), me, step, rank)
         time.sleep(options.get("step_seconds", 0.01))
-        rank.pulse.tap()
-        stop = meet(barrier, step, me, world, rank.pulse.stop_requested)
+        rank.heartbeat.progress()
+        stop = meet(barrier, step, me, world, rank.heartbeat.stop_requested)
         if me == 0 and ((step + 1) % CHECKPOINT_STEPS == 0 or stop):
             (checkpoints / f"images-{step + 1:012d}").mkdir()
         if stop:
@@ -55,7 +55,7 @@ def meet(barrier: Path, step: int, me: int, world: int, stop: bool) -> bool:
     return any(paper.read_text() == "stop" for paper in papers)
 
 
-def strike(faults: list[str], me: int, step: int, rank: Supervised) -> None:
+def strike(faults: list[str], me: int, step: int, rank: WorkerContext) -> None:
     for fault in faults:
         kind, _, where = fault.partition("@")
         if where.rstrip("!") != f"{me}:{step}" or (rank.attempt > 1 and not where.endswith("!")):
@@ -72,14 +72,14 @@ def strike(faults: list[str], me: int, step: int, rank: Supervised) -> None:
         elif kind == "hang":
             time.sleep(600)
         elif kind == "exception":
-            rank.pulse.fail("RuntimeError: injected", secondary=False)
+            rank.heartbeat.fail("RuntimeError: injected", secondary=False)
             os._exit(ExitCode.CRASH)
         else:
             os._exit(int(kind))
 
 
 def main() -> int:
-    rank = Supervised.from_environment(os.environ)
+    rank = WorkerContext.from_environment(os.environ)
     run_dir, steps, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     if rank.is_supervised:
         return train(run_dir, steps, options, rank)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sdit.errors import ExitCode
-from sdit.supervise.leader import LOST_SECONDS, free_port
+from sdit.supervise.coordinator import LOST_SECONDS, free_port
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import FAKE, eventually, is_gone, newest_step, start_fake
 

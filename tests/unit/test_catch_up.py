@@ -14,7 +14,7 @@ import torch
 from sdit.config import Config
 from sdit.model import build_model
 from sdit.resolved import resolve_run
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.catch_up import catch_up
 from sdit.train.clock import Clock, StepSpan
 from sdit.train.context import TrainContext
@@ -75,7 +75,7 @@ def context_at(clock: Clock, keeper: Keeper) -> tuple[TrainContext, GridSampler]
     parts: dict[str, Any] = {
         "run": resolve_run(config, {}, "none", 1, 1), "comm": OneRank(), "engine": engine, "model": build_model(config.model),
         "objective": None, "experts": None, "loader": None, "state": state, "observers": Observers([keeper]),
-        "pulse": Pulse(), "signals": SimpleNamespace(requested=False), "timer": StepTimer(torch.device("cpu")),
+        "heartbeat": Heartbeat(), "signals": SimpleNamespace(requested=False), "timer": StepTimer(torch.device("cpu")),
     }  # fmt: skip
     context = TrainContext(**parts)
     return context, GridSampler(context, config.sample, np.zeros(1, np.int64), None)

@@ -25,7 +25,7 @@ from experiments.variants import FULL, QUICK, VARIANTS
 from sdit.config import Config
 from sdit.errors import DataError, ExitCode
 from sdit.plan.flops import flops_per_image as planned_flops
-from sdit.supervise.pulse import Pulse
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
@@ -192,12 +192,12 @@ def test_a_burst_of_other_load_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_turn_ends_at_its_images_and_not_before() -> None:
-    pulse = Pulse()
-    turn = Turn(pulse, until=64)
+    heartbeat = Heartbeat()
+    turn = Turn(heartbeat, until=64)
     turn.on_step(Clock(32, 1), record(1))
-    assert not pulse.stop_requested
+    assert not heartbeat.stop_requested
     turn.on_step(Clock(64, 2), record(2))
-    assert pulse.stop_requested
+    assert heartbeat.stop_requested
 
 
 def test_models_of_a_seed_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

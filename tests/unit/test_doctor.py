@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdit.distributed.fabric import rounds_of_pairs
+from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, verdict
+from sdit.doctor.rendezvous import peers_of, read_clock
 from sdit.errors import ExitCode
-from sdit.observe.doctor import GIB, Check, Limits, as_table, check_facts, check_reach, roll_call, verdict
-from sdit.observe.meeting import peers_of, read_clock
 
 LIMITS = Limits(disk_bytes=GIB, shm_bytes=GIB / 16, clock_skew_seconds=1.0)
 
@@ -50,7 +50,7 @@ def test_large_launches_measure_few_pairs_and_leave_nobody_out(world: int) -> No
 
 def test_all_is_well() -> None:
     facts = {rank: facts_of(rank) for rank in range(4)}
-    checks = [roll_call(facts, 4, 60), *check_facts(facts, LIMITS)]
+    checks = [check_attendance(facts, 4, 60), *check_facts(facts, LIMITS)]
     assert verdict(checks) == ExitCode.DONE
     assert "4 of 4 on 2 hosts: n0 (2), n1 (2)" in as_table(checks, facts, None)
 
@@ -75,7 +75,7 @@ def test_one_ill_rank_is_named(change: dict[str, Any], code: ExitCode, words: st
 
 
 def test_missing_ranks_are_named_in_short() -> None:
-    check = roll_call({rank: facts_of(rank) for rank in (0, 2)}, 20, 60)
+    check = check_attendance({rank: facts_of(rank) for rank in (0, 2)}, 20, 60)
     assert "18 of 20 ranks did not come" in check.problem and "and 10 more" in check.problem
     assert check.exit_code == ExitCode.CRASH
 

@@ -19,8 +19,8 @@ import pytest
 from sdit.config import ObserveConfig
 from sdit.metrics.exporter import REVIVE_SECONDS, Exporter
 from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
-from sdit.supervise.board import Note, Plan
 from sdit.supervise.metrics_publisher import MetricsPublisher
+from sdit.supervise.rendezvous import AttemptSpec, Member
 from tests.cluster.runs import free_ports
 
 WAIT_SECONDS = 60.0
@@ -195,10 +195,10 @@ def test_first_rank_of_the_machine_serves_all_of_it_and_files_of_no_attempt_are_
     config = ObserveConfig(metrics_port=port)
     nonces = {rank: f"test-{os.getpid()}-{time.monotonic_ns()}-{rank}" for rank in (1, 2, 3)}
     publishers = {
-        rank: MetricsPublisher(config, tmp_path, Note(rank, nonce, "h", 1, "d")) for rank, nonce in nonces.items()
+        rank: MetricsPublisher(config, tmp_path, Member(rank, nonce, "h", 1, "d")) for rank, nonce in nonces.items()
     }
     members = {"0": "elsewhere", **{str(rank): nonces[rank] for rank in (1, 2)}}
-    plan = Plan(1, members, order=(0, 1, 2))
+    plan = AttemptSpec(1, members, order=(0, 1, 2))
     try:
         for rank in (2, 1):  # rank 3 is of another launch
             publishers[rank].publish(plan, 1, None, 60.0, 0)
@@ -217,7 +217,7 @@ def test_supervisor_without_shared_memory_supervises_all_the_same(
 ) -> None:
     monkeypatch.setattr("sdit.metrics.shared_file.shared_folder", lambda: tmp_path / "missing")
     with caplog.at_level(logging.WARNING):
-        publisher = MetricsPublisher(ObserveConfig(), tmp_path, Note(0, "n", "h", 1, "d"))
-    publisher.publish(Plan(1, {"0": "n"}, order=(0,)), 1, None, 60.0, 0)
+        publisher = MetricsPublisher(ObserveConfig(), tmp_path, Member(0, "n", "h", 1, "d"))
+    publisher.publish(AttemptSpec(1, {"0": "n"}, order=(0,)), 1, None, 60.0, 0)
     publisher.close()
     assert publisher.path == "" and len(caplog.records) == 1

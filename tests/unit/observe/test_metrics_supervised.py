@@ -20,9 +20,9 @@ from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.launch_environment import find_rank
 from sdit.metrics.shared_file import PREFIX, SharedMetricsWriter, shared_folder
-from sdit.supervise.child import Supervised
-from sdit.supervise.pulse import Phase
+from sdit.supervise.heartbeat import Phase
 from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.worker import WorkerContext
 
 if TYPE_CHECKING:
     from tests.faults.ranks import Ranks
@@ -31,11 +31,11 @@ SERIES = [("sdit_steps_total", ()), ("sdit_images_total", ()), ("sdit_step_secon
 STEP_SECONDS = 0.02
 
 
-def train(steps: int, fault: str, rank: Supervised) -> int:
+def train(steps: int, fault: str, rank: WorkerContext) -> int:
     """Count steps on the page; at step 20 of the first attempt rank 1 is killed, or holds Python's lock for 5 s."""
-    writer = SharedMetricsWriter(rank.page, SERIES[: 3 if os.environ["RANK"] == "0" else 0])
+    writer = SharedMetricsWriter(rank.metrics_path, SERIES[: 3 if os.environ["RANK"] == "0" else 0])
     for step in range(steps):
-        rank.pulse.mark(Phase.STEP, step)
+        rank.heartbeat.enter(Phase.STEP, step)
         time.sleep(STEP_SECONDS)
         if os.environ["RANK"] == "0":
             writer.add("sdit_steps_total", 1)
@@ -45,14 +45,14 @@ def train(steps: int, fault: str, rank: Supervised) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         elif step == 20 and rank.attempt == 1 and fault == "gil":
             ctypes.PyDLL(None).sleep(5)
-        if rank.pulse.stop_requested:
+        if rank.heartbeat.stop_requested:
             return ExitCode.REQUEUE
     return ExitCode.DONE
 
 
 def main() -> int:
     run_dir, port, steps, fault = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    rank = Supervised.from_environment(os.environ)
+    rank = WorkerContext.from_environment(os.environ)
     if rank.is_supervised:
         return train(steps, fault, rank)
     observe = ObserveConfig(metrics_port=port)

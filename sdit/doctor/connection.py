@@ -15,11 +15,11 @@ HELLO = "sdit doctor 1"
 ATTEMPT_SECONDS = 5.0  # longest wait for one connection or one greeting
 
 
-class MeetingError(SditError):
+class RendezvousError(SditError):
     """The ranks could not meet; the message says what was found where, and what to do."""
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """Where rank 0 listens: MASTER_ADDR and MASTER_PORT."""
 
     host: str
@@ -40,7 +40,7 @@ def explain(error: OSError) -> str:
     return f"cannot be reached ({error.strerror or error})"
 
 
-class Wire:
+class Connection:
     """A connection that speaks JSON lines."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -49,7 +49,7 @@ class Wire:
         self.family = connection.family
         self.peer = str(connection.getpeername()[0])
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,26 +57,26 @@ class Wire:
             with contextlib.suppress(OSError):  # the other side may be gone
                 end.close()
 
-    def say(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         try:
             self._file.write(json.dumps(message).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise MeetingError(f"the connection to {self.peer} broke ({error})") from None
+            raise RendezvousError(f"the connection to {self.peer} broke ({error})") from None
 
-    def hear(self, timeout_seconds: float) -> dict[str, Any]:
-        """The next message. Raises: MeetingError for silence, a closed connection, or another protocol."""
+    def receive(self, timeout_seconds: float) -> dict[str, Any]:
+        """The next message. Raises: RendezvousError for silence, a closed connection, or another protocol."""
         self._connection.settimeout(timeout_seconds)
         try:
             line = self._file.readline(1 << 26)
         except OSError as error:
-            raise MeetingError(f"{self.peer} was silent for {timeout_seconds:g} s ({error})") from None
+            raise RendezvousError(f"{self.peer} was silent for {timeout_seconds:g} s ({error})") from None
         try:
             message = json.loads(line)
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise MeetingError(
+            raise RendezvousError(
                 f"{self.peer} closed the connection" if not line else f"{self.peer} speaks another protocol"
             )
         return message
@@ -113,7 +113,7 @@ def accepted(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 def close_listener(listener: socket.socket) -> None:
-    """Close it for good: a thread that waits in `accept` would hold the port until the next guest."""
+    """Close it for good: a thread that waits in `accept` would hold the port until the next client."""
     with contextlib.suppress(OSError):  # not every system lets a listener be shut down
         listener.shutdown(socket.SHUT_RDWR)
     listener.close()

@@ -1,4 +1,4 @@
-"""What the doctor checks about a launch before it trains: facts of every rank, checks on them, and a table of both."""
+"""The checks of the doctor: facts of every rank, checks on them, and a table of both."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Check:
 
 
 def local_facts(info: RankInfo, run_dir: Path) -> dict[str, Any]:
-    """What a rank knows of itself without torch: JSON types."""
+    """Return what a rank knows about itself without torch, as JSON types."""
     folder = _nearest(run_dir)
     return {
         "host": socket.gethostname(),
@@ -106,8 +106,8 @@ def _resolves_to_loopback() -> bool:
         return False
 
 
-def roll_call(came: Mapping[int, Mapping[str, Any]], world: int, timeout_seconds: float) -> Check:
-    """Which of the expected ranks came."""
+def check_attendance(came: Mapping[int, Mapping[str, Any]], world: int, timeout_seconds: float) -> Check:
+    """Check that all expected ranks are present."""
     missing = [rank for rank in range(world) if rank not in came]
     hosts = Counter(facts["host"] for facts in came.values())
     found = f"{len(came)} of {world} on {len(hosts)} hosts: " + ", ".join(
@@ -124,7 +124,7 @@ def roll_call(came: Mapping[int, Mapping[str, Any]], world: int, timeout_seconds
 
 
 def check_facts(facts: Mapping[int, Mapping[str, Any]], limits: Limits) -> list[Check]:
-    """Everything that rank 0 can tell from the facts of the ranks that came."""
+    """Return all checks on the facts of the present ranks."""
     return [
         _check_versions(facts),
         _check_disk(facts, limits.disk_bytes),
@@ -196,7 +196,7 @@ def _check_clocks(facts: Mapping[int, Mapping[str, Any]], most_seconds: float) -
 def check_reach(
     facts: Mapping[int, Mapping[str, Any]], tried: Mapping[int, Sequence[Sequence[Any]]], world: int
 ) -> Check:
-    """Who can connect to whom, on ports that the system picks, as gloo and NCCL do."""
+    """Check that ranks can connect to one another on ports that the system picks, as gloo and NCCL do."""
     attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, _, problem in rows]
     failed = [(rank, peer, problem) for rank, peer, problem in attempts if problem]
     silent = [rank for rank in range(world) if rank not in tried]
@@ -252,7 +252,7 @@ def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
 
 
 def verdict(checks: Sequence[Check]) -> ExitCode:
-    """The exit code of them all: what no retry can mend comes first."""
+    """Return the exit code of all checks. A problem that no retry fixes comes first."""
     codes = {check.exit_code for check in checks if check.problem}
     return next((code for code in (ExitCode.CONFIG, ExitCode.CRASH) if code in codes), ExitCode.DONE)
 

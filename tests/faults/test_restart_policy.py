@@ -14,42 +14,49 @@ import torch
 from sdit.errors import ExitCode
 from sdit.launch_environment import find_rank
 from sdit.supervise.fault import Fault
-from sdit.supervise.pulse import Phase, Pulse
-from sdit.supervise.verdict import End, Judge, culprit
+from sdit.supervise.heartbeat import Heartbeat, Phase
+from sdit.supervise.restart_policy import ExitReport, RestartPolicy, root_cause
 from sdit.train.clock import Clock
 from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals
 from sdit.train.timing import StepTimer, rank_report
 
 
-def end(rank: int, cause: str = "exit", code: int = 0, **more: object) -> End:
-    return End(rank, "host", cause, code, **more)  # type: ignore[arg-type]
+def end(rank: int, cause: str = "exit", code: int = 0, **more: object) -> ExitReport:
+    return ExitReport(rank, "host", cause, code, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("ends", "rank"),
     [
         ([end(0, code=70, secondary=True), end(1, code=-9), end(2, "peer", -9)], 1),
-        ([end(0, "stall", -9, marks=7), end(1, "stall", -9, marks=7, frozen=True), end(2, "peer", -9, marks=7)], 1),
-        ([end(0, code=70, secondary=True, marks=9), end(1, "peer", -9, marks=9, frozen=True)], 1),
-        ([end(0, "stall", -9, marks=9), end(1, "stall", -9, marks=8), end(2, "stall", -9, marks=9)], 1),
-        ([end(0, "peer", -9, marks=9), end(1, "lost", 70), end(2, code=70, secondary=True)], 1),
+        (
+            [
+                end(0, "stall", -9, progress=7),
+                end(1, "stall", -9, progress=7, frozen=True),
+                end(2, "peer", -9, progress=7),
+            ],
+            1,
+        ),
+        ([end(0, code=70, secondary=True, progress=9), end(1, "peer", -9, progress=9, frozen=True)], 1),
+        ([end(0, "stall", -9, progress=9), end(1, "stall", -9, progress=8), end(2, "stall", -9, progress=9)], 1),
+        ([end(0, "peer", -9, progress=9), end(1, "lost", 70), end(2, code=70, secondary=True)], 1),
         ([end(0), end(1, code=70), end(2)], 1),
     ],
 )
-def test_fault_lies_with_the_rank_that_the_others_waited_for(ends: list[End], rank: int) -> None:
-    assert culprit(ends).rank == rank
-    assert culprit(ends[::-1]).rank == rank
+def test_fault_lies_with_the_rank_that_the_others_waited_for(ends: list[ExitReport], rank: int) -> None:
+    assert root_cause(ends).rank == rank
+    assert root_cause(ends[::-1]).rank == rank
 
 
 def test_a_crash_is_no_deterministic_error_when_its_text_differs() -> None:
-    judge = Judge(restarts=1, stop_code=75)
+    judge = RestartPolicy(restarts=1, stop_code=75)
     judge.begin("")
     assert judge.decide({0: end(0, code=70, text="a", step=3)}, "", False).restart
     assert judge.decide({0: end(0, code=70, text="b", step=3)}, "", False).code == ExitCode.CRASH
 
 
 def test_a_user_s_mistake_is_told_in_the_rank_s_own_words() -> None:
-    verdict = Judge(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
+    verdict = RestartPolicy(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
     assert (verdict.restart, verdict.code, verdict.text) == (False, 78, "train.steps: is not set")
 
 
@@ -65,23 +72,23 @@ def test_rank_is_read_from_whatever_launched_it() -> None:
     assert read == [(0, 1, 0, 1), (3, 8, 1, 2), (2, 4, 0, 1), (1, 2, 1, 2), (0, 1, 0, 1)]
 
 
-def test_pulse_is_seen_through_another_mapping_of_its_memory() -> None:
-    parent = Pulse.create()
-    child = Pulse(os.dup(parent.descriptor))
-    child.mark(Phase.CHECKPOINT, 1 << 40)
-    child.tap()
+def test_heartbeat_is_seen_through_another_mapping_of_its_memory() -> None:
+    parent = Heartbeat.create()
+    child = Heartbeat(os.dup(parent.descriptor))
+    child.enter(Phase.CHECKPOINT, 1 << 40)
+    child.progress()
     child.fail("ä" * 10_000, secondary=True)
-    beat, failure = parent.beat(), parent.failure()
-    assert (beat.phase, beat.step, beat.marks) == (Phase.CHECKPOINT, 1 << 40, 2)
+    state, failure = parent.read(), parent.failure()
+    assert (state.phase, state.step, state.progress) == (Phase.CHECKPOINT, 1 << 40, 2)
     assert failure is not None and failure.secondary and failure.text.startswith("äää")
     assert not child.stop_requested
     parent.request_stop()
-    assert child.stop_requested and parent.beat() == beat
+    assert child.stop_requested and parent.read() == state
 
 
-def test_a_stop_is_heard_by_signal_and_by_pulse() -> None:
+def test_a_stop_is_heard_by_signal_and_by_heartbeat() -> None:
     for ask in (lambda pulse: pulse.request_stop(), lambda _: signal.raise_signal(signal.SIGUSR1)):
-        pulse = Pulse()
+        pulse = Heartbeat()
         signals = StopSignals(pulse)
         try:
             assert not signals.requested

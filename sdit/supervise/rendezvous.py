@@ -1,0 +1,220 @@
+"""The rendezvous store: small files in RUN/supervise by which the supervisors of one launch agree.
+
+    waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config
+    waiting/00001-NONCE.refused  rank 0 of its launch was refused: exit
+    TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port, exit code
+    TOKEN/end-0002-00001.json    the exit report of rank 1 in attempt 2
+
+The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
+token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. Every supervisor
+polls one file. Only rank 0's supervisor, and ranks that no attempt spec lists, list folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sdit.json_files import read_json, write_json
+from sdit.supervise.launch import LaunchIdentity
+from sdit.supervise.process import is_running, machine
+from sdit.supervise.restart_policy import ExitReport
+
+WAITING = "waiting"
+TOKEN = re.compile(r"[0-9a-f]{32}")
+NOWHERE = LaunchIdentity("", "", "", "")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A supervisor that is present. `beats` increases while it waits until an attempt spec lists it."""
+
+    rank: int
+    nonce: str
+    host: str
+    pid: int
+    digest: str
+    started: str | None = None
+    machine: str = ""
+    launch: LaunchIdentity = NOWHERE
+    beats: int = 0
+
+    @classmethod
+    def parse(cls, body: dict[str, Any] | None) -> Member | None:
+        """Return the member in a file; None if it is of another version or damaged."""
+        try:
+            member = cls(**{**(body or {}), "launch": LaunchIdentity(**(body or {})["launch"])})
+        except (KeyError, TypeError):
+            return None
+        sound = isinstance(member.rank, int) and isinstance(member.pid, int) and TOKEN.fullmatch(str(member.nonce))
+        return member if sound else None
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether its process has ended. Other machines cannot know, so False there."""
+        return self.machine == machine() and not is_running(self.pid, self.started)
+
+
+@dataclass(frozen=True)
+class AttemptSpec:
+    """What rank 0's supervisor asks of all: run attempt `attempt`, end it (`ending`), or exit with `code`.
+
+    `order` lists the launch ranks that take part, in the order of their ranks in this attempt; `beats` grows while the
+    supervisor lives. Attempt 0 names the ranks that have come so far.
+    """
+
+    attempt: int
+    members: dict[str, str] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+    hosts: tuple[str, ...] = ()
+    address: str = ""
+    port: int = 0
+    resume: str | None = None
+    ending: bool = False
+    code: int | None = None
+    beats: int = 0
+
+    def names(self, rank: int, nonce: str) -> bool:
+        return self.members.get(str(rank)) == nonce
+
+
+class MemberRegistry:
+    """The folder RUN/supervise/waiting, in which ranks announce themselves."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "supervise" / WAITING
+
+    def open(self) -> None:
+        """Create the folder, in a run directory that may be new. Raises: OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def wipe(self) -> None:
+        """Remove all entries; waiting ranks announce themselves again. Only the lock's holder may call it. Raises: OSError."""
+        self.open()
+        for path in self._folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def post(self, member: Member) -> None:
+        """Announce a rank. No effect if the folder is wiped at the same time or the run is deleted. Raises: OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            _make(self._folder)
+            write_json(self._path(member, "json"), asdict(member))
+
+    def holds(self, member: Member) -> bool:
+        """Return whether the rank is announced."""
+        return self._path(member, "json").exists()
+
+    def members(self) -> list[Member]:
+        """Return the announced ranks of all launches."""
+        found = (Member.parse(read_json(path)) for path in sorted(self._folder.glob("*.json")))
+        return [member for member in found if member is not None and not member.is_dead]
+
+    def refuse(self, member: Member, code: int) -> None:
+        """Ask a rank of the same launch to exit. No effect if the folder is being wiped or is deleted. Raises: OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            write_json(self._path(member, "refused"), {"code": code})
+
+    def refusal(self, member: Member) -> int | None:
+        """Return the exit code that rank 0 of the same launch left for a rank; None if there is none."""
+        code = (read_json(self._path(member, "refused")) or {}).get("code")
+        return code if isinstance(code, int) else None
+
+    def withdraw(self, member: Member) -> None:
+        """Remove the files of a rank."""
+        for ending in ("json", "refused"):
+            with contextlib.suppress(OSError):
+                self._path(member, ending).unlink()
+
+    def _path(self, member: Member, ending: str) -> Path:
+        return self._folder / f"{member.rank:05d}-{member.nonce}.{ending}"
+
+
+class RendezvousStore:
+    """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
+
+    def __init__(self, run_dir: Path, token: str) -> None:
+        assert TOKEN.fullmatch(token), token
+        self._folder = run_dir / "supervise" / token
+        self._spec = self._folder / "plan.json"
+
+    @classmethod
+    def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:
+        """Return the store of a lock's token; None if `token` is not one."""
+        return cls(run_dir, token) if TOKEN.fullmatch(token) else None
+
+    @classmethod
+    def all_of(cls, run_dir: Path) -> list[RendezvousStore]:
+        """Return the existing stores: that of the lock's holder, or of the last launch."""
+        try:
+            names = sorted(path.name for path in (run_dir / "supervise").iterdir())
+        except FileNotFoundError:
+            return []
+        return [cls(run_dir, name) for name in names if TOKEN.fullmatch(name)]
+
+    def open(self) -> None:
+        """Create the folder and remove those of earlier launches. Only the lock's holder may do so. Raises: OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for other in self._folder.parent.iterdir():
+            if other not in (self._folder, self._folder.with_name(WAITING)):
+                shutil.rmtree(other, ignore_errors=True)
+
+    def publish(self, spec: AttemptSpec) -> AttemptSpec:
+        _make(self._folder)  # a user may have deleted it during the launch
+        write_json(self._spec, asdict(spec))
+        return spec
+
+    @property
+    def has_attempt_spec(self) -> bool:
+        """Return whether the attempt spec is there: a user may have deleted the folder."""
+        return self._spec.exists()
+
+    def beat(self) -> None:
+        """Show that rank 0's supervisor is alive if a full disk prevents writing the attempt spec. Raises: OSError."""
+        os.utime(self._spec)
+
+    def problem(self, member: Member) -> str:
+        """Return why nothing can be written here, such as `Read-only file system`; empty if it can, or the folder is gone."""
+        try:
+            write_json(self._folder / f".writable-{member.rank:05d}.json", asdict(member))
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return str(error.strerror)
+        return ""
+
+    def attempt_spec(self) -> AttemptSpec | None:
+        """Return the attempt spec; None if there is none. `beats` is the file's time, which `beat` also changes."""
+        body = read_json(self._spec)
+        if body is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            body["beats"] = self._spec.stat().st_mtime_ns
+        return replace(AttemptSpec(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
+
+    def report_exit(self, attempt: int, report: ExitReport) -> None:
+        """Write the exit report of a rank unless it is there. The caller repeats this at each poll.
+
+        If the folder is missing, nothing is written: rank 0 creates it again, or a new holder of the lock has removed the launch.
+        Raises: OSError.
+        """
+        path = self._folder / f"end-{attempt:04d}-{report.rank:05d}.json"
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                write_json(path, asdict(report))
+
+    def exit_reports(self, attempt: int) -> dict[int, ExitReport]:
+        """Return the exit reports of an attempt by rank."""
+        found = (read_json(path) for path in self._folder.glob(f"end-{attempt:04d}-*.json"))
+        return {body["rank"]: ExitReport(**body) for body in found if body is not None}
+
+
+def _make(folder: Path) -> None:
+    """Create RUN/supervise and a folder in it, but never RUN itself. Raises: OSError."""
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)

@@ -1,0 +1,163 @@
+"""The worker process: the training rank, in its own session. It cannot outlive its supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from sdit.supervise.heartbeat import Heartbeat, HeartbeatState
+
+VARIABLE = "SDIT_SUPERVISED"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HANGUP = signal.SIGHUP
+STACK_SIGNAL = signal.SIGQUIT  # NCCL and schedulers use USR1 and USR2
+DUMP_SECONDS = 3.0
+DUMP_QUIET_POLLS = 4  # 0.2 s: a busy machine may pause a process during its dump
+PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a run to save and stop. SIGHUP is one of them unless it is ignored, as under `nohup`."""
+    return STOP_SIGNALS if signal.getsignal(HANGUP) == signal.SIG_IGN else (*STOP_SIGNALS, HANGUP)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a supervisor passes to its worker.
+
+    `heartbeat` is a file descriptor, `parent` the supervisor's process id, `stacks` the file of stack dumps.
+    `metrics_path` is the shared metrics file; empty if metrics are off.
+    """
+
+    heartbeat: int
+    attempt: int
+    parent: int
+    stacks: str
+    resume: str | None = None
+    metrics_path: str = ""
+
+
+@dataclass
+class WorkerContext:
+    """The worker's view of supervision. An unsupervised process also has one, with a private heartbeat."""
+
+    heartbeat: Heartbeat
+    attempt: int = 1
+    resume: str | None = None
+    is_supervised: bool = False
+    metrics_path: Path | None = None  # None if metrics are off
+    _stacks: TextIO | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> WorkerContext:
+        """Connect to the supervisor, if there is one. Call it first in a rank.
+
+        From then on the process ends with its supervisor, dumps its stacks on request, and shows that it is alive.
+        """
+        if VARIABLE not in environment:
+            return cls(Heartbeat())
+        worker_spec = WorkerSpec(**json.loads(environment[VARIABLE]))
+        _die_with(worker_spec.parent)
+        # A launcher may signal the whole process tree while this rank starts. The supervisor also gets the signal.
+        for number in stop_signals():
+            signal.signal(number, _ignore_signal)
+        stacks = open(worker_spec.stacks, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler keeps its descriptor for good
+        faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+        heartbeat = Heartbeat(worker_spec.heartbeat)
+        heartbeat.keep_alive()
+        return cls(
+            heartbeat,
+            worker_spec.attempt,
+            worker_spec.resume,
+            True,
+            Path(worker_spec.metrics_path) if worker_spec.metrics_path else None,
+            stacks,
+        )
+
+
+def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing. Programs that this rank starts would inherit SIG_IGN, but not a handler."""
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel (Linux) end this process when its supervisor dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent died before the call above
+        os._exit(1)
+
+
+class WorkerProcess:
+    """A running worker process and the newest state of its heartbeat."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], worker_spec: WorkerSpec, heartbeat: Heartbeat
+    ) -> None:
+        self.heartbeat, self._stacks = heartbeat, Path(worker_spec.stacks)
+        self._process = subprocess.Popen(
+            command,
+            env={**environment, VARIABLE: json.dumps(asdict(worker_spec))},
+            pass_fds=(heartbeat.descriptor,),
+            start_new_session=True,
+        )
+        self.state: HeartbeatState = heartbeat.read()
+        self.idle_seconds = self.unresponsive_seconds = 0.0
+
+    def poll(self, seconds: float) -> int | None:
+        """Read the heartbeat, `seconds` after the last read. Return the exit code of a worker that has ended, else None.
+
+        Idle time is the time that this process saw pass, so a suspended machine or a clock change causes no timeout.
+        """
+        state = self.heartbeat.read()
+        self.idle_seconds = 0.0 if state.progress != self.state.progress else self.idle_seconds + seconds
+        self.unresponsive_seconds = 0.0 if state.alive != self.state.alive else self.unresponsive_seconds + seconds
+        self.state = state
+        return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def dump_stacks(self, title: str) -> None:
+        """Append the stacks of the worker's Python threads to its file. This does not need the interpreter lock."""
+        with contextlib.suppress(OSError), self._stacks.open("a", encoding="utf-8") as file:  # a full disk: no dump
+            file.write(f"\n{title}\n")
+            file.flush()
+            size = file.tell()
+            self._signal(STACK_SIGNAL)
+            self._signal(signal.SIGCONT)  # a stopped process handles signals when it continues
+            self._await_stacks(size)
+
+    def _await_stacks(self, size: int) -> None:
+        """Wait until the dump that begins at byte `size` is complete: it ends with a newline and stops growing."""
+        deadline, seen, quiet = time.monotonic() + DUMP_SECONDS, size, 0
+        while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self._signal(signal.SIGCONT)  # whatever stopped it may do so again during the dump
+            now = self._stacks.stat().st_size
+            whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
+            seen, quiet = now, quiet + 1 if whole else 0
+
+    def kill(self) -> int:
+        """Kill the worker and its process group; return its exit code."""
+        self._signal(signal.SIGKILL)
+        return self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, number)
+            except (ProcessLookupError, PermissionError):  # the instant before its session exists
+                self._process.send_signal(number)
