@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import commit_all, free_ports
+from tests.cluster.runs import free_ports
 from tests.distributed.harness import ROOT
 
 pytestmark = pytest.mark.cluster
@@ -21,19 +21,6 @@ pytestmark = pytest.mark.cluster
 SECONDS = 240.0
 KEPT = ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 Command = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree, built from a clean copy."""
-    folder = tmp_path_factory.mktemp("wheel")
-    (folder / "source").mkdir()
-    source = commit_all(folder / "source")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={folder}", str(source)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (found,) = folder.glob("*.whl")
-    return found
 
 
 @pytest.fixture(scope="module")
