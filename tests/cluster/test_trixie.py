@@ -1,6 +1,6 @@
 """A bare Debian 13 (Python 3.13, no compiler): `pip install` of the wheel, and a few steps of the demo on two ranks.
 
-Takes about three minutes and 6 GB of disk, of which up to 2.5 GB are downloaded. SDIT_TEST_TRIXIE names a folder that is kept,
+Takes three to eight minutes and 6 GB of disk, of which up to 2.5 GB are downloaded. SDIT_TEST_TRIXIE names a folder that is kept,
 so that the next run finds the packages.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from tests.cluster.docker_image import torch_version
 from tests.distributed.harness import ROOT
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SECONDS = 600.0
 PACKAGES = "python3,python3-venv,ca-certificates"
