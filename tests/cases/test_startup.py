@@ -67,3 +67,23 @@ def test_a_refused_config_imports_no_torch(tmp_path: Path) -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "78 []\n" and time.monotonic() - began < 20
+
+
+def test_the_parent_of_a_rank_imports_no_torch(tmp_path: Path) -> None:
+    """Start-up: while its rank trains, the supervisor has not loaded torch, numpy or DeepSpeed."""
+    command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(TINY), "train.steps=100000"]
+    supervisor = subprocess.Popen(
+        [*command, "--run-dir", str(tmp_path / "run")], stderr=subprocess.DEVNULL, cwd=tmp_path
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert supervisor.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (rank,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+        loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in (supervisor.pid, rank)]
+    finally:
+        supervisor.terminate()
+        status = supervisor.wait(120)
+    assert status == 75
+    assert [[name in maps for name in ("libtorch", "numpy")] for maps in loaded] == [[False, False], [True, True]]

@@ -64,7 +64,7 @@ def _import_debian(engine: Engine) -> None:
 
 def _fill_wheelhouse() -> None:
     """All wheels of the image, of the versions in constraints.txt; those of an earlier run are kept while nothing has changed."""
-    version, index = _torch_version(), "https://download.pytorch.org/whl/cpu"
+    version, index = torch_version(), "https://download.pytorch.org/whl/cpu"
     sources = (ROOT / "constraints.txt", ROOT / "pyproject.toml")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + version.encode()).hexdigest()
     stamp = WHEELS / "made-from"
@@ -86,6 +86,7 @@ def _fill_wheelhouse() -> None:
     stamp.write_text(digest)
 
 
-def _torch_version() -> str:
+def torch_version() -> str:
+    """Return the version of torch that the Makefile installs."""
     makefile = (ROOT / "Makefile").read_text().splitlines()
     return next(line.split()[-1] for line in makefile if line.startswith("TORCH_VERSION"))
