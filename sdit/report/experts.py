@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdit.observe.routing import Snapshot, evenly, path_overlap, task_affinity
-from sdit.observe.routing_figures import MAX_BLOCK_TICKS, PATH_COLOURS, heat
-from sdit.report.figures import Series, heat_map, line_chart, with_scale
+from sdit.observe.routing_figures import PATH_COLOURS, heat
+from sdit.report.figures import Series, heat_map, line_chart, together
 from sdit.report.images import file_uri, pixels_uri
 from sdit.report.parts import Card, Chart, Frames, Grid, Part, Section, colour_of, rows, side_by_side
 from sdit.report.record import RunRecord
-from sdit.report.values import curve, short
+from sdit.report.values import curve
 
 FRAMES = 6
 MAX_COLUMNS = 200  # moments of the load map
 MAX_ROWS = 250  # of a heat map: more could not be told apart at the size it is shown
 MAP_BYTES = 400_000
+TIMESTEP = "timestep (0: least noise)"
 CURVES = (
     ("expert_load_max_over_mean", "Fullest expert", "load / mean of its block"),
     ("rank_work_max_over_mean", "Fullest rank", "work / mean of the ranks"),
@@ -32,9 +33,9 @@ FRAME_NOTE = (
 def experts_section(runs: Sequence[RunRecord]) -> Section:
     """Return everything about gates; empty for models without them."""
     gated = [run for run in runs if run.routing or any(_is_table(record.get("expert_load")) for record in run.metrics)]
-    curves = [Card(title, [chart]) for key, title, label in CURVES if (chart := _curves(runs, gated, key, label))]
-    agreement = _agreement(runs)
-    curves += [Card("Agreement with the diffusion prior", [agreement])] if agreement is not None else []
+    charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if gated]
+    charts.append(("Agreement with the diffusion prior", _agreement(runs)))
+    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
     groups = [
         side_by_side(runs, title, draw, among=gated)
         for title, draw in (
@@ -51,21 +52,11 @@ def experts_section(runs: Sequence[RunRecord]) -> Section:
     return Section("experts", "Experts", "Experts and routes", grids)
 
 
-def _curves(runs: Sequence[RunRecord], gated: Sequence[RunRecord], key: str, label: str) -> Part | None:
-    """Return curves of the runs with gates, if any of them moves."""
-    series = [
-        Series(run.name, *curve(run.metrics, key), colour_of(number), plain=True)
-        for number, run in enumerate(runs)
-        if run in gated
-    ]
-    return line_chart(series, label) if any(len(set(one.ys)) > 1 for one in series) else None
-
-
 def _agreement(runs: Sequence[RunRecord]) -> Part | None:
     series = []
     for number, run in enumerate(runs):
         points = [(float(shot.images_seen), 100 * shot.agreement) for shot in run.routing if shot.agreement is not None]
-        series.append(Series(run.name, [x for x, _ in points], [y for _, y in points], colour_of(number), plain=True))
+        series.append(Series(run.name, [x for x, _ in points], [y for _, y in points], colour_of(number)))
     return line_chart(series, "% of the paths", top=100.0) if any(one.xs for one in series) else None
 
 
@@ -82,10 +73,9 @@ def _loads(run: RunRecord) -> Part | None:
     first, last = float(records[0]["images_seen"]), float(records[-1]["images_seen"])
     top = max(2.0, float(ratio.max()))
     rgb = heat(ratio.reshape(moments, -1).T[:: _stride(depth * count)], "cividis", top)
-    x_ticks = [(place, short(first + place * (last - first))) for place in (0.0, 0.5, 1.0) if last > first]
-    label = f"load of {depth * count} experts over images seen"
-    chart = heat_map(rgb, "images seen", f"block ({count} experts each)", x_ticks, _block_ticks(depth), label)
-    return with_scale(chart, "0", "cividis", f"{top:.2g} x mean")
+    images = (first, last) if last > first else None
+    scale = ("0", "cividis", f"{top:.2g} x mean")
+    return heat_map(rgb, "images seen", f"block ({count} experts each)", images, _centres(depth), scale)
 
 
 def _dropped(run: RunRecord) -> Part | None:
@@ -93,7 +83,7 @@ def _dropped(run: RunRecord) -> Part | None:
     if not any(any(record["dropped_by_block"]) for record in records):
         return None
     series = [
-        Series(f"block {block}", *curve(records, "dropped_by_block", block), f"c{number}", plain=True)
+        Series(f"block {block}", *curve(records, "dropped_by_block", block), f"c{number}")
         for number, block in enumerate(evenly(range(len(records[-1]["dropped_by_block"])), 8))
     ]
     return line_chart(series, "samples per step")
@@ -106,9 +96,8 @@ def _affinity(run: RunRecord) -> Part | None:
     depth, tasks, count = shot.probs.shape
     top = float(shot.probs.max())
     rgb = heat(_units(shot)[:: _stride(tasks)], "viridis", top)
-    blocks = f"block ({count} experts each)"
-    chart = heat_map(rgb, blocks, "timestep (0: least noise)", _block_ticks(depth), _task_ticks(tasks))
-    return with_scale(chart, "0", "viridis", f"{top:.2f} gate probability")
+    scale = ("0", "viridis", f"{top:.2f} gate probability")
+    return heat_map(rgb, f"block ({count} experts each)", TIMESTEP, _centres(depth), _centres(tasks), scale)
 
 
 def _paths(run: RunRecord) -> Part | None:
@@ -120,10 +109,8 @@ def _paths(run: RunRecord) -> Part | None:
     palette = np.array(
         [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in PATH_COLOURS.values()], np.uint8
     )
-    chart = heat_map(
-        palette[code], "experts, by their column in the prior", "timestep (0: least noise)",
-        y_ticks=_task_ticks(len(shot.paths)), label="which experts the tasks use, and which the prior wants them to use",
-    )  # fmt: skip
+    columns = "experts, by their column in the prior"
+    chart = heat_map(palette[code[:: _stride(len(code))]], columns, TIMESTEP, None, _centres(len(code)))
     return Chart(chart.svg, [("prior only", "p1"), ("path only", "p2"), ("path and prior", "p3")])
 
 
@@ -132,9 +119,9 @@ def _pairs(run: RunRecord, affinity: bool) -> Part | None:
         return None
     shot = run.routing[-1]
     values = task_affinity(shot.probs) if affinity else path_overlap(shot.paths)
-    step, marks = _stride(len(values)), _task_ticks(len(values))
-    chart = heat_map(heat(values[::step, ::step], "magma"), "timestep", "timestep", marks, marks)
-    return with_scale(chart, "0", "magma", "1: the same gates" if affinity else "1: the same path")
+    step, tasks = _stride(len(values)), _centres(len(values))
+    scale = ("0", "magma", "1: the same gates" if affinity else "1: the same path")
+    return heat_map(heat(values[::step, ::step], "magma"), "timestep", "timestep", tasks, tasks, scale)
 
 
 def _frames(run: RunRecord) -> Part | None:
@@ -167,13 +154,9 @@ def _stride(count: int, most: int = MAX_ROWS) -> int:
     return max(1, -(-count // most))
 
 
-def _block_ticks(depth: int) -> list[tuple[float, str]]:
-    return [((block + 0.5) / depth, f"{block}") for block in range(0, depth, -(-depth // MAX_BLOCK_TICKS))]
-
-
-def _task_ticks(tasks: int) -> list[tuple[float, str]]:
-    step = next(step for step in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, tasks) if tasks <= 6 * step)
-    return [((task + 0.5) / tasks, f"{task}") for task in range(0, tasks, step)]
+def _centres(count: int) -> tuple[float, float]:
+    """Return the range of an axis on which the centre of each of `count` equal cells is its index."""
+    return -0.5, count - 0.5
 
 
 def _is_table(value: object) -> bool:

@@ -24,8 +24,7 @@ WIDTH, HEIGHT, MAP_HEIGHT = 420, 250, 280  # of the view box; one unit is one po
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 42
 IMAGES = "images seen"
 MAX_POINTS = 240  # of a curve
-PLAIN_POINTS = 40  # longer curves are noisy: they get a smooth line on top of a faint one
-SMOOTH_SHARE = 1 / 60
+SMOOTH_POINTS = 40  # longer curves are noisy: they get a smooth line of means on top of a faint one
 # matplotlib draws in marker colours #fe00NN; in the page, marker NN becomes the style sheet's variable NN of this list.
 VARIABLES = ("text", "soft", "line", "grid", "bad", "warn", *(f"c{n}" for n in range(8)), *(f"s{n}" for n in range(5)))
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "sdit", "text.parse_math": False, "path.simplify": False}
@@ -34,13 +33,12 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Series:
-    """A curve; `colour` names a variable of the style sheet. A `plain` curve is not smoothed."""
+    """A curve; `colour` names a variable of the style sheet."""
 
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str
-    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,10 @@ def line_chart(
     top: float | None = None,
 ) -> Part:  # fmt: skip
     """Return curves over each other; a sentence if there is nothing to draw. Without `log_y` the axis starts at 0."""
-    shown = [one for one in (_positive(one) if log_y else one for one in series) if len(one.xs)]
+    shown = []
+    for one in series:
+        points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y > 0 or not log_y]
+        shown += [replace(one, xs=[x for x, _ in points], ys=[y for _, y in points])] if points else []
     if not shown:
         return Text("no values", "empty")
     first = 0.0 if x_label == IMAGES else min(min(one.xs) for one in shown)
@@ -83,30 +84,46 @@ def line_chart(
 
 
 def together(
-    runs: Sequence[RunRecord], key: str, y_label: str, log_y: bool = False, plain: bool = False
+    runs: Sequence[RunRecord], key: str, y_label: str, log_y: bool = False, constant: bool = True
 ) -> Part | None:
-    """Return one curve per run of a key of metrics.jsonl; None if no run has it."""
-    series = [Series(run.name, *curve(run.metrics, key), colour_of(number), plain) for number, run in enumerate(runs)]
-    return line_chart(series, y_label, log_y=log_y) if any(one.xs for one in series) else None
+    """Return one curve per run of a key of metrics.jsonl. None if no run has it, or if all are constant and may not be."""
+    series = [Series(run.name, *curve(run.metrics, key), colour_of(number)) for number, run in enumerate(runs)]
+    is_shown = any(one.ys if constant else len(set(one.ys)) > 1 for one in series)
+    return line_chart(series, y_label, log_y=log_y) if is_shown else None
+
+
+def lines_of(
+    run: RunRecord, keys: Sequence[tuple[str, str]], y_label: str, scale: float = 1.0, log_y: bool = False,
+    marks: Sequence[Mark] = (),
+) -> Part | None:  # fmt: skip
+    """Return one curve per (key of metrics.jsonl, label) that has values other than 0, times `scale`; None if none has."""
+    series = []
+    for number, (key, label) in enumerate(keys):
+        xs, ys = curve(run.metrics, key)
+        series += [Series(label, xs, [y * scale for y in ys], f"c{number}")] if any(ys) else []
+    return line_chart(series, y_label, log_y=log_y, marks=marks) if series else None
 
 
 def heat_map(
-    rgb: np.ndarray, x_label: str, y_label: str, x_ticks: Sequence[tuple[float, str]] = (),
-    y_ticks: Sequence[tuple[float, str]] = (), label: str = "",
+    rgb: np.ndarray, x_label: str, y_label: str, x_range: tuple[float, float] | None, y_range: tuple[float, float],
+    scale: tuple[str, str, str] | None = None,
 ) -> Chart:  # fmt: skip
-    """Return an image (rows, columns, 3) uint8 with axes; tick positions are shares of width and height from the upper left."""
+    """Return an image (rows, columns, 3) uint8 with axes. The ranges are from the first to the last column or row.
+
+    `scale`: the text for the lowest value, the colour map of matplotlib, the text for the highest value.
+    """
     with style.context(["default", STYLE]):
         figure, axes = _axes(MAP_HEIGHT, x_label, y_label)
-        axes.imshow(rgb, aspect="auto", interpolation="none", extent=(0, 1, 1, 0), clip_on=False)
-        axes.set_xticks([x for x, _ in x_ticks], [text for _, text in x_ticks])
-        axes.set_yticks([y for y, _ in y_ticks], [text for _, text in y_ticks])
-        return Chart(_inline(figure, label or f"{y_label} against {x_label}", {}))
-
-
-def with_scale(chart: Chart, low: str, colours: str, high: str) -> Chart:
-    """Return the chart with a scale of a colour map of matplotlib under it."""
-    stops = ",".join(to_hex(matplotlib.colormaps[colours](place)) for place in np.linspace(0, 1, 5))
-    return replace(chart, scale=(low, f"linear-gradient(90deg,{stops})", high))
+        extent = (*(x_range or (0, 1)), *reversed(y_range))
+        axes.imshow(rgb, aspect="auto", interpolation="none", extent=extent, clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if x_range else NullLocator())
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        svg = _inline(figure, f"{y_label} against {x_label}", {})
+    if scale is None:
+        return Chart(svg)
+    stops = ",".join(to_hex(matplotlib.colormaps[scale[1]](place)) for place in np.linspace(0, 1, 5))
+    return Chart(svg, scale=(scale[0], f"linear-gradient(90deg,{stops})", scale[2]))
 
 
 def thin(
@@ -119,21 +136,6 @@ def thin(
     edges = np.linspace(0, len(xs) - 1, points).round().astype(np.int64)
     means = [np.append(np.add.reduceat(one[:-1], edges[:-1]) / np.diff(edges), one[-1]) for one in curves]
     return means[0], means[1]
-
-
-def smooth(ys: Sequence[float], memory: float) -> list[float]:
-    """Return the exponential mean over about `memory` points, without a bias at the start."""
-    rate, total, weight, out = 1 / max(1.0, memory), 0.0, 0.0, []
-    for y in ys:
-        total += rate * (y - total)
-        weight += rate * (1 - weight)
-        out.append(total / weight)
-    return out
-
-
-def _positive(one: Series) -> Series:
-    pairs = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y > 0]
-    return replace(one, xs=[x for x, _ in pairs], ys=[y for _, y in pairs])
 
 
 def _limits(series: Sequence[Series], log_y: bool, top: float | None) -> tuple[float, float]:
@@ -183,12 +185,11 @@ def _plot(axes: Any, one: Series, low: float, high: float) -> None:
     xs, ys = thin(one.xs, np.clip(one.ys, low, high))
     if len(xs) == 1:  # a line without length is a dot
         axes.plot([xs[0], xs[0]], [ys[0], ys[0]], linewidth=6, **line)
-    elif one.plain or len(one.xs) <= PLAIN_POINTS:
+    elif len(xs) <= SMOOTH_POINTS:
         axes.plot(xs, ys, linewidth=2, **line)
     else:
         axes.plot(xs, ys, linewidth=1, alpha=0.28, **line)
-        xs, ys = thin(one.xs, smooth(one.ys, len(one.ys) * SMOOTH_SHARE))
-        axes.plot(xs, np.clip(ys, low, high), linewidth=2, **line)
+        axes.plot(*thin(one.xs, np.clip(one.ys, low, high), SMOOTH_POINTS), linewidth=2, **line)
 
 
 def _marker(name: str) -> str:

@@ -12,7 +12,7 @@ from sdit.report.images import file_uri
 from sdit.report.parts import Card, Frames, Part, Section, Table, Text, badge, list_grid
 from sdit.report.record import RunRecord
 from sdit.report.speed import speed_of, time_parts
-from sdit.report.values import curve, is_number, mean, rough, seconds, short, size
+from sdit.report.values import curve, is_number, mean, seconds, short, size
 
 GRIDS = 6
 GRIDS_BYTES = 2_000_000  # of all runs together
@@ -50,7 +50,7 @@ def tiles_of(run: RunRecord) -> list[tuple[str, str, str]]:
         ("images seen", short(images) if is_number(images) else "—", f"of {short(total)}" if total else ""),  # type: ignore[arg-type]
         ("training loss", "—" if loss is None else short(loss), "last tenth of the run"),
         ("images per second", speed_of(run), "second half of the run"),
-        ("time in the loop", rough(spent) if spent else "—", "rank 0"),
+        ("time in the loop", seconds(spent) if spent else "—", "rank 0"),
         ("checkpoints", str(len(run.checkpoints)), f"{len(kept)} kept, {size(sum(kept))}"),
         ("restarts", str(run.restarts), faults),
     ]

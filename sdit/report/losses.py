@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdit.report.figures import Mark, Series, line_chart, together
+from sdit.report.figures import Mark, Series, line_chart, lines_of, together
 from sdit.report.parts import Card, Part, Section, rows, side_by_side
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean
 
-TERMS = {"loss": "total", "mse": "mse", "vlb": "vlb", "prior_loss": "prior", "balance_loss": "balance"}
+TERMS = (("loss", "total"), ("mse", "mse"), ("vlb", "vlb"), ("prior_loss", "prior"), ("balance_loss", "balance"))
 BANDS = 5  # curves over the timestep's bins; twenty could not be told apart
 MARKS = {"start": ("restart", "bad"), "skipped_step": ("skipped step", "warn"), "loss_spike": ("loss spike", "warn")}
 
@@ -21,7 +21,9 @@ def loss_section(runs: Sequence[RunRecord]) -> Section:
         chart = together(runs, key, f"{title.lower()} (log)", log_y=True)
         if chart is not None and (len(runs) > 1 or key == "validation_loss"):
             shared.append(Card(title, [chart]))
-    terms = side_by_side(runs, "Training loss by term", _terms)
+    terms = side_by_side(
+        runs, "Training loss by term", lambda run: lines_of(run, TERMS, "loss (log)", log_y=True, marks=marks_of(run))
+    )
     bands = side_by_side(runs, "Training error by timestep", lambda run: _bands(run, "loss_by_timestep"))
     held_out = side_by_side(runs, "Held-out error by timestep", lambda run: _bands(run, "validation_loss_by_timestep"))
     profile = side_by_side(runs, "Error over timesteps, at the end", _profile)
@@ -38,14 +40,6 @@ def marks_of(run: RunRecord) -> list[Mark]:
         if kind and is_number(images) and not (kind == "restart" and event is run.events[0]):
             found.append(Mark(float(images), kind, f"{kind}: {event.get('text', '')}", colour))  # type: ignore[arg-type]
     return found
-
-
-def _terms(run: RunRecord) -> Part | None:
-    series = [
-        Series(label, *curve(run.metrics, key), f"c{number}") for number, (key, label) in enumerate(TERMS.items())
-    ]
-    series = [one for one in series if any(y > 0 for y in one.ys)]
-    return line_chart(series, "loss (log)", log_y=True, marks=marks_of(run)) if series else None
 
 
 def _bands(run: RunRecord, key: str) -> Part | None:
@@ -73,7 +67,7 @@ def _profile(run: RunRecord) -> Part | None:
         bins = max(map(len, recent), default=0)
         means = [mean([record[place] for record in recent if place < len(record)]) for place in range(bins)]
         points = [(100 * (place + 0.5) / bins, value) for place, value in enumerate(means) if value is not None]
-        series += [Series(label, [x for x, _ in points], [y for _, y in points], colour, plain=True)] if recent else []
+        series += [Series(label, [x for x, _ in points], [y for _, y in points], colour)] if recent else []
     if not series:
         return None
     return line_chart(series, "mean squared error (log)", "timestep, % of T (0: least noise)", log_y=True)

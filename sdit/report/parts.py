@@ -53,14 +53,6 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Groups of ranks that share experts: (title, ranks)."""
-
-    kind: ClassVar = "ranks"
-    groups: Sequence[tuple[str, Sequence[int]]]
-
-
-@dataclass(frozen=True)
 class Text:
     """A paragraph (`note`, `empty`) or a heading inside a card (`h3`)."""
 
@@ -69,7 +61,7 @@ class Text:
     css: str = "note"
 
 
-Part = Chart | Table | Bar | Frames | Ranks | Text
+Part = Chart | Table | Bar | Frames | Text
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from markupsafe import Markup
 from sdit.configfile import config_keys
 from sdit.redact import redact
 from sdit.report.history import MAX_NAMES
-from sdit.report.parts import Card, Grid, Part, Ranks, Section, Table, Text
+from sdit.report.parts import Card, Grid, Part, Section, Table, Text
 from sdit.report.record import RunRecord
 from sdit.report.values import is_number
 
 SETS = (("data", "Training images", "data.path"), ("held_out_data", "Held-out images", "validation.path"))
-MAX_RANKS = 32  # drawn one by one
+MAX_GROUPS = 16  # that are named one by one
 IN_OTHER_SECTIONS = (
     "ranks", "ranks_found_by", "device", "expert_parallel", "micro_batch", "accumulation", "data", "held_out_data",
     "sample_rows",
@@ -55,7 +55,7 @@ def topology_section(runs: Sequence[RunRecord]) -> Section:
     for number, run in enumerate(runs):
         facts = _facts(run)
         if facts:
-            cards.append(Card("Ranks", [*_ranks(run), Table(list(facts.items()))], number))
+            cards.append(Card("Ranks", [Table(list(facts.items()))], number))
     return Section("topology", "Topology", "Topology", [Grid(cards)] if cards else [])
 
 
@@ -66,6 +66,7 @@ def _facts(run: RunRecord) -> dict[str, object]:
     if is_number(ranks):
         facts["ranks"] = f"{ranks}, found by {environment.get('ranks_found_by', '?')}"
         facts["device"] = environment.get("device", "?")
+        facts |= {"experts": groups} if (groups := _groups(environment)) else {}
     if is_number(micro) and is_number(times) and is_number(ranks):
         product = int(ranks * micro * times)  # type: ignore[operator]
         facts["global batch"] = f"{product} = {ranks} ranks x {micro} images x {times} micro-step{'s' * (times != 1)}"
@@ -78,15 +79,15 @@ def _facts(run: RunRecord) -> dict[str, object]:
     return facts | ({"last decision on experts": decisions[-1]} if decisions else {})
 
 
-def _ranks(run: RunRecord) -> list[Part]:
-    """Return the ranks in expert-parallel groups of neighbours."""
-    world, group = run.environment.get("ranks"), run.environment.get("expert_parallel")
-    if not is_number(world) or not 1 <= world <= MAX_RANKS:  # type: ignore[operator]
-        return []
-    world = int(world)  # type: ignore[arg-type]
-    size = int(group) if is_number(group) and group >= 1 else 1  # type: ignore[arg-type,operator,call-overload]
-    title = f"experts shared by {size}" if size > 1 else "all experts"
-    return [Ranks([(title, range(first, min(first + size, world))) for first in range(0, world, size)])]
+def _groups(environment: Mapping[str, Any]) -> str:
+    """Return the expert-parallel groups, which are ranks beside each other; empty if the file does not say them."""
+    ranks, size = environment.get("ranks"), environment.get("expert_parallel")
+    if not isinstance(ranks, int) or not isinstance(size, int) or not 1 <= size <= ranks:
+        return ""
+    if size == 1:
+        return "every rank has all experts"
+    groups = [f"{first} to {min(first + size, ranks) - 1}" for first in range(0, ranks, size)]
+    return f"shared by ranks {', '.join(groups[:MAX_GROUPS])}{', ...' if len(groups) > MAX_GROUPS else ''}"
 
 
 def config_section(runs: Sequence[RunRecord]) -> Section:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from sdit.report.figures import Series, line_chart, together
-from sdit.report.parts import Bar, Card, Part, Section, rows, side_by_side
+from sdit.report.figures import lines_of, together
+from sdit.report.parts import Bar, Card, Section, rows, side_by_side
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean, seconds, short
 
@@ -16,24 +17,28 @@ CURVES = (
     ("grad_norm", "Gradient norm", "global gradient norm"),
     ("model_flops_utilization", "Model FLOP/s utilization", "share of the peak"),
 )
-STEP_TIMES = (
-    ("step_seconds", "whole step", "c0"),
-    ("rank_step_seconds_p99", "own work, p99 of the ranks", "c1"),
-    ("rank_step_seconds_p50", "own work, median rank", "c2"),
-)
+BY_RUN = (  # title, axis, factor, curves
+    ("Time of a step", "seconds", 1.0, (
+        ("step_seconds", "whole step"), ("rank_step_seconds_p99", "own work, p99 of the ranks"),
+        ("rank_step_seconds_p50", "own work, median rank"),
+    )),
+    ("Bytes exchanged per step", "MB, all ranks", 1e-6, (
+        ("exchange_bytes_tokens", "samples"), ("exchange_bytes_weights", "weights"),
+    )),
+    ("Memory of rank 0", "GB", 1e-9, (("memory_bytes.resident", "host"), ("memory_bytes.device", "device"))),
+)  # fmt: skip
 
 
 def speed_section(runs: Sequence[RunRecord]) -> Section:
     """Return curves of speed, and a bar of what the time was spent on."""
-    curves = []
-    for key, title, label in CURVES:
-        chart = together(runs, key, label, plain=key == "learning_rate")
-        curves += [Card(title, [chart])] if chart is not None else []
+    charts = [(title, together(runs, key, label)) for key, title, label in CURVES]
+    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
     split = side_by_side(runs, "Where the time went", _split)
-    step = side_by_side(runs, "Time of a step", _step)
-    memory = side_by_side(runs, "Memory of rank 0", _memory)
-    exchange = side_by_side(runs, "Bytes exchanged per step", _exchange)
-    return Section("speed", "Speed", "Speed", rows(runs, split, curves, step, exchange, memory))
+    lines = [
+        side_by_side(runs, title, partial(lines_of, keys=keys, y_label=label, scale=scale))
+        for title, label, scale, keys in BY_RUN
+    ]
+    return Section("speed", "Speed", "Speed", rows(runs, split, curves, *lines))
 
 
 def time_parts(run: RunRecord) -> list[tuple[str, float, str]]:
@@ -72,32 +77,3 @@ def _split(run: RunRecord) -> Bar | None:
     note = "Rank 0, all steps up to the last logged one." if whole else "Rank 0, only the logged steps."
     pieces = [(name, seconds(amount), amount / total, colour) for name, amount, colour in parts]
     return Bar(pieces, note) if pieces else None
-
-
-def _step(run: RunRecord) -> Part | None:
-    series = [Series(label, *curve(run.metrics, key), colour) for key, label, colour in STEP_TIMES]
-    return line_chart(series, "seconds") if any(one.xs for one in series) else None
-
-
-def _memory(run: RunRecord) -> Part | None:
-    series = []
-    for key, label, colour in (("resident", "host", "c0"), ("device", "device", "c1")):
-        records = [
-            {"images_seen": record["images_seen"], "bytes": memory[key] / 1e9}
-            for record in run.metrics
-            if isinstance(memory := record.get("memory_bytes"), Mapping)
-            and is_number(memory.get(key))
-            and memory[key] > 0
-        ]
-        series += [Series(label, *curve(records, "bytes"), colour, plain=True)] if records else []
-    return line_chart(series, "GB") if series else None
-
-
-def _exchange(run: RunRecord) -> Part | None:
-    series = []
-    for key, label, colour in (
-        ("exchange_bytes_tokens", "samples", "c4"), ("exchange_bytes_weights", "weights", "c5"),
-    ):  # fmt: skip
-        xs, ys = curve(run.metrics, key)
-        series += [Series(label, xs, [y / 1e6 for y in ys], colour, plain=True)] if any(ys) else []
-    return line_chart(series, "MB, all ranks") if series else None

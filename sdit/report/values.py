@@ -43,14 +43,6 @@ def seconds(value: float) -> str:
     return f"{int(value) // 3600} h {int(value) % 3600 // 60:02} min"
 
 
-def rough(value: float) -> str:
-    """Return seconds in one unit: `47.1 s`, `4.8 min`, `2.1 h`."""
-    for unit, name in ((3600, "h"), (60, "min")):
-        if value >= 1.5 * unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:.3g} s"
-
-
 def mean(values: Sequence[object]) -> float | None:
     """Return the mean of the finite numbers among `values`; None if there are none."""
     numbers = [float(value) for value in values if is_number(value)]  # type: ignore[arg-type]
@@ -58,10 +50,13 @@ def mean(values: Sequence[object]) -> float | None:
 
 
 def curve(records: Iterable[Mapping[str, Any]], key: str, part: int | None = None) -> tuple[list[float], list[float]]:
-    """Return images seen and the finite values of a key (or of one `part` of its list), in order."""
+    """Return images seen and the finite values of a key (`outer.inner`: nested), or of one `part` of its list, in order."""
+    outer, _, inner = key.partition(".")
     xs, ys = [], []
     for record in records:
-        value, images = record.get(key), record.get("images_seen")
+        value, images = record.get(outer), record.get("images_seen")
+        if inner:
+            value = value.get(inner) if isinstance(value, Mapping) else None
         if part is not None:
             value = value[part] if isinstance(value, list) and part < len(value) else None
         if is_number(value) and is_number(images):

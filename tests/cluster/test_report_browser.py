@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium"),
 ]
 TIMEOUT_SECONDS = 240
-PHONE, DESKTOP = 390, 1280
+PHONE, DESKTOP = 360, 1280
 BROWSER = "not an origin"  # what the log names as the initiator of the browser's own requests
 
 # The frame has the page's own origin, so its measures can be read; the page's policy forbids scripts in itself alone.

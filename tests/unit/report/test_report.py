@@ -15,7 +15,7 @@ from PIL import Image
 from sdit.cli.report import main
 from sdit.errors import ExitCode
 from sdit.report import build_page, read_runs
-from sdit.report.figures import BOTTOM, HEIGHT, TOP, Mark, Series, heat_map, line_chart, smooth, thin
+from sdit.report.figures import BOTTOM, HEIGHT, TOP, Mark, Series, heat_map, line_chart, thin
 from sdit.report.images import file_uri
 from sdit.report.parts import Chart, Text
 from sdit.report.speed import time_parts
@@ -84,7 +84,16 @@ def test_a_page_has_every_section_and_asks_nobody_for_anything(folder: Path) -> 
 
 def test_figures_are_those_of_the_files(folder: Path) -> None:
     words = page_of(folder).words
-    for fact in ("960", "of 960", "1 skipped step", "killed by SIGKILL", "0.25 s", "16 = 2 ranks x 8 images", "torch"):
+    for fact in (
+        "960",
+        "of 960",
+        "1 skipped step",
+        "killed by SIGKILL",
+        "0.25 s",
+        "16 = 2 ranks x 8 images",
+        "shared by ranks 0 to 1",
+        "torch",
+    ):
         assert fact in words
     assert re.search(r"restarts\s*1", words)
     assert re.search(r"2026-03-01 03:04\s*20\s*skipped step", words)
@@ -217,7 +226,7 @@ def test_curves_are_thinned_without_losing_their_ends_or_their_level() -> None:
     assert len(thin_x) == len(thin_y) <= 100
     assert thin_x[-1] == xs[-1] and thin_y[-1] == ys[-1]
     assert np.mean(thin_y[:-1]) == pytest.approx(2.0, abs=0.05)
-    assert smooth([3.0] * 50, 10) == pytest.approx([3.0] * 50)
+    assert thin(xs, [3.0] * len(xs), 40)[1] == pytest.approx([3.0] * 40)
 
 
 def test_curves_hold_only_finite_numbers() -> None:
@@ -225,13 +234,15 @@ def test_curves_hold_only_finite_numbers() -> None:
         {"images_seen": place, "a": value} for place, value in enumerate([1, None, float("nan"), "x", True, 2.5])
     ]
     assert curve(records, "a") == ([0.0, 5.0], [1.0, 2.5])
+    nested = [{"images_seen": place, "a": value} for place, value in enumerate([{"b": 3}, {"b": None}, None, [4]])]
+    assert curve(nested, "a.b") == ([0.0], [3.0])
 
 
 class Drawn:
     """The tick texts and heights of a chart over y from `low` to `high`, as they are in its SVG."""
 
     def __init__(self, low: float, high: float, log_y: bool) -> None:
-        chart = line_chart([Series("a", [0.0, 1.0], [low, high], "c0", plain=True)], "y", log_y=log_y)
+        chart = line_chart([Series("a", [0.0, 1.0], [low, high], "c0")], "y", log_y=log_y)
         assert isinstance(chart, Chart)
         found = re.findall(r'text-anchor: end[^>]* y="([^"]*)"[^>]*>([^<]*)<', chart.svg)
         self.texts, self.heights = [text for _, text in found], [float(height) for height, _ in found]
@@ -267,7 +278,7 @@ def test_a_chart_of_one_point_or_none_is_a_chart() -> None:
 def test_figures_take_colours_and_fonts_from_the_page_and_have_no_ids() -> None:
     marks = [Mark(1.0, "restart", "<b> & 'x' #fe0001")]
     chart = line_chart([Series("a", [0.0, 2.0], [1.0, 2.0], "c3")], "loss", marks=marks)
-    image = heat_map(np.zeros((4, 5, 3), dtype=np.uint8), "x", "y", [(0.5, "1")], [(0.5, "2")])
+    image = heat_map(np.zeros((4, 5, 3), dtype=np.uint8), "x", "y", (0, 4), (0, 3), ("0", "magma", "1"))
     assert isinstance(chart, Chart) and ">loss<" in chart.svg and "var(--c3)" in chart.svg
     assert "<title>&lt;b&gt; &amp; 'x' #fe0001</title>" in chart.svg and chart.legend == [("restart", "bad")]
     for svg in (chart.svg.replace("#fe0001<", ""), image.svg):
