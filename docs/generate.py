@@ -90,13 +90,11 @@ def metrics_reference() -> str:
 
 
 def record_rows() -> list[str]:
-    """Return a row for each field of `StepRecord`."""
-    from sdit.train.record import StepRecord
+    """Return a row for each metric of `StepRecord`, in the order of a line of metrics.jsonl."""
+    from sdit.train.record import METRICS, StepRecord
 
-    return [
-        f"| `{field.name}` | {_cell(field.metadata['unit'])} | {_cell(field.metadata['meaning'])} |"
-        for field in dataclasses.fields(StepRecord)
-    ]
+    metadata = {field.name: field.metadata for field in dataclasses.fields(StepRecord)}
+    return [f"| `{name}` | {_cell(metadata[name]['unit'])} | {_cell(metadata[name]['meaning'])} |" for name in METRICS]
 
 
 def prometheus_rows() -> list[str]:
@@ -111,7 +109,7 @@ def prometheus_rows() -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[")
 
 
 def _sentence(text: str) -> str:
