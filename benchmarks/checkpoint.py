@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from meter import Meter
 from ranks import start_ranks
+from train_steps import training_step
 
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
-from sdit.train.build import open_trainer
-from sdit.train.trainer import Trainer
+from sdit.resolved import resolve_run
+from sdit.train.loop import Trainer
+from sdit.train.setup import open_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 12  # steps between two saves
@@ -38,47 +40,47 @@ SIZES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12)}  # depth, width, heads; the 
 
 def measure(trainer: Trainer, rounds: int) -> tuple[list[float], list[float], list[float], int]:
     """Per round: mean seconds of a step without and with a save, seconds blocked by the save; bytes of a checkpoint."""
-    meter, requests = Meter(trainer.saver, ("save", "hear")), trainer.loader.batches(trainer._requests())
+    saver, step = trainer.tasks.checkpoints.saver, training_step(trainer)
+    meter = Meter(saver, ("save", "hear"))
 
     def block(save: bool) -> float:
         started = time.perf_counter()
         if save:
-            trainer.saver.save()
+            saver.save()
         for _ in range(BLOCK):
-            trainer._step([next(requests)])
-            trainer.state.clock = trainer.state.clock.after(trainer.batch.global_batch)
+            step()
         return (time.perf_counter() - started) / BLOCK
 
     block(save=False)
     block(save=True)  # the first copy goes into new memory
     plain, saving, blocked = [], [], []
     for _ in range(rounds):
-        trainer.saver.finish()
+        saver.finish()
         plain.append(block(save=False))
         meter.seconds = 0.0
         saving.append(block(save=True))
         blocked.append(meter.seconds)
-    trainer.saver.finish()
-    return plain, saving, blocked, trainer.state.checkpoint_bytes()
+    saver.finish()
+    return plain, saving, blocked, trainer.context.state.checkpoint_bytes()
 
 
 def save_in_place(trainer: Trainer, saves: int) -> list[float]:
     """Seconds of each of several saves in a row, on all ranks together."""
     seconds = []
     for _ in range(saves):
-        trainer.comm.barrier()
+        trainer.context.comm.barrier()
         started = time.perf_counter()
-        trainer.saver.save(must_work=True)
+        trainer.tasks.checkpoints.saver.save(must_work=True)
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
 def report_saves(trainer: Trainer, size: str) -> None:
     """A row of the table in docs/performance.md."""
-    seconds, size_bytes = save_in_place(trainer, SAVES), trainer.state.checkpoint_bytes()
-    if trainer.comm.is_first:
+    seconds, size_bytes = save_in_place(trainer, SAVES), trainer.context.state.checkpoint_bytes()
+    if trainer.context.comm.is_first:
         spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
-        print(f"{size}, 3 experts, {size_bytes / 1e6:.0f} MB, {trainer.comm.world} ranks: {spread}", flush=True)
+        print(f"{size}, 3 experts, {size_bytes / 1e6:.0f} MB, {trainer.context.comm.world} ranks: {spread}", flush=True)
 
 
 def report_background(trainer: Trainer, rounds: int) -> None:
@@ -112,7 +114,8 @@ def main() -> None:
              "parallel.expert=1", "train.steps=100000", f"checkpoint.asynchronous={str(not options.saves).lower()}",
              "checkpoint.every_steps=null", f"train.global_batch={options.batch}", f"run_dir={comm.from_first(folder)}"],
         )  # fmt: skip
-        with open_trainer(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm) as trainer:
+        run = resolve_run(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm.world, comm.info.local_world)
+        with open_trainer(run, comm) as trainer:
             if options.saves:
                 report_saves(trainer, options.size)
             else:

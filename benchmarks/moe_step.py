@@ -5,23 +5,24 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from train_steps import training_step
 
 from sdit.config import Config, DataConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
-from sdit.contracts import RawBatch
 from sdit.data.encoders import png_encoder
 from sdit.data.index import DatasetFacts
 from sdit.data.prepare import prepare
 from sdit.data.sources import ArraySource
 from sdit.distributed.comm import Comm
-from sdit.train.build import open_trainer
-from sdit.train.trainer import Trainer
+from sdit.resolved import resolve_run
+from sdit.train.record import StepRecord
+from sdit.train.setup import open_trainer
 
 EXPERTS, PICTURES, CLASSES = 4, 64, 10
 ALONE = "EP = 1"
@@ -64,7 +65,8 @@ def compare_whole_steps(comm: Comm, batch: int, rounds: int) -> None:
         for number, (name, parallel) in enumerate(layouts(comm.world).items()):
             config = run_config(f"{folder}/data", f"{folder}/run-{number}", parallel, batch * comm.world)
             zero = {"zero_optimization": {"stage": 1}}
-            steps[name] = training_step(stack.enter_context(open_trainer(config, zero, "benchmark", comm)))
+            run = resolve_run(config, zero, "benchmark", comm.world, comm.info.local_world)
+            steps[name] = training_step(stack.enter_context(open_trainer(run, comm)))
         for _ in range(rounds + 2):
             for name, step in steps.items():
                 records.setdefault(name, []).append(timed(step, comm))
@@ -75,14 +77,14 @@ def compare_whole_steps(comm: Comm, batch: int, rounds: int) -> None:
         show({name: series[2:] for name, series in records.items()})  # the first step places the experts
 
 
-def timed(step: Callable[[], dict[str, float]], comm: Comm) -> Record:
+def timed(step: Callable[[], StepRecord], comm: Comm) -> Record:
     """Take a step that begins on all ranks together."""
     comm.barrier()
     started, used = time.perf_counter(), time.process_time()
-    metrics = step()
+    record = step()
     spent = torch.tensor([time.perf_counter() - started, time.process_time() - used], dtype=torch.float64)
     seconds, cpu = zip(*comm.interleave(spent[None]).tolist(), strict=True)
-    return Record(max(seconds), sum(cpu), metrics["exchange_wait_seconds"], metrics["exchange_bytes"])
+    return Record(max(seconds), sum(cpu), record.exchange_wait_seconds or 0.0, record.exchange_bytes or 0.0)
 
 
 def show(records: dict[str, list[Record]]) -> None:
@@ -112,22 +114,6 @@ def run_config(data: str, run_dir: str, parallel: ParallelConfig, global_batch: 
         train=TrainConfig(steps=1000, global_batch=global_batch),
         run_dir=run_dir,
     )
-
-
-def training_step(trainer: Trainer) -> Callable[[], dict[str, float]]:
-    """A closure that takes the next training step of the run, data included, and returns its metrics."""
-
-    def batches() -> Iterator[RawBatch]:
-        yield from trainer.loader.batches(trainer._requests())
-
-    source = batches()
-
-    def step() -> dict[str, float]:
-        metrics, _ = trainer._step([next(source)])
-        trainer.state.clock = trainer.state.clock.after(trainer.batch.global_batch)
-        return metrics
-
-    return step
 
 
 def write_pictures(folder: Path) -> None:

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,30 +26,34 @@ import torch
 from meter import Meter
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sdit.config import Config
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics import MetricsPage
 from sdit.observe.observers import build_observers
+from sdit.resolved import resolve_run
 from sdit.supervise.collector import PageCollector
 from sdit.supervise.metric_page import Page, Watch
-from sdit.train.build import open_trainer
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
-from sdit.train.trainer import Trainer
+from sdit.train.events import Observer, Observers
+from sdit.train.loop import Trainer
+from sdit.train.record import StepRecord
+from sdit.train.setup import open_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRAPE_SECONDS = 15.0
 
 
+NEVER = 1 << 40  # steps between two logged steps
+
+
 class Turns(Observer):
     """Passes on to the observers in every other block of steps, and times the steps and what the observers take."""
 
-    def __init__(self, observers: list[Observer], block: int) -> None:
+    def __init__(self, observers: Observers, block: int) -> None:
         self._observers, self._block = observers, block
         self.trainer: Trainer | None = None
         self.report: Meter | None = None
-        self._configs: tuple[Config, Config] | None = None
+        self._log_every_steps = (NEVER, NEVER)  # with observation, without
         self._last = (0.0, 0.0)
         self.blocks: list[
             tuple[float, float]
@@ -58,34 +61,30 @@ class Turns(Observer):
         self.told_seconds, self.told_steps = 0.0, 0
 
     def attach(self, trainer: Trainer) -> None:
-        never = trainer.config.train.model_copy(update={"log_every_steps": 1 << 40})
-        self._configs = (trainer.config, trainer.config.model_copy(update={"train": never}))
-        self.report = Meter(trainer.experts, ("statistics",))
+        self._log_every_steps = (trainer.step.log_every_steps, NEVER)
+        self.report = Meter(trainer.context.experts, ("statistics",))
         self.trainer, self._last = trainer, _clocks()
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
-        for observer in self._observers:
-            observer.on_start(clock, total_images, message)
+        self._observers.on_start(clock, total_images, message)
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         """The time from the end of one call to the end of the next is one step and all that watched it."""
-        assert self.trainer is not None and self._configs is not None
+        assert self.trainer is not None
         is_on = (clock.steps - 1) // self._block % 2 == 0
         if is_on:
             started = time.perf_counter()
-            for observer in self._observers:
-                observer.on_step(clock, metrics, logged)
+            self._observers.on_step(clock, record)
             self.told_seconds += time.perf_counter() - started
             self.told_steps += 1
         if clock.steps % self._block == 0:
             now = _clocks()
             self.blocks.append((now[0] - self._last[0], now[1] - self._last[1]))
             self._last = now
-            self.trainer.config = self._configs[clock.steps // self._block % 2]
+            self.trainer.step.log_every_steps = self._log_every_steps[clock.steps // self._block % 2]
 
     def close(self) -> None:
-        for observer in self._observers:
-            observer.close()
+        self._observers.close()
 
 
 def _clocks() -> tuple[float, float]:
@@ -107,9 +106,10 @@ def measure(options: argparse.Namespace, folder: Path, page: Page) -> Turns:
     info = find_rank(os.environ)
     observers = build_observers(config, folder, info, MetricsPage(config, folder, info, page.path))
     turns = Turns(observers, options.block)
+    run = resolve_run(config, {"zero_optimization": {"stage": 1}}, "benchmark", info.world, info.local_world)
     with (
         Comm(info) as comm,
-        open_trainer(config, {"zero_optimization": {"stage": 1}}, "benchmark", comm, [turns]) as trainer,
+        open_trainer(run, comm, Observers([turns])) as trainer,
     ):
         turns.attach(trainer)
         trainer.run()

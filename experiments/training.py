@@ -22,13 +22,15 @@ from sdit.errors import ExitCode
 from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
+from sdit.resolved import resolve_run
 from sdit.supervise.child import Supervised
 from sdit.supervise.lock import RunLock
 from sdit.supervise.pulse import Pulse
-from sdit.train.build import open_trainer
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import Observer, Observers
 from sdit.train.module import TrainModule
+from sdit.train.record import StepRecord
+from sdit.train.setup import open_trainer
 
 DEEPSPEED = {"zero_optimization": {"stage": 0}}
 TIMES_FILE = "times.jsonl"
@@ -45,17 +47,17 @@ class StepTimer(Observer):
         self._before: tuple[float, float] | None = None
         self._steps, self._wall_seconds, self._cpu_seconds = 0, 0.0, 0.0
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         now = (time.perf_counter(), time.process_time())
-        if self._before is not None and metrics["pause_seconds"] == 0 and "validation_loss" not in metrics:
+        if self._before is not None and record.pause_seconds == 0 and record.validation_loss is None:
             self._steps += 1
             self._wall_seconds += now[0] - self._before[0]
             self._cpu_seconds += now[1] - self._before[1]
-        if logged and self._steps:
+        if record.logged and self._steps:
             seconds = {"wall_seconds": self._wall_seconds, "cpu_seconds": self._cpu_seconds}
-            record = {"images_seen": clock.images_seen, "steps": self._steps, **seconds}
+            line = {"images_seen": clock.images_seen, "steps": self._steps, **seconds}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(line) + "\n")
             self._steps, self._wall_seconds, self._cpu_seconds = 0, 0.0, 0.0
         self._before = (time.perf_counter(), time.process_time())
 
@@ -66,7 +68,7 @@ class Turn(Observer):
     def __init__(self, pulse: Pulse, until: int) -> None:
         self._pulse, self._until = pulse, until
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         if clock.images_seen >= self._until:
             self._pulse.request_stop()
 
@@ -88,15 +90,15 @@ def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
     run_dir.mkdir(parents=True, exist_ok=True)
     supervised = Supervised(Pulse())
     turn = Turn(supervised.pulse, until or config.train.total_images)
-    observers = [MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn]
+    observers = Observers([MetricsFile(run_dir), StepTimer(run_dir), Progress(), turn])
     with RunLock(run_dir):
         try:
-            with open_trainer(config, DEEPSPEED, "experiment", comm, observers, supervised) as trainer:
+            resolved = resolve_run(config, DEEPSPEED, "experiment", comm.world, comm.info.local_world)
+            with open_trainer(resolved, comm, observers, supervised) as trainer:
                 trainer.run()
-                was_asked = trainer.signals.received is not None  # the end of a turn is no signal
+                was_asked = trainer.context.signals.received is not None  # the end of a turn is no signal
         finally:
-            for observer in observers:
-                observer.close()
+            observers.close()
     return ExitCode.REQUEUE if was_asked else ExitCode.DONE
 
 

@@ -26,9 +26,9 @@ from launcher.command import OVERRIDE, Parser, add_deepspeed_options, exit_statu
 from sdit.cli import run_command
 from sdit.config import Config
 from sdit.configfile import load_config
-from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
+from sdit.dsconfig import read_deepspeed_json
 from sdit.errors import ExitCode
-from sdit.topology import plan_batch
+from sdit.resolved import resolve_run
 
 DEFAULT_DEEPSPEED = ROOT / "configs" / "deepspeed" / "zero1.json"
 GIB = 2**30
@@ -71,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
     deepspeed = read_deepspeed_json(options.ds_config)
     config = load_config(options.config, options.overrides)
     world = options.nodes * options.gpus_per_node
-    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
-    merge_deepspeed(config, batch, deepspeed, str(options.ds_config))  # refuses before torch is imported
+    resolve_run(config, deepspeed, str(options.ds_config), world, options.gpus_per_node)  # before torch is imported
     from sdit.plan.knob import find_knob  # these import torch: not for --help and wrong configs
     from sdit.plan.layout import Job, plan_job
     from sdit.plan.memory import Memory, plan_memory

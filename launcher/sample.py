@@ -191,7 +191,7 @@ def chosen_labels(trained: Trained, settings: SampleConfig, options: argparse.Na
         return labels, len(cycle) if len(cycle) <= MAX_COLUMNS else math.isqrt(min(options.num, MAX_COLUMNS**2) - 1) + 1
     if chosen:
         return np.repeat(np.asarray(chosen, dtype=np.int64), columns), columns
-    return grid_labels(trained.config, classes), columns
+    return grid_labels(settings, classes), columns
 
 
 def _label_list(text: str) -> str:

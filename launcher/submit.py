@@ -28,11 +28,11 @@ if str(ROOT) not in sys.path:
 from launcher.command import Parser, add_deepspeed_options, exit_status
 from sdit.cli import run_command
 from sdit.configfile import config_manual, dump_config, load_config, shown
-from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
+from sdit.dsconfig import read_deepspeed_json
 from sdit.errors import ConfigError, ExitCode, SditError
 from sdit.redact import holds_credential, is_secret_name
+from sdit.resolved import resolve_run
 from sdit.submit import Allocation, render
-from sdit.topology import plan_batch
 
 TEMPLATE = ROOT / "cluster" / "train.sbatch"
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")  # all of the environment that the job gets to see
@@ -90,9 +90,7 @@ def submit(options: argparse.Namespace) -> int:
     allocation = _allocation(options, run_dir)
     directives = allocation.directives()
     world = allocation.nodes * allocation.ranks_per_node
-    merge_deepspeed(
-        config, plan_batch(config.train.global_batch, config.train.micro_batch, world), deepspeed, options.ds_config
-    )
+    resolve_run(config, deepspeed, options.ds_config, world, allocation.ranks_per_node)
     folder = _next_folder(run_dir / "submit")
     script = _script(options, run_dir, folder, directives)
     files = {

@@ -24,7 +24,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -33,12 +32,12 @@ if str(ROOT) not in sys.path:
 from launcher.command import Parser, add_deepspeed_options, add_rank_option, exit_status
 from sdit.caches import use_cache
 from sdit.cli import leave, run_command
-from sdit.config import Config
 from sdit.configfile import config_manual, dump_config, load_config
-from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
-from sdit.errors import ConfigError, ExitCode, SditError, one_line
+from sdit.dsconfig import read_deepspeed_json
+from sdit.errors import ExitCode, SditError, one_line
 from sdit.output import divert_output
 from sdit.redact import redact
+from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.supervise.child import Supervised
 from sdit.supervise.fault import Fault
 from sdit.supervise.lock import RunLock
@@ -46,7 +45,6 @@ from sdit.supervise.ranks import find_rank
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Job, supervise
 from sdit.supervise.unfinished import clear
-from sdit.topology import choose_expert_parallel, plan_batch
 
 DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
 DEFAULT_DEEPSPEED = ROOT / "configs" / "deepspeed" / "zero1.json"
@@ -98,10 +96,13 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
     info = find_rank(os.environ)
     divert_output(Path(config.run_dir) / "logs" / f"rank-{info.rank:03d}.output")
     if rank.is_supervised:
-        return last_words(rank, lambda: run(options, config, deepspeed, rank))
+        return last_words(
+            rank,
+            lambda: run(options, resolve_run(config, deepspeed, options.ds_config, info.world, info.local_world), rank),
+        )
     # What needs no torch is refused here at once; the rank itself checks the rest, seconds later.
-    batch = plan_batch(config.train.global_batch, config.train.micro_batch, info.world)
-    merge_deepspeed(config, batch, deepspeed, options.ds_config)
+    resolved = resolve_run(config, deepspeed, options.ds_config, info.world, info.local_world)
+    check_trainable(config)
     run_dir = Path(config.run_dir)
     if config.supervise.enabled:
         digest = hashlib.sha256((dump_config(config) + json.dumps(deepspeed, sort_keys=True)).encode()).hexdigest()
@@ -112,7 +113,7 @@ def run_or_supervise(options: argparse.Namespace, rank: Supervised, command: lis
         if lock is not None:
             lock.follow(RunFolder(run_dir).anchor)
             lock.keep_beating()
-        code = run(options, config, deepspeed, rank)
+        code = run(options, resolved, rank)
         if lock is not None and code == ExitCode.DONE:
             clear(run_dir)
         return code
@@ -139,28 +140,16 @@ def last_words(rank: Supervised, work: Callable[[], int]) -> int:
         return ExitCode.CRASH
 
 
-def largest_world(config: Config, ranks: int) -> int:
-    """The largest number of ranks, up to `ranks`, that the config can run on; 0: none."""
-    for world in range(ranks, 0, -1):
-        try:
-            plan_batch(config.train.global_batch, config.train.micro_batch, world)
-            if config.model.variant == "switch":
-                choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, world)
-        except ConfigError:
-            continue
-        return world
-    return 0
-
-
-def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], rank: Supervised) -> int:
-    """Be one rank of the run."""
+def run(options: argparse.Namespace, resolved: ResolvedRun, rank: Supervised) -> int:
+    """Run as one training rank."""
+    config = resolved.config
     use_cache([Path(config.run_dir) / "cache"])
     from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
     from sdit.distributed.comm import find_rank as find_launched
-    from sdit.train.build import check_config, open_trainer
+    from sdit.train.setup import check_run, open_trainer
 
     info = find_launched(os.environ)
-    check_config(config, deepspeed, options.ds_config, info.world)
+    check_run(resolved)
     set_threads(info, config.parallel.threads)
     from sdit.observe.folder_watch import FolderWatch
     from sdit.observe.metrics import MetricsPage
@@ -169,17 +158,14 @@ def run(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], 
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if rank.is_supervised else RunFolder.create(run_dir)
     page = None if rank.page is None else MetricsPage(config, run_dir, info, rank.page)
-    observers = [*build_observers(config, folder, info, page), FolderWatch(folder, rank.pulse)]
+    observers = build_observers(config, folder, info, page, FolderWatch(folder, rank.pulse))
     try:
         with Comm(info, device=config.parallel.device) as comm:
             try:
-                with open_trainer(
-                    config, deepspeed, options.ds_config, comm, observers, rank, options.fault
-                ) as trainer:
+                with open_trainer(resolved, comm, observers, rank, options.fault) as trainer:
                     code = int(trainer.run())
             finally:
-                for observer in observers:
-                    observer.close()
+                observers.close()
     except Exception:
         folder.check()  # if the folder is gone, that is the reason, whatever failed first
         raise

@@ -185,13 +185,17 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def _override_value(key: str, text: str) -> Any:
-    """Return the value of an override. Text keys take it as it is written, others as YAML."""
+    """Return the value of an override. Text keys take it as it is written, others as YAML.
+
+    A key that takes text or a list, such as sample.labels, takes `[cat, 0]` as YAML.
+    """
     annotation = next((info.annotation for name, info, _ in config_keys() if name == key), None)
     takes = [_bare(part) for part in _alternatives(annotation)]
     is_text = str in takes
     if is_text and type(None) in takes and text in ("", "~", "null"):
         return None
-    if is_text and not text.startswith(("'", '"')):
+    takes_list = any(typing.get_origin(part) is list for part in takes)
+    if is_text and not text.startswith(("'", '"', "[") if takes_list else ("'", '"')):
         return text
     try:
         return parse_yaml(text).value

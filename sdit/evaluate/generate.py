@@ -44,7 +44,7 @@ def generate(
             if progress is not None:
                 progress(before * steps + done, len(starts) * steps)
 
-        images = sample_images(trained.model, trained.config, settings, first + mine, labels[mine], step_done)
+        images = sample_images(trained.model, trained.config.diffusion, settings, first + mine, labels[mine], step_done)
         if decode is not None:
             images = decode(images)
         if comm is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sdit.supervise.pulse import FOLDER_MOVED, Pulse
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
+from sdit.train.record import StepRecord
 
 
 class FolderWatch(Observer):
@@ -16,7 +15,7 @@ class FolderWatch(Observer):
     def __init__(self, folder: RunFolder, pulse: Pulse) -> None:
         self._folder, self._pulse = folder, pulse
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         now = self._folder.now
         if now is None:
             self._folder.check()

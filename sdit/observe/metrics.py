@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from sdit.config import Config
 from sdit.data.faults import SampleReason, ShardReason
@@ -17,6 +17,7 @@ from sdit.supervise.metric_page import PageWriter, Series
 from sdit.supervise.ranks import RankInfo
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
+from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
 
 PARTS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
 PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
@@ -27,22 +28,6 @@ EVENTS = {  # kind -> counter
     "loss_spike": "sdit_loss_spikes_total",
     "rolled_back": "sdit_rollbacks_total",
     "checkpoint_failed": "sdit_checkpoint_failures_total",
-}
-GAUGES = {  # metric -> key of the record
-    "sdit_grad_norm": "grad_norm",
-    "sdit_learning_rate": "learning_rate",
-    "sdit_model_flops_utilization_ratio": "model_flops_utilization",
-    "sdit_validation_loss": "validation_loss",
-    "sdit_expert_load_max_over_mean_ratio": "expert_load_max_over_mean",
-    "sdit_expert_dropped_ratio": "dropped_fraction",
-    "sdit_rank_load_max_over_mean_ratio": "rank_work_max_over_mean",
-    "sdit_rank_work_p50_seconds": "rank_step_seconds_p50",
-    "sdit_rank_work_p99_seconds": "rank_step_seconds_p99",
-    "sdit_slowest_rank": "slowest_rank",
-}
-BY_BIN = {
-    "sdit_loss_by_timestep": "loss_by_timestep",
-    "sdit_validation_loss_by_timestep": "validation_loss_by_timestep",
 }
 _log = logging.getLogger(__name__)
 
@@ -74,20 +59,20 @@ class MetricsPage(Observer):
             self._writer.set("sdit_checkpoint_interval_images", checkpoint_interval_images(self._config))
         self._publish()
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         if self._writer is None:
             return
-        self._tell_of_rank(self._writer, metrics)
+        self._tell_of_rank(self._writer, record)
         if self._is_first:
-            self._tell_of_step(self._writer, clock, metrics)
-            if logged:
-                self._tell_of_logged(self._writer, metrics)
+            self._tell_of_step(self._writer, clock, record)
+            if record.logged:
+                self._tell_of_logged(self._writer, record)
         self._publish()
 
-    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+    def on_validation(self, clock: Clock, validation: Validation) -> None:
         if self._writer is None or not self._is_first:
             return
-        self._tell_of_values(self._writer, metrics)
+        self._tell_of_values(self._writer, validation)
         self._publish()
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
@@ -110,43 +95,44 @@ class MetricsPage(Observer):
             self._writer.close()
             self._writer = None
 
-    def _tell_of_rank(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+    def _tell_of_rank(self, page: PageWriter, record: StepRecord) -> None:
         for phase in PHASES:
-            page.add("sdit_phase_seconds_total", metrics.get(f"{phase}_seconds", 0.0), phase)
-        page.observe("sdit_data_wait_seconds", metrics.get("data_wait_seconds", 0.0))
-        for kind, size in metrics.get("memory_bytes", {}).items():
+            page.add("sdit_phase_seconds_total", getattr(record, f"{phase}_seconds") or 0.0, phase)
+        page.observe("sdit_data_wait_seconds", record.data_wait_seconds or 0.0)
+        for kind, size in (record.memory_bytes or {}).items():
             page.set("sdit_memory_bytes", size, kind)
-        for reason, count in metrics.get("bad_samples_by_reason", {}).items():
+        for reason, count in (record.bad_samples_by_reason or {}).items():
             page.add("sdit_bad_samples_total", count - self._bad_samples.get(reason, 0), reason)
             self._bad_samples[reason] = count
 
-    def _tell_of_step(self, page: PageWriter, clock: Clock, metrics: Mapping[str, Any]) -> None:
+    def _tell_of_step(self, page: PageWriter, clock: Clock, record: StepRecord) -> None:
         page.add("sdit_steps_total", 1)
         page.add("sdit_images_total", self._config.train.global_batch)
         page.set("sdit_images_seen", clock.images_seen)
         page.set("sdit_last_step_timestamp_seconds", time.time())
-        page.observe("sdit_step_seconds", metrics["step_seconds"])
+        page.observe("sdit_step_seconds", record.step_seconds or 0.0)
         for part, key in PARTS.items():
-            page.set("sdit_loss", metrics.get(key, math.nan), part)
-        self._tell_of_values(page, metrics)
-        tokens, weights = metrics.get("exchange_bytes_tokens", 0.0), metrics.get("exchange_bytes_weights", 0.0)
-        seats = metrics.get("exchange_bytes", 0.0) - tokens - weights
+            value = getattr(record, key)
+            page.set("sdit_loss", math.nan if value is None else value, part)
+        self._tell_of_values(page, record)
+        tokens, weights = record.exchange_bytes_tokens or 0.0, record.exchange_bytes_weights or 0.0
+        seats = (record.exchange_bytes or 0.0) - tokens - weights
         for mode, sent in {"tokens": tokens, "weights": weights, "seats": seats}.items():
             page.add("sdit_exchange_bytes_total", sent, mode)
-        page.observe("sdit_exchange_seconds", metrics.get("exchange_wait_seconds", 0.0))
+        page.observe("sdit_exchange_seconds", record.exchange_wait_seconds or 0.0)
 
-    def _tell_of_values(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
+    def _tell_of_values(self, page: PageWriter, record: Validation) -> None:
         for name, key in GAUGES.items():
-            if metrics.get(key) is not None:
-                page.set(name, metrics[key])
+            if (value := getattr(record, key, None)) is not None:
+                page.set(name, value)
         for name, key in BY_BIN.items():
-            for number, value in zip(BINS, metrics.get(key, ()), strict=False):
+            for number, value in zip(BINS, getattr(record, key, None) or (), strict=False):
                 page.set(name, math.nan if value is None else value, number)
 
-    def _tell_of_logged(self, page: PageWriter, metrics: Mapping[str, Any]) -> None:
-        for block, count in enumerate(metrics.get("dropped_by_block_since_logged", ())):
+    def _tell_of_logged(self, page: PageWriter, record: StepRecord) -> None:
+        for block, count in enumerate(record.dropped_by_block_since_logged or ()):
             page.add("sdit_expert_dropped_samples_total", count, str(block))
-        for block, loads in enumerate(metrics.get("expert_load", ())):
+        for block, loads in enumerate(record.expert_load or ()):
             mean = sum(loads) / len(loads)
             page.set("sdit_dead_experts", sum(load == 0 for load in loads), str(block))
             if block in self._blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sdit.redact import redact
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION, Observer
+from sdit.train.record import StepRecord, Validation
 
 _log = logging.getLogger(__name__)
 KEY = "validation_loss"
@@ -45,21 +47,21 @@ class MetricsFile(Observer):
     def on_rollback(self, clock: Clock, text: str) -> None:
         _keep_up_to(self._metrics, clock.images_seen)
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         for key in SPENT:
-            self._spent[key] += metrics.get(key, 0.0)
-        if logged:
-            # A pause falls between two steps that are seldom logged: only the sums tell where the time went.
-            self._append(self._metrics, {**metrics, "spent_since_logged": self._spent})
+            self._spent[key] += getattr(record, key) or 0.0
+        if record.logged:
+            # Most periodic tasks fall between two logged steps: only the sums show their time.
+            self._append(self._metrics, replace(record, spent_since_logged=self._spent).as_dict())
             self._spent = dict.fromkeys(SPENT, 0.0)
 
-    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
+    def on_validation(self, clock: Clock, validation: Validation) -> None:
         """Add the held-out loss to the line of its step; on a full disk it is missing until the next start."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
         if not lines or _images(lines[-1]) != clock.images_seen:
             return
         try:
-            _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **metrics})])
+            _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **validation.as_dict()})])
         except OSError as error:
             _log.warning("%s: the held-out loss is not in it (%s); training goes on", self._metrics, error.strerror)
 

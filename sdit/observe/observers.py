@@ -1,4 +1,4 @@
-"""Everyone that is told of a run."""
+"""The observers of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from sdit.observe.pictures import SampleGrids
 from sdit.observe.progress import Progress
 from sdit.observe.rank_log import RankLog
 from sdit.observe.routing_maps import RoutingMaps
-from sdit.observe.sinks import TensorBoard, Tolerant, WeightsAndBiases, require_packages
+from sdit.observe.sinks import TensorBoard, WeightsAndBiases, require_packages
 from sdit.supervise.ranks import RankInfo
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.decode import draws_latents
-from sdit.train.events import Observer
+from sdit.train.events import Observer, Observers
 
 _log = logging.getLogger(__name__)
 
 
 def build_observers(
-    config: Config, run_dir: Path | RunFolder, info: RankInfo, page: Observer | None = None
-) -> list[Observer]:
-    """The observers of this rank, in the order in which they are told; `page`: what the node's exporter reads.
+    config: Config, run_dir: Path | RunFolder, info: RankInfo, page: Observer | None = None, *more: Observer
+) -> Observers:
+    """Return the observers of this rank in the order of their calls, `more` last; `page` is what the node's exporter reads.
 
     Raises: ConfigError, on every rank, for an optional sink whose package is missing.
     """
@@ -35,14 +35,12 @@ def build_observers(
     if info.rank == 0:
         if latent_scale is not None:
             _log.warning("sample.vae: is not set: the model draws latents, kept in samples/latents-N.npz; no pictures")
-        grids = Tolerant(SampleGrids(run_dir, latent_scale), "sample grids", lasting=True)
-        observers += [MetricsFile(run_dir), Progress(), grids]
+        observers += [MetricsFile(run_dir), Progress(), SampleGrids(run_dir, latent_scale)]
         if config.model.variant == "switch":
-            observers.append(Tolerant(RoutingMaps(run_dir, config.model), "routing maps", lasting=True))
+            observers.append(RoutingMaps(run_dir, config.model))
         if config.observe.tensorboard:
-            observers.append(Tolerant(TensorBoard(Path(str(run_dir)), latent_scale is None), "TensorBoard"))
+            observers.append(TensorBoard(Path(str(run_dir)), latent_scale is None))
         if config.observe.wandb != "off":
-            observers.append(
-                Tolerant(WeightsAndBiases(Path(str(run_dir)), config, latent_scale is None), "Weights & Biases")
-            )
-    return observers
+            facts = config.model_dump(mode="json")
+            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, latent_scale is None))
+    return Observers([*observers, *more], info.rank == 0)

@@ -13,7 +13,7 @@ from sdit.data.durable import replacing
 from sdit.data.pixels import to_pixels
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
-from sdit.train.events import SAMPLES, Observer
+from sdit.train.events import SAMPLES, Observer, OnFailure
 
 MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor, so that a person sees them
 GAP_PIXELS = 2
@@ -22,6 +22,8 @@ GAP_GREY = 96
 
 class SampleGrids(Observer):
     """Writes RUN/samples/images-N.png whenever samples were drawn; of latents, which are no pictures, latents-N.npz."""
+
+    name, on_failure = "sample grids", OnFailure.RETRY
 
     def __init__(self, run_dir: Path | RunFolder, latent_scale: float | None = None) -> None:
         self._run_dir, self._latent_scale = run_dir, latent_scale

@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from sdit.train.clock import Clock
 from sdit.train.events import Observer
+from sdit.train.record import StepRecord
 
 LINE_EVERY_SECONDS = 30.0
 _log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ class Progress(Observer):
                 file=self._stream, dynamic_ncols=True,
             )  # fmt: skip
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         now = time.monotonic()
-        self._interval.add(metrics)
+        self._interval.add(record)
         if self._rate_from is None:  # the first step warms libraries up: it says nothing of the others
             self._rate_from = (now, clock.images_seen)
         if self._bar is not None and not self._stream.isatty():  # the terminal is gone: lines from here on
@@ -92,44 +92,47 @@ class Interval:
     """The steps since the last line, in the words of that line."""
 
     def __init__(self) -> None:
-        self._last: dict[str, Any] = {}
+        self._last: StepRecord | None = None
         self._load: float | None = None
         self.begin()
 
     def begin(self) -> None:
-        """The next interval starts."""
+        """Begin the next interval."""
         self._seconds = self._waited = self._exchanged = 0.0
         self._images = 0.0
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        self._last = dict(metrics)
-        self._load = metrics.get("expert_load_max_over_mean", self._load)
-        seconds = metrics.get("step_seconds", 0.0)
+    def add(self, record: StepRecord) -> None:
+        """Count a step."""
+        self._last = record
+        if record.expert_load_max_over_mean is not None:
+            self._load = record.expert_load_max_over_mean
+        seconds = record.step_seconds or 0.0
         self._seconds += seconds
-        self._images += metrics.get("images_per_second", 0.0) * seconds
-        self._waited += metrics.get("data_wait_seconds", 0.0)
-        self._exchanged += metrics.get("exchange_wait_seconds", 0.0)
+        self._images += (record.images_per_second or 0.0) * seconds
+        self._waited += record.data_wait_seconds or 0.0
+        self._exchanged += record.exchange_wait_seconds or 0.0
 
     def describe(self, short: bool = False) -> str:
         """`loss 0.1234  lr 1.0e-04  812 images/s  data 2 %  exchange 5 %  load 1.42 x mean`."""
-        metrics, seconds = self._last, max(self._seconds, 1e-9)
-        words = [f"loss {metrics['loss']:.4f}"]
-        if "learning_rate" in metrics:
-            words.append(f"lr {metrics['learning_rate']:.1e}")
+        record, seconds = self._last, max(self._seconds, 1e-9)
+        assert record is not None and record.loss is not None
+        words = [f"loss {record.loss:.4f}"]
+        if record.learning_rate is not None:
+            words.append(f"lr {record.learning_rate:.1e}")
         if short:
             return "  ".join(words)
-        if "grad_norm" in metrics:
-            words.append(f"grad {metrics['grad_norm']:.3g}")
+        if record.grad_norm is not None:
+            words.append(f"grad {record.grad_norm:.3g}")
         words.append(f"{self._images / seconds:.0f} images/s")
-        if "data_wait_seconds" in metrics:
+        if record.data_wait_seconds is not None:
             words.append(f"data {min(1.0, self._waited / seconds):.0%}")
         words.append(f"exchange {min(1.0, self._exchanged / seconds):.0%}")
         if self._load is not None:
             words.append(f"load {self._load:.2f} x mean")
-        if metrics.get("skipped_steps"):
-            words.append(f"skipped {metrics['skipped_steps']:.0f}")
-        if metrics.get("bad_samples"):
-            words.append(f"bad samples {metrics['bad_samples']:.0f}")
+        if record.skipped_steps:
+            words.append(f"skipped {record.skipped_steps}")
+        if record.bad_samples:
+            words.append(f"bad samples {record.bad_samples}")
         return "  ".join(words)
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,8 @@ from sdit.observe.routing import Snapshot
 from sdit.observe.routing_drawer import undrawn
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.clock import Clock
-from sdit.train.events import ROUTING, Observer
+from sdit.train.events import ROUTING, Observer, OnFailure
+from sdit.train.record import StepRecord
 
 FINISH_SECONDS = 20.0  # at the end of the run; what is not drawn by then is drawn when the run goes on
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 class RoutingMaps(Observer):
     """Writes RUN/routing/images-N.npz (a few milliseconds); pictures appear beside it when they are drawn."""
+
+    name, on_failure = "routing maps", OnFailure.RETRY
 
     def __init__(self, run_dir: Path | RunFolder, model: ModelConfig, finish_seconds: float = FINISH_SECONDS) -> None:
         self._run_dir, self._model, self._finish_seconds = run_dir, model, finish_seconds
@@ -50,10 +52,10 @@ class RoutingMaps(Observer):
         self.on_rollback(clock, message)
         self._draw()
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         self._images_left = self._total_images - clock.images_seen
-        if self._model.experts.capacity_factor is not None and "dropped_by_block" in metrics:
-            self._dropped = np.asarray(metrics["dropped_by_block"], dtype=np.float32)
+        if self._model.experts.capacity_factor is not None and record.dropped_by_block is not None:
+            self._dropped = np.asarray(record.dropped_by_block, dtype=np.float32)
 
     def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
         assignment = None

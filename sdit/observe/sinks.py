@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdit.config import Config, ObserveConfig
+from sdit.config import ObserveConfig
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
 from sdit.observe.pictures import grid_pixels, shown_channels
 from sdit.redact import redact
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import Observer, OnFailure
+from sdit.train.record import StepRecord, Validation
 
 FINISH_SECONDS = 20.0  # that W&B may take to send the rest: a run that was asked to stop has to leave
 MAX_SERIES = 256  # of one key: beyond, nobody finds the curve
@@ -35,62 +36,10 @@ def require_packages(config: ObserveConfig) -> None:
             raise ConfigError(f"{key} needs the package {package}: pip install sdit[observe]; legal without it: {off}")
 
 
-class Tolerant(Observer):
-    """Passes everything on to `sink`, whose failures are told, not raised: the first is the last, unless it is `lasting`."""
-
-    def __init__(self, sink: Observer, name: str, lasting: bool = False) -> None:
-        self._sink, self._name, self._lasting = sink, name, lasting
-        self._is_on = True
-
-    def on_start(self, clock: Clock, total_images: int, message: str) -> None:
-        self._try(lambda: self._sink.on_start(clock, total_images, message))
-
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
-        self._try(lambda: self._sink.on_step(clock, metrics, logged))
-
-    def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        self._try(lambda: self._sink.on_samples(clock, images, labels, columns))
-
-    def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
-        self._try(lambda: self._sink.on_routing(clock, probs, columns))
-
-    def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
-        self._try(lambda: self._sink.on_checkpoint(clock, folder, seconds))
-
-    def on_stop(self, clock: Clock) -> None:
-        self._try(lambda: self._sink.on_stop(clock))
-
-    def on_rollback(self, clock: Clock, text: str) -> None:
-        self._try(lambda: self._sink.on_rollback(clock, text))
-
-    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
-        self._try(lambda: self._sink.on_validation(clock, metrics))
-
-    def missing(self, clock: Clock) -> set[str]:
-        found: set[str] = set()
-        self._try(lambda: found.update(self._sink.missing(clock)))
-        return found
-
-    def on_event(self, clock: Clock, kind: str, text: str) -> None:
-        self._try(lambda: self._sink.on_event(clock, kind, text))
-
-    def close(self) -> None:
-        self._try(self._sink.close)
-
-    def _try(self, call: Callable[[], None]) -> None:
-        if not self._is_on:
-            return
-        try:
-            call()
-        except Exception as error:
-            self._is_on = self._lasting
-            left = "training goes on" if self._lasting else "training goes on without it"
-            _log.warning("%s failed (%s: %s); %s", self._name, type(error).__name__, error, left)
-            _log.debug("%s", self._name, exc_info=True)
-
-
 class TensorBoard(Observer):
     """Event files in RUN/tensorboard; the horizontal axis is images seen."""
+
+    name, on_failure = "TensorBoard", OnFailure.DROP
 
     def __init__(self, run_dir: Path, has_pictures: bool = True) -> None:
         self._folder, self._has_pictures = run_dir / "tensorboard", has_pictures
@@ -103,13 +52,16 @@ class TensorBoard(Observer):
         self._writer = SummaryWriter(str(self._folder), purge_step=clock.images_seen + 1)
         self.on_event(clock, "start", message)
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
-        if logged:
-            for key, value in scalars(metrics):
-                self._writer.add_scalar(key, value, clock.images_seen)
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
+        if record.logged:
+            self._add(clock, record)
 
-    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
-        self.on_step(clock, metrics, logged=True)
+    def on_validation(self, clock: Clock, validation: Validation) -> None:
+        self._add(clock, validation)
+
+    def _add(self, clock: Clock, values: Validation) -> None:
+        for key, value in scalars(values.as_dict()):
+            self._writer.add_scalar(key, value, clock.images_seen)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         if not self._has_pictures:
@@ -128,21 +80,26 @@ class TensorBoard(Observer):
 class WeightsAndBiases(Observer):
     """A W&B run of the folder's name, over images seen; offline runs lie in RUN/wandb until `wandb sync` sends them."""
 
-    def __init__(self, run_dir: Path, config: Config, has_pictures: bool = True) -> None:
-        self._run_dir, self._config, self._has_pictures = run_dir, config, has_pictures
+    name, on_failure = "Weights & Biases", OnFailure.DROP
+
+    def __init__(
+        self, run_dir: Path, config: ObserveConfig, facts: Mapping[str, Any], has_pictures: bool = True
+    ) -> None:
+        """`facts` is the run's whole config, as W&B shows it."""
+        self._run_dir, self._config, self._facts, self._has_pictures = run_dir, config, facts, has_pictures
         self._run: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         import wandb  # an optional package
 
-        mode = self._config.observe.wandb
+        mode = self._config.wandb
         if mode == "off":
             return
         name = self._run_dir.resolve().name
         identity = hashlib.sha256(str(self._run_dir.resolve()).encode()).hexdigest()[:16]  # the same after a restart
         self._run = wandb.init(
             project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir), mode=mode,
-            config=_redacted(self._config.model_dump(mode="json")),
+            config=_redacted(self._facts),
             settings=wandb.Settings(
                 console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
             ),
@@ -151,12 +108,12 @@ class WeightsAndBiases(Observer):
         self._run.define_metric("images_seen")
         self._run.define_metric("*", step_metric="images_seen")
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
-        if logged:
-            self._log(clock, dict(scalars(metrics)))
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
+        if record.logged:
+            self._log(clock, dict(scalars(record.as_dict())))
 
-    def on_validation(self, clock: Clock, metrics: dict[str, Any]) -> None:
-        self.on_step(clock, metrics, logged=True)
+    def on_validation(self, clock: Clock, validation: Validation) -> None:
+        self._log(clock, dict(scalars(validation.as_dict())))
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         if not self._has_pictures:

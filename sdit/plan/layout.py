@@ -8,10 +8,10 @@ from typing import Any
 
 from sdit.config import Config
 from sdit.diffusion import build_objective
-from sdit.dsconfig import merge_deepspeed, zero_stage
 from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
 from sdit.model.moe.experts import Experts
-from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
+from sdit.resolved import resolve_run
+from sdit.topology import BatchPlan
 
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
 ALIGNMENT = 2  # DeepSpeed rounds a flattened group up to a multiple of this x the ranks that share it
@@ -85,27 +85,22 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
 
     Raises: ConfigError where the config cannot run on so many ranks, or the JSON disagrees with it.
     """
-    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
-    merged = merge_deepspeed(config, batch, deepspeed, source)
-    zero = merged["zero_optimization"]
-    switch = config.model.variant == "switch"
-    expert_parallel = (
-        choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, per_node) if switch else 1
-    )
+    run = resolve_run(config, deepspeed, source, world, per_node)
+    zero = run.deepspeed["zero_optimization"]
     model = build_model(config.model, device="meta")
     objective = build_objective(config.diffusion, config.model.timesteps)
     learned = tuple(parameter.numel() for parameter in objective.parameters())
-    groups = [*_model_groups(model, world, expert_parallel), *([Group(learned, world, False)] if learned else [])]
+    groups = [*_model_groups(model, world, run.expert_parallel), *([Group(learned, world, False)] if learned else [])]
     return Job(
         config=config,
         world=world,
         per_node=per_node,
-        stage=zero_stage(merged, source),
+        stage=run.zero_stage,
         offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
         bucket_numel=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_NUMEL)),
         bucket_count=2 if zero.get("overlap_comm", False) else 1,
-        batch=batch,
-        expert_parallel=expert_parallel,
+        batch=run.batch,
+        expert_parallel=run.expert_parallel,
         groups=tuple(groups),
         parameters=count_parameters(model),
     )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sdit.config import Config
 from sdit.contracts import Batch, RawBatch
 from sdit.diffusion import draw_label_drop
 from sdit.randomness import Purpose, normal_noise
 
 
 def draw_batch(
-    config: Config, seed: int, samples: RawBatch, times: np.ndarray, label_drop: float, device: torch.device
+    samples: RawBatch, times: np.ndarray, seed: int, classes: int, label_drop: float, device: torch.device
 ) -> Batch:
-    """The batch of `samples` (B) on the device, with their times (B,); `label_drop` is the share of hidden labels."""
+    """Return the batch of `samples` (B) on the device, with their times (B,).
+
+    `label_drop` is the probability that a label becomes the null label, which is `classes`.
+    """
     labels = samples.y
-    if config.model.classes and label_drop:
-        labels = np.where(draw_label_drop(seed, samples.index, label_drop), config.model.classes, labels)
+    if classes and label_drop:
+        labels = np.where(draw_label_drop(seed, samples.index, label_drop), classes, labels)
     noise = normal_noise(seed, samples.index, samples.x0.shape[1:], Purpose.NOISE)
     return Batch(
         index=torch.from_numpy(samples.index),

@@ -53,6 +53,24 @@ class Clock:
         return every_steps is not None and self.steps // every_steps > earlier.steps // every_steps
 
 
+@dataclass(frozen=True)
+class StepSpan:
+    """One optimizer step on the clock: from `before` to `clock`. The run has `length_images` images."""
+
+    before: Clock
+    clock: Clock
+    length_images: int
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the step is the last of the run."""
+        return self.clock.images_seen >= self.length_images
+
+    def crosses(self, every_images: int | None, every_steps: int | None = None) -> bool:
+        """Return whether the step completes an interval. Without an interval: never."""
+        return self.clock.crosses(self.before, every_images, every_steps)
+
+
 def learning_rate_factor(config: OptimizerConfig, images_seen: int, total_images: int) -> float:
     """Learning rate over its peak for the step that ends at `images_seen`: linear warm-up, then the decay to the end."""
     if images_seen < config.warmup_images:

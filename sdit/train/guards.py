@@ -5,13 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import FrameType
-
-import numpy as np
-import torch
 
 from sdit.supervise.child import HANGUP, stop_signals
 from sdit.supervise.pulse import Pulse
@@ -67,60 +61,6 @@ class SpikeDetector:
         self._mean += rate * delta
         self._variance = (1 - rate) * (self._variance + rate * delta * delta)
         return far
-
-
-class WorkTimer:
-    """Seconds that a rank works in a step (data, forward passes) before it waits for others: slow ranks show here."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._steps = 0
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def host(self) -> Iterator[None]:
-        """What runs inside keeps the host busy, such as loading data."""
-        begun = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - begun
-
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """What runs inside keeps the device busy; on a GPU its own clock tells, as the host merely launches."""
-        if not self._on_gpu:
-            with self.host():
-                yield
-            return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        yield
-        end.record()
-        self._events.append((begin, end))
-
-    def count_step(self) -> None:
-        """A step was taken; its kernels have run."""
-        self._steps += 1
-        milliseconds = sum(begin.elapsed_time(end) for begin, end in self._events)
-        if self._events:
-            self._seconds += milliseconds / 1000
-            self._events.clear()
-
-    def take(self) -> float:
-        """Mean seconds per step since the last call."""
-        mean = self._seconds / max(1, self._steps)
-        self._steps, self._seconds = 0, 0.0
-        return mean
-
-
-def rank_report(seconds: Sequence[float]) -> dict[str, float]:
-    """Keys of metrics.jsonl about slow ranks, from every rank's `WorkTimer.take()`."""
-    p50, p99 = np.percentile(seconds, [50, 99])
-    return {
-        "rank_step_seconds_p50": float(p50),
-        "rank_step_seconds_p99": float(p99),
-        "slowest_rank": int(np.argmax(seconds)),
-    }
 
 
 class StopSignals:

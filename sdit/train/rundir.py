@@ -9,15 +9,16 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import sdit
-from sdit.config import Config
 from sdit.configfile import dump_config
 from sdit.distributed.comm import Comm
 from sdit.redact import holds_credential, redact
+from sdit.resolved import ResolvedRun
 from sdit.supervise.lock import unwritable
 from sdit.supervise.run_folder import RunFolder
 
@@ -50,11 +51,11 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Comm, layout: dict[str, Any]) -> None:
+def describe_run(path: Path, run: ResolvedRun, comm: Comm, facts: Mapping[str, Any]) -> None:
     """Write config.yaml, deepspeed.json and environment.json, as resolved for this attempt."""
     _warn_of_credential(path / "config.yaml")
-    (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (path / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    (path / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    (path / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n", encoding="utf-8")
     environment = {
         "sdit": sdit.__version__,
         "git_commit": _git_commit(),
@@ -65,7 +66,10 @@ def describe_run(path: Path, config: Config, deepspeed: dict[str, Any], comm: Co
         "ranks_found_by": comm.info.source,
         "device": str(comm.device),
         "command": [redact(word) for word in sys.argv],
-        **layout,
+        "micro_batch": run.batch.micro_batch,
+        "accumulation": run.batch.accumulation,
+        "expert_parallel": run.expert_parallel,
+        **facts,
     }
     (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 

@@ -8,29 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config, SampleConfig
+from sdit.config import DiffusionConfig, SampleConfig
 from sdit.data.classes import Classes, choose_labels
 from sdit.diffusion import SamplerSettings, sample
-from sdit.distributed.comm import Comm
-from sdit.distributed.engine import Engine
 from sdit.model import DiffusionTransformer, forward_with_guidance
 from sdit.randomness import Purpose, normal_noise
-from sdit.train.decode import latent_decoder
-from sdit.train.ema import Ema
+from sdit.supervise.pulse import Phase
+from sdit.train.clock import StepSpan
+from sdit.train.context import TrainContext
+from sdit.train.decode import LatentDecoder
 
 SAMPLE_BATCH = 64  # images per rank and model call
 
 
 def sample_images(
-    model: DiffusionTransformer, config: Config, settings: SampleConfig, indices: np.ndarray, labels: np.ndarray,
-    progress: Callable[[int, int], None] | None = None,
+    model: DiffusionTransformer, diffusion: DiffusionConfig, settings: SampleConfig, indices: np.ndarray,
+    labels: np.ndarray, progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Images (n, C, H, W) float32, the i-th keyed by (settings.seed, indices[i]) with labels (n,); on the model's device."""
-    device = model.pos_embed.device
-    shape = (config.model.channels, config.model.input_size, config.model.input_size)
+    """Return images (n, C, H, W) float32 on the model's device. Image i is keyed by (settings.seed, indices[i]) and labels[i]."""
+    device, config = model.pos_embed.device, model.config
+    shape = (config.channels, config.input_size, config.input_size)
     noise = torch.from_numpy(normal_noise(settings.seed, indices, shape, Purpose.SAMPLE_START)).to(device)
-    sampler = SamplerSettings.from_config(config.diffusion, settings, config.model.timesteps)
-    guidance = settings.guidance if config.model.classes else 1.0
+    sampler = SamplerSettings.from_config(diffusion, settings, config.timesteps)
+    guidance = settings.guidance if config.classes else 1.0
 
     def predict(x: Tensor, t: int | float, y: Tensor) -> Tensor:
         return forward_with_guidance(model, x, t, y, guidance, settings.guided_channels)
@@ -38,53 +38,77 @@ def sample_images(
     return sample(predict, noise, torch.from_numpy(labels).to(device), sampler, settings.seed, indices, progress)
 
 
-def grid_rows(config: Config, classes: Classes) -> list[int]:
-    """The label of every row of the sample grid, of the trained `classes`; 0 for all rows of an unconditional model.
+def grid_rows(settings: SampleConfig, classes: Classes) -> list[int]:
+    """Return the label of every row of the sample grid, of the trained `classes`; 0 for all rows of an unconditional model.
 
     Raises: ConfigError for a `sample.labels` that is none of them.
     """
-    if config.sample.labels is not None:
-        return choose_labels(config.sample.labels, classes, "sample.labels")
-    return classes.labels[: config.sample.classes] if classes.count else [0] * config.sample.classes
+    if settings.labels is not None:
+        return choose_labels(settings.labels, classes, "sample.labels")
+    return classes.labels[: settings.classes] if classes.count else [0] * settings.classes
 
 
-def grid_labels(config: Config, classes: Classes) -> np.ndarray:
-    """Labels (rows * columns,) int64 of the sample grid: one class per row."""
-    return np.repeat(np.array(grid_rows(config, classes), dtype=np.int64), config.sample.images_per_class)
+def grid_labels(settings: SampleConfig, classes: Classes) -> np.ndarray:
+    """Return labels (rows * columns,) int64 of the sample grid: one class per row."""
+    return np.repeat(np.array(grid_rows(settings, classes), dtype=np.int64), settings.images_per_class)
 
 
 class GridSampler:
-    """Draws the run's sample grid from the EMA, shared out over the ranks."""
+    """Draws the run's sample grid from the EMA; the ranks share the images."""
 
-    def __init__(self, config: Config, model: DiffusionTransformer, comm: Comm, labels: np.ndarray) -> None:
-        self._config, self._model, self._comm, self._labels = config, model, comm, labels
-        self._decode = latent_decoder(config, None, comm.device)
+    def __init__(
+        self, context: TrainContext, settings: SampleConfig, labels: np.ndarray, decode: LatentDecoder | None
+    ) -> None:
+        self._context, self._settings, self._labels, self._decode = context, settings, labels, decode
 
-    def draw(self, engine: Engine, ema: Ema, step_done: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
-        """Images (n, C, H, W), decoded by sample.vae, and labels (n,) on every rank; what `step_done` raises ends it."""
-        labels = self._labels
-        training = self._model.training
-        self._model.eval()
-        try:
-            with engine.weights_of(ema.values), torch.no_grad():
-                return self._share(labels, step_done), labels
-        finally:
-            self._model.train(training)
+    def due(self, span: StepSpan) -> bool:
+        """Return whether the grid is due after a step: at its interval, and at the end."""
+        return span.crosses(self._settings.every_images) or span.at_end
 
-    def gate_probs(self) -> np.ndarray:
-        """(depth, T, M) gate probabilities of all tasks with the present weights, for the routing map; no communication."""
-        return self._model.all_gate_probs().cpu().numpy()
+    def draw(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return images (n, C, H, W), decoded by sample.vae, labels (n,) and the columns of the grid, on every rank.
 
-    def _share(self, labels: np.ndarray, step_done: Callable[[], None]) -> np.ndarray:
-        """Rank r draws images r, r + R, ...; all ranks make equally many model calls, as experts may be spread over them."""
-        comm = self._comm
+        Raises: StopAgreed.
+        """
+        context = self._context
+        with context.task(Phase.SAMPLE, "sample"), context.averaged_weights():
+            return self._share(), self._labels, self._settings.images_per_class
+
+    def _share(self) -> np.ndarray:
+        """Rank r draws images r, r + R, ... All ranks make equally many model calls, because experts may be sharded."""
+        context, labels = self._context, self._labels
+        comm, diffusion = context.comm, context.run.config.diffusion
         per_rank = -(-len(labels) // comm.world)
         mine = np.minimum(np.arange(per_rank) * comm.world + comm.rank, len(labels) - 1)
-        config = self._config
-        parts = [
-            sample_images(self._model, config, config.sample, chunk, labels[chunk], lambda _done, _steps: step_done())
+        images = [
+            sample_images(
+                context.model,
+                diffusion,
+                self._settings,
+                chunk,
+                labels[chunk],
+                lambda _done, _steps: context.stop_point(),
+            )
             for chunk in np.array_split(mine, max(1, -(-per_rank // SAMPLE_BATCH)))
         ]
         if self._decode is not None:
-            parts = [self._decode(part) for part in parts]
-        return comm.interleave(torch.cat(parts))[: len(labels)].cpu().numpy()
+            images = [self._decode(chunk) for chunk in images]
+        return comm.interleave(torch.cat(images))[: len(labels)].cpu().numpy()
+
+
+class RoutingMaps:
+    """The gate probabilities of all tasks, from the present weights."""
+
+    def __init__(self, context: TrainContext, sampler: GridSampler, every_images: int | None) -> None:
+        self._context, self._sampler, self._every_images = context, sampler, every_images
+
+    def due(self, span: StepSpan) -> bool:
+        """Return whether a map is due after a step: at its interval or with the sample grid, and at the end."""
+        if self._context.model.config.variant != "switch":
+            return False
+        own = self._every_images
+        return span.at_end or (self._sampler.due(span) if own is None else span.crosses(own))
+
+    def measure(self) -> tuple[np.ndarray, list[int] | None]:
+        """Return probabilities (depth, T, M) and the columns of the prior's mask; no communication."""
+        return self._context.model.all_gate_probs().cpu().numpy(), self._context.state.prior.columns

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 
 import sdit
-from sdit.config import Config
 from sdit.configfile import config_keys
 from sdit.distributed.engine import Engine
 from sdit.errors import CheckpointError, ConfigError
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model import DiffusionTransformer
 from sdit.model.moe.experts import Experts
+from sdit.resolved import ResolvedRun
 from sdit.train.checkpoint.files import ShardSet, manifest_files
 from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
-from sdit.train.clock import Clock
+from sdit.train.clock import Clock, StepSpan
 from sdit.train.ema import Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed
@@ -36,22 +35,25 @@ class RunState:
     """Weights, moments, EMA and clock of a run under any layout."""
 
     def __init__(
-        self, config: Config, engine: Engine, ema: Ema, model: DiffusionTransformer, store: CheckpointStore,
-        data: RunData, experts: ExpertParallel, prior: PriorSchedule,
-    ) -> None:  # fmt: skip
-        self.config, self.engine, self.ema, self.store = config, engine, ema, store
-        self.experts, self.prior, self._data = experts, prior, data
+        self, run: ResolvedRun, engine: Engine, store: CheckpointStore, data: RunData, experts: ExpertParallel
+    ) -> None:
+        config = run.config
+        self._run, self.config, self.engine, self.store = run, config, engine, store
+        self.ema = Ema(engine.owned)
+        self.experts, self.prior, self.data = experts, PriorSchedule(config.prior, config.model), data
         self.clock = Clock()
         self.length_images = config.train.total_images
-        self.last_batch = (
-            config.train.global_batch
-        )  # images of the newest step, which an earlier process may have taken
+        self.last_batch = config.train.global_batch  # images of the newest step, perhaps of an earlier process
         stacks = (Experts, ShardedExperts)
         self._stacks = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
 
     def keep_length(self, resumed: Resumed) -> None:
         """Continue with the length of the run that the checkpoint, or a changed setting, gives."""
         self.length_images, self.last_batch = resumed.length_images, resumed.last_batch
+
+    def next_step(self) -> StepSpan:
+        """Return the step that begins at the present clock."""
+        return StepSpan(self.clock, self.clock.after(self._run.batch.global_batch), self.length_images)
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Global expert id of every row of a parameter; None when it is no stack of experts."""
@@ -89,7 +91,7 @@ class RunState:
             "length_images": self.length_images,
             "prior_columns": self.prior.columns,
             "expert_layout": self.experts.stored(),
-            **self._data.stored(),
+            **self.data.stored(),
             "written_by": {
                 "sdit": sdit.__version__,
                 "torch": torch.__version__,

@@ -1,45 +1,106 @@
-"""Where a rank's time goes, part by part, and how much memory it holds."""
+"""The step timer: seconds of each phase on the host, and the work of a rank before it waits for others. Memory."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
-PARTS = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
+PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
 PAUSES = ("checkpoint", "sample", "validation")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class StepTimes:
-    """Seconds of each part since the last `take`, as the host sees them: kernels still under way count where it waits."""
+class StepTimer:
+    """Times one rank's steps.
 
-    def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+    A phase counts the host's seconds: kernels that still run count where the host waits for them. Work counts what a
+    rank does before it waits for other ranks (loading, forward passes), so that slow ranks show.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._started = time.perf_counter()
+        self._work_steps, self._work_seconds = 0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin_step(self) -> None:
+        """Start the clock of `step_seconds`."""
+        self._started = time.perf_counter()
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds since `begin_step`."""
+        return time.perf_counter() - self._started
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count what runs inside as part `name`."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside as the phase `name`."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[name] += time.perf_counter() - started
 
-    def take(self) -> dict[str, float]:
-        """The timing keys of metrics.jsonl; begins anew."""
-        keys = {f"{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        keys["pause_seconds"] = sum(self._seconds[name] for name in PAUSES)
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        return keys
+    @contextmanager
+    def host_work(self) -> Iterator[None]:
+        """Count what runs inside as work of the host, such as loading data."""
+        started = time.perf_counter()
+        yield
+        self._work_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def device_work(self) -> Iterator[None]:
+        """Count the kernels that are launched inside as work. On a GPU its own clock is read, after the step."""
+        if not self._on_gpu:
+            with self.host_work():
+                yield
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def end_step(self) -> None:
+        """Count a step that was taken. Its kernels have run."""
+        self._work_steps += 1
+        if self._events:
+            self._work_seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+            self._events.clear()
+
+    def take_phases(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call, by the names of `StepRecord`, and count from zero."""
+        seconds = {f"{name}_seconds": spent for name, spent in self._seconds.items()}
+        seconds["pause_seconds"] = sum(self._seconds[name] for name in PAUSES)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return seconds
+
+    def take_work(self) -> float:
+        """Return the mean work of a step in seconds since the last call, and count from zero."""
+        mean = self._work_seconds / max(1, self._work_steps)
+        self._work_steps, self._work_seconds = 0, 0.0
+        return mean
+
+
+def rank_report(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the fields of `StepRecord` about slow ranks, from the `take_work()` of every rank."""
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {
+        "rank_step_seconds_p50": float(p50),
+        "rank_step_seconds_p99": float(p99),
+        "slowest_rank": int(np.argmax(seconds)),
+    }
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Bytes this process holds: `resident` in the host's memory, `device` allocated on the GPU (0 without one)."""
+    """Return the bytes of this process: `resident` in host memory, `device` allocated on the GPU (0 without one)."""
     on_gpu = device.type == "cuda"
     return {"resident": _resident_bytes(), "device": torch.cuda.memory_allocated(device) if on_gpu else 0}
 

@@ -12,16 +12,15 @@ from sdit.config import Config, DataConfig
 from sdit.data.dataset import check_fit, open_dataset
 from sdit.data.identity import DataIdentity
 from sdit.data.loader import Loader
-from sdit.data.order import rank_indices
-from sdit.diffusion import Objective, draw_timesteps
-from sdit.distributed.comm import Comm
-from sdit.distributed.engine import Engine
-from sdit.expert_parallel.expert_parallel import ExpertParallel
-from sdit.model import DiffusionTransformer
-from sdit.topology import BatchPlan
+from sdit.diffusion import draw_timesteps
+from sdit.sections import ValidationConfig
+from sdit.supervise.pulse import Phase
 from sdit.train.batch import draw_batch
+from sdit.train.batches import rank_requests
 from sdit.train.bins import BINS, bin_means
-from sdit.train.ema import Ema
+from sdit.train.clock import StepSpan
+from sdit.train.context import TrainContext
+from sdit.train.record import Validation
 from sdit.train.rundata import Note, check_held_out, was_accepted
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, whatever the two seeds
@@ -50,61 +49,62 @@ def open_held_out(
 class Validator:
     """Measures the held-out loss; the same number on any layout, and at any time of the run for the same weights."""
 
-    def __init__(
-        self, config: Config, batch: BatchPlan, comm: Comm, objective: Objective, model: DiffusionTransformer,
-        experts: ExpertParallel, loader: Loader,
-    ) -> None:  # fmt: skip
-        self._config, self._batch, self._comm, self._objective = config, batch, comm, objective
-        self._model, self._experts, self._loader = model, experts, loader
-        self._seed = (config.validation.seed + SEED_OFFSET) % 2**64
-        self.images = -(-config.validation.images // batch.global_batch) * batch.global_batch
+    def __init__(self, context: TrainContext, config: ValidationConfig, loader: Loader | None) -> None:
+        """`loader` None: the run has no held-out images, and validation is never due."""
+        self._context, self._config, self._loader = context, config, loader
+        self._seed = (config.seed + SEED_OFFSET) % 2**64
+        global_batch = context.run.batch.global_batch
+        self._images = -(-config.images // global_batch) * global_batch
 
-    def measure(self, engine: Engine, ema: Ema, batch_done: Callable[[], None]) -> dict[str, Any]:
-        """The validation keys of metrics.jsonl. All ranks call it together; what `batch_done` raises ends it.
+    def due(self, span: StepSpan) -> bool:
+        """Return whether validation is due after a step: at its interval, and at the end."""
+        return self._loader is not None and (span.crosses(self._config.every_images) or span.at_end)
 
-        `validation_loss` is the noise loss (with the bound's term where the variance is learned), unlike `loss` without
-        the prior's and the balance's; labels are never dropped; experts keep what `experts.capacity_factor_eval` allows.
+    def measure(self) -> Validation:
+        """Return the held-out loss. All ranks call it together.
+
+        `validation_loss` is the noise loss (with the bound's term if the variance is learned), without the prior loss and
+        the balance loss. Labels are never dropped. Experts keep what `experts.capacity_factor_eval` allows.
+        Raises: StopAgreed.
         """
-        training = self._model.training
-        self._model.eval()
-        try:
-            with engine.weights_of(ema.values), torch.no_grad(), self._experts.evaluation() as begin_batch:
-                sums, bins = self._sums(engine, begin_batch, batch_done)
-        finally:
-            self._model.train(training)
-        totals = self._comm.sum(torch.cat([sums, bins.flatten()]))
-        loss, mse = (totals[:2] / self.images).tolist()
-        by_bin = bin_means(totals[2:].view(2, BINS))
-        keys = {"validation_loss": loss, "validation_mse": mse, "validation_loss_by_timestep": by_bin}
-        return keys | {"validation_images": self.images}
+        context = self._context
+        with (
+            context.task(Phase.SAMPLE, "validation"),
+            context.averaged_weights(),
+            context.experts.evaluation() as begin_batch,
+        ):
+            sums, bins = self._sums(begin_batch)
+        totals = context.comm.sum(torch.cat([sums, bins.flatten()]))
+        loss, mse = (totals[:2] / self._images).tolist()
+        return Validation(loss, mse, bin_means(totals[2:].view(2, BINS)), self._images)
 
-    def _sums(
-        self, engine: Engine, begin_batch: Callable[[int, np.ndarray], None], batch_done: Callable[[], None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sums(self, begin_batch: Callable[[int, np.ndarray], None]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 sums over this rank's images: (2,) of loss and mse, and the bins of mse."""
-        device = self._comm.device
+        context, plan = self._context, self._context.run.batch
+        device, classes = context.comm.device, context.model.config.classes
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+        assert self._loader is not None
         batches = self._loader.batches(self._requests())
-        for first in range(0, self.images, self._batch.global_batch):
+        for first in range(0, self._images, plan.global_batch):
             times = self._times(first)
             begin_batch(first, times)
-            for micro_step in range(self._batch.accumulation):
-                samples = self._experts.begin_micro_step(micro_step, next(batches))
-                batch = draw_batch(self._config, self._seed, samples, times[samples.index - first], 0.0, device)
-                losses = engine.module(batch, None, None)
+            for micro_step in range(plan.accumulation):
+                samples = context.experts.begin_micro_step(micro_step, next(batches))
+                batch = draw_batch(samples, times[samples.index - first], self._seed, classes, 0.0, device)
+                losses = context.engine.module(batch, None, None)
                 mse, vlb = losses.parts[1], losses.parts[2]
                 sums += torch.stack([mse + vlb, mse])
                 bins += losses.bins
-            batch_done()
-        return sums * self._batch.micro_batch, bins
+            context.stop_point()
+        return sums * plan.micro_batch, bins
 
     def _times(self, first: int) -> np.ndarray:
         """One t in each equal part of the time axis for every global batch: less noise than independent ones."""
-        return draw_timesteps(self._seed, first, self._batch.global_batch, self._objective.timesteps, mode="stratified")
+        global_batch, timesteps = self._context.run.batch.global_batch, self._context.objective.timesteps
+        return draw_timesteps(self._seed, first, global_batch, timesteps, mode="stratified")
 
     def _requests(self) -> Iterator[np.ndarray]:
-        plan, comm = self._batch, self._comm
-        for first in range(0, self.images, plan.global_batch):
-            for micro_step in range(plan.accumulation):
-                yield rank_indices(first, plan.global_batch, comm.rank, comm.world, micro_step, plan.accumulation)
+        plan, comm = self._context.run.batch, self._context.comm
+        for first in range(0, self._images, plan.global_batch):
+            yield from rank_requests(plan, first, comm.rank, comm.world)

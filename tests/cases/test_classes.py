@@ -610,7 +610,7 @@ def test_rows_that_do_not_exist_are_refused_at_start(place: Path, given: str) ->
     config = load_config(TINY, ["model.classes=3", given])
     data = stored_identity(read_manifest(find_checkpoint(place / "run").folder)["data"], "run")
     with pytest.raises(ConfigError, match=r"sample\.labels: "):
-        grid_rows(config, trained_classes(config.model, data))
+        grid_rows(config.sample, trained_classes(config.model, data))
 
 
 def test_the_report_names_the_classes(place: Path, sdit: Command, tmp_path: Path) -> None:

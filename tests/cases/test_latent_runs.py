@@ -225,14 +225,12 @@ def test_observers_of_a_latent_run_keep_latents(tmp_path: Path) -> None:
     config = tiny_config("model.channels=4", "observe.tensorboard=true")
     observers = build_observers(config, tmp_path, find_rank({}))
     images, labels = np.zeros((2, 4, 4, 4), np.float32), np.arange(2)
-    for observer in observers:
-        observer.on_start(Clock(0, 0), 100, "start")
-        observer.on_samples(Clock(8, 2), images, labels, 2)
+    observers.on_start(Clock(0, 0), 100, "start")
+    observers.on_samples(Clock(8, 2), images, labels, 2)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["latents-000000000008.npz"]
-    assert set().union(*(observer.missing(Clock(8, 2)) for observer in observers)) <= {"routing"}
-    for observer in observers:
-        observer.on_rollback(Clock(4, 1), "back")
-        observer.close()
+    assert observers.missing(Clock(8, 2)) <= {"routing"}
+    observers.on_rollback(Clock(4, 1), "back")
+    observers.close()
     assert not list((tmp_path / "samples").iterdir())
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"samples" not in events

@@ -17,9 +17,10 @@ from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.model import build_model, fill_buffers
 from sdit.model.moe.experts import Experts
+from sdit.resolved import ResolvedRun, resolve_run
 from sdit.topology import BatchPlan
-from sdit.train.build import open_trainer
 from sdit.train.sampling import sample_images
+from sdit.train.setup import open_trainer
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
@@ -49,11 +50,13 @@ def sampled_images(comm: Comm, folder: Path) -> list[dict[str, Any]]:
             labels = np.arange(comm.rank, comm.rank + 3) % 10
             with torch.no_grad():
                 whole, sharded = sharded_model(config, comm, ranks)
-                drawn = [sample_images(m, config, config.sample, 3 * labels, labels) for m in (whole, sharded)]
+                drawn = [
+                    sample_images(m, config.diffusion, config.sample, 3 * labels, labels) for m in (whole, sharded)
+                ]
                 for router in whole.routers:
                     for parameter in router.experts.parameters():
                         parameter.zero_()
-                without = sample_images(whole, config, config.sample, 3 * labels, labels)
+                without = sample_images(whole, config.diffusion, config.sample, 3 * labels, labels)
             worst = {"error": error(drawn[1], drawn[0]), "without_experts": error(without, drawn[0])}
             gathered = comm.gather(worst)
             found.append({"kind": kind, "ranks": ranks} | {key: max(rank[key] for rank in gathered) for key in worst})
@@ -81,6 +84,11 @@ def sharded_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
     return whole.eval(), model.eval()
 
 
+def resolved(overrides: list[str], stage: int, comm: Comm) -> ResolvedRun:
+    deepspeed = {"zero_optimization": {"stage": stage}}
+    return resolve_run(load_config(TINY, overrides), deepspeed, "case", comm.world, comm.info.local_world)
+
+
 def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     """How many tensors of a trained state a random re-placement changes, by placement."""
     found = []
@@ -91,9 +99,9 @@ def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
             "model.experts.count=8",
             f"run_dir={folder}/moved-{ranks}-{stage}",
         ]
-        with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
+        with open_trainer(resolved(more, stage, comm), comm) as trainer:
             trainer.run()
-            state = trainer.state
+            state = trainer.context.state
             before = whole_state(comm, state.snapshot().tensors)
             placement = state.experts.placement
             owners = np.random.default_rng(stage).permuted(placement.expert_to_rank, axis=1)
@@ -143,8 +151,8 @@ def held_sizes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     for ranks, stage in [(size, stage) for size in (1, 2, 4) if comm.world % size == 0 for stage in (0, 1)]:
         run_dir = folder / f"sizes-{comm.world}-{ranks}-{stage}"
         more = ["model.experts.count=16", f"parallel.expert={ranks}", f"run_dir={run_dir}"]
-        with open_trainer(load_config(TINY, more), {"zero_optimization": {"stage": stage}}, "case", comm) as trainer:
-            engine, ema = trainer.engine, trainer.state.ema
+        with open_trainer(resolved(more, stage, comm), comm) as trainer:
+            engine, ema = trainer.context.engine, trainer.context.state.ema
             weights = [(name, p.numel()) for name, p in engine.module.named_parameters()]
             moments = [(p.name, p.moment(key).numel()) for p in engine.local for key in engine.moment_keys]
             averages = [(p.name, v.numel()) for p, v in zip(ema.shards, ema.values, strict=True)]

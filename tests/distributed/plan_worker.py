@@ -13,7 +13,8 @@ import torch
 from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
-from sdit.train.build import open_trainer
+from sdit.resolved import resolve_run
+from sdit.train.setup import open_trainer
 
 
 def status_bytes(key: str) -> int:
@@ -29,9 +30,10 @@ def train(case: dict[str, Any], comm: Comm) -> dict[str, Any]:
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
     before = status_bytes("VmRSS")
-    with open_trainer(config, case["deepspeed"], "case", comm) as trainer:
+    run = resolve_run(config, case["deepspeed"], "case", comm.world, comm.info.local_world)
+    with open_trainer(run, comm) as trainer:
         trainer.run()
-        engine, ema = trainer.engine, trainer.state.ema
+        engine, state = trainer.context.engine, trainer.context.state
         basic = engine.deepspeed.basic_optimizer
         flats = [flat for group in basic.param_groups for flat in group["params"]]
         parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in engine.module.parameters()}
@@ -40,8 +42,8 @@ def train(case: dict[str, Any], comm: Comm) -> dict[str, Any]:
             "weights": sum(parameters.values()),
             "masters": sum(flat.untyped_storage().nbytes() for flat in masters),
             "moments": sum(basic.state[flat][key].nbytes for flat in flats for key in engine.moment_keys),
-            "ema": sum(value.nbytes for value in ema.values),
-            "checkpoint": trainer.state.checkpoint_bytes(),
+            "ema": sum(value.nbytes for value in state.ema.values),
+            "checkpoint": state.checkpoint_bytes(),
             "peak": status_bytes("VmHWM") - before,
         }
 

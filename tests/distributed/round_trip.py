@@ -15,8 +15,9 @@ import torch
 from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
-from sdit.train.build import open_trainer
+from sdit.resolved import resolve_run
 from sdit.train.checkpoint.store import CheckpointStore
+from sdit.train.setup import open_trainer
 from sdit.train.state import RunState
 
 
@@ -39,15 +40,17 @@ def main() -> None:
             case = task["case"]
             config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
             deepspeed = {"zero_optimization": {"stage": case["stage"]}}
-            with open_trainer(config, deepspeed, "case", comm) as trainer:
+            run = resolve_run(config, deepspeed, "case", comm.world, comm.info.local_world)
+            with open_trainer(run, comm) as trainer:
+                state = trainer.context.state
                 for number, source in enumerate(task["sources"]):
                     wanted = config.checkpoint.model_copy(update={"resume": source})
                     out = CheckpointStore(Path(task["out"]) / str(number), wanted, comm)
                     found = out.find()
                     assert found is not None
-                    poison(trainer.state)
-                    trainer.state.load(found)
-                    out.save(trainer.state.snapshot())
+                    poison(state)
+                    state.load(found)
+                    out.save(state.snapshot())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 
 from sdit.configfile import load_config
 from sdit.errors import ConfigError
+from sdit.resolved import resolve_run
 from sdit.topology import choose_expert_parallel
-from sdit.train.build import check_config
 from sdit.train.checkpoint.files import ShardSet, manifest_files
 from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, metrics_of, train_together
@@ -320,4 +320,4 @@ def test_illegal_size_is_refused_with_the_legal_ones(size: int, experts: int, wo
 
 def test_zero_stage_3_is_refused_with_what_to_use() -> None:
     with pytest.raises(ConfigError, match=r"stage: 3 .*legal: 0, 1, 2.*parallel\.expert.*stage 2"):
-        check_config(load_config(TINY, []), {"zero_optimization": {"stage": 3}}, "zero3.json", 4)
+        resolve_run(load_config(TINY, []), {"zero_optimization": {"stage": 3}}, "zero3.json", 4, 4)

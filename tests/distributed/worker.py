@@ -11,17 +11,20 @@ from sdit.cli import leave
 from sdit.configfile import load_config
 from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics_file import MetricsFile
-from sdit.train.build import open_trainer
+from sdit.resolved import resolve_run
+from sdit.train.events import Observers
+from sdit.train.setup import open_trainer
 
 
 def train(case: dict, comm: Comm) -> None:
     deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
-    observers = [MetricsFile(Path(config.run_dir))] if comm.is_first else []
-    with open_trainer(config, deepspeed, "case", comm, observers) as trainer:
+    observers = Observers([MetricsFile(Path(config.run_dir))], comm.is_first)
+    with open_trainer(
+        resolve_run(config, deepspeed, "case", comm.world, comm.info.local_world), comm, observers
+    ) as trainer:
         trainer.run()
-    for observer in observers:
-        observer.close()
+    observers.close()
 
 
 def main() -> None:

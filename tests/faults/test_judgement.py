@@ -17,7 +17,8 @@ from sdit.supervise.pulse import Phase, Pulse
 from sdit.supervise.ranks import find_rank
 from sdit.supervise.verdict import End, Judge, culprit
 from sdit.train.clock import Clock
-from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals, WorkTimer, rank_report
+from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals
+from sdit.train.timing import StepTimer, rank_report
 
 
 def end(rank: int, cause: str = "exit", code: int = 0, **more: object) -> End:
@@ -125,12 +126,12 @@ def test_slow_ranks_show_in_the_report() -> None:
 
 
 def test_work_is_averaged_over_steps_and_begins_anew() -> None:
-    timer = WorkTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"))
     for _ in range(2):
-        with timer.host(), timer.kernels():
+        with timer.host_work(), timer.device_work():
             pass
-        timer.count_step()
-    assert 0.0 < timer.take() < 1.0 and timer.take() == 0.0
+        timer.end_step()
+    assert 0.0 < timer.take_work() < 1.0 and timer.take_work() == 0.0
 
 
 @pytest.mark.parametrize("text", ["kill", "kill@1", "kill@x:1", "nuke@1:1", "kill@1:1?"])

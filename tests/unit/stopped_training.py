@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -18,6 +17,7 @@ from experiments.variants import QUICK
 from launcher.prepare import main as prepare
 from sdit.distributed.comm import Comm, find_rank
 from sdit.train.clock import Clock
+from sdit.train.record import StepRecord
 
 BATCH = 32
 
@@ -26,11 +26,11 @@ def calls(folder: Path, asked_at: int | None, comm: Comm) -> list[tuple[int, boo
     """Two turns of a run that is asked to stop in the step that ends at `asked_at` images; a stopped turn is repeated."""
     config, found, asked = run_config(QUICK, "dit", 0, folder, folder / f"run-{asked_at}"), [], []
 
-    def on_step(self: StepTimer, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self: StepTimer, clock: Clock, record: StepRecord) -> None:
         if clock.images_seen + BATCH == asked_at and not asked:
             asked.append(clock)
             signal.raise_signal(signal.SIGTERM)
-        timed(self, clock, metrics, logged)
+        timed(self, clock, record)
 
     timed, StepTimer.on_step = StepTimer.on_step, on_step  # type: ignore[method-assign]
     for until in (128, 256):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from sdit.errors import DataError, ExitCode
 from sdit.plan.flops import flops_per_image as planned_flops
 from sdit.supervise.pulse import Pulse
 from sdit.train.clock import Clock
+from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 BINS = 20
@@ -168,12 +170,16 @@ def test_counted_flops_are_the_planners(variant: str, tmp_path: Path) -> None:
     assert flops_per_image(config) == pytest.approx(planned_flops(config.model).train, rel=0.01)
 
 
+def record(step: int, **values: Any) -> StepRecord:
+    return StepRecord(step=step, images_seen=32 * step, **values)
+
+
 def test_step_timer_leaves_out_pauses_and_the_first_step(tmp_path: Path) -> None:
     timer = StepTimer(tmp_path)
     steps = [{"pause_seconds": 0.0}, {"pause_seconds": 0.0}, {"pause_seconds": 1.0}, {"pause_seconds": 0.0}]
     steps.append({"pause_seconds": 0.0, "validation_loss": 1.0})
     for number, metrics in enumerate(steps, start=1):
-        timer.on_step(Clock(8 * number, number), metrics, logged=True)
+        timer.on_step(Clock(8 * number, number), record(number, logged=True, **metrics))
     assert seconds_per_image(tmp_path, global_batch=8)["measured_steps"] == 2
 
 
@@ -188,9 +194,9 @@ def test_a_burst_of_other_load_does_not_count(tmp_path: Path) -> None:
 def test_a_turn_ends_at_its_images_and_not_before() -> None:
     pulse = Pulse()
     turn = Turn(pulse, until=64)
-    turn.on_step(Clock(32, 1), {}, logged=False)
+    turn.on_step(Clock(32, 1), record(1))
     assert not pulse.stop_requested
-    turn.on_step(Clock(64, 2), {}, logged=False)
+    turn.on_step(Clock(64, 2), record(2))
     assert pulse.stop_requested
 
 

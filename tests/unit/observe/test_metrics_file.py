@@ -12,11 +12,12 @@ import pytest
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION
+from sdit.train.record import StepRecord, Validation
 
 
 def tell(metrics: MetricsFile, steps: range) -> None:
     for step in steps:
-        metrics.on_step(Clock(32 * step, step), {"step": step, "images_seen": 32 * step}, logged=True)
+        metrics.on_step(Clock(32 * step, step), StepRecord(step=step, images_seen=32 * step, logged=True))
 
 
 def test_lines_after_the_point_of_resume_are_written_anew(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_held_out_loss_that_came_late_joins_the_line_of_its_step(tmp_path: Path)
     resumed.on_start(Clock(96, 3), 320, "resumed")
     assert resumed.missing(Clock(96, 3)) == {VALIDATION}
     assert resumed.missing(Clock(128, 4)) == set()  # of another step nothing is known
-    resumed.on_validation(Clock(96, 3), {"validation_loss": 0.5})
+    resumed.on_validation(Clock(96, 3), Validation(validation_loss=0.5))
     assert resumed.missing(Clock(96, 3)) == set()
     assert [record.get("validation_loss") for record in read_metrics(tmp_path)] == [None, None, 0.5]
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
@@ -69,7 +70,7 @@ def test_held_out_loss_that_finds_no_room_leaves_the_file_as_it_was(
     tell(metrics, range(1, 3))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.tmp").symlink_to("/dev/full")
-    metrics.on_validation(Clock(64, 2), {"validation_loss": 0.5})
+    metrics.on_validation(Clock(64, 2), Validation(validation_loss=0.5))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and "No space left" in caplog.text
 
 

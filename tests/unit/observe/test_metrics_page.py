@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,6 +24,7 @@ from sdit.supervise.collector import PageCollector
 from sdit.supervise.metric_page import Page, PageWriter, Watch, page_path, sweep_pages
 from sdit.supervise.ranks import RankInfo
 from sdit.train.clock import Clock
+from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 SERIES = [("sdit_steps_total", ()), ("sdit_images_total", ()), ("sdit_step_seconds", ())]
@@ -38,6 +40,10 @@ LOGGED = {
     "dropped_fraction": 0.1, "loss_by_timestep": [0.5] * 19 + [None], "model_flops_utilization": 0.4,
     "rank_step_seconds_p50": 0.1, "rank_step_seconds_p99": 0.12, "slowest_rank": 1,
 }  # fmt: skip
+
+
+def record(values: dict[str, Any], logged: bool = False) -> StepRecord:
+    return StepRecord(step=1, images_seen=32, logged=logged, **values)
 
 
 @pytest.fixture
@@ -127,8 +133,8 @@ def test_records_become_metrics_with_units_and_labels(page: Page, tmp_path: Path
     observer = MetricsPage(tiny(), tmp_path, RankInfo(0, 2, 0, 2, "test"), page.path)
     observer.on_start(Clock(64, 2), 640, "")
     assert "sdit_grad_norm" not in {name for name, _ in samples(page)}, "what is not known yet is not served"
-    observer.on_step(Clock(96, 3), dict(RECORD), logged=False)
-    observer.on_step(Clock(128, 4), dict(LOGGED), logged=True)
+    observer.on_step(Clock(96, 3), record(RECORD))
+    observer.on_step(Clock(128, 4), record(LOGGED, logged=True))
     observer.on_checkpoint(Clock(128, 4), tmp_path / "images-000000000096", 0.7)
     for kind in ("checkpoint_failed", "loss_spike", "skipped_step", "experts"):
         observer.on_event(Clock(128, 4), kind, "")
@@ -172,7 +178,7 @@ def test_other_ranks_write_what_differs_between_ranks_alone(page: Page, tmp_path
     page.post_watch(watch(rank=1))
     observer = MetricsPage(tiny(), tmp_path, RankInfo(1, 2, 1, 2, "test"), page.path)
     observer.on_start(Clock(), 640, "")
-    observer.on_step(Clock(32, 1), dict(LOGGED), logged=True)
+    observer.on_step(Clock(32, 1), record(LOGGED, logged=True))
     assert all(("rank", "1") in labels for _, labels in samples(page))
 
 
@@ -193,7 +199,7 @@ def test_no_series_has_the_step_or_anything_else_without_bound_as_a_label(page: 
     observer.on_start(Clock(), 640, "")
     before = set()
     for step in range(1, 4):
-        observer.on_step(Clock(32 * step, step), dict(LOGGED), logged=True)
+        observer.on_step(Clock(32 * step, step), record(LOGGED, logged=True))
         before = before or set(samples(page))
         assert set(samples(page)) == before
 
@@ -207,7 +213,7 @@ def test_full_shared_memory_is_told_once_and_stops_nothing(
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a write beyond it fails as on a full file system
     try:
         for step in range(1, 4):
-            observer.on_step(Clock(32 * step, step), dict(LOGGED), logged=True)
+            observer.on_step(Clock(32 * step, step), record(LOGGED, logged=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [record.message.split(":")[0] for record in caplog.records] == ["no metrics of this rank any more"]

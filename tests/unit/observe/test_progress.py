@@ -10,11 +10,13 @@ import select
 import struct
 import termios
 import time
+from typing import Any
 
 import pytest
 
 from sdit.observe.progress import Progress, duration
 from sdit.train.clock import Clock
+from sdit.train.record import StepRecord
 
 RECORD = {
     "loss": 0.25, "learning_rate": 1e-4, "grad_norm": 1.5, "images_per_second": 64.0, "step_seconds": 2.0,
@@ -22,11 +24,15 @@ RECORD = {
 }  # fmt: skip
 
 
-def take_steps(progress: Progress, steps: int, **more: object) -> None:
+def record(step: int = 1, **more: Any) -> StepRecord:
+    return StepRecord(step=step, images_seen=128 * step, **{**RECORD, **more})
+
+
+def take_steps(progress: Progress, steps: int, **more: Any) -> None:
     """A run of `steps` steps of 128 images."""
     progress.on_start(Clock(), 128 * steps, "fresh start")
     for step in range(1, steps + 1):
-        progress.on_step(Clock(128 * step, step), {**RECORD, **more}, logged=False)
+        progress.on_step(Clock(128 * step, step), record(step, **more))
     progress.close()
 
 
@@ -59,9 +65,9 @@ def test_time_left_counts_pauses_between_the_steps() -> None:
     stream = io.StringIO()
     progress = Progress(stream, 0)
     progress.on_start(Clock(), 1000, "fresh start")
-    progress.on_step(Clock(1, 1), RECORD, False)
+    progress.on_step(Clock(1, 1), record())
     time.sleep(0.3)  # a checkpoint: no step's seconds tell of it
-    progress.on_step(Clock(2, 2), RECORD, False)
+    progress.on_step(Clock(2, 2), record())
     hours, minutes, seconds = map(int, stream.getvalue().split("ETA ")[-1].split()[0].split(":"))
     assert 3600 * hours + 60 * minutes + seconds >= 0.3 * 998 - 1
 

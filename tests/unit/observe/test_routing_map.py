@@ -27,6 +27,7 @@ from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.routing_pictures import ANIMATION_FRAMES, MAP_PIXELS, evenly
 from sdit.train.clock import Clock
 from sdit.train.events import ROUTING
+from sdit.train.record import StepRecord
 
 DEPTH, TASKS, EXPERTS, TOP_K = 3, 40, 4, 2
 CONFIG = {"depth": DEPTH, "width": 16, "heads": 2, "timesteps": TASKS, "experts": {"count": EXPERTS, "top_k": TOP_K}}
@@ -158,7 +159,7 @@ def test_a_run_leaves_snapshots_at_once_and_their_pictures_in_the_end(tmp_path: 
     maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds=120)
     maps.on_start(Clock(), 256, "fresh")
     for clock in (Clock(128, 1), Clock(256, 2)):
-        maps.on_step(clock, {}, True)
+        maps.on_step(clock, StepRecord(step=clock.steps, images_seen=clock.images_seen))
         assert maps.missing(clock) == {ROUTING}
         maps.on_routing(clock, probs, list(range(DEPTH * EXPERTS)))
         assert maps.missing(clock) == set()
@@ -177,7 +178,7 @@ def test_a_run_that_stops_or_has_waited_long_enough_leaves_the_drawing_for_later
 ) -> None:
     maps = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG), finish_seconds)
     maps.on_start(Clock(), 256, "fresh")
-    maps.on_step(Clock(images_seen, 1), {}, True)
+    maps.on_step(Clock(images_seen, 1), StepRecord(step=1, images_seen=images_seen))
     maps.on_routing(Clock(images_seen, 1), probs, None)
     if stops:  # in the drawing of the last grid
         maps.on_stop(Clock(images_seen, 1))

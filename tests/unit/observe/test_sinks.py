@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 from sdit.config import Config, ObserveConfig
 from sdit.errors import ConfigError
 from sdit.observe.observers import build_observers
-from sdit.observe.sinks import MAX_SERIES, TensorBoard, Tolerant, WeightsAndBiases, require_packages, scalars
+from sdit.observe.sinks import MAX_SERIES, TensorBoard, WeightsAndBiases, require_packages, scalars
 from sdit.supervise.ranks import RankInfo
 from sdit.train.clock import Clock
-from sdit.train.events import Observer
+from sdit.train.events import Observer, Observers, OnFailure
+from sdit.train.record import StepRecord, Validation
 
-RECORD = {"loss": 0.5, "loss_by_timestep": [0.1, None, 0.3], "memory_bytes": {"resident": 7}, "slowest_rank": 1}
+RECORD = StepRecord(
+    step=2, images_seen=128, loss=0.5, loss_by_timestep=[0.1, None, 0.3], memory_bytes={"resident": 7}, slowest_rank=1
+)
 
 
 class Broken(Observer):
@@ -28,24 +32,33 @@ class Broken(Observer):
     def __init__(self) -> None:
         self.calls = 0
 
-    def on_step(self, clock: Clock, metrics: dict[str, Any], logged: bool) -> None:
+    def on_step(self, clock: Clock, record: StepRecord) -> None:
         self.calls += 1
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("lasting", "calls"), [(False, 1), (True, 3)])
-def test_a_sink_that_fails_is_told_and_the_run_goes_on(
-    lasting: bool, calls: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("on_failure", "calls"), [(OnFailure.DROP, 1), (OnFailure.RETRY, 3)])
+def test_an_observer_that_fails_is_logged_and_the_run_continues(
+    on_failure: OnFailure, calls: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = Broken()
-    sink = Tolerant(broken, "the sink", lasting)
-    sink.on_start(Clock(), 1, "fresh")
-    for _ in range(3):
-        sink.on_step(Clock(), {}, True)
-    sink.close()
-    assert broken.calls == calls
-    assert [record.levelname for record in caplog.records].count("WARNING") == calls
-    assert "the sink failed (OSError: [Errno 28] No space left on device)" in caplog.text
+    broken, other = Broken(), Broken()
+    broken.name, broken.on_failure = "the sink", on_failure
+    other.on_failure = OnFailure.RETRY  # an observer after it is called all the same
+    observers = Observers([broken, other])
+    observers.on_start(Clock(), 1, "fresh")
+    for step in range(3):
+        observers.on_step(Clock(), StepRecord(step=step, images_seen=step))
+    observers.close()
+    assert (broken.calls, other.calls) == (calls, 3)
+    assert [record.message for record in caplog.records].count(
+        "the sink failed (OSError: [Errno 28] No space left on device); training continues"
+        + (" without it" if on_failure is OnFailure.DROP else "")
+    ) == calls
+
+
+def test_an_observer_that_the_run_needs_ends_it() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        Observers([Broken()]).on_step(Clock(), StepRecord(step=1, images_seen=1))
 
 
 @pytest.mark.parametrize(
@@ -67,13 +80,15 @@ def test_a_missing_package_is_named_with_its_extra(
 
 def test_names_of_scalars_say_key_and_part() -> None:
     expected = {
+        "step": 2,
+        "images_seen": 128,
         "loss": 0.5,
         "loss_by_timestep/00": 0.1,
         "loss_by_timestep/02": 0.3,
         "memory_bytes/resident": 7,
         "slowest_rank": 1,
     }
-    assert dict(scalars(RECORD)) == expected
+    assert dict(scalars(RECORD.as_dict())) == expected
     assert dict(scalars({"expert_load": [[0.5] * MAX_SERIES] * 2, "loss": 1.0})) == {"loss": 1.0}
 
 
@@ -84,12 +99,11 @@ def test_only_the_first_rank_has_sinks(tmp_path: Path) -> None:
         info = RankInfo(rank=rank, world=2, local_rank=rank, local_world=2, source="test")
         observers = build_observers(config, tmp_path, info, page)
         try:
-            assert page in observers
-            everywhere = [one for one in observers if one.every_rank]
-            assert len(everywhere) == 1 and (len(observers) > 2) == (rank == 0)
+            kinds = [type(each).__name__ for each in observers.called]
+            assert kinds[:2] == ["RankLog", "Observer"][: 1 + (rank == 0)]
+            assert ("MetricsFile" in kinds) == (rank == 0)
         finally:
-            for observer in observers:
-                observer.close()
+            observers.close()
 
 
 def event_records(folder: Path) -> list[bytes]:
@@ -110,8 +124,8 @@ def test_tensorboard_gets_scalars_and_grids_over_images_seen(tmp_path: Path) -> 
 
     sink = TensorBoard(tmp_path)
     sink.on_start(Clock(64, 1), 256, "fresh")
-    sink.on_step(Clock(128, 2), RECORD, logged=True)
-    sink.on_step(Clock(192, 3), RECORD, logged=False)
+    sink.on_step(Clock(128, 2), replace(RECORD, logged=True))
+    sink.on_step(Clock(192, 3), RECORD)
     sink.on_samples(Clock(256, 4), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)
     sink.close()
     found = {}
@@ -147,11 +161,11 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
 def test_weights_and_biases_offline_leaves_a_run_to_be_synced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb")
     config = Config.model_validate({"observe": {"wandb": "offline"}, "run_dir": str(tmp_path)})
-    sink = Tolerant(WeightsAndBiases(tmp_path, config), "Weights & Biases")
+    sink = WeightsAndBiases(tmp_path, config.observe, config.model_dump(mode="json"))
     sink.on_start(Clock(), 256, "fresh")
-    sink.on_step(Clock(128, 1), RECORD, logged=True)
+    sink.on_step(Clock(128, 1), replace(RECORD, logged=True))
     sink.on_samples(Clock(256, 2), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)
-    sink.on_validation(Clock(128, 1), {"validation_loss": 0.25})  # made up for, or trained again after a step back
+    sink.on_validation(Clock(128, 1), Validation(validation_loss=0.25))  # repeated, or after a roll-back
     sink.close()
     assert not caplog.records
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")

@@ -1,0 +1,73 @@
+"""The run as one process trains it: config, merged DeepSpeed JSON, batch plan and EP. Each process computes it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sdit.config import Config
+from sdit.dsconfig import merge_deepspeed, zero_stage
+from sdit.errors import ConfigError
+from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run on `world` ranks. `deepspeed` is the merged JSON; `expert_parallel` is EP, the ranks of an expert group."""
+
+    config: Config
+    deepspeed: dict[str, Any]
+    batch: BatchPlan
+    expert_parallel: int
+    world: int
+    zero_stage: int
+
+    def describe(self) -> str:
+        """Return the batch equation and the layout, as the first line of a run prints them."""
+        batch, parallel = self.batch, self.config.parallel
+        layout = f"EP {self.expert_parallel}, ZeRO {self.zero_stage}, {self.config.train.precision}"
+        exchange = f", exchange {parallel.exchange}" if self.expert_parallel > 1 else ""
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        equation = f"global batch {batch.global_batch} = {ranks} x {batch.micro_batch} x {batch.accumulation}"
+        return f"{equation} (ranks x micro-batch x accumulation); {layout}{exchange}"
+
+
+def resolve_run(config: Config, deepspeed: dict[str, Any], source: str, world: int, ranks_per_node: int) -> ResolvedRun:
+    """Return the run on `world` ranks; `deepspeed` is the JSON that was read from `source`.
+
+    Raises: ConfigError if the config cannot run on so many ranks, or if the JSON disagrees with it.
+    """
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
+    merged = merge_deepspeed(config, batch, deepspeed, source)
+    size = _expert_parallel(config, world, ranks_per_node)
+    return ResolvedRun(config, merged, batch, size, world, zero_stage(merged, source))
+
+
+def check_trainable(config: Config) -> None:
+    """Refuse what needs neither torch nor data to be refused. Raises: ConfigError."""
+    if config.diffusion.path == "flow" and config.model.learn_variance:
+        raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
+    if config.train.steps is None and config.train.images is None:
+        raise ConfigError("train.steps: is not set; legal: train.steps or train.images, the length of the run")
+    guided = config.sample.guided_channels
+    if guided is not None and guided > config.model.channels:
+        raise ConfigError(f"sample.guided_channels: {guided} is more than model.channels {config.model.channels}")
+
+
+def largest_world(config: Config, ranks: int) -> int:
+    """Return the largest number of ranks, up to `ranks`, that the config can run on; 0 if there is none."""
+    for world in range(ranks, 0, -1):
+        try:
+            plan_batch(config.train.global_batch, config.train.micro_batch, world)
+            _expert_parallel(config, world, world)
+        except ConfigError:
+            continue
+        return world
+    return 0
+
+
+def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
+    """EP; 1 for models without experts."""
+    if config.model.variant != "switch":
+        return 1
+    return choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, ranks_per_node)

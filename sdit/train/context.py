@@ -1,0 +1,69 @@
+"""What the parts of a training process share, built once by `sdit.train.setup`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from sdit.data.loader import Loader
+from sdit.diffusion import Objective
+from sdit.distributed.comm import Comm
+from sdit.distributed.engine import Engine
+from sdit.expert_parallel.expert_parallel import ExpertParallel
+from sdit.model import DiffusionTransformer
+from sdit.resolved import ResolvedRun
+from sdit.supervise.pulse import Phase, Pulse
+from sdit.train.events import Observers
+from sdit.train.guards import StopAgreed, StopSignals
+from sdit.train.state import RunState
+from sdit.train.timing import StepTimer
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """The parts of one rank. `state` holds the clock, the EMA and all else that a checkpoint stores."""
+
+    run: ResolvedRun
+    comm: Comm
+    engine: Engine
+    model: DiffusionTransformer
+    objective: Objective
+    experts: ExpertParallel
+    loader: Loader
+    state: RunState
+    observers: Observers
+    pulse: Pulse
+    signals: StopSignals
+    timer: StepTimer
+
+    def event(self, kind: str, text: str) -> None:
+        """Report an event at the present clock."""
+        self.observers.on_event(self.state.clock, kind, text)
+
+    def stop_point(self) -> None:
+        """Report progress inside a periodic task. Raises: StopAgreed, on all ranks, if any of them was asked to stop."""
+        self.pulse.tap()
+        asked = torch.tensor([float(self.signals.requested)], device=self.comm.device)
+        if self.comm.sum(asked).item():
+            raise StopAgreed
+
+    @contextmanager
+    def task(self, phase: Phase, name: str) -> Iterator[None]:
+        """Run a periodic task inside the `with`: the supervisor learns its phase, and its time counts as `name`."""
+        self.pulse.mark(phase, self.state.clock.steps)
+        with self.timer.phase(name):
+            yield
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Evaluate the model with the EMA inside the `with`, without gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.engine.weights_of(self.state.ema.values), torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)

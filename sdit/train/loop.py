@@ -1,0 +1,93 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from sdit.errors import ExitCode
+from sdit.supervise.pulse import Phase
+from sdit.train.batches import BatchStream
+from sdit.train.catch_up import catch_up
+from sdit.train.checkpoints import Checkpoints
+from sdit.train.clock import StepSpan
+from sdit.train.context import TrainContext
+from sdit.train.guards import RollBack, StopAgreed
+from sdit.train.record import StepRecord
+from sdit.train.sampling import GridSampler, RoutingMaps
+from sdit.train.step import TrainStep
+from sdit.train.validation import Validator
+
+
+@dataclass(frozen=True)
+class PeriodicTasks:
+    """What a run does between two steps. Each task says itself when it is due."""
+
+    validator: Validator
+    checkpoints: Checkpoints
+    routing: RoutingMaps
+    sampler: GridSampler
+
+
+class Trainer:
+    """One run, from the present clock to its end. `attempt` counts the attempts of a launch from 1."""
+
+    def __init__(self, context: TrainContext, tasks: PeriodicTasks, attempt: int = 1) -> None:
+        self.context, self.tasks, self._attempt = context, tasks, attempt
+        self.step = TrainStep(context, tasks.checkpoints)
+        self.batches = BatchStream(context)
+
+    def run(self) -> ExitCode:
+        """Train to the end, or to a stop signal: then the state is saved, and the exit code asks for a requeue."""
+        code = ExitCode.DONE
+        try:
+            catch_up(self.context, self.tasks, self._attempt)
+            self._train()
+        except StopAgreed:
+            code = ExitCode.REQUEUE
+            self.context.event("stopping", self._stop_reason())
+            self.context.observers.on_stop(self.context.state.clock)
+        self.tasks.checkpoints.save(must_succeed=True)
+        self.context.pulse.mark(Phase.END, self.context.state.clock.steps)
+        return code
+
+    def _train(self) -> None:
+        """Take steps to the end of the run. Raises: StopAgreed, on all ranks, if a stop ends it sooner."""
+        state, observers, tasks = self.context.state, self.context.observers, self.tasks
+        for micro_batches in self.batches:
+            span = state.next_step()
+            try:
+                record = self.step.run(micro_batches, span, logged=tasks.validator.due(span))
+            except RollBack as reason:
+                self._roll_back(str(reason))
+                continue
+            state.clock = span.clock
+            self._report(record, span)
+            if tasks.checkpoints.due(span):
+                tasks.checkpoints.save()
+            if tasks.routing.due(span) and observers.called:
+                observers.on_routing(span.clock, *tasks.routing.measure())
+            if tasks.sampler.due(span):
+                observers.on_samples(span.clock, *tasks.sampler.draw())
+
+    def _report(self, record: StepRecord, span: StepSpan) -> None:
+        """Run validation if it is due, then report the step, also if a stop interrupts validation. Raises: StopAgreed."""
+        try:
+            if record.stop_requested:
+                raise StopAgreed
+            if self.tasks.validator.due(span):
+                record = replace(record, **asdict(self.tasks.validator.measure()))
+        finally:
+            self.context.observers.on_step(span.clock, record)
+
+    def _roll_back(self, reason: str) -> None:
+        """Continue from the newest checkpoint. Raises: DataError, see `Checkpoints.roll_back`."""
+        text = self.tasks.checkpoints.roll_back(reason)
+        self.step.forget()
+        self.batches.rewind()
+        self.context.observers.on_rollback(self.context.state.clock, text)
+        self.context.event("rolled_back", text)
+
+    def _stop_reason(self) -> str:
+        """Return which rank was asked to stop, and why. All ranks call this."""
+        reasons = enumerate(self.context.comm.gather(self.context.signals.reason))
+        return next(f"rank {rank}: {reason}; the state is saved first" for rank, reason in reasons if reason)

@@ -1,0 +1,191 @@
+"""One optimizer step: forward and backward of all micro-batches, one all-reduce, then an update, a retry or a roll-back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sdit.contracts import RawBatch
+from sdit.errors import DataError
+from sdit.expert_parallel.routing_table import exact_loads
+from sdit.plan.flops import flops_per_image
+from sdit.train.batch import draw_batch
+from sdit.train.bins import BINS, bin_means
+from sdit.train.checkpoint.saver import Saver
+from sdit.train.checkpoints import Checkpoints
+from sdit.train.clock import StepSpan, ema_decay, learning_rate_factor
+from sdit.train.context import TrainContext
+from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
+from sdit.train.module import PARTS
+from sdit.train.record import StepRecord
+from sdit.train.sums import StepSums, pack, unpack
+from sdit.train.timing import memory_bytes, rank_report
+
+
+class TrainStep:
+    """Takes the steps of a run. All ranks call `run` together."""
+
+    def __init__(self, context: TrainContext, checkpoints: Checkpoints) -> None:
+        self._context, self._checkpoints = context, checkpoints
+        self._config = context.run.config
+        self._saver: Saver = checkpoints.saver
+        self._bad_steps = BadStepGuard(self._config.train.max_bad_steps)
+        self._spikes = SpikeDetector(self._config.train.spike_deviations)
+        self._bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
+        self._skipped_steps = 0
+        self.log_every_steps = self._config.train.log_every_steps
+        self._train_flops = flops_per_image(self._config.model).train
+
+    def run(self, micro_batches: Sequence[RawBatch], span: StepSpan, logged: bool = False) -> StepRecord:
+        """Take the step `span` on this rank's micro-batches, again while it is not finite, and return its record.
+
+        Raises:
+            RollBack: too many non-finite steps in a row, or a loss spike.
+            DataError: too many unreadable samples.
+        """
+        context = self._context
+        sums = self._finite_sums(micro_batches)
+        self._check_bad_samples(sums.flags["bad_samples"])
+        context.timer.end_step()
+        self._bins += sums.bins
+        self._saver.hear(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
+        self._look_for_spike(sums.parts[0])
+        with context.timer.phase("optimizer"):
+            learning_rate = self._update(sums.grad_norm, span)
+        return self._record(span, sums, learning_rate, logged)
+
+    def forget(self) -> None:
+        """Drop what belongs to steps that a roll-back has undone."""
+        self._context.experts.forget()
+        self._bad_steps.in_a_row = 0
+        self._bins.zero_()
+
+    def _finite_sums(self, micro_batches: Sequence[RawBatch]) -> StepSums:
+        """The sums over all ranks of the first attempt that is finite. Raises: RollBack."""
+        while True:
+            with self._context.timer.phase("forward_backward"):
+                sums = self._accumulate(micro_batches)
+            if self._bad_steps.accept(*sums.parts, sums.grad_norm):
+                return sums
+            self._context.engine.skip()
+            self._skipped_steps += 1
+            found = f"loss {sums.parts[0]}, gradient norm {sums.grad_norm}"
+            self._context.event("skipped_step", f"{found}: weights untouched, same images again")
+            if self._bad_steps.problem:
+                raise RollBack(self._bad_steps.problem)
+
+    def _accumulate(self, micro_batches: Sequence[RawBatch]) -> StepSums:
+        """Forward and backward of all micro-batches; the sums over all ranks."""
+        context, config = self._context, self._config
+        state, device = context.state, context.comm.device
+        first = state.clock.first_sample
+        times = context.objective.draw_timesteps(config.seed, first, context.run.batch.global_batch)
+        context.experts.begin_step(first, times)
+        assignment = state.prior.at_step(state.clock.steps, lambda: context.experts.table.experts)
+        loads = self._balance_loads()
+        rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
+        if rebalanced is not None:
+            context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
+        parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
+        bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+        classes, drop = config.model.classes, config.diffusion.label_drop
+        for micro_step, samples in enumerate(micro_batches):
+            samples = context.experts.begin_micro_step(micro_step, samples)
+            batch = draw_batch(samples, times[samples.index - first], config.seed, classes, drop, device)
+            with context.timer.device_work():
+                losses = context.engine.forward(batch, assignment, loads)
+            context.pulse.tap()
+            context.engine.backward(losses.total)
+            parts += losses.parts / len(micro_batches)
+            bins += losses.bins
+        share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
+        return unpack(context.comm.sum(share))
+
+    def _balance_loads(self) -> torch.Tensor | None:
+        """(depth, M) float32 expected loads of the experts, on the device. None: there is no balance loss."""
+        if self._config.balance.weight == 0 or self._config.model.variant != "switch":
+            return None
+        table = self._context.experts.table
+        return torch.from_numpy(exact_loads(table.experts, table.count)).float().to(self._context.comm.device)
+
+    def _flags(self) -> tuple[float, ...]:
+        """What is summed over the ranks with the losses, so that it needs no further collective; see `sums.FLAGS`."""
+        context = self._context
+        bad_samples = float(context.loader.bad_in_epoch)
+        return (
+            float(context.signals.requested), bad_samples, *self._saver.flags(), *context.experts.take_traffic(),
+        )  # fmt: skip
+
+    def _check_bad_samples(self, count: float) -> None:
+        allowed = self._context.loader.bad_allowed
+        if count > allowed:
+            raise DataError(
+                f"data.max_bad_fraction: {count:.0f} unreadable samples in this epoch over all ranks, "
+                f"{self._config.data.max_bad_fraction:g} allows {allowed:.0f}; the log names them"
+            )
+
+    def _look_for_spike(self, loss: float) -> None:
+        """Report a loss far above its mean. Raises: RollBack if the config asks for one."""
+        if not self._spikes.observe(loss):
+            return
+        first = self._context.state.clock.first_sample
+        found = f"loss {loss:.4g} on samples {first}..{first + self._context.run.batch.global_batch - 1}"
+        self._context.event("loss_spike", found)
+        if self._config.train.rollback_on_spike and self._checkpoints.can_roll_back:
+            self._context.engine.skip()
+            raise RollBack(found)
+
+    def _update(self, grad_norm: float, span: StepSpan) -> float:
+        """Clip, move weights and EMA; return the learning rate used."""
+        optimizer = self._config.optimizer
+        factor = learning_rate_factor(optimizer, span.clock.images_seen, span.length_images)
+        rates = {"model": factor * optimizer.learning_rate, "uw": factor * optimizer.uw_learning_rate}
+        limit = optimizer.clip_grad_norm
+        self._context.engine.step(limit / grad_norm if limit and grad_norm > limit else 1.0, rates)
+        self._context.state.ema.update(ema_decay(self._config.ema, span.clock.steps))
+        return rates["model"]
+
+    def _record(self, span: StepSpan, sums: StepSums, learning_rate: float, logged: bool) -> StepRecord:
+        context = self._context
+        logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
+        seconds, global_batch = context.timer.step_seconds, context.run.batch.global_batch
+        summed: dict[str, Any] = {**dict(zip(PARTS, sums.parts, strict=True)), **sums.traffic(context.comm.world)}
+        times: dict[str, Any] = context.timer.take_phases()
+        record = StepRecord(
+            step=span.clock.steps, images_seen=span.clock.images_seen, **summed, **times,
+            grad_norm=sums.grad_norm, learning_rate=learning_rate,
+            skipped_steps=self._skipped_steps, bad_samples=int(sums.flags["bad_samples"]),
+            bad_samples_by_reason=dict(context.loader.bad_samples), images_per_second=global_batch / seconds,
+            step_seconds=seconds, model_flops_utilization=self._utilization(seconds),
+            memory_bytes=memory_bytes(context.comm.device), logged=logged, stop_requested=sums.flags["stop"] > 0,
+        )  # fmt: skip
+        return replace(record, **self._logged_fields()) if logged else record
+
+    def _utilization(self, seconds: float) -> float | None:
+        peak = self._config.observe.peak_teraflops
+        if peak is None:
+            return None
+        flops = self._train_flops * self._context.run.batch.global_batch
+        return flops / (seconds * self._context.comm.world * peak * 1e12)
+
+    def _logged_fields(self) -> dict[str, Any]:
+        """The fields that only a logged step has: experts, slow ranks, losses by timestep. All ranks call this."""
+        context = self._context
+        found = context.experts.statistics()
+        values: dict[str, Any] = {
+            "dropped_fraction": found.dropped_fraction,
+            "expert_load_max_over_mean": found.load_imbalance,
+            "rank_work_max_over_mean": found.rank_imbalance,
+            **rank_report(context.comm.gather(context.timer.take_work())),
+            "loss_by_timestep": bin_means(self._bins),
+        }
+        if len(found.loads):
+            values["expert_load"] = found.loads.round(4).tolist()
+        if context.experts.is_planned:
+            values["dropped_by_block"] = found.dropped_by_block
+            values["dropped_by_block_since_logged"] = found.dropped_since_logged
+        self._bins.zero_()
+        return values
