@@ -16,7 +16,7 @@ from sdit.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ROOT / "docs" / "generated"
-DOCUMENTED = ("sdit.model", "sdit.diffusion", "sdit.expert_parallel", "sdit.interop")
+DOCUMENTED = [ROOT / "sdit" / name for name in ("model", "diffusion", "expert_parallel", "interop.py")]
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     GENERATED.mkdir(exist_ok=True)
     (GENERATED / "config.md").write_text(config_reference(), encoding="utf-8")
     (GENERATED / "metrics.md").write_text(metrics_reference(), encoding="utf-8")
-    missing = [line for name in DOCUMENTED for line in undocumented(name)]
+    missing = [line for path in DOCUMENTED for line in undocumented(path)]
     for line in missing:
         print(f"error: {line} has no docstring", file=sys.stderr)
     return 1 if missing else 0
@@ -35,9 +35,7 @@ def config_reference() -> str:
     """Return one table per section of the config: each key with its type, bounds, default, unit and effect."""
     schema = Config.model_json_schema()
     lines = ["# Config reference", ""]
-    lines += [
-        "The pages of this reference are generated from `sdit/config.py`. `sdit train --help` prints the same keys."
-    ]
+    lines += ["This page is generated from `sdit/config.py`. `sdit train --help` prints the same keys."]
     lines += ["", "## At the top level", "", *_config_table(schema, schema, "")]
     for name, entry in schema["properties"].items():
         if "$ref" in entry:
@@ -116,14 +114,13 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:].rstrip(".") + "."
 
 
-def undocumented(name: str) -> list[str]:
-    """Return the public classes, functions and methods of a module or package that have no docstring, with their lines."""
-    path = ROOT / name.replace(".", "/")
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+def undocumented(path: Path) -> list[str]:
+    """Return the public classes, functions and methods without a docstring in a file or folder, each as FILE:LINE: NAME."""
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return [
-        f"{file.relative_to(ROOT)}:{line}: {found}"
+        f"{file}:{line}: {name}"
         for file in files
-        for line, found in _without_docstring(ast.parse(file.read_text(encoding="utf-8")), "")
+        for line, name in _without_docstring(ast.parse(file.read_text(encoding="utf-8")), "")
     ]
 
 
