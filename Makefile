@@ -9,7 +9,7 @@ RUN := runs/digits
 RANKS ?= 2
 CLUSTER_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi3 docker.io debootstrap openssh-server openssh-client pdsh shellcheck prometheus chromium tini iptables iproute2 btrfs-progs
 
-.PHONY: install demo test test-slow test-faults test-cluster test-trixie cluster-packages soak check bench clean
+.PHONY: install demo test test-slow test-faults test-cluster test-trixie cluster-packages soak check bench docs clean
 
 install: $(VENV)/.installed
 
@@ -66,5 +66,10 @@ bench: install
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/observe.py
 
+# The site is docs/_build/index.html. A broken link, a page outside the contents or an undocumented public name fails the build.
+docs: install
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -q -W --keep-going -n -j auto docs docs/_build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/generated

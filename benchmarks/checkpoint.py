@@ -76,7 +76,7 @@ def save_in_place(trainer: Trainer, saves: int) -> list[float]:
 
 
 def report_saves(trainer: Trainer, size: str) -> None:
-    """A row of the table in the README."""
+    """A row of the table in docs/performance.md."""
     seconds, size_bytes = save_in_place(trainer, SAVES), trainer.context.state.checkpoint_bytes()
     if trainer.context.comm.is_first:
         spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"

@@ -8,7 +8,7 @@
   convergence.py --write            only the tables and the plots, from results/*.json
 
 Tables go between the marks in README.md beside this script, and the summary between <!-- convergence --> marks in the
-project's README.md, where there are any.
+project's docs/performance.md, where there are any.
 
 Needs Debian's dataset-fashion-mnist (--quick: the digits inside scikit-learn). Killed, the same command goes on, and what is
 finished is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike. Runs and
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             return code
     from experiments.study import write_study
 
-    for path in write_study(results, front_page=ROOT / "README.md" if results == HERE else None):
+    for path in write_study(results, front_page=ROOT / "docs" / "performance.md" if results == HERE else None):
         print(path)
     return ExitCode.DONE
 

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.checkpoint.suffix == ".npz":
+    if options.checkpoint.suffix == ".npz" and not options.checkpoint.is_dir():
         return draw_arrays(options.checkpoint, options.out)
     use_cache(run_caches(options.checkpoint))
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help

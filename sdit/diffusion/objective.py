@@ -63,6 +63,7 @@ class DiffusionObjective(Objective):
         return alpha * x0.float() + sigma * noise.float()
 
     def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+        """Return the losses (B,) of clean images `x0` (B, C, H, W) at timesteps `t` (B,) int64 with labels `y` (B,)."""
         x0, noise = _float_pair(x0, noise)
         output = model(self.q_sample(x0, t, noise), t, y)
         prediction, variance = split_variance(_prediction(output), x0.shape[1])
@@ -100,6 +101,7 @@ class FlowObjective(Objective):
         return (1 - t) * x0.float() + t * noise.float()
 
     def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+        """Return the losses (B,) of clean images `x0` (B, C, H, W) at times `t` (B,) in [0, 1] with labels `y` (B,)."""
         x0, noise = _float_pair(x0, noise)
         t = t.float()
         output = model(self.q_sample(x0, t, noise), t, y)

@@ -39,10 +39,12 @@ class Schedule:
 
     @cached_property
     def alpha(self) -> np.ndarray:
+        """Factor of the signal x0 in x_t, the square root of `alpha_bar`."""
         return np.sqrt(self.alpha_bar)
 
     @cached_property
     def sigma(self) -> np.ndarray:
+        """Factor of the noise in x_t, the square root of 1 - `alpha_bar`."""
         return np.sqrt(1.0 - self.alpha_bar)
 
     @cached_property

@@ -16,6 +16,7 @@ class ConstantWeight(nn.Module):
     """Leaves the errors (B,) as they are."""
 
     def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        """Return the errors (B,) unchanged."""
         return mse
 
 
@@ -27,6 +28,7 @@ class TimestepWeight(nn.Module):
         self.tables = DeviceTables(weights)
 
     def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        """Return the errors (B,) times the weights of their timesteps `t` (B,)."""
         (weight,) = self.tables.at(t)
         return weight * mse
 
@@ -45,6 +47,7 @@ class UncertaintyWeight(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(clusters))
 
     def forward(self, mse: Tensor, t: Tensor) -> Tensor:
+        """Return the errors (B,) weighted by the learned scales of their timesteps `t` (B,)."""
         scale = self.log_scale[self.cluster(t)].float()
         return 0.5 * (torch.exp(-scale) * mse + scale)
 

@@ -34,6 +34,7 @@ class TrafficCounter:
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def add(self, mode: str, size_bytes: int) -> None:
+        """Count bytes that were sent in one of MODES."""
         self._bytes[mode] = self._bytes.get(mode, 0) + size_bytes
 
     @contextmanager
@@ -159,6 +160,7 @@ class Pending:
     transfer: _Transfer
 
     def wait(self) -> Tensor:
+        """Wait for the transfer and return the rows that arrived. Differentiable."""
         arrived: Tensor = _Finish.apply(self.token, self.transfer)
         return arrived
 

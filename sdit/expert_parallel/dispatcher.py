@@ -119,6 +119,7 @@ class SharedTaskPass:
         self._group = group
 
     def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: BlockExperts) -> tuple[Tensor, Tensor, Experts]:
+        """Return the tokens with the gates of the local experts: nothing is sent yet."""
         own = torch.tensor(experts.ids, device=gates.device)
         return z, gates[:, own], experts.local
 
@@ -137,4 +138,5 @@ class SharedTaskPass:
         return mixed[self._group.ep_rank * rows : (self._group.ep_rank + 1) * rows]
 
     def combine(self, computed: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) unchanged."""
         return computed

@@ -24,14 +24,17 @@ class RoutingTable:
 
     @property
     def depth(self) -> int:
+        """Number of blocks."""
         return self.experts.shape[0]
 
     @property
     def tasks(self) -> int:
+        """T, number of tasks."""
         return self.experts.shape[1]
 
     @property
     def top_k(self) -> int:
+        """k, experts used per task and block."""
         return self.experts.shape[2]
 
 

@@ -67,6 +67,7 @@ class TrafficModel:
 
     @property
     def batches(self) -> int:
+        """Number of random micro-batches."""
         return len(self.tasks)
 
     def ranks_in_order(self) -> np.ndarray:

@@ -23,6 +23,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attended tokens (B, L, D) of `x` (B, L, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -36,6 +37,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -49,6 +51,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Return the tokens z (B, L, D) with both residual branches added, for the condition c (B, D)."""
         return self.branches(z, self.modulation(c))
 
     def modulation(self, c: Tensor) -> Tensor:
@@ -71,5 +74,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Return the values of the patches (B, L, p² C_out) of tokens z (B, L, D) for the condition c (B, D)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulated_norm(z, shift, scale))

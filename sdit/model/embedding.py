@@ -43,6 +43,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, L, D) of images `x` (B, C, H, W)."""
         # contiguous: the convolution's channel-major layout would stay with the tokens through every block
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
 
@@ -55,6 +56,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
+        """Return the embeddings (N, D) float32 of times (N,) on the scale 0..T."""
         first, _, second = self.mlp
         assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
         hidden = F.silu(float_linear(sinusoid(time), first.weight, first.bias))
@@ -69,4 +71,5 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
+        """Return the embeddings (B, D) float32 of labels `y` (B,)."""
         return self.embedding_table(y).float()

@@ -29,7 +29,7 @@ class Assignment:
 
 
 def solve_assignment(gate_probs: Tensor, config: ModelConfig) -> Assignment:
-    """The matching of units to mask columns that minimises sum_t |A[t, a] - B[t, pi(a)]| over all T tasks.
+    """The matching of units to mask columns that minimises `sum_t |A[t, a] - B[t, pi(a)]|` over all T tasks.
 
     gate_probs: (depth, T, M) of every task; A marks the top-k experts, B is the prior's mask. No gradient.
     """

@@ -42,6 +42,7 @@ class ReverseProcess:
         return range(self.settings.steps - 1, -1, -1)
 
     def denoise(self, x: Tensor, step: int) -> Denoised:
+        """Return the predicted x0 and noise (B, C, H, W) of `x` (B, C, H, W) at a step, and the learned variance if any."""
         output = self.predict(x, int(self.schedule.timesteps[step]), self.y).to(x.dtype)
         prediction, variance = split_variance(output, x.shape[1])
         alpha, sigma = float(self.schedule.alpha[step]), float(self.schedule.sigma[step])

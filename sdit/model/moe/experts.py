@@ -87,9 +87,11 @@ class LinearExperts(Experts):
         self.b = nn.Parameter(torch.empty(len(ids), width))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) of z (B, L, D) with gates (B, M_local): one product per sample."""
         return merged_linear(z, gates, self.w, self.b)
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        """Return the mixture like z (n, L, D) of the experts that `rows` name, local ones and `replicas`."""
         w = torch.cat([self.w, replicas["w"]]) if replicas else self.w
         b = torch.cat([self.b, replicas["b"]]) if replicas else self.b
         if rows.used is None:
@@ -98,10 +100,12 @@ class LinearExperts(Experts):
         return mixed.new_zeros(z.shape).index_add_(0, rows.used, mixed)
 
     def merge(self, gates: Tensor) -> Tensor:
+        """Return the gated sum of weights and biases, flat (D * D + D,), for gates (1, M_local)."""
         row = gates.to(self.w.dtype)
         return torch.cat([row @ self.w.flatten(1), row @ self.b], dim=1)[0]
 
     def apply_merged(self, z: Tensor, merged: Tensor) -> Tensor:
+        """Return z (B, L, D) mapped by the expert that `merge` returned."""
         width = self.b.shape[1]
         return (z.to(merged.dtype).flatten(0, 1) @ merged[:-width].view(-1, width) + merged[-width:]).view_as(z)
 
@@ -129,6 +133,7 @@ class MlpExperts(Experts):
         return out
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        """Return the mixture like z (n, L, D) of the experts that `rows` name, local ones and `replicas`."""
         own = self._functions(NONE)
         functions = own + (self._functions(replicas) if replicas else [])
         tokens = z.to(self.w1.dtype)

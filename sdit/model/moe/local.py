@@ -25,6 +25,7 @@ class LocalPass:
         self.view = view
 
     def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+        """Keep the tokens z (B, L, D) and their gates: nothing is sent."""
         return LocalWork(z, gates, experts)
 
     def compute(self, dispatched: LocalWork) -> Tensor:
@@ -33,6 +34,7 @@ class LocalPass:
         return mixed
 
     def combine(self, computed: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) unchanged."""
         return computed
 
 
