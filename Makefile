@@ -32,8 +32,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two workers share what needs one process or a few; groups of ranks, which use all cores, run one after another.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/cases tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"
