@@ -1,4 +1,4 @@
-"""Which rank of the job this process is, from the variables of whatever launched it; known without torch.
+"""Which rank of the job this process is, from the variables of its launcher; known without torch.
 
 Launchers nest: srun may start torchrun, Kubernetes may start mpirun. The innermost one's variables hold, as long as they can be
 those of a launch inside the outer one's. Where they cannot, one of the two is left over, and only the user knows which.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sdit.errors import ConfigError
 
-LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # by it a supervisor tells its child, which sees only its ranks, who launched it
+LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # a supervisor names its launcher in it for the worker process
 HOST = re.compile(r"[\w.:%\[\]-]*")
 MAX_DIGITS = 9  # of a rank or a number of ranks
 MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
@@ -26,7 +26,7 @@ MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local 
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 ANY_MPI = ("PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK")  # a rank of MPI, but only the library knows of how many
-ALONE = "no launcher: a single process"
+SINGLE = "no launcher: a single process"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class RankInfo:
 
     def describe(self) -> str:
         """`rank 3 of 8, 1 of 2 on this node; found by SLURM`."""
-        if self.source == ALONE:
-            return ALONE
+        if self.source == SINGLE:
+            return SINGLE
         place = f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on this node"
         return f"{place}; found by {self.source}"
 
@@ -81,7 +81,7 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
             return _ask_mpi()
         if "JOB_COMPLETION_INDEX" in environment:
             return _checked(_of_kubernetes(environment))
-        return RankInfo(0, 1, 0, 1, ALONE)
+        return RankInfo(0, 1, 0, 1, SINGLE)
     inner, *outer = claims
     if LAUNCHER_VARIABLE in environment:
         return RankInfo(inner.rank, inner.world, inner.local_rank, inner.local_world, environment[LAUNCHER_VARIABLE])
@@ -133,7 +133,7 @@ def _of_mpi(environment: Mapping[str, str], library: str) -> _Claim | None:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:
-    """A task of srun. Inside sbatch but not under srun there is one process, whatever the allocation holds."""
+    """A task of srun. Inside sbatch but not under srun there is one process, for any allocation."""
     if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
@@ -187,7 +187,7 @@ def _number(environment: Mapping[str, str], name: str, source: str, default: int
 
 
 def _ask_mpi() -> RankInfo:
-    """Rank and size from the MPI library itself, for launchers whose variables do not tell the size.
+    """Rank and size from the MPI library itself, for launchers whose variables do not say the size.
 
     MPI is left again at once: from then on a rank may end without taking the launch down with it.
     """

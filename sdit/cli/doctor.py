@@ -35,9 +35,9 @@ from sdit.doctor.checks import (
     check_facts,
     check_last_launch,
     check_reach,
+    exit_code_of,
     fabric_checks,
     local_facts,
-    verdict,
 )
 from sdit.doctor.connection import Endpoint, RendezvousError
 from sdit.doctor.rendezvous import Rendezvous
@@ -84,30 +84,32 @@ def run(options: argparse.Namespace) -> int:
     place = find_place(info, os.environ, options.timeout_seconds)
     facts = {}
     checks = []
-    with Rendezvous(info, place, options.timeout_seconds) as meeting:
-        mine = local_facts(info, options.run_dir) | {"clock_offset_seconds": meeting.clock_offset_seconds()}
-        seats = meeting.gather(mine, meeting.port)
+    with Rendezvous(info, place, options.timeout_seconds) as rendezvous:
+        mine = local_facts(info, options.run_dir) | {"clock_offset_seconds": rendezvous.clock_offset_seconds()}
+        endpoints = rendezvous.gather(mine, rendezvous.port)
         if info.rank == 0:
-            facts = meeting.values(0)
+            facts = rendezvous.values(0)
             checks = [check_attendance(facts, info.world, options.timeout_seconds), *check_last_launch(options.run_dir)]
             checks += check_facts(facts, limits(options))
-        if len(seats) < info.world:
-            tell(info, options, checks, facts, None)
-            return int(meeting.agree(int(verdict(checks))))
-        tried = meeting.try_peers({rank: (seat["address"], seat["public"]) for rank, seat in seats.items()})
-        heard = {rank: seat["public"] for rank, seat in meeting.gather(None, tried).items()}
+        if len(endpoints) < info.world:
+            report(info, options, checks, facts, None)
+            return int(rendezvous.agree(int(exit_code_of(checks))))
+        tried = rendezvous.try_peers(
+            {rank: (endpoint["address"], endpoint["public"]) for rank, endpoint in endpoints.items()}
+        )
+        answers = {rank: endpoint["public"] for rank, endpoint in rendezvous.gather(None, tried).items()}
         if info.rank == 0:
-            checks.append(check_reach(facts, heard, info.world))
-        if len(heard) < info.world or any(problem for rows in heard.values() for _, _, problem in rows):
-            tell(info, options, checks, facts, None)  # no process group could be made either
-            return int(meeting.agree(int(verdict(checks))))
+            checks.append(check_reach(facts, answers, info.world))
+        if len(answers) < info.world or any(problem for rows in answers.values() for _, _, problem in rows):
+            report(info, options, checks, facts, None)  # no process group could be made either
+            return int(rendezvous.agree(int(exit_code_of(checks))))
     return examine_fabric(info, options, checks, facts)
 
 
 def examine_fabric(
     info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: Mapping[int, Mapping[str, Any]]
 ) -> int:
-    """Make the process group that training will use, measure it, and tell; returns the exit code that rank 0 found."""
+    """Make the process group that training will use, measure it, and report; return the exit code that rank 0 found."""
     import torch.distributed as dist  # slow to import: not for a rank that is missing
 
     from sdit.distributed.comm import Comm
@@ -122,19 +124,19 @@ def examine_fabric(
             fabric |= {"pairs": measure_pairs(comm)}
             fabric |= measure_groups(comm) if comm.world > 1 else {}
             checks += fabric_checks(fabric)
-            tell(info, options, checks, facts, fabric)
-            return int(comm.from_first(int(verdict(checks))))
+            report(info, options, checks, facts, fabric)
+            return int(comm.from_first(int(exit_code_of(checks))))
     except (RuntimeError, ValueError) as error:  # torch raises these, and subclasses, for all that can go wrong
         text = (
             f"the ranks met, but the process group failed ({str(error).splitlines()[0][:200]}); "
             "open all TCP ports between the hosts, and see the logs of the other ranks"
         )
         checks.append(Check("process group", "failed", text, ExitCode.CRASH))
-        tell(info, options, checks, facts, None)
-        return verdict(checks)
+        report(info, options, checks, facts, None)
+        return exit_code_of(checks)
 
 
-def tell(
+def report(
     info: RankInfo,
     options: argparse.Namespace,
     checks: list[Check],

@@ -5,7 +5,7 @@
   sdit export --checkpoint runs/digits --out digits.pt             for code that reads the published .pt checkpoints
 
 A .safetensors file carries the run's config, so that `sdit sample --checkpoint FILE` needs nothing else; it is written
-tensor by tensor, whatever the size of the model.
+tensor by tensor, for any size of the model.
 Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 impossible setting.
 """
 

@@ -1,7 +1,7 @@
 """The configs and DeepSpeed JSONs that come with sdit, found by name.
 
 They are the files of the repository's folder `configs`. `sdit/presets` is a link to it, so that a checkout, an editable
-installation, a frozen work tree and a wheel (which holds copies) all read them at the same place beside this code.
+installation, a frozen work tree and a wheel (which holds copies) all read them at the same place next to this code.
 """
 
 from __future__ import annotations

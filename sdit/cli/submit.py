@@ -171,7 +171,7 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _freeze(folder: Path, files: dict[str, str], run_dir: Path) -> None:
-    """Write the frozen files, and check the frozen code out beside them."""
+    """Write the frozen files, and check the frozen code out next to them."""
     folder.mkdir(parents=True)
     (run_dir / "logs").mkdir(exist_ok=True)
     for name, text in files.items():

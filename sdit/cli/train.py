@@ -125,7 +125,7 @@ def rank_environment() -> dict[str, str]:
 
 
 def last_words(rank: WorkerContext, work: Callable[[], int]) -> int:
-    """Do a rank's work; tell its supervisor, which tells the user, why it failed.
+    """Do a rank's work. If it fails, report the reason to its supervisor, which reports it to the user.
 
     A rank that merely lost the others needs no traceback.
     """

@@ -251,7 +251,7 @@ def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
     return checks
 
 
-def verdict(checks: Sequence[Check]) -> ExitCode:
+def exit_code_of(checks: Sequence[Check]) -> ExitCode:
     """Return the exit code of all checks. A problem that no retry fixes comes first."""
     codes = {check.exit_code for check in checks if check.problem}
     return next((code for code in (ExitCode.CONFIG, ExitCode.CRASH) if code in codes), ExitCode.DONE)
@@ -262,8 +262,8 @@ def as_report(
 ) -> dict[str, Any]:
     """All of it as JSON types."""
     return {
-        "ok": verdict(checks) == ExitCode.DONE,
-        "exit_code": int(verdict(checks)),
+        "ok": exit_code_of(checks) == ExitCode.DONE,
+        "exit_code": int(exit_code_of(checks)),
         "checks": [asdict(check) | {"ok": not check.problem, "exit_code": int(check.exit_code)} for check in checks],
         "ranks": [{"rank": rank, **values} for rank, values in sorted(facts.items())],
         "fabric": None if fabric is None else dict(fabric),

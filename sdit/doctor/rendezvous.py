@@ -169,7 +169,7 @@ def _connect(endpoint: Endpoint, deadline: float, rank: int) -> Connection:
         if connection.receive(ATTEMPT_SECONDS).get("doctor") == HELLO:
             return connection
     except RendezvousError:
-        pass  # whatever it said, it is not rank 0: told below
+        pass  # it is not rank 0, which is reported below
     connection.__exit__()
     raise RendezvousError(
         f"MASTER_ADDR:MASTER_PORT {endpoint} is answered by something that is not rank 0; set MASTER_PORT to a free port"
@@ -227,7 +227,7 @@ class _Server:
             threading.Thread(target=self._serve, args=(connection,), name="sdit-doctor-client", daemon=True).start()
 
     def _serve(self, accepted_socket: socket.socket) -> None:
-        # A rank that leaves, or a stranger who speaks something else, ends its own thread; the roll call tells who is missing.
+        # A rank that leaves, or another program, ends only its own thread. The attendance check names missing ranks.
         with Connection(accepted_socket) as connection, contextlib.suppress(RendezvousError):
             connection.send({"doctor": HELLO})
             client = connection.receive(ATTEMPT_SECONDS)

@@ -258,7 +258,7 @@ class Exporter:
             try:
                 self._write_targets(server.server_port)
             except OSError as error:
-                self._log_once("targets", f"{self._targets}: {error}; Prometheus must be told of port {self.port}")
+                self._log_once("targets", f"{self._targets}: {error}; Prometheus needs the port {self.port}")
             server.serve(self._closed)
 
     def _listen(self) -> _Server:

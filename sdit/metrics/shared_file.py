@@ -1,4 +1,4 @@
-"""The shared metrics file of a rank, in shared memory. The node's exporter reads it whatever the rank is doing.
+"""The shared metrics file of a rank, in shared memory. The node's exporter can always read it, also if the rank hangs.
 
     status        JSON, written by the rank's supervisor twice a second
     description   JSON, written once by the rank: the series that its numbers belong to

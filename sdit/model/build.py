@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sdit.config import ModelConfig
+from sdit.configfile import describe_error
 from sdit.errors import ConfigError
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.moe.experts import Experts
@@ -40,30 +41,11 @@ def build_model(
 
 
 def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The validated section of a plain dict with ModelConfig's keys. Raises: ConfigError, one line."""
+    """Return the section `model` of a plain dict with its keys. Raises: ConfigError with key, value and what is legal."""
     try:
         return ModelConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """`model.key: value: what is legal` of one pydantic error."""
-    keys, text = [str(key) for key in item["loc"]], str(item["msg"])
-    if item["type"] == "value_error":  # our own validators say key and value themselves
-        return ".".join(["model", *keys]) + "." + text.removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        text = "unknown key; legal: " + ", ".join(_legal_keys(keys[:-1]))
-    return f"{'.'.join(['model', *keys])}: {item['input']!r}: {text}"
-
-
-def _legal_keys(path: list[str]) -> list[str]:
-    section: type[BaseModel] = ModelConfig
-    for key in path:
-        annotation = section.model_fields[key].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
-    return list(section.model_fields)
+        raise ConfigError(f"model.{describe_error(error, ModelConfig)}") from None
 
 
 def count_parameters(model: DiffusionTransformer) -> ParameterCount:

@@ -16,7 +16,7 @@ from sdit.report.values import curve
 
 FRAMES = 6
 MAX_COLUMNS = 200  # moments of the load map
-MAX_ROWS = 250  # of a heat map: more could not be told apart at the size it is shown
+MAX_ROWS = 250  # of a heat map: more cannot be distinguished at the size it is shown
 MAP_BYTES = 400_000
 TIMESTEP = "timestep (0: least noise)"
 CURVES = (

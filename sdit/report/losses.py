@@ -10,7 +10,7 @@ from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean
 
 TERMS = (("loss", "total"), ("mse", "mse"), ("vlb", "vlb"), ("prior_loss", "prior"), ("balance_loss", "balance"))
-BANDS = 5  # curves over the timestep's bins; twenty could not be told apart
+BANDS = 5  # curves over the timestep's bins; twenty cannot be distinguished
 MARKS = {"start": ("restart", "bad"), "skipped_step": ("skipped step", "warn"), "loss_spike": ("loss spike", "warn")}
 
 

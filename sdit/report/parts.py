@@ -45,7 +45,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Frames:
-    """Figures beside one another: (caption, images as (data URI, alternative text)); `css` is `map` for heat maps."""
+    """Figures in a row: (caption, images as (data URI, alternative text)); `css` is `map` for heat maps."""
 
     kind: ClassVar = "frames"
     frames: Sequence[tuple[str, Sequence[tuple[str, str]]]]
@@ -75,7 +75,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cards that share rows: as many as fit, `two` beside each other, or one in a row (`wide`)."""
+    """Cards that share rows: as many as fit, two (`two`), or one (`wide`)."""
 
     cards: Sequence[Card]
     css: str = ""

@@ -80,7 +80,7 @@ def _facts(run: RunRecord) -> dict[str, object]:
 
 
 def _groups(environment: Mapping[str, Any]) -> str:
-    """Return the expert-parallel groups, which are ranks beside each other; empty if the file does not say them."""
+    """Return the expert-parallel groups, which are consecutive ranks; empty if the file does not say them."""
     ranks, size = environment.get("ranks"), environment.get("expert_parallel")
     if not isinstance(ranks, int) or not isinstance(size, int) or not 1 <= size <= ranks:
         return ""

@@ -12,7 +12,7 @@ from sdit.supervise.lock import owner_of
 from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
 
 SILENT_SECONDS = 30.0  # a waiting rank that reports nothing for so long is lost; NFS shows a change after a few seconds
-UNSURE_SECONDS = 5.0  # by then a rank of another launch, which only its parent tells apart, has been refused
+UNSURE_SECONDS = 5.0  # by then a rank of another launch, which only its own rank 0 recognises, has been refused
 REFUSE_SECONDS = 10.0  # how long a refused rank 0 waits for ranks of its launch that start later
 _log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def refuse_own(registry: MemberRegistry, me: Member, world: int, run_dir: Path, 
 
     Ranks that the attempt spec of the lock's holder lists are not of this launch.
     """
-    deadline, told = time.monotonic() + REFUSE_SECONDS, set[str]()
-    while len(told) < world - 1 and time.monotonic() < deadline:
+    deadline, notified = time.monotonic() + REFUSE_SECONDS, set[str]()
+    while len(notified) < world - 1 and time.monotonic() < deadline:
         taken = named_by_owner(run_dir)
         for member in registry.members():
             if member.nonce in taken or not member.launch.agrees_with(me.launch):
@@ -79,7 +79,7 @@ def refuse_own(registry: MemberRegistry, me: Member, world: int, run_dir: Path, 
                 if registry.refusal(member) is None:  # also if a new holder of the lock has removed it
                     registry.refuse(member, code)
                 else:
-                    told.add(member.nonce)
+                    notified.add(member.nonce)
             except OSError as error:
                 _log.warning("rank %d could not be asked to exit: %s", member.rank, error)
         time.sleep(0.1)

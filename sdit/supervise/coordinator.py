@@ -134,7 +134,7 @@ class Coordinator:
             }
         self._reached_first_step |= any(report.step > 0 or report.phase > 0 for report in exit_reports.values())
         decision = self._policy.decide(exit_reports, self._newest_checkpoint(), self.stopping)
-        if self.problem:  # whatever failed: another attempt would begin a new run at the old path
+        if self.problem:  # another attempt would begin a new run at the old path
             decision = Decision(False, ExitCode.CONFIG, self.problem)
         self._log_attempt(exit_reports, decision)
         if not decision.restart:

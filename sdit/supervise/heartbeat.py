@@ -1,4 +1,4 @@
-"""The heartbeat of a rank: memory that it shares with its supervisor, which reads it whatever the rank is doing."""
+"""The heartbeat of a rank: memory that it shares with its supervisor, which can always read it, also if the rank hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart even when the kernel gives a process id a second time (Linux)."""
+"""Processes of this machine, distinguished also if the kernel uses a process id again (Linux)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Process:
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process from every other one, also from a later one with the same pid."""
+    """Return what identifies a process, also against a later one with the same pid."""
     return {"host": socket.gethostname(), "pid": pid, "started": start_ticks(pid), "machine": machine()}
 
 

@@ -145,7 +145,7 @@ class WorkerProcess:
         deadline, seen, quiet = time.monotonic() + DUMP_SECONDS, size, 0
         while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-            self._signal(signal.SIGCONT)  # whatever stopped it may do so again during the dump
+            self._signal(signal.SIGCONT)  # it may be stopped again during the dump
             now = self._stacks.stat().st_size
             whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
             seen, quiet = now, quiet + 1 if whole else 0

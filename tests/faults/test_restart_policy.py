@@ -56,8 +56,8 @@ def test_a_crash_is_no_deterministic_error_when_its_text_differs() -> None:
 
 
 def test_a_user_s_mistake_is_told_in_the_rank_s_own_words() -> None:
-    verdict = RestartPolicy(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
-    assert (verdict.restart, verdict.code, verdict.text) == (False, 78, "train.steps: is not set")
+    decision = RestartPolicy(3, 75).decide({0: end(0, code=78, text="train.steps: is not set")}, "", False)
+    assert (decision.restart, decision.code, decision.text) == (False, 78, "train.steps: is not set")
 
 
 def test_rank_is_read_from_whatever_launched_it() -> None:

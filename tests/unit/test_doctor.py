@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdit.distributed.fabric import rounds_of_pairs
-from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, verdict
+from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, exit_code_of
 from sdit.doctor.rendezvous import peers_of, read_clock
 from sdit.errors import ExitCode
 
@@ -51,7 +51,7 @@ def test_large_launches_measure_few_pairs_and_leave_nobody_out(world: int) -> No
 def test_all_is_well() -> None:
     facts = {rank: facts_of(rank) for rank in range(4)}
     checks = [check_attendance(facts, 4, 60), *check_facts(facts, LIMITS)]
-    assert verdict(checks) == ExitCode.DONE
+    assert exit_code_of(checks) == ExitCode.DONE
     assert "4 of 4 on 2 hosts: n0 (2), n1 (2)" in as_table(checks, facts, None)
 
 
@@ -70,7 +70,7 @@ def test_one_ill_rank_is_named(change: dict[str, Any], code: ExitCode, words: st
     facts = {rank: facts_of(rank) for rank in range(4)}
     facts[3] |= change
     checks = check_facts(facts, LIMITS)
-    assert verdict(checks) == code
+    assert exit_code_of(checks) == code
     assert [check for check in checks if check.problem and words in check.problem], checks
 
 
@@ -101,8 +101,8 @@ def test_a_host_name_that_means_loopback_is_a_fault_on_several_hosts_alone(monke
 
 def test_what_no_retry_mends_decides_the_exit_code() -> None:
     checks = [Check("a", "", "x", ExitCode.CRASH), Check("b", "", "y", ExitCode.CONFIG), Check("c", "")]
-    assert verdict(checks) == ExitCode.CONFIG
-    assert verdict(checks[2:]) == ExitCode.DONE
+    assert exit_code_of(checks) == ExitCode.CONFIG
+    assert exit_code_of(checks[2:]) == ExitCode.DONE
 
 
 def test_clocks_are_set_wrong_on_request_of_tests_alone() -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdit.errors import ConfigError
-from sdit.launch_environment import ALONE, LAUNCHER_VARIABLE, RankInfo, find_rank, tasks_per_node
+from sdit.launch_environment import LAUNCHER_VARIABLE, SINGLE, RankInfo, find_rank, tasks_per_node
 from sdit.topology import (
     BatchPlan,
     ExpertGroups,
@@ -198,7 +198,7 @@ def test_uneven_nodes_of_slurm() -> None:
 
 def test_without_a_launcher_there_is_one_process_also_inside_an_allocation() -> None:
     allocation = {name: value for name, value in slurm(8, 4)[3].items() if name != "SLURM_STEP_ID"}
-    assert found() == found(allocation) == RankInfo(0, 1, 0, 1, ALONE)
+    assert found() == found(allocation) == RankInfo(0, 1, 0, 1, SINGLE)
 
 
 def test_a_supervised_rank_names_who_launched_its_supervisor() -> None:
