@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from sdit.data.loader import Loader
+from sdit.train.checkpoint.store import Found
 from sdit.train.checkpoints import Checkpoints
+from sdit.train.context import TrainContext
+from sdit.train.decode import latent_decoder
 from sdit.train.sampling import GridSampler, RoutingMaps
 from sdit.train.validation import Validator
 
@@ -17,3 +23,18 @@ class PeriodicTasks:
     checkpoints: Checkpoints
     routing: RoutingMaps
     sampler: GridSampler
+
+
+def build_tasks(
+    context: TrainContext, held_out: Loader | None, labels: np.ndarray, found: Found | None
+) -> PeriodicTasks:
+    """Return the periodic tasks of a run. Raises: ConfigError for a sample.vae that does not fit."""
+    config = context.run.config
+    sampler = GridSampler(context, config.sample, labels, latent_decoder(config, None, context.comm.device))
+    started_from = None if found is None else found.folder
+    return PeriodicTasks(
+        Validator(context, config.validation, held_out),
+        Checkpoints(context, config.checkpoint, config.train.rollbacks, started_from),
+        RoutingMaps(context, sampler, config.observe.routing_every_images),
+        sampler,
+    )

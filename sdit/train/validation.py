@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from sdit.config import Config, DataConfig
-from sdit.data.dataset import check_fit, open_dataset
-from sdit.data.identity import DataIdentity
 from sdit.data.loader import Loader
 from sdit.diffusion import draw_timesteps
 from sdit.sections import ValidationConfig
@@ -21,29 +17,8 @@ from sdit.train.bins import BINS, bin_means
 from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.record import Validation
-from sdit.train.rundata import Note, check_held_out, was_accepted
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, for any two seeds
-
-
-def open_held_out(
-    config: Config, training: DataIdentity, ranks: int, manifest: Mapping[str, Any] | None, where: str
-) -> tuple[Loader | None, list[Note]]:
-    """The loader of the held-out images, and what there is to say of them; None where the config asks for none.
-
-    Raises: DataError if they do not fit the model or the training images; see `check_held_out`.
-    """
-    validation = config.validation
-    if validation.every_images is None or validation.path is None:
-        return None, []
-    data = DataConfig(
-        source="shards", path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
-    )
-    dataset = open_dataset(data)
-    identity = DataIdentity.of(dataset.facts, dataset.fingerprint)
-    notes = check_held_out(config, training, identity, was_accepted(manifest, where, training, identity))
-    check_fit(dataset.facts, data, config.model, "validation.path")
-    return Loader(dataset, data, validation.seed, ranks, labelled=config.model.classes > 0), notes
 
 
 class Validator:

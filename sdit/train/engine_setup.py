@@ -1,0 +1,86 @@
+"""Builds the model with the experts of this rank, the optimizer and DeepSpeed's engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdit.config import Config, OptimizerConfig
+from sdit.diffusion import Objective
+from sdit.distributed.comm import Comm
+from sdit.distributed.deepspeed_internals import expert_group_of
+from sdit.distributed.engine import Engine
+from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
+from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
+from sdit.resolved import ResolvedRun
+from sdit.train.checkpoint.store import Found
+from sdit.train.module import TrainModule
+
+
+def build_sharded_model(
+    run: ResolvedRun, comm: Comm, found: Found | None
+) -> tuple[DiffusionTransformer, ExpertParallel]:
+    """Return the model with its initial weights, and with the experts of this rank only."""
+    config = run.config
+    experts = ExpertParallel(
+        config.model, config.parallel, run.batch, comm, run.expert_parallel, ELEMENT_BYTES[config.train.precision],
+        config.seed,
+    )  # fmt: skip
+    if found is not None:
+        experts.restore(found.manifest.get("expert_layout"))
+    model = build_model(config.model, device="meta")
+    experts.shard(model, lambda built: init_weights(built, config.seed))
+    return model, experts
+
+
+def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, objective: Objective) -> Engine:
+    """Return DeepSpeed's engine of the model under its objective."""
+    config = run.config
+    module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
+    wrap_layers(model, config)
+    optimizer = make_optimizer(parameter_groups(module), config.optimizer)
+    return Engine(module, optimizer, run.deepspeed, comm, config.optimizer.kind)
+
+
+def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
+    """The first line of a run: the batch equation, the layout, and parameters (all, active, per rank)."""
+    whole = count_parameters(build_model(run.config.model, device="meta"))
+    held = sum(parameter.numel() for parameter in model.parameters())
+    millions = [f"{count / 1e6:.2f} M" for count in (whole.total, whole.active, held)]
+    return f"{run.describe()}; parameters {millions[0]}, active {millions[1]}, per rank {millions[2]}"
+
+
+def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
+    """Compile the layers, or recompute them in backward, as the config asks."""
+    if config.parallel.compile:
+        for layer in model.layers:
+            layer.compile()
+    if config.parallel.activation_checkpointing != "none":
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+
+        offload = config.parallel.activation_checkpointing == "offload"
+        model.layers = tuple(checkpoint_wrapper(layer, offload_to_cpu=offload) for layer in model.layers)
+
+
+def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
+    """Optimizer groups: the network, and the uncertainty weights with a learning rate of their own."""
+    roles: list[tuple[str, nn.Module]] = [("model", module.model), ("uw", module.objective)]
+    groups: list[dict[str, Any]] = []
+    for role, part in roles:
+        named: dict[str | None, list[nn.Parameter]] = {None: []}
+        for parameter in part.parameters():
+            named.setdefault(expert_group_of(parameter), []).append(parameter)
+        groups.append({"params": named.pop(None), "role": role, "name": role})
+        for name, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
+            groups.append({"params": sharded, "role": role, "name": name, "moe": True})
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights."""
+    groups = [{**group, "weight_decay": config.weight_decay if group["role"] == "model" else 0.0} for group in groups]
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
