@@ -185,7 +185,7 @@ def check_launcher(words: list[str], run: Path, log: Path, target: str, name: st
         launcher = subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
     try:
         eventually(lambda: newest_step(run) > 0)
-        found = subprocess.run(["pgrep", "-f", f"train.py .*{run} "], capture_output=True, text=True, check=False)
+        found = subprocess.run(["pgrep", "-f", rf"train(\.py)? .*{run} "], capture_output=True, text=True, check=False)
         pids = [int(word) for word in found.stdout.split()]
         assert len(pids) >= 4
         if target == "launcher" and name == "deepspeed":  # the second process that `deepspeed` starts holds the ranks

@@ -406,7 +406,7 @@ class Soak:
 
 def processes_of(run_dir: Path) -> list[int]:
     """Live processes whose command line names the run folder."""
-    found = subprocess.run(["pgrep", "-f", f"train.py .*{run_dir} "], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-f", rf"train(\.py)? .*{run_dir} "], capture_output=True, text=True, check=False)
     return [pid for pid in map(int, found.stdout.split()) if not is_gone(pid)]
 
 

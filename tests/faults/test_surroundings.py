@@ -32,23 +32,25 @@ def last_attempt(run_dir: Path) -> dict:
 
 def rank_pids(run_dir: Path) -> list[int]:
     """Processes of a run: supervisors and their children."""
-    found = subprocess.run(["pgrep", "-f", f"train.py .*{run_dir} "], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-f", rf"train(\.py)? .*{run_dir} "], capture_output=True, text=True, check=False)
     return [int(word) for word in found.stdout.split()]
 
 
-def deaf_process(name: str, launcher: subprocess.Popen) -> int:
-    """The process that holds the ranks: torchrun itself, or the second process that `deepspeed` starts."""
-    if name == "torchrun":
+def process_to_kill(name: str, which: str, launcher: subprocess.Popen) -> int:
+    """The outer process, which the user started, or the inner one, which holds the ranks: `deepspeed` starts a second one."""
+    if which == "outer" or name == "torchrun":
         return launcher.pid
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     return int(eventually(lambda: children.read_text().split())[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(("name", "which"), [*((name, "inner") for name in LAUNCHERS), ("deepspeed", "outer")])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ranks_save_and_leave_with_their_launcher(tmp_path: Path, name: str, number: signal.Signals) -> None:
-    run, port = tmp_path / "run", str(random.Random(f"{name}{number}").randrange(20_000, 30_000))
+def test_ranks_save_and_leave_with_their_launcher(
+    tmp_path: Path, name: str, which: str, number: signal.Signals
+) -> None:
+    run, port = tmp_path / "run", str(random.Random(f"{name}{which}{number}").randrange(20_000, 30_000))
     words = [str(Path(sys.executable).with_name(LAUNCHERS[name][0])), *LAUNCHERS[name][1:], port]
     words += [str(ROOT / "launcher" / "train.py"), "--config", str(TINY), "--run-dir", str(run), *ENDLESS]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -59,13 +61,42 @@ def test_ranks_save_and_leave_with_their_launcher(tmp_path: Path, name: str, num
         eventually(lambda: newest_step(run) > 0)
         pids = rank_pids(run)
         assert len(pids) >= 4
-        os.kill(deaf_process(name, launcher), number)
+        os.kill(process_to_kill(name, which, launcher), number)
         eventually(lambda: all(map(is_gone, pids)), seconds=30)
     finally:
         launcher.kill()
         launcher.wait()
     assert last_attempt(run)["code"] == ExitCode.REQUEUE, (tmp_path / "log").read_text()[-3000:]
     assert find_checkpoint(run).manifest["clock"]["steps"] == last_attempt(run)["step"]
+
+
+@pytest.mark.slow
+def test_two_real_launches_at_once_train_one_run(tmp_path: Path) -> None:
+    """S1: Of two `deepspeed` launches at once, one trains to the end and one is refused; the bits are those of one launch."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    codes = {folder.name: [] for folder in folders}
+    for folder, count in zip(folders, (1, 2), strict=True):
+        words = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29671"]
+        words += [
+            str(ROOT / "launcher" / "train.py"),
+            "--config",
+            str(TINY),
+            "--run-dir",
+            str(folder),
+            "train.steps=40",
+        ]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+        with (tmp_path / f"{folder.name}.log").open("w") as log:
+            launches = [
+                subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=ROOT) for _ in range(count)
+            ]
+        codes[folder.name] = sorted(launch.wait(timeout=200) for launch in launches)
+    assert codes["one"] == [0] and codes["two"][0] == 0 and codes["two"][1] != 0, (tmp_path / "two.log").read_text()
+    shards = [sorted(find_checkpoint(folder).folder.glob("*.safetensors")) for folder in folders]
+    assert len(shards[0]) == 2
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+    assert "is in use by process" in (tmp_path / "two.log").read_text()
 
 
 @pytest.mark.slow
