@@ -145,7 +145,7 @@ COMMANDS = {
     "help": ["train.py", "--help"],
     "prepare": ["prepare.py", "digits", "--out", "{folder}/digits", "--samples-per-shard", "1797", "--jobs", "1"],
     "plan": ["plan.py", str(TINY), "--device", "cpu", "--memory-gib", "4"],
-    "version": ["../sdit/cli.py", "--version"],
+    "version": ["../sdit/cli/__main__.py", "--version"],
 }
 
 

@@ -173,16 +173,15 @@ def test_no_password_is_listed() -> None:
 @pytest.mark.parametrize(("old", "new", "drawn"), [(32, 64, False), (64, 32, True)])
 def test_a_grid_is_due_by_the_batch_of_the_step_that_was_taken(old: int, new: int, drawn: bool) -> None:
     """R2: After a change of the batch, what the last step owed follows from that step's own size."""
-    from types import SimpleNamespace
+    from dataclasses import replace
 
+    from sdit.train.catch_up import catch_up
     from sdit.train.clock import Clock
-    from tests.unit import test_pauses
+    from tests.unit import test_catch_up
 
-    keeper, seen = test_pauses.Keeper(), test_pauses.EVERY + 32  # a grid was due within the last 64 images
-    pauses, _ = test_pauses.pauses_at(Clock(seen, 3), keeper)
-    pauses._config = pauses._config.model_copy(
-        update={"train": pauses._config.train.model_copy(update={"global_batch": new})}
-    )
-    pauses._state = SimpleNamespace(**{**vars(pauses._state), "last_batch": old, "length_images": 10_000})
-    pauses.make_up()
+    keeper, seen = test_catch_up.Keeper(), test_catch_up.EVERY + 32  # a grid was due within the last 64 images
+    context, sampler = test_catch_up.context_at(Clock(seen, 3), keeper)
+    context.state.last_batch, context.state.length_images = old, 10_000
+    context = replace(context, run=replace(context.run, batch=replace(context.run.batch, global_batch=new)))
+    catch_up(context, test_catch_up.tasks_of(context, sampler), attempt=1)
     assert bool(keeper.drawn) is drawn
