@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the figures of docs/expert-parallelism.md beside this script. No run is needed.
+"""Draw the figures of docs/expert-parallelism.md next to this script. No run is needed.
 
 Routes are those that the diffusion prior asks for: 12 blocks of M = 16 experts, k = 2, shapes of Switch-DiT-S/2.
 Placements, transfers and bytes come from `sdit.expert_parallel`.

@@ -14,6 +14,7 @@ from typing import Any
 
 import sdit
 from sdit.errors import ExitCode
+from sdit.files import free_bytes
 from sdit.launch_environment import RankInfo
 from sdit.supervise.unfinished import last_launch
 
@@ -53,9 +54,9 @@ def local_facts(info: RankInfo, run_dir: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "sdit": sdit.__version__, **_package_versions()},
         "cores": len(os.sched_getaffinity(0)),
         "folder": str(folder),
-        "disk_free_bytes": _free_bytes(folder),
+        "disk_free_bytes": free_bytes(folder),
         "folder_problem": _write_problem(folder),
-        "shm_free_bytes": _free_bytes(SHM) if SHM.is_dir() else 0,
+        "shm_free_bytes": free_bytes(SHM) if SHM.is_dir() else 0,
         "loopback_name": _resolves_to_loopback(),
     }
 
@@ -76,11 +77,6 @@ def _nearest(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
-
-
-def _free_bytes(folder: Path) -> int:
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
 
 
 def _write_problem(folder: Path) -> str:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import selectors
-import shutil
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from prometheus_client.exposition import basic_auth_handler, default_handler, pu
 
 from sdit.config import ObserveConfig
 from sdit.errors import ConfigError
+from sdit.files import free_bytes
 from sdit.json_files import write_json
 from sdit.metrics.collector import SharedMetricsCollector
 from sdit.metrics.shared_file import RankStatus
@@ -312,7 +312,7 @@ class Exporter:
         """Measure free space in a thread of its own: a file system that hangs must not delay a scrape."""
         while True:
             try:
-                self._free_bytes = float(shutil.disk_usage(self._run_dir).free)
+                self._free_bytes = float(free_bytes(self._run_dir))
             except OSError as error:
                 self._log_once("disk", f"{self._run_dir}: {error}")
             if self._closed.wait(DISK_SECONDS):

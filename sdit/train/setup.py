@@ -75,7 +75,8 @@ def open_trainer(
         )  # fmt: skip
         tasks = build_tasks(context, held_out, labels, found)
         observers.on_start(state.clock, state.length_images, message)
-        context.event("layout", describe_layout(run, model))
+        if comm.is_first:
+            context.event("layout", describe_layout(run, model))
         for note in notes:
             context.event(note.kind, note.text)
         yield Trainer(context, tasks, worker.attempt)

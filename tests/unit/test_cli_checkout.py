@@ -1,4 +1,4 @@
-"""A checkout runs its own code, whatever else is installed; an installed wheel is not a checkout."""
+"""A checkout runs its own code, also if another version is installed; an installed wheel is not a checkout."""
 
 from __future__ import annotations
 
