@@ -163,6 +163,15 @@ def test_records_become_metrics_with_units_and_labels(shared_file: SharedMetrics
     for name in ("sdit_checkpoint_failures_total", "sdit_loss_spikes_total", "sdit_skipped_steps_total"):
         assert value(found, name) == 1.0
     assert value(found, "sdit_checkpoint_images_seen") == 96
+    shown = {
+        "sdit_grad_norm": 2.0,
+        "sdit_learning_rate": 1e-3,
+        "sdit_expert_dropped_ratio": 0.1,
+        "sdit_slowest_rank": 1,
+    }
+    shown |= {"sdit_expert_load_max_over_mean_ratio": 2.0}
+    shown |= {"sdit_rank_work_p50_seconds": 0.1, "sdit_rank_work_p99_seconds": 0.12}
+    assert {name: value(found, name) for name in shown} == shown
     assert abs(value(found, "sdit_rank_heartbeat_age_seconds", rank="0") - 3) < 60
     assert value(found, "sdit_run_state", state="training") == 1.0 and value(found, "sdit_restarts_total") == 1.0
 
