@@ -129,6 +129,7 @@ class Supervisor:
         self._spec: AttemptSpec | None = None
         self._spec_idle_seconds = 0.0
         self._unwritten_since: float | None = None  # since when the exit report cannot be written
+        self._write_error = ""  # why an exit report of this attempt could not be written, even if that is over
 
     def run(self) -> int:
         """Follow the attempt specs until one has an exit code; return that."""
@@ -172,6 +173,7 @@ class Supervisor:
                 self._membership.report_exit(self._attempt, self._exit_report)
             self._unwritten_since = None
         except OSError as error:  # a full disk: the next poll tries again
+            self._write_error = str(error.strerror)
             if self._unwritten_since is None:
                 self._unwritten_since = time.monotonic()
                 _log.warning("rank %d: the supervisors' folder cannot be written (%s)", self._info.rank, error.strerror)
@@ -195,13 +197,13 @@ class Supervisor:
             if spec.ending and spec.attempt == self._attempt and self._worker is not None:
                 self._end_worker(self._worker, "peer", dump=True)
             elif spec.attempt > self._attempt and not spec.ending:
-                self._attempt, self._exit_report = spec.attempt, None
+                self._attempt, self._exit_report, self._write_error = spec.attempt, None, ""
                 if self._info.rank in spec.order:
                     self._start(spec)
         has_begun = self._spec is not None and self._spec.attempt > 0
         patience = LOST_SECONDS if has_begun else self._config.start_seconds + LOST_SECONDS
         if self._spec_idle_seconds > patience:
-            problem = self._membership.problem()
+            problem = self._membership.problem() or self._write_error  # rank 0 frees space when it exits
             if problem:
                 return self._abort(f"run_dir: {self._folder}: cannot be written ({problem})", ExitCode.IO)
             return self._abort("rank 0's supervisor does not answer")
