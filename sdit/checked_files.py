@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -23,17 +24,35 @@ KINDS = {
 }
 
 
+class NotRegularFile(OSError):
+    """A folder, FIFO, device or socket in the place of a file. `strerror` names the kind."""
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file or of a link to one. Raises: NotRegularFile, OSError as `open` does."""
+    problem = _kind_problem(path, follow_links=True)
+    if problem:
+        raise NotRegularFile(errno.EINVAL, problem, str(path))
+    return path.read_bytes()
+
+
 @contextmanager
 def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
     """Open a regular file for reading; a FIFO or a device is refused before it is opened, because reading could hang.
 
     Raises: CheckpointError for anything else than a regular file, OSError as `open` does.
     """
-    mode = os.stat(path, follow_symlinks=follow_links).st_mode
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file")
+    problem = _kind_problem(path, follow_links)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     with path.open("rb") as file:
         yield file
+
+
+def _kind_problem(path: Path, follow_links: bool) -> str:
+    """Return why a path is not a regular file; empty if it is one. Raises: OSError."""
+    mode = os.stat(path, follow_symlinks=follow_links).st_mode
+    return "" if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file"
 
 
 def read_bytes(file: BufferedReader, path: Path, most: int) -> bytes:

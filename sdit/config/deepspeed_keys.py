@@ -388,7 +388,7 @@ KEYS: dict[str, Rule] = {
             use_gds=False,
         )
     ),
-    "autotuning": Refused("launcher/plan.py counts memory and traffic of a layout", block=ANY),
+    "autotuning": Refused("sdit plan counts memory and traffic of a layout", block=ANY),
     "hybrid_engine": Refused(
         "it is for language models that generate text while training",
         block=_names(

@@ -136,7 +136,7 @@ class DiffusionConfig(Section):
 
 class DataConfig(Section):
     source: Literal["digits", "shards"] = field("digits", "digits: the embedded 8x8 digits; shards: a prepared folder")
-    path: PathText | None = field(None, "folder with index.json and tar shards, written by launcher/prepare.py")
+    path: PathText | None = field(None, "folder with index.json and tar shards, written by sdit prepare")
     flip: bool = field(False, "mirror half of the images (keyed by sample)")
     streams: int = field(8, "logical shard streams; memory holds one shard of each; part of the data order", ge=1)
     workers: int = field(1, "decoding threads per rank; does not change the order", ge=1)

@@ -84,7 +84,7 @@ class SampleConfig(Section):
 
 class ValidationConfig(Section):
     every_images: int | None = field(None, "images between two measurements of the held-out loss; null: none", ge=1)
-    path: PathText | None = field(None, "prepared folder of held-out images, written by launcher/prepare.py")
+    path: PathText | None = field(None, "prepared folder of held-out images, written by sdit prepare")
     images: int = field(1024, "held-out images measured; rounded up to whole global batches", ge=1)
     seed: int = field(0, "seed of their order, timesteps and noise, the same in every measurement", ge=0)
     allow_other_classes: bool = field(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sdit.checked_files import open_regular
+from sdit.checked_files import open_regular, read_regular
 from sdit.data.decode import encode_moments, encode_png
 from sdit.data.index import DatasetFacts
 from sdit.data.shards import Encoded
@@ -123,7 +123,7 @@ class LatentEncoder:
 def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: str) -> LatentEncoder:
     """The encoder that uses the diffusers AutoencoderKL in a local folder; ConfigError when it cannot be used."""
     try:
-        config = json.loads((vae / "config.json").read_bytes())
+        config = json.loads(read_regular(vae / "config.json"))
         with open_regular(vae / "diffusion_pytorch_model.safetensors") as file:
             weights = hashlib.sha256(file.read()).hexdigest()
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sdit.checked_files import NotRegularFile, read_regular
 from sdit.errors import DataError
 from sdit.files import replacing
 
@@ -91,14 +92,16 @@ def read_index(folder: Path) -> DatasetIndex:
     """The index of a prepared folder; DataError when there is none or it cannot be trusted."""
     path = folder / INDEX_NAME
     try:
-        return DatasetIndex.model_validate_json(path.read_bytes())
+        return DatasetIndex.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
-        advice = f"run: launcher/prepare.py <source> --out {folder}"
+        advice = f"run: sdit prepare <source> --out {folder}"
         if any(folder.glob("*.tar")):
             advice = (
-                f"its preparation did not finish; give the same launcher/prepare.py command with --out {folder} again"
+                f"its preparation did not finish; give the same command, sdit prepare ... with --out {folder} again"
             )
         raise DataError(f"{path}: no such file; {advice}") from None
+    except (NotRegularFile, PermissionError) as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"

@@ -22,6 +22,7 @@ class BadSampleLedger:
 
     def __init__(self, max_bad_fraction: float, samples_per_epoch: int) -> None:
         self.by_reason: Counter[str] = Counter()
+        self.newest_fault = ""
         self._fraction = max_bad_fraction
         self.allowed = max_bad_fraction * samples_per_epoch
         self._in_epoch: Counter[int] = Counter()
@@ -37,14 +38,15 @@ class BadSampleLedger:
         """Count one sample; DataError, naming it, when the epoch now has more than the allowed number."""
         with self._lock:
             self.by_reason[fault.reason] += 1
+            self.newest_fault = str(fault)
             self._in_epoch[key.epoch] += 1
             bad = self._in_epoch[key.epoch]
             named = isinstance(fault, BadShard) and fault.shard in self._named_shards
             self._named_shards.add(fault.shard)
+        if not named:  # one line per bad shard suffices: each of its samples fails
+            _log.warning("%s%s", fault, "" if bad > self.allowed else "; another sample takes its place")
         if bad > self.allowed:
             raise DataError(
                 f"{fault}; {bad} bad samples in epoch {key.epoch}, "
                 f"data.max_bad_fraction {self._fraction:g} allows {int(self.allowed)}"
             )
-        if not named:  # a bad shard fails for every one of its samples: one line is enough
-            _log.warning("%s; another sample takes its place", fault)

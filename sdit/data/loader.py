@@ -68,6 +68,11 @@ class Loader:
         return self._ledger.in_latest_epoch
 
     @property
+    def newest_fault(self) -> str:
+        """The newest sample that could not be used here, and why; empty if there was none."""
+        return self._ledger.newest_fault
+
+    @property
     def bad_allowed(self) -> float:
         """Bad samples that an epoch may have over all ranks."""
         return self._ledger.allowed

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped]
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
+from sdit.checked_files import NotRegularFile, read_regular
 from sdit.data.decode import ALLOWED_SUFFIXES, Sample, decode_sample
 from sdit.data.faults import BadShard
 from sdit.data.index import DatasetFacts, ShardRecord
@@ -88,14 +89,14 @@ def _read_verified(folder: Path, record: ShardRecord) -> bytes:
 
 
 def _read_patiently(path: Path) -> bytes:
-    """The file's bytes. A file that is gone is bad data; other errors are the file system's: retried, then raised.
+    """Return the file's bytes. A missing file, or a FIFO in its place, is bad data. Other errors are retried, then raised.
 
-    They are never answered by a substitute sample: ranks would disagree on it.
+    Errors of the file system never lead to a substitute sample: ranks would disagree on it.
     """
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            return read_regular(path)
+        except (FileNotFoundError, NotADirectoryError, NotRegularFile, PermissionError) as error:
             raise BadShard("missing", path.name, f"cannot be opened in {path.parent}: {error.strerror}") from error
         except OSError:
             if attempt == READ_ATTEMPTS:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdit.checked_files import read_regular
 from sdit.errors import ConfigError
 
 CHUNK = 50  # images a call: 299 x 299 pixels in 50 copies are 54 MB, the activations several times that
@@ -24,7 +25,7 @@ class InceptionFeatures:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
         except OSError as error:
             legal = "legal: trained, or a local inception-2015-12-05.pt"
             raise ConfigError(f"--features: {path}: {error.strerror}; {legal}") from None

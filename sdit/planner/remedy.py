@@ -22,7 +22,10 @@ class Remedy(NamedTuple):
 
 
 def find_remedy(job: Job, deepspeed: dict[str, Any], peak: Peak, limit_bytes: float) -> tuple[Remedy | None, bool]:
-    """Return the first remedy that makes the run fit, and True. Otherwise return the one that saves most (None: there is none), and False."""
+    """Return the first remedy that makes the run fit, and True.
+
+    Otherwise return the one that saves most (None: there is none), and False.
+    """
     best: Remedy | None = None
     for text, config, values in _remedies(job, deepspeed):
         try:

@@ -120,11 +120,12 @@ class TrainStep:
         )  # fmt: skip
 
     def _check_bad_samples(self, count: float) -> None:
-        allowed = self._context.loader.bad_allowed
-        if count > allowed:
+        loader = self._context.loader
+        if count > loader.bad_allowed:
+            where = loader.newest_fault or "the logs of the other ranks name them"
             raise DataError(
                 f"data.max_bad_fraction: {count:.0f} unreadable samples in this epoch over all ranks, "
-                f"{self._config.data.max_bad_fraction:g} allows {allowed:.0f}; the log names them"
+                f"{self._config.data.max_bad_fraction:g} allows {loader.bad_allowed:.0f}; {where}"
             )
 
     def _look_for_spike(self, loss: float) -> None:

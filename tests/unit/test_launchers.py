@@ -308,7 +308,7 @@ def train_process(run_dir: Path, *words: object) -> SimpleNamespace:
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:
     result = train_process(tmp_path / "run", "data.source=shards", f"data.path={tmp_path / 'none'}", ALONE)
-    refused(result, ExitCode.DATA, "none/index.json: no such file", "prepare.py")
+    refused(result, ExitCode.DATA, "none/index.json: no such file", "sdit prepare")
 
 
 def test_a_shard_that_fails_its_checksum_is_refused(sdit: Command, tmp_path: Path) -> None:

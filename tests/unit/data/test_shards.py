@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdit.data.decode import encode_png
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.index import DatasetFacts, ShardRecord, read_index
 from sdit.data.shards import MAX_MEMBER_BYTES, READ_ATTEMPTS, read_shard, write_shard
+from sdit.errors import DataError
 
 HEADER = tarfile.BLOCKSIZE
 FACTS = DatasetFacts(kind="images", total=5, channels=1, size=4, classes=10)
@@ -200,6 +202,20 @@ def test_a_key_whose_members_are_apart_does_not_count_as_one_sample(tmp_path: Pa
 def test_a_member_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadShard, match="archive"):
         read_shard(tmp_path, forged(tmp_path, tar_of(plain("0.cls"), plain("0.cls")), samples=1), FACTS)
+
+
+@pytest.mark.parametrize("name", ["shard-000000.tar", "index.json"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_at_once(folder: Path, name: str) -> None:
+    """Reading a FIFO would wait for a writer for ever."""
+    index = read_index(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    if name == "index.json":
+        with pytest.raises(DataError, match="is a FIFO"):
+            read_index(folder)
+    else:
+        with pytest.raises(BadShard, match="is a FIFO"):
+            read_shard(folder, index.shards[0], index.facts)
 
 
 @pytest.mark.parametrize("failures", [READ_ATTEMPTS - 1, READ_ATTEMPTS])
