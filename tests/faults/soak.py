@@ -3,7 +3,8 @@
     make soak MINUTES=25              (or: python -m tests.faults.soak --minutes 25 --seed 0)
 
 A round is one run on two ranks. The faults of `FAULTS` strike it at random instants, and the same command starts it again after
-each end, until the run is complete. Rounds alternate between synchronous and asynchronous checkpoints, and between an ordinary
+each end, until the run is complete. The time between two faults is drawn between 0.2 s and the length of the undisturbed run, which
+the soak measures first, so that faults meet start, steps and saves on a busy machine, too. Rounds alternate between synchronous and asynchronous checkpoints, and between an ordinary
 folder, a small tmpfs (full disk, read-only remount) and a small btrfs subvolume (quota). The last two need root and `mkfs.btrfs`.
 The table at the end counts faults, launches, processes that outlived a launch, and values that differ from the undisturbed run.
 Exit status: 0 if nothing differs, no process is left and every exit code is documented in docs/faults.md, else 1.
@@ -45,7 +46,8 @@ SETTINGS = (
 LEGAL = {ExitCode.DONE, ExitCode.REQUEUE, ExitCode.CRASH, ExitCode.IO, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP}
 LAUNCHER_SECONDS = (2.0, 40.0)  # when one process has failed, a launcher sends the others SIGTERM, and later SIGKILL
 MAX_LAUNCHES = 60
-LAUNCH_SECONDS = 180.0
+FIRST_SECONDS = 300.0
+LAUNCH_LENGTHS = 10  # longest launch, in lengths of the undisturbed run
 SECOND_SECONDS = 60.0
 DISK_MIB = 6  # room for about eight checkpoints of the tiny model
 LEAST_MIB_BTRFS = 128
@@ -316,9 +318,11 @@ class Soak:
         self._folder, self._random = folder, random.Random(seed)
         self.tally = Tally()
         self._reference = folder / "undisturbed"
+        started = time.monotonic()
         with start_real(2, self._reference, TINY, *SETTINGS) as ranks:
-            if ranks.codes(LAUNCH_SECONDS) != [ExitCode.DONE] * 2:
+            if ranks.codes(FIRST_SECONDS) != [ExitCode.DONE] * 2:
                 raise Broken(f"the undisturbed run failed:\n{ranks.output[-3000:]}")
+        self._length_seconds = time.monotonic() - started
 
     def rounds(self, seconds: float) -> None:
         """Play rounds until the time is up; the last one is played to its end."""
@@ -354,18 +358,27 @@ class Soak:
 
     def _launch(self, target: Target) -> list[int]:
         """Strike at random instants until all processes of the launch have ended; return their exit codes."""
-        deadline, pending = time.monotonic() + LAUNCH_SECONDS, []
+        deadline, pending = time.monotonic() + LAUNCH_LENGTHS * self._length_seconds, []
         while any(process.poll() is None for process in target.ranks.processes):
             if time.monotonic() > deadline:
                 raise Broken(f"{target.run_dir.name}: a launch did not end:\n{target.ranks.output[-2000:]}")
             pending = self._act_as_launcher(target.ranks, pending)
-            time.sleep(self._random.uniform(0.2, 5.0))
+            self._wait(target.ranks, self._random.uniform(0.2, self._length_seconds))
             kind = self._random.choice(list(FAULTS))
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 if all(process.poll() is None for process in target.ranks.processes) and FAULTS[kind](target):
                     self.tally.faults[kind] += 1
         self._count_orphans(target.run_dir)
         return target.ranks.codes()
+
+    @staticmethod
+    def _wait(ranks: Ranks, seconds: float) -> None:
+        """Wait; not longer than until a process of the launch has ended."""
+        deadline = time.monotonic() + seconds
+        while True:
+            time.sleep(0.1)
+            if time.monotonic() > deadline or any(process.poll() is not None for process in ranks.processes):
+                return
 
     @staticmethod
     def _act_as_launcher(
@@ -415,6 +428,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25.0, help="length; the last round is played to its end")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their instants (default: 0)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the ranks and unmounts the disks
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sdit-soak-") as folder:
         soak = Soak(Path(folder), options.seed)

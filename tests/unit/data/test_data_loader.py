@@ -318,7 +318,7 @@ def test_facts_are_known_without_reading_a_shard(folder: Path) -> None:
 
 
 def test_a_missing_folder_is_answered_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none/index\.json: no such file; run: launcher/prepare\.py <source> --out "):
+    with pytest.raises(DataError, match=r"none/index\.json: no such file; run: sdit prepare <source> --out "):
         dataset_facts(DataConfig(source="shards", path=str(tmp_path / "none")))
 
 
