@@ -2,10 +2,10 @@
 
     make soak MINUTES=25              (or: python -m tests.faults.soak --minutes 25 --seed 0)
 
-A round is one run on two ranks. The faults of `FAULTS` strike it at random instants, and the same command starts it again after
-each end, until the run is complete. The time between two faults is drawn between 0.2 s and the length of the undisturbed run, which
-the soak measures first, so that faults meet start, steps and saves on a busy machine, too. Rounds alternate between synchronous and asynchronous checkpoints, and between an ordinary
-folder, a small tmpfs (full disk, read-only remount) and a small btrfs subvolume (quota). The last two need root and `mkfs.btrfs`.
+A round is one run on two ranks. The faults of `FAULTS` strike it at random instants. The same command starts it again after
+each end, until the run is complete. The time between two faults is random, between 0.2 s and the length of an undisturbed run,
+which is measured first. Rounds alternate between synchronous and asynchronous checkpoints, and between a folder, a small
+tmpfs (full disk, read-only remount) and a small btrfs subvolume (quota). The last two need root and `mkfs.btrfs`.
 The table at the end counts faults, launches, processes that outlived a launch, and values that differ from the undisturbed run.
 Exit status: 0 if nothing differs, no process is left and every exit code is documented in docs/faults.md, else 1.
 """
