@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def test_aliases_do_not_expand_without_a_bound(text: str, tmp_path: Path) -> Non
 
 
 def test_an_alias_bomb_ends_a_launch_at_once(tmp_path: Path) -> None:
-    """S6: A launcher refuses nested aliases with 78, in a second or two of a whole process."""
+    """S6: A launcher refuses nested aliases with 78, in at most two seconds of CPU time."""
     (tmp_path / "bomb.yaml").write_text(LAUGHS)
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     start("train", "--config", tmp_path / "bomb.yaml", "--run-dir", tmp_path / "run", seconds=120).refused(
         78, "aliases"
     )
-    assert time.monotonic() - began < 10 and not (tmp_path / "run").exists()
+    cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert cpu_seconds < 2 and not (tmp_path / "run").exists()
 
 
 def test_anchors_and_aliases_still_work(tmp_path: Path) -> None:

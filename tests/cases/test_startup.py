@@ -64,9 +64,8 @@ def test_a_refused_config_imports_no_torch(tmp_path: Path) -> None:
         f"code = main(['--config', {str(TINY)!r}, '--run-dir', {str(tmp_path / 'r')!r}, 'train.stpes=3'])\n"
         "print(code, [name for name in ('torch', 'numpy', 'deepspeed') if name in sys.modules])"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "78 []\n" and time.monotonic() - began < 20
+    assert done.stdout == "78 []\n"
 
 
 def test_the_parent_of_a_rank_imports_no_torch(tmp_path: Path) -> None:
