@@ -18,13 +18,13 @@ from sdit.cli.sampling import chosen_settings
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
+    from sdit.checkpoint.load import Trained
     from sdit.evaluate.drawing import Blocks
     from sdit.evaluate.features import FeatureNetwork
     from sdit.evaluate.images import ImageSet, LabelledImages
     from sdit.evaluate.reference import Reference, ReferenceSource
     from sdit.evaluate.trees import ImageTree, LabelledTree, Shape
     from sdit.launch_environment import RankInfo
-    from sdit.train.checkpoint.load import Trained
 
 SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
 
@@ -176,10 +176,10 @@ def draw(
     """Draw the images that are missing, on all ranks, which need one another no more afterwards."""
     import torch
 
+    from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import Comm
     from sdit.evaluate.classifier import check_learnable
     from sdit.evaluate.drawing import Blocks, Drawing
-    from sdit.train.checkpoint.load import load_trained
     from sdit.train.decode import latent_decoder
 
     with ExitStack() as stack:

@@ -29,8 +29,8 @@ from sdit.errors import ConfigError, ExitCode
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdit.checkpoint.load import Trained
     from sdit.config import SampleConfig
-    from sdit.train.checkpoint.load import Trained
     from sdit.train.decode import LatentDecoder
 
 MAX_COLUMNS = 20
@@ -94,10 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     import torch  # seconds to import: not for --help and wrong command lines
 
+    from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import Comm, find_rank, set_threads
     from sdit.evaluate.generate import generate
     from sdit.observe.image_files import ImageFiles
-    from sdit.train.checkpoint.load import load_trained
     from sdit.train.decode import draws_latents, latent_decoder
 
     info = find_rank(os.environ)

@@ -44,7 +44,7 @@ def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig
     Raises:
         ConfigError: a setting is not legal for this model.
     """
-    from sdit.configfile import parse_config
+    from sdit.config import parse_config
     from sdit.diffusion import SamplerSettings
 
     given = {key: value for key in SETTINGS if (value := getattr(options, key)) is not None}

@@ -29,11 +29,18 @@ from sdit.cli.parser import Parser, add_config_option, add_deepspeed_options, ad
 from sdit.cli.presets import DEFAULT_CONFIG, DEFAULT_DEEPSPEED, deepspeed_file
 from sdit.cli.process import exit_status, leave, run_command
 from sdit.cli.training_rank import run_supervised, run_unsupervised
-from sdit.configfile import config_manual, dump_config, load_config
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import (
+    ResolvedRun,
+    check_trainable,
+    config_manual,
+    dump_config,
+    largest_world,
+    load_config,
+    read_deepspeed_json,
+    resolve_run,
+)
 from sdit.launch_environment import find_rank
 from sdit.output import divert_output
-from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.supervise.supervisor import Job, supervise
 from sdit.supervise.worker import WorkerContext
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdit.caches import use_cache
+from sdit.config import ResolvedRun
 from sdit.errors import ExitCode, SditError, one_line
 from sdit.redact import redact
-from sdit.resolved import ResolvedRun
 from sdit.supervise.lock import RunLock
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.unfinished import clear

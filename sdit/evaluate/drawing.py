@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sdit.checkpoint.files import MANIFEST
+from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.distributed.comm import Comm
@@ -22,8 +24,6 @@ from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Progress, generate
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
-from sdit.train.checkpoint.files import MANIFEST
-from sdit.train.checkpoint.load import Trained
 from sdit.train.decode import LatentDecoder, draws_latents
 
 _log = logging.getLogger(__name__)

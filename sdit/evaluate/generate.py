@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
 from sdit.distributed.comm import Comm
-from sdit.train.checkpoint.load import Trained
 from sdit.train.sampling import sample_images
 
 Progress = Callable[[int, int], None]

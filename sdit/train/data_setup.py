@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from sdit.checkpoint.store import Found
 from sdit.config import Config, DataConfig
 from sdit.data.dataset import check_fit, open_dataset
 from sdit.data.identity import DataIdentity, trained_classes
 from sdit.data.loader import Loader
 from sdit.distributed.comm import Comm
-from sdit.train.checkpoint.store import Found
 from sdit.train.rundata import (
     Note,
     RunData,

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sdit.plan.flops import flops_per_image
+from sdit.clock import StepSpan
+from sdit.model.flops import flops_per_image
 from sdit.train.bins import BINS, bin_means
-from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.module import PARTS
 from sdit.train.record import StepRecord

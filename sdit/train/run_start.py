@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdit.config import CheckpointConfig, Config
+from sdit.checkpoint.space import check_space
+from sdit.checkpoint.store import CheckpointStore, Found
+from sdit.config import CheckpointConfig, Config, ResolvedRun
 from sdit.data.identity import trained_classes
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
-from sdit.resolved import ResolvedRun
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.worker import WorkerContext
-from sdit.train.checkpoint.space import check_space
-from sdit.train.checkpoint.store import CheckpointStore, Found
 from sdit.train.resume import describe_resume, read_length
 from sdit.train.rundir import describe_run, prepare_run_dir
 from sdit.train.sampling import grid_rows

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
+from sdit.config import ResolvedRun
 from sdit.data.loader import build_loader
 from sdit.distributed.comm import Comm
-from sdit.resolved import ResolvedRun
 from sdit.supervise.worker import WorkerContext
 from sdit.train.context import TrainContext
 from sdit.train.data_setup import open_data

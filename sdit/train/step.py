@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
 from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS
 from sdit.train.checkpoints import Checkpoints
-from sdit.train.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
 from sdit.train.module import PARTS
