@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sdit.checkpoint.store import Found
 from sdit.config import Config, DataConfig
 from sdit.data.dataset import check_fit, open_dataset
-from sdit.data.identity import DataIdentity
+from sdit.data.identity import DataIdentity, trained_classes
 from sdit.data.loader import Loader
 from sdit.distributed.comm import Comm
 from sdit.train.rundata import (
@@ -20,12 +24,31 @@ from sdit.train.rundata import (
     check_unchanged,
     was_accepted,
 )
+from sdit.train.sampling import grid_labels
 
 
-def open_data(
-    config: Config, comm: Comm, training: DataIdentity, found: Found | None
-) -> tuple[RunData, Loader | None, list[Note]]:
-    """Open the held-out images and compare all data; return what the user allowed to differ. Raises: DataError."""
+@dataclass(frozen=True)
+class OpenedData:
+    """The data of a run, compared with its config and its checkpoint.
+
+    `held_out` loads the held-out images; None if the config asks for none. `grid_labels` (rows * columns,) int64 are
+    the labels of the sample grid. `notes` say what the user allowed to differ.
+    """
+
+    data: RunData
+    held_out: Loader | None
+    grid_labels: np.ndarray
+    notes: Sequence[Note]
+
+
+@contextmanager
+def open_data(config: Config, comm: Comm, training: DataIdentity, found: Found | None) -> Iterator[OpenedData]:
+    """Open the held-out images and compare all data. Close the held-out images at the end of the `with`.
+
+    Raises:
+        DataError: the data do not fit one another, the config or the checkpoint.
+        ConfigError: sample.labels names a class that is not trained.
+    """
     manifest, where = (None, "") if found is None else (found.manifest, str(found.folder))
     notes = check_classes(config, training, was_accepted(manifest, where, training))
     held_out, more = open_held_out(config, training, comm.world, manifest, where)
@@ -33,7 +56,9 @@ def open_data(
     check_same_on_all_ranks(data, comm)
     if manifest is not None:
         more += check_unchanged(config, data, manifest, where)
-    return data, held_out, notes + more
+    with held_out or nullcontext():
+        labels = grid_labels(config.sample, trained_classes(config.model, training))
+        yield OpenedData(data, held_out, labels, notes + more)
 
 
 def open_held_out(

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdit.checkpoint.store import Found
-from sdit.config import Config, OptimizerConfig, ResolvedRun
-from sdit.diffusion import Objective
+from sdit.config import Config, OptimizerConfig, ResolvedRun, check_trainable
+from sdit.diffusion import Objective, SamplerSettings, build_objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.deepspeed_internals import expert_group_of
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.train.module import TrainModule
+
+WrapEngine = Callable[[Engine], Engine]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a rank trains: the model with the experts of this rank, its objective, and DeepSpeed's engine of both."""
+
+    model: DiffusionTransformer
+    experts: ExpertParallel
+    objective: Objective
+    engine: Engine
+
+
+def check_run(run: ResolvedRun) -> None:
+    """Refuse what can be refused before a process group or a model exists. Raises: ConfigError."""
+    check_trainable(run.config)
+    SamplerSettings.from_config(run.config.diffusion, run.config.sample, run.config.model.timesteps)
+
+
+def build_network(run: ResolvedRun, comm: Comm, found: Found | None, wrap_engine: WrapEngine | None = None) -> Network:
+    """Return the network with its initial weights. `wrap_engine` replaces the engine; only tests pass it."""
+    config = run.config
+    model, experts = build_sharded_model(run, comm, found)
+    objective = build_objective(config.diffusion, config.model.timesteps).to(comm.device)
+    engine = build_engine(run, comm, model, objective)
+    return Network(model, experts, objective, wrap_engine(engine) if wrap_engine else engine)
 
 
 def build_sharded_model(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdit.config import ModelConfig, PriorConfig
+from sdit.errors import CheckpointError
 from sdit.model import Assignment, match_units
 from sdit.model.windows import expert_windows
 
@@ -23,8 +24,11 @@ class PriorSchedule:
         self._assignment: Assignment | None = None
         self.columns: list[int] | None = None
 
-    def load(self, columns: list[int] | None) -> None:
-        """Take over the assignment of a checkpoint."""
+    def load(self, columns: list[int] | None, where: str) -> None:
+        """Take over the assignment of the checkpoint `where`. Raises: CheckpointError if it is of another size."""
+        units = self._model.depth * self._model.experts.count
+        if columns is not None and len(columns) != units:
+            raise CheckpointError(f"{where}: prior_columns has {len(columns)} entries; legal: {units}")
         self.columns, self._assignment = columns, None
 
     def at_step(self, step: int, experts: Callable[[], np.ndarray]) -> Assignment | None:

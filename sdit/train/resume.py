@@ -10,10 +10,12 @@ from pydantic import ValidationError
 
 from sdit.clock import Clock
 from sdit.config import Config, TrainConfig, config_keys
-from sdit.errors import CheckpointError
+from sdit.errors import CheckpointError, ConfigError
 from sdit.redact import redact
 
 LENGTH_KEYS = ("train.steps", "train.images")
+FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
+FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,35 @@ class Resumed:
     length_images: int
     stored_images: int
     last_batch: int
+
+
+def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
+    """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
+    defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
+    stored = {key: value for key, value in _flatten(old).items() if key in defaults}  # without keys that are gone
+    before, after = defaults | stored, _flatten(new)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        section, _, rest = key.partition(".")
+        if key in FIXED or (section == "model" and rest not in FREE_MODEL_KEYS):
+            raise ConfigError(
+                f"{key}: {after.get(key)!r} disagrees with {before.get(key)!r} of the checkpoint {where}; "
+                "legal: the same value, or another run_dir"
+            )
+        changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return changes
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def read_length(manifest: Mapping[str, Any], config: Config) -> Resumed:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sdit.checkpoint.space import check_space
-from sdit.checkpoint.store import Found
-from sdit.config import Config
-from sdit.data.classes import Classes
+from sdit.checkpoint.store import CheckpointStore, Found
+from sdit.config import CheckpointConfig, Config, ResolvedRun
+from sdit.data.identity import trained_classes
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.worker import WorkerContext
 from sdit.train.resume import describe_resume, read_length
-from sdit.train.rundir import prepare_run_dir
+from sdit.train.rundir import describe_run, prepare_run_dir
 from sdit.train.sampling import grid_rows
 from sdit.train.state import RunState
 
@@ -34,6 +34,27 @@ def open_run_folder(comm: Comm, run_dir: str, worker: WorkerContext) -> Iterator
         yield folder
 
 
+def find_newest(folder: RunFolder, config: CheckpointConfig, comm: Comm) -> tuple[CheckpointStore, Found | None]:
+    """Return the checkpoints of a run, and the newest good one that is there. All ranks call this together."""
+    store = CheckpointStore(folder.path / "checkpoints", config, comm, folder)
+    return store, store.find()
+
+
+def start(state: RunState, found: Found | None, run: ResolvedRun, folder: RunFolder) -> str:
+    """Load the checkpoint, prepare the next ones, and describe the run in its folder. Return what the run starts from.
+
+    Raises:
+        ConfigError: the checkpoint is of another run, or there is no room for checkpoints.
+        CheckpointError: the checkpoint is damaged.
+    """
+    comm = state.engine.comm
+    message = resume(state, found, comm)
+    begin_checkpoints(state, run.config)
+    if comm.is_first:
+        describe_run(folder.path, run, comm, facts_of(state))
+    return message
+
+
 def resume(state: RunState, found: Found | None, comm: Comm) -> str:
     """Load the checkpoint, if there is one; return what the run starts from, with the settings that changed."""
     if found is None:
@@ -47,8 +68,9 @@ def resume(state: RunState, found: Found | None, comm: Comm) -> str:
     return f"{message}\n{block}" if block else message
 
 
-def facts_of(state: RunState, classes: Classes) -> dict[str, Any]:
-    """The facts of a run in its environment.json, beyond those of its processes."""
+def facts_of(state: RunState) -> dict[str, Any]:
+    """Return the facts of a run in its environment.json, beyond those of its processes."""
+    classes = trained_classes(state.config.model, state.data.training)
     rows = [classes.describe(label) for label in grid_rows(state.config.sample, classes)]
     return {"length_images": state.length_images, **state.data.stored(), "sample_rows": rows}
 

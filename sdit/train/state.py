@@ -14,20 +14,16 @@ import sdit
 from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.clock import Clock, StepSpan
-from sdit.config import ResolvedRun, config_keys
+from sdit.config import ResolvedRun
 from sdit.distributed.engine import Engine
-from sdit.errors import CheckpointError, ConfigError
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.experts import Experts
 from sdit.train.ema import Ema
 from sdit.train.prior import PriorSchedule
-from sdit.train.resume import Resumed
+from sdit.train.resume import Resumed, compare_configs
 from sdit.train.rundata import RunData
-
-FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
-FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
 
 
 class RunState:
@@ -125,42 +121,5 @@ class RunState:
         self.engine.sync_compute_weights()
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
-        self.prior.load(self._fitting_columns(found))
+        self.prior.load(found.manifest.get("prior_columns"), str(found.folder))
         return changes
-
-    def _fitting_columns(self, found: Found) -> list[int] | None:
-        """The prior's columns of a checkpoint. Raises: CheckpointError when there is not one for each expert."""
-        columns: list[int] | None = found.manifest.get("prior_columns")
-        units = self.config.model.depth * self.config.model.experts.count
-        if columns is not None and len(columns) != units:
-            raise CheckpointError(f"{found.folder}: prior_columns has {len(columns)} entries; legal: {units}")
-        return columns
-
-
-def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
-    """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
-    defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
-    stored = {key: value for key, value in _flatten(old).items() if key in defaults}  # without keys that are gone
-    before, after = defaults | stored, _flatten(new)
-    changes = []
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) == after.get(key):
-            continue
-        section, _, rest = key.partition(".")
-        if key in FIXED or (section == "model" and rest not in FREE_MODEL_KEYS):
-            raise ConfigError(
-                f"{key}: {after.get(key)!r} disagrees with {before.get(key)!r} of the checkpoint {where}; "
-                "legal: the same value, or another run_dir"
-            )
-        changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
-    return changes
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

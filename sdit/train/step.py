@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
-from sdit.checkpoint.saver import Saver
 from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
-from sdit.model.flops import flops_per_image
 from sdit.train.batch import draw_batch
-from sdit.train.bins import BINS, bin_means
+from sdit.train.bins import BINS
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
 from sdit.train.module import PARTS
 from sdit.train.record import StepRecord
+from sdit.train.recorder import Recorder
 from sdit.train.sums import StepSums, pack, unpack
-from sdit.train.timing import memory_bytes, rank_report
 
 
 class TrainStep:
@@ -31,13 +27,11 @@ class TrainStep:
     def __init__(self, context: TrainContext, checkpoints: Checkpoints) -> None:
         self._context, self._checkpoints = context, checkpoints
         self._config = context.run.config
-        self._saver: Saver = checkpoints.saver
+        self._recorder = Recorder(context)
         self._bad_steps = BadStepGuard(self._config.train.max_bad_steps)
         self._spikes = SpikeDetector(self._config.train.spike_deviations)
-        self._bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
         self._skipped_steps = 0
         self.log_every_steps = self._config.train.log_every_steps
-        self._train_flops = flops_per_image(self._config.model).train
 
     def run(self, micro_batches: Sequence[RawBatch], span: StepSpan, logged: bool = False) -> StepRecord:
         """Take the step `span` on this rank's micro-batches, again while it is not finite, and return its record.
@@ -50,18 +44,19 @@ class TrainStep:
         sums = self._finite_sums(micro_batches)
         self._check_bad_samples(sums.flags["bad_samples"])
         context.timer.end_step()
-        self._bins += sums.bins
-        self._saver.advance(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
+        self._recorder.add(sums)
+        self._checkpoints.saver.advance(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
-        return self._record(span, sums, learning_rate, logged)
+        logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
+        return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
 
     def forget(self) -> None:
         """Drop what belongs to steps that a roll-back has undone."""
         self._context.experts.forget()
         self._bad_steps.in_a_row = 0
-        self._bins.zero_()
+        self._recorder.forget()
 
     def _finite_sums(self, micro_batches: Sequence[RawBatch]) -> StepSums:
         """The sums over all ranks of the first attempt that is finite. Raises: RollBack."""
@@ -116,7 +111,7 @@ class TrainStep:
         context = self._context
         bad_samples = float(context.loader.bad_in_epoch)
         return (
-            float(context.signals.requested), bad_samples, *self._saver.flags(), *context.experts.take_traffic(),
+            float(context.signals.requested), bad_samples, *self._checkpoints.saver.flags(), *context.experts.take_traffic(),
         )  # fmt: skip
 
     def _check_bad_samples(self, count: float) -> None:
@@ -148,45 +143,3 @@ class TrainStep:
         self._context.engine.step(limit / grad_norm if limit and grad_norm > limit else 1.0, rates)
         self._context.state.ema.update(ema_decay(self._config.ema, span.clock.steps))
         return rates["model"]
-
-    def _record(self, span: StepSpan, sums: StepSums, learning_rate: float, logged: bool) -> StepRecord:
-        context = self._context
-        logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
-        seconds, global_batch = context.timer.step_seconds, context.run.batch.global_batch
-        summed: dict[str, Any] = {**dict(zip(PARTS, sums.parts, strict=True)), **sums.traffic(context.comm.world)}
-        times: dict[str, Any] = context.timer.take_phases()
-        record = StepRecord(
-            step=span.clock.steps, images_seen=span.clock.images_seen, **summed, **times,
-            grad_norm=sums.grad_norm, learning_rate=learning_rate,
-            skipped_steps=self._skipped_steps, bad_samples=int(sums.flags["bad_samples"]),
-            bad_samples_by_reason=dict(context.loader.bad_samples), images_per_second=global_batch / seconds,
-            step_seconds=seconds, model_flops_utilization=self._utilization(seconds),
-            memory_bytes=memory_bytes(context.comm.device), logged=logged, stop_requested=sums.flags["stop"] > 0,
-        )  # fmt: skip
-        return replace(record, **self._logged_fields()) if logged else record
-
-    def _utilization(self, seconds: float) -> float | None:
-        peak = self._config.observe.peak_teraflops
-        if peak is None:
-            return None
-        flops = self._train_flops * self._context.run.batch.global_batch
-        return flops / (seconds * self._context.comm.world * peak * 1e12)
-
-    def _logged_fields(self) -> dict[str, Any]:
-        """The fields that only a logged step has: experts, slow ranks, losses by timestep. All ranks call this."""
-        context = self._context
-        found = context.experts.statistics()
-        values: dict[str, Any] = {
-            "dropped_fraction": found.dropped_fraction,
-            "expert_load_max_over_mean": found.load_imbalance,
-            "rank_work_max_over_mean": found.rank_imbalance,
-            **rank_report(context.comm.gather(context.timer.take_work())),
-            "loss_by_timestep": bin_means(self._bins),
-        }
-        if len(found.loads):
-            values["expert_load"] = found.loads.round(4).tolist()
-        if context.experts.is_planned:
-            values["dropped_by_block"] = found.dropped_by_block
-            values["dropped_by_block_since_logged"] = found.dropped_since_logged
-        self._bins.zero_()
-        return values

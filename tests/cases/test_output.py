@@ -16,15 +16,15 @@ import pytest
 from sdit.errors import ExitCode
 from sdit.observe.metrics_file import read_metrics
 from tests.distributed.harness import ROOT, rank_environments
-from tests.faults.ranks import WAIT_SECONDS, eventually
+from tests.faults.ranks import WAIT_SECONDS, eventually, train_command
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
-TRAIN = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(TINY)]
+SETTINGS = ("--config", str(TINY))
 FULL = Path("/dev/full")
 
 
-def train(run: Path, *overrides: str) -> list[str]:
-    return [*TRAIN, "--run-dir", str(run), *overrides]
+def train(run: Path, *overrides: str, faults: tuple[str, ...] = ()) -> list[str]:
+    return [*train_command(*faults), *SETTINGS, "--run-dir", str(run), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -58,8 +58,8 @@ def test_fatal_line_of_a_run_without_a_reader_is_in_its_logs(tmp_path: Path) -> 
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as lost:
-        command = [*train(run, "checkpoint.every_steps=5"), "--fault", "kill@0:7"]
-        process = subprocess.Popen(command, stdout=lost, stderr=lost, env={**environment(), "SDIT_FAULTS": "1"})
+        command = train(run, "checkpoint.every_steps=5", faults=("kill@0:7",))
+        process = subprocess.Popen(command, stdout=lost, stderr=lost, env=environment())
         assert process.wait(WAIT_SECONDS) == ExitCode.DONE
     assert read_metrics(run)[-1]["step"] == 20
     output = (run / "logs" / "rank-000.output").read_text()

@@ -25,6 +25,8 @@ DEEPSPEED_JSON = ROOT / "configs" / "deepspeed" / "zero1.json"
 RANKS, STEPS, BATCH = 4, 40, 32
 OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.every_steps=5", "checkpoint.keep_last=9")
 ARGUMENTS = ("--config", str(TINY), "--ds_config", str(DEEPSPEED_JSON), *OVERRIDES)
+# A sample grid after every step, about 0.3 s, gives time to disturb a run. No weight and no loss depends on it.
+SLOWLY = (f"sample.every_images={BATCH}", "sample.steps=10")
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
 RUN_SECONDS = 240.0
 

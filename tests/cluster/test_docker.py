@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.docker_engine import USER, Container, Engine, writable_folder
-from tests.cluster.runs import BATCH, DEEPSPEED_JSON, RANKS, STEPS, TINY, assert_same_curve, checkpoint_at, wait_until
+from tests.cluster.runs import (
+    BATCH,
+    DEEPSPEED_JSON,
+    RANKS,
+    SLOWLY,
+    STEPS,
+    TINY,
+    assert_same_curve,
+    checkpoint_at,
+    wait_until,
+)
 from tests.distributed.harness import ROOT, metrics_of
 
 pytestmark = pytest.mark.cluster
@@ -17,7 +27,6 @@ LARGEST_BYTES = 1_500_000_000
 COMPILERS = "cc gcc g++ c++ c89 c99 clang tcc as ld make cmake nvcc pip"
 RESTRICTED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.keep_last=9")
-SLOWLY = tuple(f"--fault=slow@0:{step}!" for step in range(STEPS))  # 0.2 s each: time to be stopped in
 PROBE = "/opt/sdit/docker/health.py"
 TRAIN_SECONDS, DEMO_SECONDS = 240.0, 1200.0
 DEMO_STEPS = 1200
@@ -31,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(engine: Engine, image: str, runs: Path, *more: str, name: str = "run") -> Container:
     """`docker run ... train` of the small run, four ranks, as an unprivileged user on a read-only root."""
     volumes = (f"--volume={runs}:/runs", f"--volume={TINY}:/tiny.yaml:ro", f"--volume={DEEPSPEED_JSON}:/zero.json:ro")
-    environment = (f"--env=RANKS_PER_NODE={RANKS}", "--env=SDIT_FAULTS=1", "--env=OMP_NUM_THREADS=1")
+    environment = (f"--env=RANKS_PER_NODE={RANKS}", "--env=OMP_NUM_THREADS=1")
     command = ("train", "--config=/tiny.yaml", "--ds_config=/zero.json", f"--run-dir=/runs/{name}", *OVERRIDES)
     probing = ("--health-interval=1s",)
     return Container(engine, *RESTRICTED, *volumes, *environment, *probing, image, *command, *more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from sdit.config import dump_config, load_config
 from tests.cluster.docker_engine import IMAGE, Engine, writable_folder
 from tests.cluster.pods import Pods
-from tests.cluster.runs import DEEPSPEED_JSON, OVERRIDES, STEPS, TINY, assert_same_curve, wait_until
+from tests.cluster.runs import DEEPSPEED_JSON, OVERRIDES, SLOWLY, TINY, assert_same_curve, wait_until
 from tests.distributed.harness import ROOT, metrics_of
 
 pytestmark = pytest.mark.cluster
@@ -97,16 +97,12 @@ def test_two_jobs_in_a_namespace_keep_apart(tmp_path: Path) -> None:
 def pods(engine: Engine, image: str, tmp_path: Path) -> Iterator[Pods]:
     """The demo's job, with the tests' small run: two pods of two ranks each."""
     assert image == IMAGE
-    config = load_config(str(TINY), [*OVERRIDES, "run_dir=unused"])
+    config = load_config(str(TINY), [*OVERRIDES, *SLOWLY, "run_dir=unused"])
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "train.yaml").write_text(dump_config(config))
     (tmp_path / "overlay" / "deepspeed.json").write_text(DEEPSPEED_JSON.read_text())
-    slowly = [
-        {"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": f"--fault=slow@0:{step}!"}
-        for step in range(STEPS)
-    ]
     config_map = {"name": "sdit-config", "behavior": "replace", "files": ["train.yaml", "deepspeed.json"]}
-    manifests = render(_overlay(tmp_path / "overlay", slowly, [config_map], RANKS_PER_NODE="2", SDIT_FAULTS="1"))
+    manifests = render(_overlay(tmp_path / "overlay", config_maps=[config_map], RANKS_PER_NODE="2"))
     running = Pods(engine, manifests, writable_folder(tmp_path, "cluster"))
     try:
         yield running
@@ -151,7 +147,10 @@ def _job_of(replicated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlay(
-    folder: Path, patches: list[dict[str, Any]], config_maps: list[dict[str, Any]] | None = None, **environment: str
+    folder: Path,
+    patches: Sequence[dict[str, Any]] = (),
+    config_maps: Sequence[dict[str, Any]] = (),
+    **environment: str,
 ) -> Path:
     """A kustomization on top of the demo's: JSON patches and variables for its Job."""
     job = {"kind": "Job", "name": "sdit"}
@@ -165,8 +164,11 @@ def _overlay(
     }  # fmt: skip
     body = {
         "resources": [os.path.relpath(K8S / "overlays" / "cpu-demo", folder)],
-        "configMapGenerator": config_maps or [],
-        "patches": [{"patch": yaml.safe_dump(merge)}, {"target": job, "patch": yaml.safe_dump(patches)}],
+        "configMapGenerator": list(config_maps),
+        "patches": [
+            {"patch": yaml.safe_dump(merge)},
+            *({"target": job, "patch": yaml.safe_dump([patch])} for patch in patches),
+        ],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(body))
     return folder

@@ -12,25 +12,26 @@ import pytest
 
 from sdit.errors import ExitCode
 from tests.cluster.hosts import Host, two_hosts
-from tests.cluster.runs import ARGUMENTS, assert_same_run, launch_environment, wait_until
+from tests.cluster.runs import ARGUMENTS, STEPS, assert_same_run, launch_environment, wait_until
 from tests.distributed.harness import ROOT, metrics_of
+from tests.faults.ranks import train_command
 
 pytestmark = pytest.mark.cluster
 PORT = "29555"  # nobody else is on these hosts
 SECONDS = 240.0
 LAW = ("step", "loss", "prior_loss", "grad_norm")
 DEADLINES = ("supervise.step_seconds=5", "supervise.first_step_seconds=60", "supervise.start_seconds=60")
-SLOWLY = tuple(f"--fault=slow@0:{step}" for step in range(40))  # 0.2 s each, in the first attempt
+SLOWLY = tuple(f"slow@0:{step}" for step in range(STEPS))  # 0.2 s each, in the first attempt
+DOCTOR = (sys.executable, str(ROOT / "launcher" / "doctor.py"))
 
 
 class Launch:
     """A program on every host at once, a rank each; ended with the `with` block."""
 
-    def __init__(self, hosts: tuple[Host, Host], folder: Path, script: str, *arguments: str) -> None:
+    def __init__(self, hosts: tuple[Host, Host], folder: Path, *command: str) -> None:
         folder.mkdir()
         self.logs = [folder / host.name for host in hosts]
-        command = [sys.executable, str(ROOT / "launcher" / script), *arguments]
-        shared = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": PORT, "WORLD_SIZE": "2", "SDIT_FAULTS": "1"}
+        shared = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": PORT, "WORLD_SIZE": "2"}
         self._processes = []
         for rank, (host, log) in enumerate(zip(hosts, self.logs, strict=True)):
             environment = launch_environment(
@@ -70,13 +71,13 @@ def test_doctor_sees_two_hosts_and_names_the_ports_that_a_firewall_blocks(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
     first, second = hosts
-    with Launch(hosts, tmp_path / "open", "doctor.py", "--json", "--run-dir", str(tmp_path / "run")) as doctor:
+    with Launch(hosts, tmp_path / "open", *DOCTOR, "--json", "--run-dir", str(tmp_path / "run")) as doctor:
         assert doctor.codes() == [ExitCode.DONE] * 2, doctor.said(0) + doctor.said(1)
         report = json.loads(doctor.said(0)[doctor.said(0).index("{") :])
         assert [row["host"] for row in report["ranks"]] == [first.name, second.name]
 
     first.firewall("-p", "tcp", "--dport", PORT, "-j", "DROP")
-    with Launch(hosts, tmp_path / "master", "doctor.py", "--timeout-seconds", "6") as doctor:
+    with Launch(hosts, tmp_path / "master", *DOCTOR, "--timeout-seconds", "6") as doctor:
         assert doctor.codes() == [ExitCode.CRASH] * 2
         assert lines_with(
             doctor.said(1), f"{first.name}:{PORT}", "a firewall drops the packets", f"open port {PORT} between"
@@ -85,7 +86,7 @@ def test_doctor_sees_two_hosts_and_names_the_ports_that_a_firewall_blocks(
     first.open_up()
 
     second.firewall("-p", "tcp", "--syn", "-j", "DROP")  # whatever begins elsewhere
-    with Launch(hosts, tmp_path / "peers", "doctor.py") as doctor:
+    with Launch(hosts, tmp_path / "peers", *DOCTOR) as doctor:
         assert doctor.codes() == [ExitCode.CRASH] * 2
         assert lines_with(doctor.said(0), "rank 0", "rank 1", second.address, "a firewall drops the packets"), (
             doctor.said(0)
@@ -97,11 +98,12 @@ def test_cable_that_is_cut_in_mid_run_costs_an_attempt_and_no_bit(
 ) -> None:
     """All packets are dropped for a while: the attempt ends by its deadline, the next one waits until the ranks can meet."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    with Launch(hosts, tmp_path / "straight", "train.py", "--run-dir", str(whole), *ARGUMENTS) as launch:
+    with Launch(hosts, tmp_path / "straight", *train_command(), "--run-dir", str(whole), *ARGUMENTS) as launch:
         assert launch.codes() == [ExitCode.DONE] * 2, launch.said(0) + launch.said(1)
     for want, got in zip(metrics_of(reference), metrics_of(whole), strict=True):  # what one host trains
         assert [got[key] for key in LAW] == pytest.approx([want[key] for key in LAW], rel=1e-5)
-    with Launch(hosts, tmp_path / "cut", "train.py", "--run-dir", str(run), *ARGUMENTS, *DEADLINES, *SLOWLY) as launch:
+    train = (*train_command(*SLOWLY), "--run-dir", str(run), *ARGUMENTS, *DEADLINES)
+    with Launch(hosts, tmp_path / "cut", *train) as launch:
         wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 7, SECONDS, "seven steps")
         for host in hosts:
             host.firewall("-j", "DROP")

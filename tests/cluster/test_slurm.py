@@ -17,6 +17,7 @@ from tests.cluster.runs import (
     ARGUMENTS,
     RANKS,
     RUN_SECONDS,
+    SLOWLY,
     STEPS,
     assert_same_curve,
     assert_same_run,
@@ -31,8 +32,7 @@ from tests.distributed.harness import ROOT, numbers_of
 pytestmark = pytest.mark.cluster
 SCRIPT = str(ROOT / "cluster" / "train.sbatch")
 UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
-SIGNAL_STEPS = (10, 15, 20, 25)  # when a run is disturbed; it dawdles from there, so that the disturbance is in time
-SLOW = [f"--fault=slow@0:{step}!" for step in range(min(SIGNAL_STEPS), STEPS)] * 2
+SIGNAL_STEPS = (10, 15, 20, 25)  # when a run is disturbed
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_ranks_see_the_variables_they_need_and_no_others(straight: Job) -> None:
 def test_job_that_is_preempted_and_broken_ends_as_if_nothing_had_happened(
     cluster: SlurmCluster, straight: Job, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path, *SLOW, *ARGUMENTS, SDIT_EXPORT="SDIT_FAULTS", SDIT_FAULTS="1")
+    job = Job(cluster, tmp_path, *ARGUMENTS, *SLOWLY)
     disturbances = (
         lambda: cluster.command("scancel", "--signal=USR1", job.id),  # every task, as at a preemption
         lambda: cluster.command("scancel", "--batch", "--signal=USR1", job.id),  # the script, as before the time limit

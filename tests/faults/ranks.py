@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.distributed.harness import ROOT, rank_environments
 
 FAKE = Path(__file__).with_name("fake_rank.py")
+LAUNCHER = ROOT / "launcher" / "train.py"
+FAULTY_LAUNCHER = Path(__file__).with_name("train_with_faults.py")
 WAIT_SECONDS = 120.0
 
 
@@ -92,20 +94,20 @@ def start_fake(
 
 
 def start_real(
-    world: int, run_dir: Path, config: Path, *arguments: str, stage: int = 1, log: Path | None = None
-) -> Ranks:
-    """The command that a user gives, once per rank, with fault injection allowed. `log`: default is next to the run."""
+    world: int, run_dir: Path, config: Path, *arguments: str, stage: int = 1, log: Path | None = None,
+    faults: Sequence[str] = (),
+) -> Ranks:  # fmt: skip
+    """The command that a user gives, once per rank; the `faults` strike in it. `log`: default is next to the run."""
     deepspeed = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
-    command = [
-        sys.executable,
-        str(ROOT / "launcher" / "train.py"),
-        "--config",
-        str(config),
-        "--ds_config",
-        str(deepspeed),
-    ]
-    command += ["--run-dir", str(run_dir), *arguments]
-    return Ranks(world, command, log or run_dir.with_suffix(".log"), SDIT_FAULTS="1")
+    command = [*train_command(*faults), "--config", str(config), "--ds_config", str(deepspeed)]
+    return Ranks(world, [*command, "--run-dir", str(run_dir), *arguments], log or run_dir.with_suffix(".log"))
+
+
+def train_command(*faults: str) -> list[str]:
+    """The beginning of a command that trains, with `faults` such as kill@0:7."""
+    if not faults:
+        return [sys.executable, str(LAUNCHER)]
+    return [sys.executable, str(FAULTY_LAUNCHER), *(f"--fault={fault}" for fault in faults)]
 
 
 def eventually(look: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:

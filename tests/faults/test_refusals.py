@@ -13,7 +13,7 @@ import torch
 
 from sdit.config import Config
 from sdit.errors import ConfigError, ExitCode
-from sdit.train.state import compare_configs
+from sdit.train.resume import compare_configs
 from tests.distributed.harness import ROOT, rank_environments
 from tests.faults.ranks import start_fake
 

@@ -1,34 +1,66 @@
-"""Lets injected faults strike a rank: a wrapper around its engine that only tests ask for."""
+"""Faults on purpose: `kind@rank:step` makes a rank misbehave in the step after `step` steps were taken.
+
+Imported by the parents of ranks, so without torch.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from sdit.distributed.engine import Engine
-from sdit.supervise.fault import Fault
+    from sdit.distributed.engine import Engine
 
-EXIT_CODE = 3  # a code of nobody's
+EXIT_CODE = 3  # no exit code of sdit
 HOLD_SECONDS = 600
 SLOW_SECONDS = 0.2
 SPIKE_FACTOR = 20.0
 
 
-class FaultyEngine:
-    """An engine that lets faults strike; everything else goes through to the real one."""
+@dataclass(frozen=True)
+class Fault:
+    """One fault. It strikes once, in the run's first attempt; with `!` at its end, whenever the step is tried."""
 
-    def __init__(self, engine: Engine, faults: Sequence[Fault], attempt: int, steps: Callable[[], int]) -> None:
-        self._engine, self._steps = engine, steps
+    kind: str
+    rank: int
+    step: int
+    again: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Raises: ValueError, which says what is legal."""
+        match = re.fullmatch(r"(\w+)@(\d+):(\d+)(!?)", text)
+        if not match or match[1] not in KINDS:
+            raise ValueError(f"{text!r}; legal: kind@rank:step with kind one of {', '.join(KINDS)}")
+        return cls(match[1], int(match[2]), int(match[3]), bool(match[4]))
+
+
+class FaultyEngine:
+    """An engine in which the faults of its rank strike. All other calls reach the real engine."""
+
+    def __init__(self, engine: Engine, faults: Sequence[Fault], attempt: int) -> None:
+        self._engine, self._steps = engine, 0
         self._faults = [f for f in faults if f.rank == engine.comm.rank and (f.again or attempt == 1)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def set_steps(self, steps: int) -> None:
+        """Continue after `steps` steps, as after the load of a checkpoint."""
+        self._steps = steps
+        self._engine.set_steps(steps)
+
+    def step(self, scale: float, learning_rates: dict[str, float]) -> None:
+        self._engine.step(scale, learning_rates)
+        self._steps += 1
 
     def forward(self, *inputs: Any) -> Any:
         for fault in self._due(*STRIKES):
@@ -46,7 +78,7 @@ class FaultyEngine:
         return self._engine.squared_gradient_norm()
 
     def _due(self, *kinds: str) -> list[Fault]:
-        due = [f for f in self._faults if f.kind in kinds and f.step == self._steps()]
+        due = [f for f in self._faults if f.kind in kinds and f.step == self._steps]
         self._faults = [f for f in self._faults if f not in due or f.again]
         return due
 
@@ -79,3 +111,4 @@ STRIKES: dict[str, Callable[[], object]] = {
     "slow": lambda: time.sleep(SLOW_SECONDS),
     "hang": lambda: time.sleep(HOLD_SECONDS),
 }
+KINDS = (*STRIKES, "nan_loss", "nan_grad", "spike")

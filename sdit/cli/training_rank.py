@@ -1,0 +1,96 @@
+"""The process of one training rank, with or without a supervisor."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdit.caches import use_cache
+from sdit.config import ResolvedRun
+from sdit.errors import ExitCode, SditError, one_line
+from sdit.redact import redact
+from sdit.supervise.lock import RunLock
+from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.unfinished import clear
+from sdit.supervise.worker import WorkerContext
+
+if TYPE_CHECKING:
+    from sdit.distributed.comm import RankInfo
+    from sdit.train.engine_setup import WrapEngine
+
+LOST_OTHERS = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe", re.IGNORECASE)
+
+
+def run_supervised(
+    resolve: Callable[[], ResolvedRun], info: RankInfo, worker: WorkerContext, wrap_engine: WrapEngine | None
+) -> int:
+    """Run the rank of a supervisor. If it fails, report the reason to the supervisor, which reports it to the user.
+
+    A rank that merely lost the others needs no traceback.
+    """
+    try:
+        return run(resolve(), info, worker, wrap_engine)
+    except SditError as error:
+        worker.heartbeat.fail(redact(str(error)), secondary=False)
+        return error.exit_code
+    except Exception as error:
+        secondary = LOST_OTHERS.search(str(error)) is not None
+        text = redact(one_line(f"{type(error).__name__}: {error}"))
+        worker.heartbeat.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
+        if secondary:
+            print(f"rank {info.rank}: lost the other ranks", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return ExitCode.CRASH
+
+
+def run_unsupervised(
+    resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engine: WrapEngine | None
+) -> int:
+    """Run the rank under the run lock, which rank 0 takes."""
+    run_dir = Path(resolved.config.run_dir)
+    with RunLock(run_dir) if info.rank == 0 else nullcontext() as lock:
+        if lock is not None:
+            lock.follow(RunFolder(run_dir).anchor)
+            lock.keep_beating()
+        code = run(resolved, info, worker, wrap_engine)
+        if lock is not None and code == ExitCode.DONE:
+            clear(run_dir)
+        return code
+
+
+def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engine: WrapEngine | None) -> int:
+    """Join the process group, observe the run and train it; return the exit status."""
+    config = resolved.config
+    use_cache([Path(config.run_dir) / "cache"])
+    from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
+    from sdit.train.engine_setup import check_run
+    from sdit.train.setup import open_trainer
+
+    check_run(resolved)
+    set_threads(info, config.parallel.threads)
+    from sdit.observe.folder_watch import FolderWatch
+    from sdit.observe.metrics import PrometheusObserver
+    from sdit.observe.observers import build_observers
+
+    run_dir = Path(config.run_dir)
+    folder = RunFolder(run_dir) if worker.is_supervised else RunFolder.create(run_dir)
+    metrics = None if worker.metrics_path is None else PrometheusObserver(config, run_dir, info, worker.metrics_path)
+    observers = build_observers(config, folder, info, metrics, FolderWatch(folder, worker.heartbeat))
+    try:
+        with Comm(info, device=config.parallel.device) as comm:
+            try:
+                with open_trainer(resolved, comm, observers, worker, wrap_engine) as trainer:
+                    code = int(trainer.run())
+            finally:
+                observers.close()
+    except Exception:
+        folder.check()  # if the folder is gone, that is the reason of any other error
+        raise
+    folder.check()
+    return code
