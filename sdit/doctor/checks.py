@@ -193,7 +193,7 @@ def check_reach(
     facts: Mapping[int, Mapping[str, Any]], tried: Mapping[int, Sequence[Sequence[Any]]], world: int
 ) -> Check:
     """Check that ranks can connect to one another on ports that the system picks, as gloo and NCCL do."""
-    attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, _, problem in rows]
+    attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, problem in rows]
     failed = [(rank, peer, problem) for rank, peer, problem in attempts if problem]
     silent = [rank for rank in range(world) if rank not in tried]
     found = f"{len(attempts) - len(failed)} of {len(attempts)} connections between ranks"
