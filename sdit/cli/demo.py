@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     import numpy as np  # slow imports: not for --help
 
     from sdit.distributed.comm import find_rank, set_threads
-    from sdit.evaluate.generate import generate
+    from sdit.evaluate.generate import Generator
     from sdit.model import solve_assignment
     from sdit.observe.routing_figures import routing_map
     from sdit.observe.sample_grids import save_grid
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
     labels = np.repeat(np.arange(10, dtype=np.int64), PER_CLASS)
     with progress_bar("step", f"{len(labels)} digits") as show:
-        images = np.concatenate(list(generate(trained, trained.config.sample, labels, progress=show)))
+        images = np.concatenate(list(Generator(trained, trained.config.sample).images(labels, progress=show)))
     shown = np.arange(len(labels)) % PER_CLASS < COLUMNS
     save_grid(folder / "grid.png", images[shown], COLUMNS)
     print(f"samples: {folder / 'grid.png'}")
