@@ -39,9 +39,10 @@ from sdit.output import divert_output
 from sdit.redact import redact
 from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.supervise.fault import Fault
+from sdit.supervise.job import Job
 from sdit.supervise.lock import RunLock
 from sdit.supervise.run_folder import RunFolder
-from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.start import supervise
 from sdit.supervise.unfinished import clear
 from sdit.supervise.worker import WorkerContext
 
