@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdit.cli.parser import Parser, add_rank_option
-from sdit.cli.process import exit_status, status_of
+from sdit.cli.process import command, status_of
 from sdit.doctor.checks import (
     GIB,
     Check,
@@ -36,9 +36,9 @@ from sdit.doctor.checks import (
     check_reach,
     exit_code_of,
     fabric_checks,
-    local_facts,
 )
 from sdit.doctor.connection import find_endpoint
+from sdit.doctor.facts import local_facts
 from sdit.doctor.rendezvous import Rendezvous
 from sdit.errors import ExitCode
 from sdit.launch_environment import RankInfo, find_rank
@@ -62,11 +62,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print everything as JSON instead of the table")
     add_rank_option(add)
     return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -157,6 +152,8 @@ def _positive(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0")
     return value
 
+
+main = command(parse, run)
 
 if __name__ == "__main__":
     os._exit(status_of(main))  # threads of a failed process group may wait for ranks that are gone

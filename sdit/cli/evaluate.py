@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from sdit.cli.evaluate_options import parse, request_of
-from sdit.cli.process import exit_status, run_command
+from sdit.cli.process import command, run_command
 from sdit.cli.progress import progress_bar
 from sdit.cli.sampling import find_launch, open_generator
 from sdit.errors import ExitCode
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from sdit.evaluate.sample_cache import SampleCache
     from sdit.evaluate.score import Scores
     from sdit.launch_environment import RankInfo
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,6 +91,8 @@ def report(request: EvaluationRequest, scores: Scores, samples: ImageSet, images
     for note in notes(scores, samples, images):
         print(f"warning: {note}")
 
+
+main = command(parse, run)
 
 if __name__ == "__main__":
     run_command(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import Parser, positive_int
-from sdit.cli.process import exit_status, run_command
+from sdit.cli.process import command, run_command
 from sdit.cli.progress import progress_bar
 from sdit.cli.sampling import (
     SETTINGS,
@@ -86,11 +86,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("nothing to write; give --out, --npz or --raw")
     check_suffixes(parser, options, out=".png", npz=".npz", raw=".npy")
     return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -162,6 +157,8 @@ def _label_list(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
+
+main = command(parse, run)
 
 if __name__ == "__main__":
     run_command(main)
