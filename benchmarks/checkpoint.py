@@ -26,9 +26,8 @@ from meter import Meter
 from ranks import start_ranks
 from train_steps import training_step
 
-from sdit.configfile import load_config
+from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
-from sdit.resolved import resolve_run
 from sdit.train.loop import Trainer
 from sdit.train.setup import open_trainer
 

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from train_steps import training_step
 
-from sdit.config import Config, DataConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdit.config import Config, DataConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig, resolve_run
 from sdit.data.encoders import png_encoder
 from sdit.data.index import DatasetFacts
 from sdit.data.prepare import prepare
 from sdit.data.sources import ArraySource
 from sdit.distributed.comm import Comm
-from sdit.resolved import resolve_run
 from sdit.train.record import StepRecord
 from sdit.train.setup import open_trainer
 

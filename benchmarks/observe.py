@@ -26,14 +26,13 @@ import torch
 from meter import Meter
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sdit.configfile import load_config
+from sdit.clock import Clock
+from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
 from sdit.metrics.collector import SharedMetricsCollector
 from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
 from sdit.observe.metrics import PrometheusObserver
 from sdit.observe.observers import build_observers
-from sdit.resolved import resolve_run
-from sdit.train.clock import Clock
 from sdit.train.events import Observer, Observers
 from sdit.train.loop import Trainer
 from sdit.train.record import StepRecord

@@ -35,7 +35,7 @@ def config_reference() -> str:
     """Return one table per section of the config: each key with its type, bounds, default, unit and effect."""
     schema = Config.model_json_schema()
     lines = ["# Config reference", ""]
-    lines += ["This page is generated from `sdit/config.py`. `sdit train --help` prints the same keys."]
+    lines += ["This page is generated from `sdit/config/schema.py`. `sdit train --help` prints the same keys."]
     lines += ["", "## At the top level", "", *_config_table(schema, schema, "")]
     for name, entry in schema["properties"].items():
         if "$ref" in entry:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.variants import Scale
+from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
 from sdit.data.dataset import PreparedFolder
 from sdit.data.pixels import to_pixels
@@ -19,7 +20,6 @@ from sdit.evaluate.metrics import frechet_distance
 from sdit.evaluate.statistics import statistics_of
 from sdit.model import solve_assignment
 from sdit.observe.routing import chosen_experts, gate_entropy, path_overlap, prior_agreement, task_paths
-from sdit.train.checkpoint.load import Trained
 
 SAMPLER = "dpm++2m"
 NEAR, FAR = 50, 500  # tasks apart: neighbours, and strangers

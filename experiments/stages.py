@@ -22,6 +22,7 @@ from experiments.training import (
     train,
 )
 from experiments.variants import BASELINE, SEARCH_SEED, VARIANTS, Scale
+from sdit.checkpoint.load import load_trained
 from sdit.cli.prepare import main as prepare
 from sdit.config import Config
 from sdit.distributed.comm import Comm, find_rank, set_threads
@@ -29,7 +30,6 @@ from sdit.errors import DataError, ExitCode
 from sdit.files import replacing
 from sdit.model import build_model
 from sdit.observe.sample_grids import save_pixels
-from sdit.train.checkpoint.load import load_trained
 
 # Keys of the config that say where things lie and who is told, not what was computed.
 OF_THE_MACHINE: Any = {"run_dir": True, "data": {"path"}, "validation": {"path"}, "supervise": True, "observe": True}

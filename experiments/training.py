@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.variants import CONFIG, VARIANTS, Scale
-from sdit.config import Config
-from sdit.configfile import load_config
+from sdit.clock import Clock
+from sdit.config import Config, load_config, resolve_run
 from sdit.contracts import Batch
 from sdit.diffusion import build_objective
 from sdit.distributed.comm import Comm
@@ -22,11 +22,9 @@ from sdit.errors import ExitCode
 from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
-from sdit.resolved import resolve_run
 from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.lock import RunLock
 from sdit.supervise.worker import WorkerContext
-from sdit.train.clock import Clock
 from sdit.train.events import Observer, Observers
 from sdit.train.module import TrainModule
 from sdit.train.record import StepRecord

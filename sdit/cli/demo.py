@@ -38,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.run_dir))
     import numpy as np  # slow imports: not for --help
 
+    from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import find_rank, set_threads
     from sdit.evaluate.generate import Generator
     from sdit.model import solve_assignment
     from sdit.observe.routing_figures import routing_map
     from sdit.observe.sample_grids import save_grid
-    from sdit.train.checkpoint.load import load_trained
 
     set_threads(find_rank(os.environ), None)
     trained = load_trained(options.run_dir, options.weights)

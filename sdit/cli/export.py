@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     import torch  # seconds to import: not for --help
 
-    from sdit.train.checkpoint.export import export_pickle, export_safetensors
+    from sdit.checkpoint.export import export_pickle, export_safetensors
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
     options.out.parent.mkdir(parents=True, exist_ok=True)

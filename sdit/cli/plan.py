@@ -19,11 +19,8 @@ from typing import Any
 from sdit.cli.parser import OVERRIDE, Parser, add_deepspeed_options
 from sdit.cli.presets import DEFAULT_DEEPSPEED, config_file, deepspeed_file
 from sdit.cli.process import command
-from sdit.config import Config
-from sdit.configfile import load_config
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
 from sdit.errors import ExitCode
-from sdit.resolved import resolve_run
 
 GIB = 2**30
 
@@ -63,11 +60,11 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     world = options.nodes * options.gpus_per_node
     resolve_run(config, deepspeed, str(options.ds_config), world, options.gpus_per_node)  # before torch is imported
-    from sdit.plan.knob import find_knob  # these import torch: not for --help and wrong configs
-    from sdit.plan.layout import Job, plan_job
-    from sdit.plan.memory import Memory, plan_memory
-    from sdit.plan.report import Plan, as_json, as_table
-    from sdit.plan.traffic import Exchange, plan_exchange
+    from sdit.planner.layout import Job, plan_job
+    from sdit.planner.memory import Memory, plan_memory
+    from sdit.planner.remedy import find_remedy  # these import torch: not for --help and wrong configs
+    from sdit.planner.report import Plan, as_json, as_table
+    from sdit.planner.traffic import Exchange, plan_exchange
 
     def plan(config: Config, values: dict[str, Any]) -> tuple[Job, Exchange | None, Memory]:
         job = plan_job(config, values, options.ds_config, world, options.gpus_per_node)
@@ -79,12 +76,12 @@ def run(options: argparse.Namespace) -> int:
     fits = room is None or memory.peak <= room
     advice = ""
     if room is not None and not fits:
-        knob, enough = find_knob(job, deepspeed, lambda c, d: plan(c, d)[2].peak, room)
+        remedy, enough = find_remedy(job, deepspeed, lambda c, d: plan(c, d)[2].peak, room)
         advice = "no single setting makes it fit; use more or larger GPUs, or a smaller model"
-        if knob is not None and enough:
-            advice = f"set {knob.text} ({knob.peak_bytes / GIB:.2f} GiB then)"
-        elif knob is not None:
-            advice += f"; most is saved by {knob.text} ({knob.peak_bytes / GIB:.2f} GiB then)"
+        if remedy is not None and enough:
+            advice = f"set {remedy.text} ({remedy.peak_bytes / GIB:.2f} GiB then)"
+        elif remedy is not None:
+            advice += f"; most is saved by {remedy.text} ({remedy.peak_bytes / GIB:.2f} GiB then)"
     found = Plan(job, memory, exchange, options.routes, options.device, room, fits, advice)
     print(json.dumps(as_json(found)) if options.json else as_table(found))
     if fits:

@@ -48,9 +48,9 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint.suffix == ".npz" and not options.checkpoint.is_dir():
         return draw_arrays(options.checkpoint, options.out)
     use_cache(run_caches(options.checkpoint))
+    from sdit.checkpoint.load import load_trained
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
     from sdit.observe.routing_figures import routing_map
-    from sdit.train.checkpoint.load import load_trained
 
     trained = load_trained(options.checkpoint, options.weights, options.config)
     model = trained.config.model

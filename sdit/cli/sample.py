@@ -36,9 +36,9 @@ from sdit.errors import ConfigError, ExitCode
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdit.checkpoint.load import Trained
     from sdit.config import SampleConfig
     from sdit.evaluate.generate import Generator
-    from sdit.train.checkpoint.load import Trained
 
 MAX_COLUMNS = 20
 

@@ -69,9 +69,9 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
     """
     import torch
 
+    from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import Comm
     from sdit.evaluate.generate import Generator
-    from sdit.train.checkpoint.load import load_trained
     from sdit.train.decode import latent_decoder
 
     with Comm(info) if info.world > 1 else nullcontext() as comm:
@@ -87,7 +87,7 @@ def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig
     Raises:
         ConfigError: a setting is not legal for this model.
     """
-    from sdit.configfile import parse_config
+    from sdit.config import parse_config
     from sdit.diffusion import SamplerSettings
 
     given = {key: value for key in SETTINGS if (value := getattr(options, key)) is not None}

@@ -25,11 +25,9 @@ from sdit.cli.checkout import ROOT, checkout
 from sdit.cli.parser import Parser, add_config_option, add_deepspeed_options
 from sdit.cli.presets import DEFAULT_CONFIG, DEFAULT_DEEPSPEED, deepspeed_file
 from sdit.cli.process import command
-from sdit.configfile import config_manual, dump_config, load_config, shown
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import config_manual, dump_config, load_config, read_deepspeed_json, resolve_run, shown
 from sdit.errors import ConfigError, ExitCode, SditError
 from sdit.redact import holds_credential, is_secret_name
-from sdit.resolved import resolve_run
 
 TEMPLATE = ROOT / "cluster" / "train.sbatch"
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")  # all of the environment that the job gets to see

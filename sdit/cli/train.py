@@ -31,13 +31,20 @@ from sdit.cli.checkout import checkout
 from sdit.cli.parser import Parser, add_config_option, add_deepspeed_options, add_rank_option
 from sdit.cli.presets import DEFAULT_CONFIG, DEFAULT_DEEPSPEED, deepspeed_file
 from sdit.cli.process import exit_status, leave, run_command
-from sdit.configfile import config_manual, dump_config, load_config
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import (
+    ResolvedRun,
+    check_trainable,
+    config_manual,
+    dump_config,
+    largest_world,
+    load_config,
+    read_deepspeed_json,
+    resolve_run,
+)
 from sdit.errors import ExitCode, SditError, one_line
 from sdit.launch_environment import find_rank
 from sdit.output import divert_output
 from sdit.redact import redact
-from sdit.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.supervise.fault import Fault
 from sdit.supervise.job import Job
 from sdit.supervise.lock import RunLock

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
 from sdit.distributed.comm import Comm
-from sdit.train.checkpoint.load import Trained
 from sdit.train.decode import LatentDecoder
 from sdit.train.sampling import sample_images
 

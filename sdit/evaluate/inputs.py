@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdit.checkpoint.load import Trained
 from sdit.data.classes import class_differences
 from sdit.errors import ConfigError
 from sdit.evaluate.classifier import check_learnable
@@ -9,7 +10,6 @@ from sdit.evaluate.images import ImageSet, LabelledImages, open_images
 from sdit.evaluate.reference import ReferenceSource
 from sdit.evaluate.request import TRAINED, EvaluationRequest
 from sdit.evaluate.trees import ImageTree, LabelledTree, Shape, TreeImages
-from sdit.train.checkpoint.load import Trained
 
 
 class EvaluationInputs:

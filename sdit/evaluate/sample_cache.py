@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from sdit.checkpoint.files import MANIFEST
+from sdit.checkpoint.load import Trained
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Generator, Progress
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
-from sdit.train.checkpoint.files import MANIFEST
-from sdit.train.checkpoint.load import Trained
 from sdit.train.decode import draws_latents
 
 _log = logging.getLogger(__name__)

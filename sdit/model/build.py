@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from sdit.config import ModelConfig
-from sdit.configfile import describe_error
+from sdit.config import ModelConfig, describe_error
 from sdit.errors import ConfigError
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.moe.experts import Experts

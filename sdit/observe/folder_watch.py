@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sdit.clock import Clock
 from sdit.supervise.heartbeat import FOLDER_MOVED, Heartbeat
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.clock import Clock
 from sdit.train.events import Observer
 from sdit.train.record import StepRecord
 

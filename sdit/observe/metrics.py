@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
+from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.faults import SampleReason, ShardReason
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS
-from sdit.train.clock import Clock
 from sdit.train.events import Observer
 from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
 

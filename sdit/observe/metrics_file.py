@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sdit.clock import Clock
 from sdit.files import replace_text
 from sdit.redact import redact
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION, Observer
 from sdit.train.record import StepRecord, Validation
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from sdit.train.clock import Clock
+from sdit.clock import Clock
 from sdit.train.events import Observer
 from sdit.train.record import StepRecord
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sdit.clock import Clock
 from sdit.config import ModelConfig
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
 from sdit.observe.sample_grids import remove_after
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, Observer, OnFailure
 from sdit.train.record import StepRecord
 

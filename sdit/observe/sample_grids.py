@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdit.clock import Clock
 from sdit.data.pixels import to_pixels
 from sdit.files import replacing
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.clock import Clock
 from sdit.train.events import SAMPLES, Observer, OnFailure
 
 MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor, so that a person sees them

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from sdit.clock import Clock
 from sdit.config import ObserveConfig
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
 from sdit.observe.sample_grids import grid_pixels, shown_channels
 from sdit.redact import redact
-from sdit.train.clock import Clock
 from sdit.train.events import Observer, OnFailure
 from sdit.train.record import StepRecord, Validation
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdit.configfile import config_keys, read_yaml
+from sdit.config import config_keys, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
 from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files

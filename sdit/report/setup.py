@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sdit.configfile import config_keys
+from sdit.config import config_keys
 from sdit.redact import redact
 from sdit.report.history import MAX_NAMES
 from sdit.report.parts import Card, Grid, Part, Section, Table, Text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdit.train.clock import StepSpan
+from sdit.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.events import ROUTING, SAMPLES, VALIDATION
 from sdit.train.tasks import PeriodicTasks

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdit.checkpoint.saver import Saver
+from sdit.clock import StepSpan
 from sdit.config import CheckpointConfig
 from sdit.errors import DataError
 from sdit.supervise.heartbeat import Phase
-from sdit.train.checkpoint.saver import Saver
-from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 
 

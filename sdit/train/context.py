@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sdit.config import ResolvedRun
 from sdit.data.loader import Loader
 from sdit.diffusion import Objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer
-from sdit.resolved import ResolvedRun
 from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.train.events import Observers
 from sdit.train.guards import StopAgreed, StopSignals

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sdit.checkpoint.store import Found
 from sdit.config import Config, DataConfig
 from sdit.data.dataset import check_fit, open_dataset
 from sdit.data.identity import DataIdentity
 from sdit.data.loader import Loader
 from sdit.distributed.comm import Comm
-from sdit.train.checkpoint.store import Found
 from sdit.train.rundata import (
     Note,
     RunData,

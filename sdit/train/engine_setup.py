@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdit.config import Config, OptimizerConfig
+from sdit.checkpoint.store import Found
+from sdit.config import Config, OptimizerConfig, ResolvedRun
 from sdit.diffusion import Objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.deepspeed_internals import expert_group_of
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
-from sdit.resolved import ResolvedRun
-from sdit.train.checkpoint.store import Found
 from sdit.train.module import TrainModule
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdit.train.clock import Clock
+from sdit.clock import Clock
 from sdit.train.record import StepRecord, Validation
 
 SAMPLES, ROUTING, VALIDATION = "samples", "routing", "validation"  # outputs of the periodic tasks

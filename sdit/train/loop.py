@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from sdit.clock import StepSpan
 from sdit.errors import ExitCode
 from sdit.supervise.heartbeat import Phase
 from sdit.train.batches import BatchStream
 from sdit.train.catch_up import catch_up
-from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.guards import RollBack, StopAgreed
 from sdit.train.record import StepRecord

@@ -8,12 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdit.config import Config
-from sdit.configfile import config_keys
+from sdit.clock import Clock
+from sdit.config import Config, TrainConfig, config_keys
 from sdit.errors import CheckpointError
 from sdit.redact import redact
-from sdit.sections import TrainConfig
-from sdit.train.clock import Clock
 
 LENGTH_KEYS = ("train.steps", "train.images")
 

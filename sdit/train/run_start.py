@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdit.checkpoint.space import check_space
+from sdit.checkpoint.store import Found
 from sdit.config import Config
 from sdit.data.classes import Classes
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.worker import WorkerContext
-from sdit.train.checkpoint.space import check_space
-from sdit.train.checkpoint.store import Found
 from sdit.train.resume import describe_resume, read_length
 from sdit.train.rundir import prepare_run_dir
 from sdit.train.sampling import grid_rows

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import sdit
-from sdit.configfile import dump_config
+from sdit.config import ResolvedRun, dump_config
 from sdit.distributed.comm import Comm
 from sdit.redact import holds_credential, redact
-from sdit.resolved import ResolvedRun
 from sdit.supervise.lock import unwritable
 from sdit.supervise.run_folder import RunFolder
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdit.clock import StepSpan
 from sdit.config import DiffusionConfig, SampleConfig
 from sdit.data.classes import Classes, choose_labels
 from sdit.diffusion import SamplerSettings, sample
 from sdit.model import DiffusionTransformer, forward_with_guidance
 from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
-from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.decode import LatentDecoder
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
+from sdit.checkpoint.store import CheckpointStore
+from sdit.config import ResolvedRun, check_trainable
 from sdit.data.identity import trained_classes
 from sdit.data.loader import build_loader
 from sdit.diffusion import SamplerSettings, build_objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.engine import Engine
-from sdit.resolved import ResolvedRun, check_trainable
 from sdit.supervise.fault import Fault
 from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.worker import WorkerContext
-from sdit.train.checkpoint.store import CheckpointStore
 from sdit.train.context import TrainContext
 from sdit.train.data_setup import open_data
 from sdit.train.engine_setup import build_engine, build_sharded_model, describe_layout

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 
 import sdit
-from sdit.configfile import config_keys
+from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
+from sdit.clock import Clock, StepSpan
+from sdit.config import ResolvedRun, config_keys
 from sdit.distributed.engine import Engine
 from sdit.errors import CheckpointError, ConfigError
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.experts import Experts
-from sdit.resolved import ResolvedRun
-from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
-from sdit.train.clock import Clock, StepSpan
 from sdit.train.ema import Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed

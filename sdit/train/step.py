@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from sdit.checkpoint.saver import Saver
+from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
-from sdit.plan.flops import flops_per_image
+from sdit.model.flops import flops_per_image
 from sdit.train.batch import draw_batch
 from sdit.train.bins import BINS, bin_means
-from sdit.train.checkpoint.saver import Saver
 from sdit.train.checkpoints import Checkpoints
-from sdit.train.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
 from sdit.train.module import PARTS

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdit.checkpoint.store import Found
 from sdit.data.loader import Loader
-from sdit.train.checkpoint.store import Found
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.decode import latent_decoder

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from sdit.clock import StepSpan
+from sdit.config import ValidationConfig
 from sdit.data.loader import Loader
 from sdit.diffusion import draw_timesteps
-from sdit.sections import ValidationConfig
 from sdit.supervise.heartbeat import Phase
 from sdit.train.batch import draw_batch
 from sdit.train.batches import rank_requests
 from sdit.train.bins import BINS, bin_means
-from sdit.train.clock import StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.record import Validation
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from sdit.checkpoint import store as store_module
+from sdit.checkpoint.files import write_shard
+from sdit.checkpoint.saver import Saver
+from sdit.checkpoint.space import check_space
+from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.checkpoint import store as store_module
-from sdit.train.checkpoint.files import write_shard
-from sdit.train.checkpoint.saver import Saver
-from sdit.train.checkpoint.space import check_space
-from sdit.train.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.train.rundir import prepare_run_dir
 from tests.faults.test_checkpoint_faults import small_disk
 

@@ -20,11 +20,11 @@ import torch
 import xxhash
 from safetensors.numpy import load_file, save_file
 
+from sdit.checkpoint.files import write_manifest
+from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
 from sdit.config import CheckpointConfig, Config
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ExitCode
-from sdit.train.checkpoint.files import write_manifest
-from sdit.train.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
 from tests.distributed.harness import ROOT
 from tests.faults.test_checkpoint_faults import OneRank
 from tests.unit.written_run import tiny_config, write_run
@@ -288,7 +288,7 @@ def assert_one_line(error: BaseException) -> None:
 @pytest.mark.parametrize("kind", [*MANIFESTS, *SHARDS])
 def test_a_malformed_checkpoint_is_refused_by_name_although_its_seal_fits(run: Path, kind: str) -> None:
     """S8: A manifest or shard that is malformed is refused in one line; nothing outside the folder is read."""
-    from sdit.train.checkpoint.load import load_model
+    from sdit.checkpoint.load import load_model
 
     (MANIFESTS | SHARDS)[kind](checkpoint_of(run))
     with pytest.raises(CheckpointError, match=checkpoint_of(run).name) as caught:
@@ -388,7 +388,7 @@ def test_moments_that_are_not_finite_are_passed_over(tmp_path: Path, kind: str) 
 
 
 def exported(run: Path) -> Path:
-    from sdit.train.checkpoint.export import export_safetensors
+    from sdit.checkpoint.export import export_safetensors
 
     export_safetensors(run, run / "model.safetensors", "ema", torch.float32)
     return run / "model.safetensors"
@@ -398,7 +398,7 @@ def exported(run: Path) -> Path:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_published_file_with_weights_that_are_not_finite_is_refused(run: Path, suffix: str, value: float) -> None:
     """R11: A published file whose weights hold NaN or infinity is refused, and the tensor is named."""
-    from sdit.train.checkpoint.load import load_trained
+    from sdit.checkpoint.load import load_trained
 
     tensors = {name: torch.from_numpy(array.copy()) for name, array in load_file(exported(run)).items()}
     tensors["blocks.0.attn.qkv.weight"].view(-1)[5] = value
@@ -414,7 +414,7 @@ def test_a_published_file_with_weights_that_are_not_finite_is_refused(run: Path,
 
 def test_an_export_that_would_overflow_is_refused(run: Path) -> None:
     """R11: float16 cannot hold 1e6: the export names the tensor and writes nothing."""
-    from sdit.train.checkpoint.export import export_pickle, export_safetensors
+    from sdit.checkpoint.export import export_pickle, export_safetensors
 
     name = overwrite(checkpoint_of(run), "ema", 1e6)
     for export, out in ((export_safetensors, run / "half.safetensors"), (export_pickle, run / "half.pt")):
@@ -448,7 +448,7 @@ def change_facts(path: Path, **facts: str) -> None:
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_malformed_published_file_is_refused(run: Path, kind: str) -> None:
     """S8: A published safetensors file is checked before any of it is used."""
-    from sdit.train.checkpoint.load import load_trained
+    from sdit.checkpoint.load import load_trained
 
     path = exported(run)
     PUBLISHED[kind](path)
@@ -459,7 +459,7 @@ def test_a_malformed_published_file_is_refused(run: Path, kind: str) -> None:
 
 def test_a_published_file_behind_a_link_is_read(run: Path) -> None:
     """S8: Download caches hold links to weights; only special files are refused."""
-    from sdit.train.checkpoint.load import load_trained
+    from sdit.checkpoint.load import load_trained
 
     path = exported(run)
     (run / "link.safetensors").symlink_to(path)
@@ -468,7 +468,7 @@ def test_a_published_file_behind_a_link_is_read(run: Path) -> None:
 
 def test_a_config_too_large_for_its_weights_takes_no_memory(run: Path) -> None:
     """S8: A manifest whose config asks for a larger model than the shards hold is refused before it is allocated."""
-    from sdit.train.checkpoint.load import load_model
+    from sdit.checkpoint.load import load_model
 
     def enlarge(body: dict[str, Any]) -> None:
         config = Config.model_validate(body["config"]).model_dump(mode="json")

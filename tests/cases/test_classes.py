@@ -19,14 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdit import cli
-from sdit.config import Config
-from sdit.configfile import load_config
+from sdit.checkpoint.files import read_manifest, write_manifest
+from sdit.checkpoint.load import load_trained
+from sdit.checkpoint.store import find_checkpoint
+from sdit.config import Config, load_config
 from sdit.errors import ConfigError, DataError, ExitCode
 from sdit.evaluate.generate import Generator
 from sdit.evaluate.sample_cache import SampleSet
-from sdit.train.checkpoint.files import read_manifest, write_manifest
-from sdit.train.checkpoint.load import load_trained
-from sdit.train.checkpoint.store import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdit.cli import plan, submit, train
-from sdit.configfile import config_keys, load_config
+from sdit.config import config_keys, load_config
 from sdit.errors import ConfigError, ExitCode
 from tests.cases.commands import ROOT, TINY, call, start
 
@@ -125,7 +125,7 @@ def test_an_empty_folder_name_is_refused(verb: str, capsys: pytest.CaptureFixtur
 
 def path_keys() -> list[str]:
     """The keys of the config whose names speak of paths, and those that the schema marks."""
-    from sdit.configfile import is_path
+    from sdit.config import is_path
 
     marked = [key for key, info, _ in config_keys() if is_path(info)]
     named = [key for key, _, _ in config_keys() if key.rpartition(".")[2] in ("path", "run_dir", "resume")]
@@ -364,7 +364,7 @@ def test_an_override_replaces_a_wrong_value_of_the_file() -> None:
 
 def test_a_published_json_of_the_repository_is_read() -> None:
     """R3: The DeepSpeed JSONs of the repository pass the reader."""
-    from sdit.dsconfig import read_deepspeed_json
+    from sdit.config import read_deepspeed_json
 
     for file in (ROOT / "configs" / "deepspeed").glob("*.json"):
         assert read_deepspeed_json(file) == json.loads(file.read_text())

@@ -11,8 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdit.config import Config
-from sdit.configfile import config_keys, dump_config, load_config
+from sdit.config import Config, config_keys, dump_config, load_config
 from sdit.errors import ConfigError
 from tests.cases.commands import TINY
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdit.configfile import dump_config, load_config, read_yaml
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import dump_config, load_config, read_deepspeed_json, read_yaml
 from sdit.errors import ConfigError, ExitCode
 from tests.cases.commands import ROOT, TINY, start
 

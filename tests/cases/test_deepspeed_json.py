@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from sdit import cli
-from sdit.config import Config
-from sdit.dsconfig import merge_deepspeed
+from sdit.config import Config, merge_deepspeed
 from sdit.errors import ConfigError, ExitCode
 from sdit.topology import BatchPlan
 from tests.distributed.harness import ROOT, case, metrics_of, tensors_of, train_together
@@ -248,7 +247,7 @@ ODD = [
 
 def test_no_value_of_any_key_is_a_traceback() -> None:
     """D3: Any value of any key is merged, or refused in one line."""
-    from sdit.deepspeed_keys import rules
+    from sdit.config.deepspeed_keys import rules
 
     paths = {".".join(path.split(".")[:depth]) for path, _ in rules() for depth in (1, 2, 3, 4)}
     refusals = 0
@@ -444,7 +443,7 @@ def test_passed_keys_leave_the_numbers_alone(runs: Path, name: str, stage: int) 
 
 def test_every_passed_key_is_trained_with() -> None:
     """D1: A key joins the table's passed keys only together with a run that shows it to be harmless."""
-    from sdit.deepspeed_keys import Passed, rules
+    from sdit.config.deepspeed_keys import Passed, rules
 
     tried = {
         ".".join(path)
@@ -456,7 +455,7 @@ def test_every_passed_key_is_trained_with() -> None:
 
 
 def test_the_manual_holds_the_table() -> None:
-    """D3: docs/deepspeed-json.md lists every key (`python -m sdit.deepspeed_keys` prints its tables)."""
-    from sdit.deepspeed_keys import as_markdown
+    """D3: docs/deepspeed-json.md lists every key (`python -m sdit.config.deepspeed_keys` prints its tables)."""
+    from sdit.config.deepspeed_keys import as_markdown
 
     assert as_markdown() in (ROOT / "docs" / "deepspeed-json.md").read_text()

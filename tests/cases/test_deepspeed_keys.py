@@ -17,8 +17,7 @@ from deepspeed.runtime import config as runtime_config
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-from sdit.config import Config
-from sdit.dsconfig import merge_deepspeed
+from sdit.config import Config, merge_deepspeed
 from sdit.errors import ConfigError
 from sdit.topology import BatchPlan
 
@@ -168,7 +167,7 @@ def test_fields_of_deepspeeds_models_are_known(read: tuple[Any, set[str]]) -> No
 
 def test_names_in_deepspeeds_readers_are_known() -> None:
     """D3: A key that DeepSpeed reads in some branch only is in the table as well."""
-    from sdit.deepspeed_keys import rules
+    from sdit.config.deepspeed_keys import rules
 
     known = {part for path, _ in rules() for part in path.split(".")}
     known |= {name for _, rule in rules() for name in getattr(rule, "block", None) or ()}

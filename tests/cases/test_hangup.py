@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from sdit.checkpoint.store import find_checkpoint
 from sdit.errors import ExitCode
 from sdit.observe.metrics_file import read_metrics
-from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import ROOT, rank_environments
 from tests.faults.ranks import FAKE, WAIT_SECONDS, Ranks, eventually, is_gone, newest_step, start_fake, start_real
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from sdit import cli
+from sdit.checkpoint.load import load_trained
 from sdit.data.pixels import to_pixels
 from sdit.evaluate.generate import Generator
-from sdit.train.checkpoint.load import load_trained
 from tests.distributed.harness import ROOT
 from tests.unit.written_run import tiny_config, write_run
 
@@ -218,9 +218,9 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
 
 def test_observers_of_a_latent_run_keep_latents(tmp_path: Path) -> None:
     """R10: Without sample.vae no observer of a run makes a picture of latents; a run that goes back removes them."""
+    from sdit.clock import Clock
     from sdit.launch_environment import find_rank
     from sdit.observe.observers import build_observers
-    from sdit.train.clock import Clock
 
     config = tiny_config("model.channels=4", "observe.tensorboard=true")
     observers = build_observers(config, tmp_path, find_rank({}))

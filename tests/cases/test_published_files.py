@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdit.configfile import dump_config
+from sdit.checkpoint.load import load_trained
+from sdit.config import dump_config
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import load_published, read_published_file, to_published
 from sdit.model import build_model
-from sdit.train.checkpoint.load import load_trained
 from tests.unit.written_run import random_model, tiny_config, write_run
 
 CONFIG = tiny_config()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from sdit.checkpoint.files import write_manifest
+from sdit.clock import learning_rate_factor
 from sdit.report.record import read_runs
-from sdit.train.checkpoint.files import write_manifest
-from sdit.train.clock import learning_rate_factor
 from tests.distributed.harness import case, metrics_of, train_together
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
@@ -93,7 +93,7 @@ def test_a_batch_that_changes_twice_keeps_the_first_length(runs: Path) -> None:
 @pytest.mark.parametrize("name", ["halved", "doubled", "twice", "older"])
 def test_the_schedule_does_not_jump_when_the_batch_changes(runs: Path, name: str) -> None:
     """R2: The learning rate is the same function of the images seen before and after the change."""
-    from sdit.configfile import load_config
+    from sdit.config import load_config
 
     config = load_config(TINY, SETTINGS).optimizer
     for record in metrics_of(runs / name):
@@ -161,8 +161,8 @@ def test_an_unchanged_resume_is_the_same_run(runs: Path) -> None:
 
 def test_no_password_is_listed() -> None:
     """R2: A changed URL is listed without the password that it holds."""
+    from sdit.clock import Clock
     from sdit.config import Config
-    from sdit.train.clock import Clock
     from sdit.train.resume import Resumed, describe_resume
 
     change = "observe.pushgateway: 'http://me:hunter22@host:9091' -> None"
@@ -175,8 +175,8 @@ def test_a_grid_is_due_by_the_batch_of_the_step_that_was_taken(old: int, new: in
     """R2: After a change of the batch, what the last step owed follows from that step's own size."""
     from dataclasses import replace
 
+    from sdit.clock import Clock
     from sdit.train.catch_up import catch_up
-    from sdit.train.clock import Clock
     from tests.unit import test_catch_up
 
     keeper, seen = test_catch_up.Keeper(), test_catch_up.EVERY + 32  # a grid was due within the last 64 images

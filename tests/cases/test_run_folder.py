@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from sdit.checkpoint.store import find_checkpoint
 from sdit.errors import ExitCode
 from sdit.observe.metrics_file import read_metrics
 from sdit.supervise.coordinator import LOST_SECONDS
-from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake, start_real
 

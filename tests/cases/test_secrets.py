@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.config import Config, ObserveConfig
-from sdit.configfile import dump_config, load_config
+from sdit.config import Config, ObserveConfig, dump_config, load_config
 from sdit.errors import ConfigError, ExitCode
 from sdit.redact import redact
 from tests.cases.commands import TINY, call, start
@@ -259,7 +258,7 @@ def test_an_old_run_is_exported_without_its_password(capsys: pytest.CaptureFixtu
 
 def test_reading_an_old_run_says_that_it_holds_a_password(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """S2: A run of an older version is read; the log names the key whose password has to be changed."""
-    from sdit.train.checkpoint.load import load_trained
+    from sdit.checkpoint.load import load_trained
     from tests.unit.written_run import write_run
 
     write_run(tmp_path / "run", old_config())

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
-from sdit.configfile import dump_config, load_config
+from sdit.config import dump_config, load_config
 from tests.cluster.docker_engine import IMAGE, Engine, writable_folder
 from tests.cluster.pods import Pods
 from tests.cluster.runs import DEEPSPEED_JSON, OVERRIDES, STEPS, TINY, assert_same_curve, wait_until

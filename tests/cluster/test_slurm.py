@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.configfile import load_config
+from sdit.config import load_config
 from sdit.errors import ExitCode
 from tests.cluster.runs import (
     ARGUMENTS,

@@ -10,14 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, SampleConfig
-from sdit.configfile import load_config
+from sdit.config import (
+    Config,
+    ExpertsConfig,
+    ModelConfig,
+    ParallelConfig,
+    ResolvedRun,
+    SampleConfig,
+    load_config,
+    resolve_run,
+)
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.model import build_model, fill_buffers
 from sdit.model.moe.experts import Experts
-from sdit.resolved import ResolvedRun, resolve_run
 from sdit.topology import BatchPlan
 from sdit.train.sampling import sample_images
 from sdit.train.setup import open_trainer

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.store import find_checkpoint
 from sdit.observe.metrics_file import read_metrics
-from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.store import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")

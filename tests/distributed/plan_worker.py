@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from sdit.cli.process import leave
-from sdit.configfile import load_config
+from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
-from sdit.resolved import resolve_run
 from sdit.train.setup import open_trainer
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
+from sdit.checkpoint.store import CheckpointStore
 from sdit.cli.process import leave
-from sdit.configfile import load_config
+from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
-from sdit.resolved import resolve_run
-from sdit.train.checkpoint.store import CheckpointStore
 from sdit.train.setup import open_trainer
 from sdit.train.state import RunState
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdit.checkpoint.load import load_trained
 from sdit.evaluate.generate import Generator
-from sdit.train.checkpoint.load import load_trained
 from tests.distributed.harness import ROOT, rank_environments, run_ranks
 from tests.unit.written_run import tiny_config, write_run
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdit.configfile import load_config
+from sdit.config import load_config
 from sdit.model import build_model
 from tests.distributed.exchange_worker import ROUTINGS, SCENARIOS
 from tests.distributed.harness import run_ranks

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdit.configfile import load_config
+from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.store import find_checkpoint
+from sdit.config import load_config, resolve_run
 from sdit.errors import ConfigError
-from sdit.resolved import resolve_run
 from sdit.topology import choose_expert_parallel
-from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, metrics_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")

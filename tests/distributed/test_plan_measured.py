@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sdit.configfile import load_config
-from sdit.plan.layout import plan_job
-from sdit.plan.memory import checkpoint_bytes, plan_memory
-from sdit.plan.traffic import plan_exchange
+from sdit.config import load_config
+from sdit.planner.layout import plan_job
+from sdit.planner.memory import checkpoint_bytes, plan_memory
+from sdit.planner.traffic import plan_exchange
 from tests.distributed.harness import ROOT, case, run_ranks
 
 pytestmark = pytest.mark.slow  # minutes: each layout trains a model large enough to stand out of the noise

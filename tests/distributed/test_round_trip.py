@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.store import find_checkpoint
+from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, run_ranks, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")

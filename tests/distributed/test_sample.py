@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sdit.checkpoint.load import load_trained
 from sdit.evaluate.generate import Generator
-from sdit.train.checkpoint.load import load_trained
 from tests.distributed.harness import ROOT, run_ranks
 from tests.unit.written_run import tiny_config, write_run
 

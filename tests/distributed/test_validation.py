@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from sdit.checkpoint.load import load_model
 from sdit.data.digits import digits
 from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
 from sdit.diffusion import build_objective, draw_timesteps
 from sdit.randomness import Purpose, normal_noise
-from sdit.train.checkpoint.load import load_model
 from sdit.train.validation import SEED_OFFSET
 from tests.distributed.harness import case, metrics_of, train_together
 

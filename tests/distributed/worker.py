@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from sdit.cli.process import leave
-from sdit.configfile import load_config
+from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
 from sdit.observe.metrics_file import MetricsFile
-from sdit.resolved import resolve_run
 from sdit.train.events import Observers
 from sdit.train.setup import open_trainer
 

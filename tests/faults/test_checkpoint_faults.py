@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from sdit.checkpoint.files import ShardSet, manifest_files, write_shard
+from sdit.checkpoint.saver import MAX_FAILURES, Saver
+from sdit.checkpoint.space import check_space
+from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
-from sdit.train.checkpoint.files import ShardSet, manifest_files, write_shard
-from sdit.train.checkpoint.saver import MAX_FAILURES, Saver
-from sdit.train.checkpoint.space import check_space
-from sdit.train.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 
 ELEMENTS = 1 << 17  # 512 KiB a checkpoint
 

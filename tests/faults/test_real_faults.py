@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdit.checkpoint.store import find_checkpoint
 from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
 from sdit.errors import ExitCode
-from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
 from tests.faults.ranks import Ranks, eventually, newest_step, start_real
 

@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from sdit.clock import Clock
 from sdit.errors import ExitCode
 from sdit.launch_environment import find_rank
 from sdit.supervise.fault import Fault
 from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.supervise.restart_policy import ExitReport, RestartPolicy, root_cause
-from sdit.train.clock import Clock
 from sdit.train.guards import SPIKE_MEMORY_STEPS, BadStepGuard, SpikeDetector, StopSignals
 from sdit.train.timing import StepTimer, rank_report
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sdit.checkpoint.store import find_checkpoint
 from sdit.cli.prepare import main as prepare
 from sdit.errors import ExitCode
-from sdit.train.checkpoint.store import find_checkpoint
 from tests.distributed.harness import ROOT, case, metrics_of, train_together
 from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_real
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.training import StepTimer, is_trained, run_config, train
 from experiments.variants import QUICK
 from sdit.cli.prepare import main as prepare
+from sdit.clock import Clock
 from sdit.distributed.comm import Comm, find_rank
-from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
 BATCH = 32

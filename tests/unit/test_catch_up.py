@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdit.config import Config
+from sdit.clock import Clock, StepSpan
+from sdit.config import Config, resolve_run
 from sdit.model import build_model
-from sdit.resolved import resolve_run
 from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.catch_up import catch_up
-from sdit.train.clock import Clock, StepSpan
 from sdit.train.context import TrainContext
 from sdit.train.events import SAMPLES, Observer, Observers
 from sdit.train.guards import StopAgreed

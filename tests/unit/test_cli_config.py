@@ -11,8 +11,7 @@ import pytest
 from sdit import cli
 from sdit.cli import evaluate_options, plan, routing, sample, submit, train
 from sdit.cli.presets import CONFIGS, DEEPSPEED, config_file, deepspeed_file, presets
-from sdit.configfile import load_config
-from sdit.dsconfig import read_deepspeed_json
+from sdit.config import load_config, read_deepspeed_json
 from sdit.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]

@@ -22,11 +22,11 @@ from experiments.training import (
     seconds_per_image,
 )
 from experiments.variants import FULL, QUICK, VARIANTS
+from sdit.clock import Clock
 from sdit.config import Config
 from sdit.errors import DataError, ExitCode
-from sdit.plan.flops import flops_per_image as planned_flops
+from sdit.model.flops import flops_per_image as planned_flops
 from sdit.supervise.heartbeat import Heartbeat
-from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.configfile import config_keys
+from sdit.config import config_keys
 from sdit.train.record import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from written_run import random_model, tiny_config, write_run
 
-from sdit.configfile import dump_config
+from sdit.checkpoint.export import Entry, export_pickle, export_safetensors, write_safetensors
+from sdit.checkpoint.files import write_manifest
+from sdit.checkpoint.load import load_model, load_trained
+from sdit.config import dump_config
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import load_published, read_published_file, to_published
 from sdit.model import DiffusionTransformer, build_model
-from sdit.train.checkpoint.export import Entry, export_pickle, export_safetensors, write_safetensors
-from sdit.train.checkpoint.files import write_manifest
-from sdit.train.checkpoint.load import load_model, load_trained
 
 VARIANTS = {
     "dit": ("model.variant=dit",),
@@ -108,7 +108,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
 
 
 def test_export_holds_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sdit.train.checkpoint.export as module
+    import sdit.checkpoint.export as module
 
     write_run(tmp_path, tiny_config("model.experts.count=8"))
     largest = 0

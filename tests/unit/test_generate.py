@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from written_run import tiny_config, write_run
 
+from sdit.checkpoint.load import Trained, load_trained
 from sdit.data.digits import digits
 from sdit.evaluate.digits import judge_digits, within_class_spread
 from sdit.evaluate.generate import Generator
-from sdit.train.checkpoint.load import Trained, load_trained
 
 LABELS = np.array([0, 1, 2, 3, 4, 0, 1], dtype=np.int64)
 

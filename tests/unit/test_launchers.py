@@ -19,7 +19,7 @@ from PIL import Image
 from written_run import tiny_config, write_run
 
 from sdit import cli
-from sdit.configfile import config_keys, dump_config
+from sdit.config import config_keys, dump_config
 from sdit.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdit.config import Config
-from sdit.configfile import load_config
-from sdit.dsconfig import merge_deepspeed, read_deepspeed_json
+from sdit.config import Config, load_config, merge_deepspeed, read_deepspeed_json
 from sdit.errors import ExitCode
 from sdit.topology import plan_batch
 from tests.distributed.harness import ROOT

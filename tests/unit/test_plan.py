@@ -16,11 +16,11 @@ from sdit.cli.plan import main
 from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
 from sdit.model import build_model
-from sdit.plan.flops import flops_per_image
-from sdit.plan.knob import find_knob
-from sdit.plan.layout import Group, Job, plan_job
-from sdit.plan.memory import activation_bytes, checkpoint_bytes, plan_memory, state_bytes
-from sdit.plan.traffic import gradient_traffic_bytes, plan_exchange
+from sdit.model.flops import flops_per_image
+from sdit.planner.layout import Group, Job, plan_job
+from sdit.planner.memory import activation_bytes, checkpoint_bytes, plan_memory, state_bytes
+from sdit.planner.remedy import find_remedy
+from sdit.planner.traffic import gradient_traffic_bytes, plan_exchange
 
 ROOT = Path(__file__).resolve().parents[2]
 XL2, DIGITS = str(ROOT / "configs" / "imagenet256_xl2.yaml"), str(ROOT / "configs" / "digits.yaml")
@@ -159,11 +159,11 @@ def test_the_knob_is_one_that_fits() -> None:
         return plan_memory(changed, None, "cpu").peak
 
     needed = plan_memory(job, None, "cpu").peak
-    knob, enough = find_knob(job, {}, peak, 0.9 * needed)
-    assert enough and knob is not None and knob.peak_bytes <= 0.9 * needed
-    assert knob.text.startswith("train.micro_batch=32")  # gradients are small beside 64 images' activations
-    knob, enough = find_knob(job, {}, peak, 1.0)
-    assert knob is not None and not enough
+    remedy, enough = find_remedy(job, {}, peak, 0.9 * needed)
+    assert enough and remedy is not None and remedy.peak_bytes <= 0.9 * needed
+    assert remedy.text.startswith("train.micro_batch=32")  # gradients are small beside 64 images' activations
+    remedy, enough = find_remedy(job, {}, peak, 1.0)
+    assert remedy is not None and not enough
 
 
 def launch(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

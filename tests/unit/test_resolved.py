@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sdit.config import Config
+from sdit.config import Config, check_trainable, largest_world, resolve_run
 from sdit.errors import ConfigError
-from sdit.resolved import check_trainable, largest_world, resolve_run
 
 SWITCH = {"model": {"experts": {"count": 4}}, "train": {"steps": 10, "global_batch": 48, "micro_batch": 4}}
 

@@ -10,7 +10,7 @@ import pytest
 
 from sdit.cli.batch_script import Allocation, render
 from sdit.cli.submit import TEMPLATE, main
-from sdit.configfile import load_config
+from sdit.config import load_config
 from sdit.errors import ConfigError, ExitCode
 
 HOSTILE = [

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config
-from sdit.configfile import load_config
+from sdit.checkpoint.files import FORMAT, write_manifest, write_shard
+from sdit.config import Config, load_config
 from sdit.model import DiffusionTransformer, build_model
-from sdit.train.checkpoint.files import FORMAT, write_manifest, write_shard
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {

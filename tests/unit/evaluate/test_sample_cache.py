@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from sdit.checkpoint.load import load_trained
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Generator
 from sdit.evaluate.sample_cache import SampleCache, SampleSet
-from sdit.train.checkpoint.load import load_trained
 from sdit.train.decode import LatentDecoder
 from tests.unit.written_run import tiny_config, write_run
 

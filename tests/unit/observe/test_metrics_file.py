@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sdit.clock import Clock
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
-from sdit.train.clock import Clock
 from sdit.train.events import VALIDATION
 from sdit.train.record import StepRecord, Validation
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from sdit.clock import Clock
 from sdit.observe.progress import Progress, duration
-from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
 RECORD = {

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sdit.cli.routing import expected_drops, main
+from sdit.clock import Clock
 from sdit.config import Config, ModelConfig
 from sdit.errors import ExitCode
 from sdit.model import Assignment, build_model, solve_assignment
@@ -25,7 +26,6 @@ from sdit.observe.routing import (
 )
 from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_run, routing_map
 from sdit.observe.routing_maps import RoutingMaps
-from sdit.train.clock import Clock
 from sdit.train.events import ROUTING, Observers
 from sdit.train.record import StepRecord
 

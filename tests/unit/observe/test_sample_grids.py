@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdit.clock import Clock
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
 from sdit.observe.image_files import MAX_GRID_IMAGES, ImageFiles
 from sdit.observe.sample_grids import GAP_GREY, GAP_PIXELS, MIN_TILE_PIXELS, SampleGrids, save_grid
-from sdit.train.clock import Clock
 from sdit.train.events import SAMPLES
 
 

@@ -17,8 +17,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sdit.config import Config
-from sdit.configfile import load_config
+from sdit.clock import Clock
+from sdit.config import Config, load_config
 from sdit.launch_environment import RankInfo
 from sdit.metrics.collector import SharedMetricsCollector
 from sdit.metrics.shared_file import (
@@ -29,7 +29,6 @@ from sdit.metrics.shared_file import (
     shared_path,
 )
 from sdit.observe.metrics import BINS, PrometheusObserver, shown_blocks
-from sdit.train.clock import Clock
 from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[3]

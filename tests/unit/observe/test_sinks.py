@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdit.clock import Clock
 from sdit.config import Config, ObserveConfig
 from sdit.errors import ConfigError
 from sdit.launch_environment import RankInfo
 from sdit.observe.observers import build_observers
 from sdit.observe.sinks import MAX_SERIES, TensorBoard, WeightsAndBiases, require_packages, scalars
-from sdit.train.clock import Clock
 from sdit.train.events import Observer, Observers, OnFailure
 from sdit.train.record import StepRecord, Validation
 

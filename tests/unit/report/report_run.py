@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdit.config import Config
-from sdit.configfile import dump_config
+from sdit.config import Config, dump_config
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot

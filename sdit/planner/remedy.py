@@ -1,4 +1,4 @@
-"""The one knob to turn when a run does not fit: each is tried by planning the run anew, the cheapest first."""
+"""The one remedy to turn when a run does not fit: each is tried by planning the run anew, the cheapest first."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any, NamedTuple
 
 from sdit.config import Config
 from sdit.errors import ConfigError
-from sdit.plan.layout import Job
+from sdit.planner.layout import Job
 from sdit.topology import divisors, legal_expert_sizes
 
 Peak = Callable[[Config, dict[str, Any]], int]  # of the run with another config or DeepSpeed JSON, in bytes
 
 
-class Knob(NamedTuple):
+class Remedy(NamedTuple):
     """A change (`text` says which and at what price), and the peak bytes of a rank after it."""
 
     text: str
     peak_bytes: int
 
 
-def find_knob(job: Job, deepspeed: dict[str, Any], peak: Peak, limit_bytes: float) -> tuple[Knob | None, bool]:
-    """The first knob that makes the run fit, and True; else the one that saves most, and False. None: there is none."""
-    best: Knob | None = None
-    for text, config, values in _knobs(job, deepspeed):
+def find_remedy(job: Job, deepspeed: dict[str, Any], peak: Peak, limit_bytes: float) -> tuple[Remedy | None, bool]:
+    """The first remedy that makes the run fit, and True; else the one that saves most, and False. None: there is none."""
+    best: Remedy | None = None
+    for text, config, values in _remedies(job, deepspeed):
         try:
-            knob = Knob(text, peak(config, values))
+            remedy = Remedy(text, peak(config, values))
         except ConfigError:
             continue  # not legal together with the rest of the config
-        if knob.peak_bytes <= limit_bytes:
-            return knob, True
-        best = knob if best is None or knob.peak_bytes < best.peak_bytes else best
+        if remedy.peak_bytes <= limit_bytes:
+            return remedy, True
+        best = remedy if best is None or remedy.peak_bytes < best.peak_bytes else best
     return best, False
 
 
-def _knobs(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config, dict[str, Any]]]:
+def _remedies(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config, dict[str, Any]]]:
     config, parallel = job.config, job.config.parallel
     for stage in range(job.stage + 1, 3):
         text = f"--ds_config configs/deepspeed/zero{stage}.json (zero_optimization.stage {stage}): no slower in step"

@@ -11,7 +11,7 @@ from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.strategy import decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
-from sdit.plan.layout import Job
+from sdit.planner.layout import Job
 
 Mode = Literal["tokens", "weights", "auto"]
 MODES: tuple[Mode, ...] = ("tokens", "weights", "auto")

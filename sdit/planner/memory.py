@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sdit.config import ModelConfig
-from sdit.plan.layout import Group, Job
-from sdit.plan.traffic import Exchange
+from sdit.planner.layout import Group, Job
+from sdit.planner.traffic import Exchange
 
 MOMENTS = {"adamw": 2, "sgd": 0}
 DeviceKind = Literal["cuda", "cpu"]

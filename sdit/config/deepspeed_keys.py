@@ -1,6 +1,6 @@
 """The keys of DeepSpeed 0.19.8's JSON, and what sdit does with each: pass it, compare it with the config, or refuse it.
 
-`python -m sdit.deepspeed_keys` prints the tables of docs/deepspeed-json.md.
+`python -m sdit.config.deepspeed_keys` prints the tables of docs/deepspeed-json.md.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdit.checked_files import open_regular, parse_json, read_bytes
+from sdit.checkpoint.manifest import check_manifest
 from sdit.errors import CheckpointError
 from sdit.files import fsync
 from sdit.safetensors_file import Header, TensorEntry, read_header, stream_tensors
-from sdit.train.checkpoint.manifest import check_manifest
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 import sdit
+from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.load import Weights, checkpoint_parts, fill_part, find_trained, load_model
+from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
 from sdit.errors import CheckpointError
@@ -20,9 +23,6 @@ from sdit.files import replacing
 from sdit.interop import published_buffers, to_published, write_published_file
 from sdit.model import DiffusionTransformer, build_model
 from sdit.safetensors_file import TensorEntry, stream_tensors
-from sdit.train.checkpoint.files import ShardSet, manifest_files
-from sdit.train.checkpoint.load import Weights, checkpoint_parts, fill_part, find_trained, load_model
-from sdit.train.clock import Clock
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 Parts = Callable[[], Iterator[Tensor]]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sdit.plan.flops import flops_per_image
-from sdit.plan.layout import Job
-from sdit.plan.memory import DeviceKind, Memory, checkpoint_bytes
-from sdit.plan.traffic import Exchange, RouteKind, gradient_traffic_bytes
+from sdit.model.flops import flops_per_image
+from sdit.planner.layout import Job
+from sdit.planner.memory import DeviceKind, Memory, checkpoint_bytes
+from sdit.planner.traffic import Exchange, RouteKind, gradient_traffic_bytes
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was found; `room_bytes` is what a rank may use (None: not asked), `advice` the knob if it does not fit."""
+    """All that was found; `room_bytes` is what a rank may use (None: not asked), `advice` the remedy if it does not fit."""
 
     job: Job
     memory: Memory

@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sdit.config import Config
+from sdit.config.paths import escape_path, expand_path
+from sdit.config.schema import Config
+from sdit.config.sections import PATH_MARK
+from sdit.config.yaml_text import MAX_KEY, Document, YamlProblem, dump_yaml, parse_yaml
 from sdit.errors import ConfigError
-from sdit.paths import escape_path, expand_path
 from sdit.redact import HIDDEN, holds_credential, redact, without_credentials
-from sdit.sections import PATH_MARK
 from sdit.textfile import read_text, text_problem
-from sdit.yamltext import MAX_KEY, Document, YamlProblem, dump_yaml, parse_yaml
 
 COMMAND_LINE = "command line"
 SHOWN_CHARACTERS = 80  # of a wrong value

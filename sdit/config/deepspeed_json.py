@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdit.config import Config
-from sdit.deepspeed_keys import (
+from sdit.config.deepspeed_keys import (
     KEYS,
     SCHEDULE,
     Block,
@@ -25,6 +24,7 @@ from sdit.deepspeed_keys import (
     is_one_of,
     rules,
 )
+from sdit.config.schema import Config
 from sdit.errors import ConfigError
 from sdit.redact import holds_credential, redact
 from sdit.textfile import read_text, text_problem

@@ -15,14 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sdit.config import CheckpointConfig
-from sdit.distributed.comm import Comm
-from sdit.distributed.shards import Shard
-from sdit.errors import CheckpointError
-from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans, spans_of
-from sdit.files import fsync, replace_text
-from sdit.supervise.run_folder import RunFolder
-from sdit.train.checkpoint.files import (
+from sdit.checkpoint.files import (
     FORMAT,
     FileRecord,
     ShardSet,
@@ -32,6 +25,13 @@ from sdit.train.checkpoint.files import (
     write_manifest,
     write_shard,
 )
+from sdit.config import CheckpointConfig
+from sdit.distributed.comm import Comm
+from sdit.distributed.shards import Shard
+from sdit.errors import CheckpointError
+from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans, spans_of
+from sdit.files import fsync, replace_text
+from sdit.supervise.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"images-(\d{12})")

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdit.checkpoint.files import FileRecord
+from sdit.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
-from sdit.train.checkpoint.files import FileRecord
-from sdit.train.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 
 MAX_FAILURES = 3
 Saved = Callable[[Path, float], None]

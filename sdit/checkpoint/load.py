@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from sdit.checked_files import parse_json
-from sdit.config import Config
-from sdit.configfile import load_config, parse_stored_config
+from sdit.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
+from sdit.checkpoint.store import Found, find_checkpoint
+from sdit.clock import Clock
+from sdit.config import Config, load_config, parse_stored_config
 from sdit.data.classes import Classes
 from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import SUFFIXES, load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
 from sdit.safetensors_file import read_header
-from sdit.train.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
-from sdit.train.checkpoint.store import Found, find_checkpoint
-from sdit.train.clock import Clock
 
 Weights = Literal["ema", "weight"]  # the averaged weights, or those of the last step
 

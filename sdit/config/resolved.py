@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sdit.config import Config
-from sdit.dsconfig import merge_deepspeed, zero_stage
+from sdit.config.deepspeed_json import merge_deepspeed, zero_stage
+from sdit.config.schema import Config
 from sdit.errors import ConfigError
 from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
 

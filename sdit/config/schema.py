@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from sdit.sections import (
+from sdit.config.sections import (
     CheckpointConfig,
     ObserveConfig,
     PathText,

@@ -1,0 +1,74 @@
+"""The settings of a run: schema, YAML files and overrides, the DeepSpeed JSON, and the resolved run. No torch.
+
+Other parts of sdit import from this package, not from its modules.
+"""
+
+from sdit.config.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from sdit.config.loading import (
+    config_keys,
+    config_manual,
+    describe_error,
+    dump_config,
+    is_path,
+    load_config,
+    parse_config,
+    parse_stored_config,
+    read_yaml,
+    shown,
+)
+from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
+from sdit.config.schema import (
+    SIZES,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    DtrConfig,
+    EmaConfig,
+    ExpertsConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PriorConfig,
+    SampleConfig,
+    SuperviseConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "SIZES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "DtrConfig",
+    "EmaConfig",
+    "ExpertsConfig",
+    "ModelConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PriorConfig",
+    "ResolvedRun",
+    "SampleConfig",
+    "SuperviseConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "check_trainable",
+    "config_keys",
+    "config_manual",
+    "describe_error",
+    "dump_config",
+    "is_path",
+    "largest_world",
+    "load_config",
+    "merge_deepspeed",
+    "parse_config",
+    "parse_stored_config",
+    "read_deepspeed_json",
+    "read_yaml",
+    "resolve_run",
+    "shown",
+]
