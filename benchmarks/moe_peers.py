@@ -111,9 +111,9 @@ class GatedExpertParallel(ExpertParallel):
         batch = plan_batch(config.train.global_batch, None, case.ranks)
         super().__init__(config.model, config.parallel, batch, comm, case.ranks, ELEMENT_BYTES["fp32"], config.seed)
         self._gate = gate
-        better = self.better_placement(placement_due=True, is_first=True)
+        better = self.rebalancer.better_placement(gate.routes, placement_due=True, is_first=True)
         if better is not None:
-            self.placement = better[0]
+            self.placed.placement = better[0]
 
     @property
     def table(self) -> RoutingTable:
@@ -124,7 +124,7 @@ def sharded_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "w
     """Our layer. A step holds its plan for the one block, its gates, and the exchange."""
     gate = TaskGate(case)
     parallel = GatedExpertParallel(case, comm, exchange, gate)
-    ids = parallel.placement.experts_of_rank[0][parallel.group.ep_rank]
+    ids = parallel.placed.placement.experts_of_rank[0][parallel.group.ep_rank]
     local = build_experts(case.config(exchange).model.experts, case.width, ids)
     experts = ShardedExperts(_randomised(local), case.experts, case.ranks)
     index = np.arange(comm.rank, case.ranks * case.batch, case.ranks)
@@ -136,7 +136,7 @@ def sharded_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "w
         parallel.begin_micro_step(0, loaded)
         return mixture(parallel.forward_pass(torch.from_numpy(tasks[index])), z, gate, experts)
 
-    replicated = int(parallel.placement.replicated.sum())
+    replicated = int(parallel.placed.placement.replicated.sum())
     return Layer(exchange, forward, [*experts.parameters(), *gate.linear.parameters()], replicated=replicated)
 
 

@@ -14,7 +14,7 @@ from sdit.config import SampleConfig
 from sdit.data.dataset import PreparedFolder
 from sdit.data.pixels import to_pixels
 from sdit.evaluate.classifier import trained_features
-from sdit.evaluate.generate import generate
+from sdit.evaluate.generate import Generator
 from sdit.evaluate.images import LabelledImages
 from sdit.evaluate.metrics import frechet_distance
 from sdit.evaluate.statistics import statistics_of
@@ -50,7 +50,7 @@ class Scorer:
     def _draw(self, trained: Trained, images: int) -> Iterator[np.ndarray]:
         """(n, H, W, C) uint8 pixels at a time."""
         labels = np.resize(np.array(trained.classes.labels, dtype=np.int64), images)
-        return map(to_pixels, generate(trained, self._settings(trained), labels, batch=100))
+        return map(to_pixels, Generator(trained, self._settings(trained), batch=100).images(labels))
 
     def _settings(self, trained: Trained) -> SampleConfig:
         values = trained.config.sample.model_dump() | {"sampler": SAMPLER, "steps": self._scale.sampler_steps}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sdit.cli.parser import Parser
 from sdit.cli.presets import CONFIGS, DEEPSPEED, preset_file, presets
-from sdit.cli.process import exit_status
+from sdit.cli.process import command
 from sdit.errors import ConfigError, ExitCode
 
 
@@ -32,12 +32,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             out_help = "file to write (default: NAME.yaml or NAME.json, here)"
             action.add_argument("--out", type=Path, metavar="FILE", help=out_help)
     return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the process's exit status."""
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,3 +67,6 @@ def _copy(preset: Path, target: Path) -> None:
             file.write(preset.read_text(encoding="utf-8"))
     except FileExistsError:
         raise ConfigError(f"--out: {target} exists already; legal: a file that does not exist") from None
+
+
+main = command(parse, run)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdit.caches import run_caches, use_cache
-from sdit.cli.parser import Parser
-from sdit.cli.process import exit_status
+from sdit.cli.parser import Parser, add_weights_option
+from sdit.cli.process import command
 from sdit.cli.progress import progress_bar
 from sdit.errors import ConfigError, DataError, ExitCode
 
@@ -30,13 +30,8 @@ COLUMNS = 8
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("demo", __doc__)
     parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--weights", choices=("ema", "weight"), default="ema", help="averaged weights or the last ones")
+    add_weights_option(parser.add_argument)
     return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import find_rank, set_threads
-    from sdit.evaluate.generate import generate
+    from sdit.evaluate.generate import Generator
     from sdit.model import solve_assignment
     from sdit.observe.routing_figures import routing_map
     from sdit.observe.sample_grids import save_grid
@@ -62,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
     labels = np.repeat(np.arange(10, dtype=np.int64), PER_CLASS)
     with progress_bar("step", f"{len(labels)} digits") as show:
-        images = np.concatenate(list(generate(trained, trained.config.sample, labels, progress=show)))
+        images = np.concatenate(list(Generator(trained, trained.config.sample).images(labels, progress=show)))
     shown = np.arange(len(labels)) % PER_CLASS < COLUMNS
     save_grid(folder / "grid.png", images[shown], COLUMNS)
     print(f"samples: {folder / 'grid.png'}")
@@ -90,3 +85,6 @@ def judge(run_dir: Path, images: np.ndarray, labels: np.ndarray) -> int:
     if not report.good:
         raise DataError(f"{run_dir}: the samples are not good enough; train longer, such as train.steps=4000")
     return ExitCode.DONE
+
+
+main = command(parse, run)

@@ -4,9 +4,9 @@
   deepspeed --num_gpus 2 launcher/doctor.py        the ranks of a launch; likewise torchrun, mpirun, srun
   srun sdit doctor --run-dir RUN --json            several nodes: with MASTER_ADDR set, as cluster/train.sbatch does
 
-The ranks meet over plain TCP at MASTER_ADDR:MASTER_PORT, which names who is missing; then the process group of the
-training is made and measured: latency and bandwidth between all pairs (beyond 16 ranks between ranks 1, 2, 4, ... apart),
-all-reduce, all-to-all. Rank 0 prints a table.
+The ranks first connect to a store at MASTER_ADDR:MASTER_PORT, which shows who is missing, and try each other's ports. Then
+they make a process group as the training does, and measure it: latency and bandwidth between all pairs (beyond 16 ranks
+between ranks 1, 2, 4, ... apart), all-reduce, all-to-all. Rank 0 prints a table.
 Exit status, the same on all ranks that met: 0 all well; 64 wrong command line; 70 ranks missing, unreachable, or clocks apart
 (worth another try); 78 different versions, no room, wrong variables (not worth one).
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdit.cli.parser import Parser, add_rank_option
-from sdit.cli.process import exit_status, status_of
+from sdit.cli.process import command, status_of
 from sdit.doctor.checks import (
     GIB,
     Check,
@@ -37,14 +36,13 @@ from sdit.doctor.checks import (
     check_reach,
     exit_code_of,
     fabric_checks,
-    local_facts,
 )
-from sdit.doctor.connection import Endpoint, RendezvousError
+from sdit.doctor.connection import find_endpoint
+from sdit.doctor.facts import local_facts
 from sdit.doctor.rendezvous import Rendezvous
-from sdit.errors import ConfigError, ExitCode
+from sdit.errors import ExitCode
 from sdit.launch_environment import RankInfo, find_rank
-
-DEFAULT_PORT = "29500"  # as torchrun has it
+from sdit.supervise.coordinator import free_port
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,44 +64,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
-
-
 def run(options: argparse.Namespace) -> int:
     info = find_rank(os.environ)
     if info.world == 1:
         facts = {0: local_facts(info, options.run_dir) | {"clock_offset_seconds": 0.0}}
-        checks = [
-            check_attendance(facts, 1, 0),
-            *check_last_launch(options.run_dir),
-            *check_facts(facts, limits(options)),
-        ]
-        return examine_fabric(info, options, checks, facts)
-    place = find_place(info, os.environ, options.timeout_seconds)
-    facts = {}
-    checks = []
-    with Rendezvous(info, place, options.timeout_seconds) as rendezvous:
-        mine = local_facts(info, options.run_dir) | {"clock_offset_seconds": rendezvous.clock_offset_seconds()}
-        endpoints = rendezvous.gather(mine, rendezvous.port)
-        if info.rank == 0:
-            facts = rendezvous.values(0)
-            checks = [check_attendance(facts, info.world, options.timeout_seconds), *check_last_launch(options.run_dir)]
-            checks += check_facts(facts, limits(options))
-        if len(endpoints) < info.world:
-            report(info, options, checks, facts, None)
-            return int(rendezvous.agree(int(exit_code_of(checks))))
-        tried = rendezvous.try_peers(
-            {rank: (endpoint["address"], endpoint["public"]) for rank, endpoint in endpoints.items()}
-        )
-        answers = {rank: endpoint["public"] for rank, endpoint in rendezvous.gather(None, tried).items()}
-        if info.rank == 0:
-            checks.append(check_reach(facts, answers, info.world))
-        if len(answers) < info.world or any(problem for rows in answers.values() for _, _, problem in rows):
+        return examine_fabric(info, options, examine_facts(info, options, facts), facts)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch logs a stack for each error that is reported here
+    with Rendezvous(info, find_endpoint(info, os.environ), options.timeout_seconds) as rendezvous:
+        listeners = rendezvous.attend()
+        mine = local_facts(info, options.run_dir)
+        facts = rendezvous.gather(mine | {"clock_offset_seconds": rendezvous.clock_offset_seconds()})
+        checks = examine_facts(info, options, facts)
+        tried = {}
+        if rendezvous.from_first(len(facts) == info.world):
+            tried = rendezvous.gather(rendezvous.try_peers(listeners))
+            checks += [check_reach(facts, tried, info.world)] if info.rank == 0 else []
+        can_connect = len(tried) == info.world and not any(problem for rows in tried.values() for _, problem in rows)
+        if not rendezvous.from_first(can_connect):
             report(info, options, checks, facts, None)  # no process group could be made either
-            return int(rendezvous.agree(int(exit_code_of(checks))))
+            return int(rendezvous.from_first(int(exit_code_of(checks))))
+        if not rendezvous.endpoint.has_agent:  # the store holds MASTER_PORT
+            os.environ["MASTER_PORT"] = str(rendezvous.from_first(free_port(None)))
     return examine_fabric(info, options, checks, facts)
+
+
+def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Mapping[int, Mapping[str, Any]]) -> list[Check]:
+    """Return the checks on what the ranks know about themselves, on rank 0; none on the others."""
+    if info.rank:
+        return []
+    limits = Limits(options.min_disk_gib * GIB, options.min_shm_gib * GIB, options.max_clock_skew_seconds)
+    attendance = check_attendance(facts, info.world, options.timeout_seconds)
+    return [attendance, *check_last_launch(options.run_dir), *check_facts(facts, limits)]
 
 
 def examine_fabric(
@@ -152,42 +143,6 @@ def report(
             print(f"error: {check.name}: {check.problem}", file=sys.stderr, flush=True)
 
 
-def find_place(info: RankInfo, environment: Mapping[str, str], timeout_seconds: float) -> Endpoint:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT, or what the launcher has in their place."""
-    if "MASTER_PORT" not in environment and info.source in ("Open MPI", "MPICH or Intel MPI"):
-        from sdit.distributed.fabric import place_from_mpi
-
-        host = "127.0.0.1" if info.local_world == info.world else socket.gethostname()
-        return Endpoint(*place_from_mpi(environment.get("MASTER_ADDR", host), free_port()))
-    host = environment.get("MASTER_ADDR", "127.0.0.1" if info.local_world == info.world else "")
-    port = environment.get("MASTER_PORT", DEFAULT_PORT)
-    if not host:
-        raise ConfigError(f"MASTER_ADDR: is not set ({info.describe()}); legal: name or address of rank 0's host")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        what = f"{port!r} is not legal" if port else "is not set"
-        raise ConfigError(f"MASTER_PORT: {what} ({info.describe()}); legal: a free port of rank 0's host, 1..65535")
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from sdit.distributed.fabric import port_from_agent
-
-        try:
-            return Endpoint(host, port_from_agent(info, environment, free_port(), timeout_seconds))
-        except RuntimeError as error:
-            raise RendezvousError(
-                f"torchrun's agent at {host}:{port} does not answer ({str(error).splitlines()[0]})"
-            ) from None
-    return Endpoint(host, int(port))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def limits(options: argparse.Namespace) -> Limits:
-    return Limits(options.min_disk_gib * GIB, options.min_shm_gib * GIB, options.max_clock_skew_seconds)
-
-
 def _positive(text: str) -> float:
     try:
         value = float(text)
@@ -197,6 +152,8 @@ def _positive(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0")
     return value
 
+
+main = command(parse, run)
 
 if __name__ == "__main__":
     os._exit(status_of(main))  # threads of a failed process group may wait for ranks that are gone

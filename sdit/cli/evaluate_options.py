@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sdit.cli.parser import Parser, add_rank_option, positive_int
-from sdit.cli.sampling import add_model_options, add_sampler_options
-
-TRAINED = "trained"
+from sdit.cli.parser import Parser, positive_int
+from sdit.cli.sampling import add_cost_options, add_model_options, add_sampler_options, check_suffixes
+from sdit.evaluate.request import TRAINED, EvaluationRequest
 
 EPILOG = """\
 references: a folder of prepared images, a folder of image files (subfolders are classes), `digits`, an npz of images
@@ -59,13 +59,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     target("--npz", type=Path, metavar="NPZ", help="also keep the drawn images, with labels")
     target("--save-reference", type=Path, metavar="NPZ", help="write the reference's statistics")
     cost = parser.add_argument_group("at what cost").add_argument
-    cost("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
     cost("--block", type=positive_int, default=1024, metavar="N", help="images a kill can lose (default: 1024)")
-    cost("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
-    add_rank_option(cost)
+    add_cost_options(cost)
     options = parser.parse_args(arguments)
     _check_words(parser, options)
     return options
+
+
+def request_of(options: argparse.Namespace) -> EvaluationRequest:
+    """Return what the command line asks for. Raises: ConfigError."""
+    return EvaluationRequest(**{field.name: getattr(options, field.name) for field in fields(EvaluationRequest)})
 
 
 def _add_reference_options(add: Callable[..., Any]) -> None:
@@ -94,7 +97,4 @@ def _check_words(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--size goes with --samples or --save-reference; a run decides the size of what it draws")
     if options.npz and not options.checkpoint:
         parser.error("--npz goes with --checkpoint")
-    for name, suffix in (("out", ".json"), ("npz", ".npz"), ("save_reference", ".npz")):
-        path = getattr(options, name)
-        if path is not None and path.suffix != suffix:
-            parser.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
+    check_suffixes(parser, options, out=".json", npz=".npz", save_reference=".npz")

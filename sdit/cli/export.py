@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sdit.cli.parser import Parser
-from sdit.cli.process import exit_status
+from sdit.cli.parser import Parser, add_weights_option
+from sdit.cli.process import command
 from sdit.cli.progress import progress_bar
 from sdit.errors import ExitCode
 
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="run folder (its newest good checkpoint) or checkpoint folder",
     )
     add("--out", type=Path, required=True, metavar="FILE", help="file to write: .safetensors, or .pt")
-    add("--weights", choices=("ema", "weight"), default="ema", help="averaged weights or the last ones (default: ema)")
+    add_weights_option(add)
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -42,11 +42,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out.suffix not in (".safetensors", ".pt", ".pth"):
         parser.error(f"--out: {options.out} does not end in .safetensors, .pt or .pth")
     return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -64,3 +59,6 @@ def run(options: argparse.Namespace) -> int:
     size = options.out.stat().st_size
     print(f"{options.out}: {facts['variant']}, {facts['weights']} after {facts['images_seen']} images, {size} bytes")
     return ExitCode.DONE
+
+
+main = command(parse, run)

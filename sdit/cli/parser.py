@@ -107,6 +107,11 @@ def add_config_option(add: Callable[..., Any], text: str, default: str | None = 
 def add_trained_options(add: Callable[..., Any]) -> None:
     """Add `--config` and `--weights`, which say how a checkpoint is read."""
     add_config_option(add, "config of a published file that does not carry its own")
+    add_weights_option(add)
+
+
+def add_weights_option(add: Callable[..., Any]) -> None:
+    """Add `--weights`, which says which weights of a checkpoint are read."""
     add("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from sdit.cli.parser import OVERRIDE, Parser, add_deepspeed_options
 from sdit.cli.presets import DEFAULT_DEEPSPEED, config_file, deepspeed_file
-from sdit.cli.process import exit_status
+from sdit.cli.process import command
 from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
 from sdit.errors import ExitCode
 
@@ -53,11 +53,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -111,3 +106,6 @@ def _size(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number of GiB from 0")
     return value
+
+
+main = command(parse, run)

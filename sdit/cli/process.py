@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -55,6 +56,18 @@ def leave(code: int) -> NoReturn:
     if "mpi4py.MPI" in sys.modules and code != ExitCode.REQUEUE:
         sys.exit(code)
     os._exit(code)
+
+
+def command(
+    parse: Callable[[list[str] | None], argparse.Namespace], run: Callable[[argparse.Namespace], int]
+) -> Callable[..., int]:
+    """Return the `main` of a command: it parses the arguments (None: those of the process), runs, and returns the exit status."""
+
+    def main(arguments: list[str] | None = None) -> int:
+        options = parse(arguments)
+        return exit_status(lambda: run(options))
+
+    return main
 
 
 def exit_status(action: Callable[[], int]) -> int:

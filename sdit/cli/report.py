@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser
-from sdit.cli.process import exit_status
+from sdit.cli.process import command
 from sdit.errors import ExitCode
 from sdit.files import replace_text
 
@@ -37,11 +37,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
-
-
 def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.runs[0]))
     from sdit.report import build_page, read_runs  # slow imports: not for --help
@@ -55,3 +50,6 @@ def run(options: argparse.Namespace) -> int:
     replace_text(options.out, page)
     print(f"{options.out} ({len(page.encode()) / 1e6:.2f} MB)")
     return ExitCode.DONE
+
+
+main = command(parse, run)

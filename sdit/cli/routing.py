@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser, add_trained_options
-from sdit.cli.process import exit_status
+from sdit.cli.process import command
 from sdit.errors import CheckpointError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -42,11 +42,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out.suffix != ".png":
         parser.error(f"--out: {options.out} does not end in .png")
     return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -101,3 +96,6 @@ def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
     capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
     batches = np.random.default_rng(config.seed).integers(0, probs.shape[1], (DRAWS, config.train.global_batch))
     return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)
+
+
+main = command(parse, run)

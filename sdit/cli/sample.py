@@ -15,15 +15,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import Parser, add_rank_option, positive_int
-from sdit.cli.process import exit_status, run_command
+from sdit.cli.parser import Parser, positive_int
+from sdit.cli.process import command, run_command
 from sdit.cli.progress import progress_bar
-from sdit.cli.sampling import SETTINGS, add_model_options, add_sampler_options, chosen_settings
+from sdit.cli.sampling import (
+    SETTINGS,
+    add_cost_options,
+    add_model_options,
+    add_sampler_options,
+    check_suffixes,
+    find_launch,
+    open_generator,
+)
 from sdit.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
     from sdit.checkpoint.load import Trained
     from sdit.config import SampleConfig
-    from sdit.train.decode import LatentDecoder
+    from sdit.evaluate.generate import Generator
 
 MAX_COLUMNS = 20
 
@@ -73,52 +80,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     draw("--labels", type=_label_list, action="append", metavar="LIST", help=labels_help)
     add_sampler_options(draw)
     cost = parser.add_argument_group("at what cost").add_argument
-    cost("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
-    cost("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
-    add_rank_option(cost)
+    add_cost_options(cost)
     options = parser.parse_args(arguments)
     if not (options.out or options.npz or options.raw):
         parser.error("nothing to write; give --out, --npz or --raw")
-    for name, suffix in (("out", ".png"), ("npz", ".npz"), ("raw", ".npy")):
-        path = getattr(options, name)
-        if path is not None and path.suffix != suffix:
-            parser.error(f"--{name}: {path} does not end in {suffix}")
+    check_suffixes(parser, options, out=".png", npz=".npz", raw=".npy")
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: run(options))
-
-
 def run(options: argparse.Namespace) -> int:
-    import torch  # seconds to import: not for --help and wrong command lines
+    from sdit.observe.image_files import ImageFiles  # torch takes seconds to import: not for --help
+    from sdit.train.decode import draws_latents
 
-    from sdit.checkpoint.load import load_trained
-    from sdit.distributed.comm import Comm, find_rank, set_threads
-    from sdit.evaluate.generate import generate
-    from sdit.observe.image_files import ImageFiles
-    from sdit.train.decode import draws_latents, latent_decoder
-
-    info = find_rank(os.environ)
-    set_threads(info, options.threads)
+    info = find_launch(options)
     with ExitStack() as stack:
-        comm = stack.enter_context(Comm(info)) if info.world > 1 else None
-        device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
-        trained = load_trained(options.checkpoint, options.weights, options.config, device)
-        settings = chosen_settings(trained.config, options)
+        generator = stack.enter_context(open_generator(options, info))
+        trained, settings = generator.trained, generator.settings
         labels, columns = chosen_labels(trained, settings, options)
-        decoder = latent_decoder(trained.config, options.vae, device)
         latents, grid, npz = None, options.out, options.npz
-        if decoder is None and draws_latents(trained.config) and (grid or npz):
+        if generator.decoder is None and draws_latents(trained.config) and (grid or npz):
             latents, grid, npz = npz or grid.with_suffix(".npz"), None, None
-        files = None
+        files = show = None
         if info.rank == 0:
-            facts = image_facts(trained, options.weights, settings, labels, decoder)
+            facts = image_facts(generator, options.weights, labels)
             scale = trained.config.data.latent_scale
             files = stack.enter_context(ImageFiles(grid, npz, options.raw, labels, columns, facts, latents, scale))
-        show = stack.enter_context(progress_bar("step", f"{len(labels)} images")) if files is not None else None
-        for images in generate(trained, settings, labels, comm, options.batch, show, decode=decoder):
+            show = stack.enter_context(progress_bar("step", f"{len(labels)} images"))
+        for images in generator.images(labels, progress=show):
             if files is not None:
                 files.add(images)
     if info.rank == 0:
@@ -130,12 +118,11 @@ def run(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def image_facts(
-    trained: Trained, weights: str, settings: SampleConfig, labels: np.ndarray, decoder: LatentDecoder | None
-) -> dict[str, Any]:
-    """Return how images were drawn, for the text chunks of a PNG."""
+def image_facts(generator: Generator, weights: str, labels: np.ndarray) -> dict[str, Any]:
+    """Return how images were sampled, for the text chunks of a PNG."""
+    trained, decoder = generator.trained, generator.decoder
     facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": weights}
-    facts |= settings.model_dump(include=set(SETTINGS))
+    facts |= generator.settings.model_dump(include=set(SETTINGS))
     facts["labels"] = ", ".join(map(trained.classes.describe, dict.fromkeys(labels.tolist())))
     if decoder is not None:
         facts |= {"vae_sha256": decoder.digest, "latent_scale": trained.config.data.latent_scale}
@@ -170,6 +157,8 @@ def _label_list(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
+
+main = command(parse, run)
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,25 +1,24 @@
-"""Options that `sdit sample` and `sdit evaluate` share: which trained model, and how images are drawn from it."""
+"""What `sdit sample` and `sdit evaluate` share: which trained model samples images, how, and on which ranks."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import add_trained_options
+from sdit.cli.parser import Parser, add_rank_option, add_trained_options, positive_int
 from sdit.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdit.config import Config, SampleConfig
+    from sdit.evaluate.generate import Generator
+    from sdit.launch_environment import RankInfo
 
-SETTINGS = (
-    "sampler",
-    "steps",
-    "guidance",
-    "guided_channels",
-    "seed",
-)  # options that replace keys of the section sample
+# Options that replace keys of the section `sample`.
+SETTINGS = ("sampler", "steps", "guidance", "guided_channels", "seed")
 
 
 def add_model_options(add: Callable[..., Any]) -> None:
@@ -36,6 +35,50 @@ def add_sampler_options(add: Callable[..., Any]) -> None:
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
     add("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
     add("--seed", type=int, metavar="N", help="seed of all noise")
+
+
+def add_cost_options(add: Callable[..., Any]) -> None:
+    """Add `--batch`, `--threads` and the launchers' option."""
+    add("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
+    add_rank_option(add)
+
+
+def check_suffixes(parser: Parser, options: argparse.Namespace, **suffixes: str) -> None:
+    """End with a usage error if the file of an option has another suffix than the one given for the option."""
+    for name, suffix in suffixes.items():
+        path = getattr(options, name)
+        if path is not None and path.suffix != suffix:
+            parser.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
+
+
+def find_launch(options: argparse.Namespace) -> RankInfo:
+    """Return this process's rank, and give it its share of the cores. Raises: ConfigError."""
+    from sdit.distributed.comm import find_rank, set_threads
+
+    info = find_rank(os.environ)
+    set_threads(info, options.threads)
+    return info
+
+
+@contextmanager
+def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Generator]:
+    """Load the model and the decoder of the command line on all ranks, which are connected inside the `with`.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    import torch
+
+    from sdit.checkpoint.load import load_trained
+    from sdit.distributed.comm import Comm
+    from sdit.evaluate.generate import Generator
+    from sdit.train.decode import latent_decoder
+
+    with Comm(info) if info.world > 1 else nullcontext() as comm:
+        device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        trained = load_trained(options.checkpoint, options.weights, options.config, device)
+        settings = chosen_settings(trained.config, options)
+        yield Generator(trained, settings, latent_decoder(trained.config, options.vae, device), comm, options.batch)
 
 
 def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig:

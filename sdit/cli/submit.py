@@ -24,7 +24,7 @@ from sdit.cli.batch_script import Allocation, render
 from sdit.cli.checkout import ROOT, checkout
 from sdit.cli.parser import Parser, add_config_option, add_deepspeed_options
 from sdit.cli.presets import DEFAULT_CONFIG, DEFAULT_DEEPSPEED, deepspeed_file
-from sdit.cli.process import exit_status
+from sdit.cli.process import command
 from sdit.config import config_manual, dump_config, load_config, read_deepspeed_json, resolve_run, shown
 from sdit.errors import ConfigError, ExitCode, SditError
 from sdit.redact import holds_credential, is_secret_name
@@ -68,11 +68,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.ds_config = options.ds_config or deepspeed_file(DEFAULT_DEEPSPEED)
     return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: submit(options))
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -202,3 +197,6 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> st
     if result.returncode:
         raise SditError(f"{shlex.join(command[:1])} failed: {' '.join(result.stderr.split())}")
     return result.stdout.strip()
+
+
+main = command(parse, submit)

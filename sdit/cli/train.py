@@ -41,7 +41,8 @@ from sdit.config import (
 )
 from sdit.launch_environment import find_rank
 from sdit.output import divert_output
-from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.job import Job
+from sdit.supervise.start import supervise
 from sdit.supervise.worker import WorkerContext
 
 if TYPE_CHECKING:

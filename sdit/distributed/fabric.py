@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sdit.distributed.comm import Comm
-from sdit.launch_environment import RankInfo
 
 ALL_PAIRS_RANKS = 16
 PING_BYTES, PINGS = 8, 10
@@ -74,16 +72,6 @@ def describe_device(device: torch.device) -> str:
         return "CPU"
     facts = torch.cuda.get_device_properties(device)
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
-
-
-def port_from_agent(info: RankInfo, environment: Mapping[str, str], propose: int, timeout_seconds: float) -> int:
-    """Under torchrun MASTER_PORT is its agent's own: return the port that rank 0 proposes through the agent."""
-    place = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
-    store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False)
-    key = f"sdit/doctor/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if info.rank == 0:
-        store.set(key, str(propose))
-    return int(store.get(key))
 
 
 def place_from_mpi(address: str, port: int) -> tuple[str, int]:

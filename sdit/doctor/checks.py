@@ -1,25 +1,17 @@
-"""The checks of the doctor: facts of every rank, checks on them, and a table of both."""
+"""The checks of the doctor on the facts of all ranks, and a table of both."""
 
 from __future__ import annotations
 
 import os
-import platform
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import sdit
 from sdit.errors import ExitCode
-from sdit.files import free_bytes
-from sdit.launch_environment import RankInfo
 from sdit.supervise.unfinished import last_launch
 
-PACKAGES = ("torch", "deepspeed", "fairscale", "mpi4py", "numpy", "safetensors", "webdataset")
-SHM = Path("/dev/shm")
 GIB = 2**30
 SHOWN_PAIRS = 6
 
@@ -41,65 +33,6 @@ class Check:
     found: str
     problem: str = ""
     exit_code: ExitCode = ExitCode.DONE
-
-
-def local_facts(info: RankInfo, run_dir: Path) -> dict[str, Any]:
-    """Return what a rank knows about itself without torch, as JSON types."""
-    folder = _nearest(run_dir)
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "found_by": info.source,
-        "local_rank": info.local_rank,
-        "versions": {"python": platform.python_version(), "sdit": sdit.__version__, **_package_versions()},
-        "cores": len(os.sched_getaffinity(0)),
-        "folder": str(folder),
-        "disk_free_bytes": free_bytes(folder),
-        "folder_problem": _write_problem(folder),
-        "shm_free_bytes": free_bytes(SHM) if SHM.is_dir() else 0,
-        "loopback_name": _resolves_to_loopback(),
-    }
-
-
-def _package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
-
-
-def _write_problem(folder: Path) -> str:
-    """Why no file can be written in the folder; empty if one can."""
-    probe = folder / f".sdit-doctor-{socket.gethostname()}-{os.getpid()}"
-    try:
-        with probe.open("wb") as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return str(error.strerror)
-    finally:
-        probe.unlink(missing_ok=True)
-    return ""
-
-
-def _resolves_to_loopback() -> bool:
-    """Whether this host's own name leads to 127.x, which gloo would then announce to the other hosts."""
-    try:
-        return socket.gethostbyname(socket.gethostname()).startswith("127.")
-    except OSError:
-        return False
 
 
 def check_attendance(came: Mapping[int, Mapping[str, Any]], world: int, timeout_seconds: float) -> Check:
@@ -193,7 +126,7 @@ def check_reach(
     facts: Mapping[int, Mapping[str, Any]], tried: Mapping[int, Sequence[Sequence[Any]]], world: int
 ) -> Check:
     """Check that ranks can connect to one another on ports that the system picks, as gloo and NCCL do."""
-    attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, _, problem in rows]
+    attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, problem in rows]
     failed = [(rank, peer, problem) for rank, peer, problem in attempts if problem]
     silent = [rank for rank in range(world) if rank not in tried]
     found = f"{len(attempts) - len(failed)} of {len(attempts)} connections between ranks"

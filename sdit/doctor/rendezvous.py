@@ -1,43 +1,30 @@
-"""All ranks of a launch meet over plain sockets, before any library does: who came, from where, by which clock.
-
-Rank 0 listens at MASTER_ADDR:MASTER_PORT, every rank (0 too) connects. Messages are JSON, one a line; nothing is executed.
-"""
+"""The ranks of a launch exchange facts through a TCPStore, so that a missing rank is named before a process group is made."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import os
 import socket
-import threading
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sdit.doctor.connection import (
     ATTEMPT_SECONDS,
-    HELLO,
-    Connection,
     Endpoint,
-    Listener,
+    PeerListener,
     RendezvousError,
-    accepted,
-    close_listener,
-    explain,
+    listen,
+    listen_address,
+    peer_problem,
+    probe,
 )
-from sdit.launch_environment import RankInfo, is_loopback
+from sdit.launch_environment import RankInfo
 
-RETRY_SECONDS = 0.2
 CLOCK_PROBES = 8
-ALL_PAIRS_RANKS = 16  # up to here every rank is tried by every other
-
-
-class Reached(NamedTuple):
-    """Another rank as this one tried it: `problem` is empty if it answered, after `seconds`."""
-
-    rank: int
-    seconds: float
-    problem: str
+ALL_PAIRS_RANKS = 16  # up to this number each rank tries all others
+Addressed = tuple[str, int]  # address and port of a rank's PeerListener
 
 
 def read_clock(environment: Mapping[str, str], rank: int) -> float:
@@ -60,217 +47,131 @@ def try_seconds(world: int) -> float:
 
 
 class Rendezvous:
-    """The connection of one rank to rank 0. Every rank calls the same methods in the same order.
+    """A rank's side of the exchange. Every rank calls the same methods in the same order; each call has a time limit.
 
-    Raises: RendezvousError, naming the endpoint and the reason, once `timeout_seconds` are over.
+    `present`: the ranks that came and have answered since; only rank 0 keeps it up to date.
+
+    Raises: RendezvousError, naming the endpoint and the reason: after `timeout_seconds` if the port cannot be reached, and
+    after as long again if the store does not answer.
     """
 
     def __init__(self, info: RankInfo, endpoint: Endpoint, timeout_seconds: float) -> None:
         self.info, self.endpoint, self.timeout_seconds = info, endpoint, timeout_seconds
-        self._stack = contextlib.ExitStack()
-        self.server: _Server | None = None
+        self.present = list(range(info.world))
+        self._call_numbers = itertools.count()
+        own = listen_address(info, endpoint)
+        server = listen(endpoint, own) if info.rank == 0 and not endpoint.has_agent else None
+        self._addresses = probe(endpoint, info.rank, timeout_seconds)
+        self._listener = PeerListener(self._addresses.family, own)
+        from sdit.distributed.store import JsonStore  # torch takes seconds to import: not before the port answers
+
+        prefix = f"sdit/doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        try:
+            self._store = JsonStore(self._addresses.server, endpoint.port, prefix, timeout_seconds, server)
+        except OSError:
+            owner = "torchrun's agent" if endpoint.has_agent else "rank 0"
+            text = f"{endpoint} is answered by something that is not {owner}; set MASTER_PORT to a free port"
+            raise RendezvousError(f"MASTER_ADDR:MASTER_PORT {text}") from None
 
     def __enter__(self) -> Rendezvous:
-        deadline = time.monotonic() + self.timeout_seconds
-        with self._stack:
-            if self.info.rank == 0:
-                self.server = self._stack.enter_context(
-                    _Server(self.endpoint, self.info.world, deadline, self._own_address())
-                )
-            self._connection = self._stack.enter_context(_connect(self.endpoint, deadline, self.info.rank))
-            self._listener = self._stack.enter_context(Listener(self._connection.family, self._own_address()))
-            card = {"rank": self.info.rank, "world": self.info.world, "host": socket.gethostname(), "pid": os.getpid()}
-            self._connection.send(card)
-            self._raise_error(self._connection.receive(self.timeout_seconds + ATTEMPT_SECONDS))
-            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        """Leave. Rank 0 waits for the others, because the store ends with its process."""
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            self._store.set(f"left/{self.info.rank}", True)
+            if self.info.rank == 0:
+                self._collect("left", ATTEMPT_SECONDS)
 
-    def _own_address(self) -> str:
-        """The address to listen on: loopback if all ranks are on this node and meet there, else all ("")."""
-        is_one_node = self.info.local_world == self.info.world
-        return self.endpoint.host if is_one_node and is_loopback(self.endpoint.host) else ""
+    def attend(self) -> dict[int, Addressed]:
+        """Wait until all ranks are present, for at most `timeout_seconds`. Return the listeners of those that are, by rank.
+
+        Raises: RendezvousError: this rank belongs to another launch, or came too late.
+        """
+        with self._store_errors():
+            self._join()
+        came = self.gather([self._addresses.own, self._listener.port], self.timeout_seconds)
+        found = {int(rank): (str(address), int(port)) for rank, (address, port) in self.from_first(came).items()}
+        if self.info.rank not in found:
+            raise RendezvousError(f"came after rank 0 had waited {self.timeout_seconds:g} s for all ranks")
+        return found
+
+    def gather(self, value: Any, timeout_seconds: float | None = None) -> dict[int, Any]:
+        """Return the `value` of each present rank by rank, on rank 0; nothing on the others.
+
+        A rank whose value does not come in time is no longer present.
+        """
+        key = f"gather/{next(self._call_numbers)}"
+        with self._store_errors():
+            self._store.set(f"{key}/{self.info.rank}", value)
+            if self.info.rank:
+                return {}
+            found = self._collect(key, try_seconds(self.info.world) if timeout_seconds is None else timeout_seconds)
+        self.present = list(found)
+        return found
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's `value` on all present ranks."""
+        key = f"from_first/{next(self._call_numbers)}"
+        with self._store_errors():
+            if self.info.rank == 0:
+                self._store.set(key, value)
+                return value
+            return self._store.get(key, self.timeout_seconds + 2 * try_seconds(self.info.world))
 
     def clock_offset_seconds(self) -> float:
-        """Return this rank's clock minus rank 0's, in seconds. The probe with the least delay has the smallest error."""
+        """Return this rank's clock minus rank 0's, in seconds; too large by the least delay of several probes."""
         found = []
         for _ in range(CLOCK_PROBES):
-            before = read_clock(os.environ, self.info.rank)
-            self._connection.send({"clock": True})
-            there = float(self._connection.receive(self.timeout_seconds)["clock"])
-            after = read_clock(os.environ, self.info.rank)
-            found.append((after - before, (before + after) / 2 - there))
-        return min(found)[1]
+            self.gather(None)  # so that each rank waits for rank 0's time, or is about to
+            there = float(self.from_first(read_clock(os.environ, 0)))
+            found.append(read_clock(os.environ, self.info.rank) - there)
+        return min(found)
 
-    def gather(self, value: Any, public: Any = None) -> dict[int, Any]:
-        """Return `address` and `public` of each present rank, by rank. Rank 0 finds each `value` in `values()`."""
-        self._connection.send({"value": value, "public": public})
-        answer = self._connection.receive(self.timeout_seconds + try_seconds(self.info.world))["ranks"]
-        return {int(rank): item for rank, item in answer.items()}
-
-    def agree(self, value: Any) -> Any:
-        """Return rank 0's `value` on all present ranks."""
-        return self.gather(None, value)[0]["public"]
-
-    def values(self, number: int) -> dict[int, Any]:
-        """Return the values of gather `number`, by rank. Rank 0 only."""
-        assert self.server is not None
-        return {rank: value for rank, (value, _) in sorted(self.server.rounds[number].items())}
-
-    @property
-    def port(self) -> int:
-        """Return the port on which this rank answers its peers."""
-        return self._listener.port
-
-    def try_peers(self, ports: Mapping[int, tuple[str, int]]) -> list[Reached]:
-        """Connect to the peers at `ports` (rank -> address as rank 0 sees it, port)."""
+    def try_peers(self, listeners: Mapping[int, Addressed]) -> list[tuple[int, str]]:
+        """Connect to this rank's peers. Return each with the reason why that failed, empty if it did not."""
         tried = []
         for peer in peers_of(self.info.rank, self.info.world):
-            address, port = ports[peer]
-            # A rank on rank 0's host is known there by a loopback address, which means nothing elsewhere.
-            address = self._connection.peer if address.startswith("127.") or peer == 0 else address
-            tried.append(_try_peer(peer, Endpoint(address, port)))
+            address, port = listeners[peer]
+            # A rank on rank 0's host may know itself by a loopback address, which means nothing elsewhere.
+            if peer == 0 or address.startswith("127."):
+                address = self._addresses.server
+            tried.append((peer, peer_problem(address, port)))
         return tried
 
-    def _raise_error(self, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
-            raise RendezvousError(str(answer["error"]))
-
-
-def _try_peer(rank: int, endpoint: Endpoint) -> Reached:
-    started = time.monotonic()
-    try:
-        with socket.create_connection(endpoint, timeout=ATTEMPT_SECONDS) as connection:
-            connection.settimeout(ATTEMPT_SECONDS)
-            greeting = connection.recv(64).decode(errors="replace").strip()
-    except OSError as error:
-        return Reached(rank, time.monotonic() - started, f"{endpoint} {explain(error)}")
-    problem = "" if greeting == HELLO else f"{endpoint} answers, but not as this program does"
-    return Reached(rank, time.monotonic() - started, problem)
-
-
-def _connect(endpoint: Endpoint, deadline: float, rank: int) -> Connection:
-    """The connection to rank 0, tried until the deadline: hosts come up, and names resolve, at different times."""
-    while True:
-        try:
-            left = max(0.1, deadline - time.monotonic())
-            opened = socket.create_connection(endpoint, timeout=min(ATTEMPT_SECONDS, left))
-            break
-        except OSError as error:
-            if time.monotonic() >= deadline - RETRY_SECONDS:
-                raise RendezvousError(
-                    f"MASTER_ADDR:MASTER_PORT {endpoint} {explain(error)}; {_advice(endpoint, rank)}"
-                ) from None
-        time.sleep(RETRY_SECONDS)
-    connection = Connection(opened)
-    try:
-        if connection.receive(ATTEMPT_SECONDS).get("doctor") == HELLO:
-            return connection
-    except RendezvousError:
-        pass  # it is not rank 0, which is reported below
-    connection.__exit__()
-    raise RendezvousError(
-        f"MASTER_ADDR:MASTER_PORT {endpoint} is answered by something that is not rank 0; set MASTER_PORT to a free port"
-    )
-
-
-def _advice(endpoint: Endpoint, rank: int) -> str:
-    if rank == 0:
-        return f"this is rank 0, on {socket.gethostname()}: set MASTER_ADDR to a name or address of this host"
-    return (
-        "set MASTER_ADDR to the name or address of rank 0's host as all hosts know it, "
-        f"see that rank 0 was started, and open port {endpoint.port} between the hosts"
-    )
-
-
-class _Server:
-    """Rank 0's server: accepts the ranks and collects their values. `rounds[n]` is rank -> (value, public) of gather n."""
-
-    def __init__(self, endpoint: Endpoint, world: int, deadline: float, address: str) -> None:
-        self.world, self.deadline = world, deadline
-        self.patience_seconds = 2 * (deadline - time.monotonic()) + try_seconds(world)
-        self.rounds: list[dict[int, tuple[Any, Any]]] = []
-        self._hosts: dict[int, str] = {}
-        self._present: set[int] = set()
-        self._answers = 0
-        self._changed = threading.Condition()
-        try:
-            family = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM)[0][0]
-        except socket.gaierror:
-            family = socket.AF_INET  # the connection to ourselves will say it, when the name has had its time
-        try:
-            self._socket = socket.create_server((address, endpoint.port), family=family, backlog=1024)
-        except OSError as error:
-            what = (
-                "is taken by another process"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be had ({error.strerror})"
-            )
-            host = socket.gethostname()
+    def _join(self) -> None:
+        """Register this rank. Raises: RendezvousError: it is of another launch, or another process has its rank."""
+        host, world = socket.gethostname(), self.info.world
+        card = {"host": host, "pid": os.getpid(), "world": world}
+        if self.info.rank == 0:
+            self._store.set("launch", card)
+        first = self._store.get("launch", self.timeout_seconds)
+        if first["world"] != world:
             raise RendezvousError(
-                f"MASTER_PORT {endpoint.port} {what} on rank 0's host {host}; set it to a free port"
-            ) from None
-        threading.Thread(target=self._accept, name="sdit-doctor-server", daemon=True).start()
-
-    def __enter__(self) -> _Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:  # a process that ends now would cut off those that still wait for their answers
-            self._changed.wait_for(lambda: self._answers == sum(map(len, self.rounds)), timeout=ATTEMPT_SECONDS)
-        close_listener(self._socket)
-
-    def _accept(self) -> None:
-        for connection in accepted(self._socket):
-            threading.Thread(target=self._serve, args=(connection,), name="sdit-doctor-client", daemon=True).start()
-
-    def _serve(self, accepted_socket: socket.socket) -> None:
-        # A rank that leaves, or another program, ends only its own thread. The attendance check names missing ranks.
-        with Connection(accepted_socket) as connection, contextlib.suppress(RendezvousError):
-            connection.send({"doctor": HELLO})
-            client = connection.receive(ATTEMPT_SECONDS)
-            refusal = self._refuse(client)
-            connection.send({"error": refusal} if refusal else {"accepted": True})
-            if refusal:
-                return
-            number = 0
-            while True:
-                message = connection.receive(self.patience_seconds)
-                if "clock" in message:
-                    connection.send({"clock": read_clock(os.environ, 0)})
-                    continue
-                said = (message["value"], {"address": connection.peer, "public": message["public"]})
-                connection.send({"ranks": self._collect(number, client["rank"], said)})
-                number += 1
-                with self._changed:
-                    self._answers += 1
-                    self._changed.notify_all()
-
-    def _refuse(self, client: Mapping[str, Any]) -> str:
-        """Return why a client is refused; empty if it is accepted."""
-        rank, world, host = client.get("rank"), client.get("world"), client.get("host")
-        if not isinstance(rank, int) or not 0 <= rank < self.world or world != self.world:
-            return (
-                f"rank {rank} on {host} expects {world} ranks, rank 0 on {socket.gethostname()} {self.world}; "
+                f"rank {self.info.rank} on {host} expects {world} ranks, rank 0 on {first['host']} {first['world']}; "
                 "start all ranks by one launcher, with one number of ranks"
             )
-        with self._changed:
-            other = self._hosts.setdefault(rank, f"{host} (pid {client.get('pid')})")
-            taken = rank in self._present
-            self._present.add(rank)
-        return f"rank {rank} came twice, from {other} and {host}; is an older launch still running?" if taken else ""
+        other = self._store.set_once(f"rank/{self.info.rank}", card)
+        if other != card:
+            both = f"{other['host']} (pid {other['pid']}) and {host}"
+            raise RendezvousError(f"rank {self.info.rank} came twice, from {both}; is an older launch still running?")
 
-    def _collect(self, number: int, rank: int, said: tuple[Any, Any]) -> dict[int, Any]:
-        """Wait for all ranks' part of a gather, or the deadline; every `public`, with the address it came from."""
-        with self._changed:
-            if len(self.rounds) <= number:
-                self.rounds.append({})
-                self.deadline = self.deadline if number == 0 else time.monotonic() + try_seconds(self.world)
-            parts = self.rounds[number]
-            parts[rank] = said
-            self._changed.notify_all()
-            expected = self.world if number == 0 else len(self.rounds[0])
-            self._changed.wait_for(lambda: len(parts) == expected, timeout=max(0.0, self.deadline - time.monotonic()))
-            return {member: public for member, (_, public) in parts.items()}
+    def _collect(self, key: str, timeout_seconds: float) -> dict[int, Any]:
+        """Return the values that the present ranks store under `key` before the time is over, by rank."""
+        deadline = time.monotonic() + timeout_seconds
+        found = {}
+        for rank in self.present:
+            left = deadline - time.monotonic()
+            if left > 0 or self._store.has(f"{key}/{rank}"):
+                with contextlib.suppress(TimeoutError):
+                    found[rank] = self._store.get(f"{key}/{rank}", max(left, ATTEMPT_SECONDS / 10))
+        return found
+
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = f"the store at {self.endpoint} does not answer any more ({error}); see the log of rank 0"
+            raise RendezvousError(text) from None

@@ -9,7 +9,7 @@ from sdit import __version__
 from sdit.evaluate import metrics
 from sdit.evaluate.features import Batches, FeatureNetwork
 from sdit.evaluate.reference import Reference, check_dimensions, check_network, reference_of
-from sdit.evaluate.statistics import FeatureStatistics, statistics_of
+from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
 
 __all__ = ["Reference", "Scores", "reference_of", "score", "score_statistics", "software"]
 
@@ -20,19 +20,22 @@ Scores = dict[str, Any]
 NEEDED = {"fid": 10_000, "kid": 1_000, "inception_score": 10_000, "precision": 10_000, "recall": 10_000}
 
 
-def score(images: Batches, reference: Reference, network: FeatureNetwork, seed: int = 0) -> Scores:
+def score(
+    images: Batches, reference: Reference, network: FeatureNetwork, seed: int = 0, seen: Seen | None = None
+) -> Scores:
     """All scores of a stream of images (n, H, W, C) uint8, with what they depend on, as JSON.
 
     Keys: `fid`, `kid`, `kid_deviation`, `inception_score`, `inception_score_deviation`, `precision`, `recall`, `biased`,
     `metrics`, `features`, `reference`, `images`. A score that the reference does not allow is None. `compared` is the number of
     images whose single features KID, precision and recall use; `seed` decides KID's subsets and the Inception score's splits.
+    `seen` is called with the number of images that were read.
 
     Raises:
         ConfigError: network, images and reference do not fit together.
         DataError: too few images.
     """
     check_network(reference, network)
-    return score_statistics(statistics_of(images, network), reference, seed) | {"features": network.facts}
+    return score_statistics(statistics_of(images, network, seen), reference, seed) | {"features": network.facts}
 
 
 def software() -> dict[str, str]:

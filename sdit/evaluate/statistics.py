@@ -43,7 +43,7 @@ def statistics_of(images: Batches, network: FeatureNetwork, seen: Seen | None = 
         DataError: fewer than two images.
     """
     moments, content = Moments(), hashlib.sha256()
-    features, logits = Kept(KEPT_FEATURES), Kept(KEPT_LOGITS)
+    features, logits = Reservoir(KEPT_FEATURES), Reservoir(KEPT_LOGITS)
     for batch in rebatched(images, BATCH):
         if not moments.count:
             height, width, channels = batch.shape[1:]
@@ -88,7 +88,7 @@ class Moments:
         return self._mean, self._scatter / (self.count - 1)
 
 
-class Kept:
+class Reservoir:
     """At most `limit` rows of a stream, all equally likely, in their order: a function of the stream's rows only.
 
     Every row draws a number, and those with the smallest stay. Rows at equal distances would not do: labels of drawn images

@@ -13,9 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sdit.contracts import RawBatch
+from sdit.distributed.deepspeed_internals import make_expert_groups
+from sdit.expert_parallel.assignment import SampleExchange
 
 MODES = ("tokens", "weights", "samples")
 
@@ -78,6 +83,12 @@ class ExpertGroup:
     overlap: bool
     traffic: TrafficCounter
 
+    @classmethod
+    def create(cls, ep_rank: int, ranks: int, overlap: bool, device: torch.device) -> ExpertGroup:
+        """Make DeepSpeed's expert groups of `ranks` ranks, on all ranks of the run, and return this rank's."""
+        process_group = make_expert_groups(ranks) if ranks > 1 else None
+        return cls(process_group, ep_rank, ranks, overlap, TrafficCounter(device))
+
     def send(
         self, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
     ) -> tuple[Tensor, Any]:
@@ -104,6 +115,20 @@ class ExpertGroup:
         if work is not None:
             with self.traffic.waiting():
                 work.wait()
+
+
+def exchange_samples(
+    group: ExpertGroup, exchange: SampleExchange, samples: RawBatch, index: np.ndarray, device: torch.device
+) -> RawBatch:
+    """Send loaded samples (x0, y) to the ranks of the group that compute them. Return those with run indices `index` (B,)."""
+    flat = np.concatenate([samples.x0.reshape(len(index), -1), samples.y[:, None].astype(np.float32)], axis=1)
+    rows = torch.from_numpy(flat[exchange.send_rows]).to(device)
+    splits = exchange.send_splits.tolist(), exchange.receive_splits.tolist()
+    received, work = group.send(rows, *splits, "samples")
+    group.wait(work)
+    values = received.cpu().numpy()[exchange.order]
+    x0 = values[:, :-1].reshape(len(index), *samples.x0.shape[1:])
+    return RawBatch(index=index, x0=np.ascontiguousarray(x0), y=values[:, -1].astype(np.int64))
 
 
 class _Transfer:

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdit.contracts import TaskView
+from sdit.contracts import ForwardPass, TaskView
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows
 from sdit.expert_parallel.device_plan import BlockDevicePlan, DevicePlan
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.experts import Experts
+from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts
 # A transfer's token has a shape without its memory, which torch.compile cannot trace: its graph breaks here, and compiles what
@@ -140,3 +141,8 @@ class SharedTaskPass:
     def combine(self, computed: Tensor) -> Tensor:
         """Return the mixture (B, L, D) unchanged."""
         return computed
+
+
+def shared_task_pass(group: ExpertGroup, task: Tensor) -> ForwardPass:
+    """Return the pass of samples that share one task: local if this rank owns all experts."""
+    return SharedTaskPass(group, task) if group.ranks > 1 else LocalDispatcher().forward_pass(task)

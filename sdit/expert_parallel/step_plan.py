@@ -70,43 +70,54 @@ class MicroStepPlan:
     blocks: tuple[BlockPlan, ...]
 
 
-def group_positions(batch: BatchPlan, groups: ExpertGroups, rank: int, micro_step: int, first_index: int) -> np.ndarray:
-    """(n,) rising positions in the global batch that the rank's group loads in one micro-step.
+@dataclass(frozen=True)
+class StepSamples:
+    """The global batch of a step: run index of its first sample, gate tasks (N,), and `kept` (depth, N, k) or None (dropless)."""
 
-    A micro-step is a contiguous chunk of the batch; run index `first_index` + position is loaded by that rank modulo W.
-    """
-    chunk = np.arange(micro_step * batch.chunk, (micro_step + 1) * batch.chunk)
-    return chunk[(first_index + chunk) % groups.world // groups.size == groups.group_of(rank)]
+    first_index: int
+    tasks: np.ndarray
+    kept: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """The part of one rank in every step: how the global batch is divided, the expert groups, and the rank."""
+
+    batch: BatchPlan
+    groups: ExpertGroups
+    rank: int
+
+    def group_positions(self, micro_step: int, first_index: int) -> np.ndarray:
+        """(n,) rising positions in the global batch that the rank's group loads in one micro-step.
+
+        A micro-step is a contiguous chunk of the batch; run index `first_index` + position is loaded by that rank modulo W.
+        """
+        chunk = np.arange(micro_step * self.batch.chunk, (micro_step + 1) * self.batch.chunk)
+        group = (first_index + chunk) % self.groups.world // self.groups.size
+        return chunk[group == self.groups.group_of(self.rank)]
 
 
 def plan_micro_step(
-    routes: RoutingTable,
-    tasks: np.ndarray,
-    kept: np.ndarray | None,
-    placement: ExpertPlacement,
-    batch: BatchPlan,
-    groups: ExpertGroups,
-    rank: int,
-    micro_step: int,
-    first_index: int,
+    routes: RoutingTable, step: StepSamples, placement: ExpertPlacement, rank_batch: RankBatch, micro_step: int,
     assignment: AssignmentKind = "path",
-) -> MicroStepPlan:
-    """The plan of `rank` for one micro-step of the global batch with `tasks` (N,) and `kept` (depth, N, k)."""
-    positions = group_positions(batch, groups, rank, micro_step, first_index)
-    source_rank = (first_index + positions) % groups.size
-    ep_rank, ranks = groups.ep_rank_of(rank), groups.size
+) -> MicroStepPlan:  # fmt: skip
+    """The plan of one rank for one micro-step of the global batch."""
+    micro_batch, groups, tasks = rank_batch.batch.micro_batch, rank_batch.groups, step.tasks
+    positions = rank_batch.group_positions(micro_step, step.first_index)
+    source_rank = (step.first_index + positions) % groups.size
+    ep_rank, ranks = groups.ep_rank_of(rank_batch.rank), groups.size
     assigned_rank = source_rank
     if assignment == "path" and ranks > 1 and not placement.replicated.all():
         need = path_need(routes.experts, placement)
-        assigned_rank = assign_samples(tasks[positions], need, batch.micro_batch, source_rank)
+        assigned_rank = assign_samples(tasks[positions], need, micro_batch, source_rank)
     ordered = positions[np.argsort(assigned_rank, kind="stable")]
     experts = routes.experts[:, tasks[ordered]]
-    group_kept = None if kept is None else kept[:, ordered]
+    group_kept = None if step.kept is None else step.kept[:, ordered]
     stays = bool((assigned_rank == source_rank).all())
     return MicroStepPlan(
         positions=ordered,
         tasks=tasks[ordered],
-        own=slice(ep_rank * batch.micro_batch, (ep_rank + 1) * batch.micro_batch),
+        own=slice(ep_rank * micro_batch, (ep_rank + 1) * micro_batch),
         experts=experts,
         kept=group_kept,
         sample_exchange=None if stays else plan_sample_exchange(source_rank, assigned_rank, ranks, ep_rank),

@@ -24,7 +24,8 @@ from sdit.checkpoint.load import load_trained
 from sdit.checkpoint.store import find_checkpoint
 from sdit.config import Config, load_config
 from sdit.errors import ConfigError, DataError, ExitCode
-from sdit.evaluate.drawing import Drawing
+from sdit.evaluate.generate import Generator
+from sdit.evaluate.sample_cache import SampleSet
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -141,7 +142,7 @@ def test_only_trained_labels_are_drawn(too_many: Path, sdit: Command, tmp_path: 
     with np.load(tmp_path / "x.npz") as drawn:
         assert drawn["arr_1"].tolist() == [0, 1, 2] * 3
     trained = load_trained(too_many)
-    assert Drawing(trained, "ema", trained.config.sample, 9, None).labels.tolist() == [0, 1, 2] * 3
+    assert SampleSet(Generator(trained, trained.config.sample), "ema", 9).labels.tolist() == [0, 1, 2] * 3
     result = sdit("sample", "--checkpoint", too_many, "--labels", "3", "--out", tmp_path / "x.png")
     refused(result, ExitCode.CONFIG, "--labels: 3", "0..2")
 
@@ -161,7 +162,7 @@ def test_an_exported_file_knows_the_trained_labels(too_many: Path, sdit: Command
     """C1: A published file of a model with unused classes draws trained labels only."""
     assert sdit("export", "--checkpoint", too_many, "--out", tmp_path / "x.safetensors").status == 0
     trained = load_trained(tmp_path / "x.safetensors")
-    assert Drawing(trained, "ema", trained.config.sample, 9, None).labels.max() == 2
+    assert SampleSet(Generator(trained, trained.config.sample), "ema", 9).labels.max() == 2
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_classes_without_images_are_not_drawn(place: Path, sdit: Command, tmp_pa
     body = read_manifest(folder)
     write_manifest(folder, {**body, "data": {**body.get("data", {}), "empty_classes": [1]}})
     trained = load_trained(run)
-    assert Drawing(trained, "ema", trained.config.sample, 5, None).labels.tolist() == [0, 2, 0, 2, 0]
+    assert SampleSet(Generator(trained, trained.config.sample), "ema", 5).labels.tolist() == [0, 2, 0, 2, 0]
     for given in ("cat", "0-2"):
         result = sdit("sample", "--checkpoint", run, "--out", tmp_path / "x.png", "--labels", given)
         refused(result, ExitCode.CONFIG, "label 1 (cat) has no image in the data")

@@ -19,7 +19,7 @@ from PIL import Image
 from sdit import cli
 from sdit.checkpoint.load import load_trained
 from sdit.data.pixels import to_pixels
-from sdit.evaluate.generate import generate
+from sdit.evaluate.generate import Generator
 from tests.distributed.harness import ROOT
 from tests.unit.written_run import tiny_config, write_run
 
@@ -74,7 +74,7 @@ def sdit(
 
 def drawn_latents(run: Path, labels: np.ndarray) -> torch.Tensor:
     trained = load_trained(run)
-    return torch.from_numpy(np.concatenate(list(generate(trained, trained.config.sample, labels))))
+    return torch.from_numpy(np.concatenate(list(Generator(trained, trained.config.sample).images(labels))))
 
 
 LABELS = np.arange(5, dtype=np.int64)

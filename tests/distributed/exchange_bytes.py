@@ -58,7 +58,7 @@ def our_bytes(
     costs = UnitCosts(4 * S2_TOKENS * S2_WIDTH, expert_bytes, ranks)
     experts = TableExpertParallel(routes, model, parallel, batch, comm, ranks, 4, 0)
     traffic = TrafficModel(routes, ranks, per_rank, seating)  # type: ignore[arg-type]
-    experts.placement = placement_for(routes, traffic, costs, exchange, placement)
+    experts.placed.placement = placement_for(routes, traffic, costs, exchange, placement)
     experts.begin_step(0, tasks)
     own = np.arange(comm.rank, len(tasks), comm.world)
     experts.begin_micro_step(
@@ -71,18 +71,18 @@ def our_bytes(
     gates = sparse_gates(probs, view.experts, view.kept)
     z = torch.zeros(per_rank, 1, SMALL, requires_grad=True)
     for block in range(S2_DEPTH):
-        ids = experts.placement.experts_of_rank[block, experts.group.ep_rank].tolist()
+        ids = experts.placed.placement.experts_of_rank[block, experts.group.ep_rank].tolist()
         stack = ShardedExperts(build_experts(model.experts, SMALL, ids), S2_COUNT, ranks)
         computed = forward_pass.compute(forward_pass.dispatch(block, z, gates[block], stack))
         forward_pass.combine(computed).sum().backward(retain_graph=True)
-    sizes, _ = experts.traffic.take()
+    sizes, _ = experts.group.traffic.take()
     scale = {
         "tokens": S2_TOKENS * S2_WIDTH / SMALL,
         "samples": 1,
         "weights": expert_bytes / 4 / expert_parameters("linear", SMALL, 0),
     }
     total = comm.sum(torch.tensor(sum(size * scale[mode] for mode, size in sizes.items()), dtype=torch.float64))
-    return float(total), float(load_max_over_mean(rank_work(view.experts.numpy(), experts.placement)).mean())
+    return float(total), float(load_max_over_mean(rank_work(view.experts.numpy(), experts.placed.placement)).mean())
 
 
 class TableExpertParallel(ExpertParallel):

@@ -77,8 +77,8 @@ def sharded_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
     for parameter in whole.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     experts = ExpertParallel(config.model, config.parallel, BatchPlan(8 * comm.world, 8, 1), comm, ranks, 4, 0)
-    owners = np.random.default_rng(0).permuted(experts.placement.expert_to_rank, axis=1)
-    experts.restore({"ranks": ranks, "place": owners.tolist(), "at_hand": experts.placement.replicated.tolist()})
+    owners = np.random.default_rng(0).permuted(experts.placed.placement.expert_to_rank, axis=1)
+    experts.restore({"ranks": ranks, "place": owners.tolist(), "at_hand": experts.placed.placement.replicated.tolist()})
     model = build_model(config.model, device="meta")
 
     def fill(built: Any) -> None:
@@ -110,10 +110,10 @@ def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
             trainer.run()
             state = trainer.context.state
             before = whole_state(comm, state.snapshot().tensors)
-            placement = state.experts.placement
+            placement = state.experts.placed.placement
             owners = np.random.default_rng(stage).permuted(placement.expert_to_rank, axis=1)
             with torch.no_grad():
-                moved = state.experts.adopt(ExpertPlacement(owners, placement.replicated, ranks), state)
+                moved = state.experts.placed.adopt(ExpertPlacement(owners, placement.replicated, ranks), state)
             after = whole_state(comm, state.snapshot().tensors)
             stale = sum(not torch.equal(masters, compute) for masters, compute in compute_weights(state))
             names = sorted({name.split("@")[0].split("#")[0].split("/")[0] for name in after})

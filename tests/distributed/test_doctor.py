@@ -21,6 +21,16 @@ DOCTOR = str(ROOT / "launcher" / "doctor.py")
 DEADLINE_SECONDS = 150
 MISSING_SECONDS = "12"  # the doctor's patience where it must run out; the ranks that are there need a second or two
 
+DIES_AFTER_JOINING = """
+import os, signal
+from sdit.doctor.connection import find_endpoint
+from sdit.doctor.rendezvous import Rendezvous
+from sdit.launch_environment import find_rank
+info = find_rank(os.environ)
+Rendezvous(info, find_endpoint(info, os.environ), 60.0).attend()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -89,6 +99,43 @@ def test_missing_rank_is_named() -> None:
     assert {outcome.code for outcome in found.values()} == {70}, found
     assert lines_with(found[0].err, "1 of 3 ranks did not come", "missing rank 1", socket.gethostname())
     assert not found[2].err  # rank 0 has said it
+
+
+def test_rank_that_dies_during_the_checks_is_named() -> None:
+    """Rank 1 joins and is killed. Rank 0 ends by its time limit and names the rank."""
+    first, *others = rank_environments(2)
+    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
+    dying = [sys.executable, "-c", DIES_AFTER_JOINING]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    whole = subprocess.Popen(command, env=first, **pipes)  # type: ignore[call-overload]
+    killed = subprocess.run(dying, env=others[0], cwd=ROOT, timeout=DEADLINE_SECONDS, check=False)
+    _, said = whole.communicate(timeout=DEADLINE_SECONDS)
+    assert killed.returncode == -signal.SIGKILL
+    assert whole.returncode == 70 and lines_with(said, "missing rank 1"), said
+
+
+def test_rank_that_comes_twice_is_named() -> None:
+    environments = rank_environments(3)
+    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=environments[rank], **pipes) for rank in (0, 1, 1)]  # type: ignore[call-overload]
+    said = [process.communicate(timeout=DEADLINE_SECONDS)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [70] * 3, said
+    assert lines_with(said[0], "missing rank 2")
+    assert [bool(lines_with(text, "rank 1 came twice", socket.gethostname())) for text in said[1:]].count(True) == 1
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_share_its_agents_store(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, DOCTOR, "--json", "--run-dir", str(tmp_path)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"] and [row["found_by"] for row in report["ranks"]] == ["torchrun"] * 2
 
 
 def test_unresolvable_master_is_named() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sdit.checkpoint.load import load_trained
-from sdit.evaluate.generate import generate
+from sdit.evaluate.generate import Generator
 from tests.distributed.harness import ROOT, rank_environments, run_ranks
 from tests.unit.written_run import tiny_config, write_run
 
@@ -83,7 +83,7 @@ def test_floats_do_not_depend_on_the_ranks(place: Path) -> None:
         assert result.returncode == 0, result.stdout[-3000:]
     trained = load_trained(place / "run")
     labels = np.arange(IMAGES, dtype=np.int64) % 10
-    expected = np.concatenate(list(generate(trained, trained.config.sample, labels)))
+    expected = np.concatenate(list(Generator(trained, trained.config.sample).images(labels)))
     assert np.abs(np.load(raw) - expected).max() <= 1e-5
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sdit.checkpoint.load import load_trained
-from sdit.evaluate.generate import generate
+from sdit.evaluate.generate import Generator
 from tests.distributed.harness import ROOT, run_ranks
 from tests.unit.written_run import tiny_config, write_run
 
@@ -19,7 +19,7 @@ def test_images_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
     write_run(tmp_path / "run", tiny_config("sample.sampler=ddpm"))
     trained = load_trained(tmp_path / "run")
     labels = np.arange(IMAGES, dtype=np.int64) % 5
-    alone = np.concatenate(list(generate(trained, trained.config.sample, labels)))
+    alone = np.concatenate(list(Generator(trained, trained.config.sample).images(labels)))
     files = ["--raw", str(tmp_path / "two.npy"), "--npz", str(tmp_path / "two.npz"), "--out", str(tmp_path / "two.png")]
     words = ["--checkpoint", str(tmp_path / "run"), "--images", str(IMAGES), "--batch", "2", "--threads", "1", *files]
     for result in run_ranks(2, [sys.executable, str(ROOT / "launcher" / "sample.py"), *words]):

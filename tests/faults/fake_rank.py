@@ -17,7 +17,8 @@ from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode, SditError
 from sdit.launch_environment import find_rank
 from sdit.supervise.heartbeat import Phase
-from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.job import Job
+from sdit.supervise.start import supervise
 from sdit.supervise.worker import WorkerContext
 
 CHECKPOINT_STEPS = 4

@@ -9,7 +9,7 @@ from written_run import tiny_config, write_run
 from sdit.checkpoint.load import Trained, load_trained
 from sdit.data.digits import digits
 from sdit.evaluate.digits import judge_digits, within_class_spread
-from sdit.evaluate.generate import generate
+from sdit.evaluate.generate import Generator
 
 LABELS = np.array([0, 1, 2, 3, 4, 0, 1], dtype=np.int64)
 
@@ -23,7 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def draw(trained: Trained, labels: np.ndarray = LABELS, batch: int = 64, **settings: object) -> np.ndarray:
     chosen = trained.config.sample.model_copy(update=settings)
-    return np.concatenate(list(generate(trained, chosen, labels, batch=batch)))
+    return np.concatenate(list(Generator(trained, chosen, batch=batch).images(labels)))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
@@ -47,7 +47,8 @@ def test_an_image_follows_from_its_own_label_seed_and_index(trained: Trained) ->
 def test_progress_counts_all_sampler_steps(trained: Trained) -> None:
     seen: list[tuple[int, int]] = []
     settings = trained.config.sample
-    list(generate(trained, settings, LABELS, batch=3, progress=lambda done, steps: seen.append((done, steps))))
+    generator = Generator(trained, settings, batch=3)
+    list(generator.images(LABELS, progress=lambda done, steps: seen.append((done, steps))))
     assert seen == [(done, 9) for done in range(1, 10)]
 
 

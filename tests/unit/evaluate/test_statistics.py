@@ -10,7 +10,7 @@ import pytest
 
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.features import rebatched
-from sdit.evaluate.statistics import Kept, Moments, statistics_of
+from sdit.evaluate.statistics import Moments, Reservoir, statistics_of
 
 
 class Averages:
@@ -60,10 +60,10 @@ def test_moments_do_not_cancel() -> None:
 @pytest.mark.parametrize("cut", [1, 13, 1000])
 def test_kept_rows_are_an_even_choice_that_the_cut_does_not_change(cut: int) -> None:
     rows = np.arange(4000)[:, None]
-    kept = Kept(200)
+    kept = Reservoir(200)
     for start in range(0, len(rows), cut):
         kept.add(rows[start : start + cut])
-    whole = Kept(200)
+    whole = Reservoir(200)
     whole.add(rows)
     assert np.array_equal(kept.rows, whole.rows)
     chosen = kept.rows[:, 0]
@@ -74,7 +74,7 @@ def test_kept_rows_are_an_even_choice_that_the_cut_does_not_change(cut: int) -> 
 
 
 def test_a_short_stream_is_kept_whole() -> None:
-    kept = Kept(200)
+    kept = Reservoir(200)
     kept.add(np.arange(150)[:, None])
     assert len(kept.rows) == 150
 
@@ -82,7 +82,7 @@ def test_a_short_stream_is_kept_whole() -> None:
 def test_memory_does_not_grow_with_the_stream() -> None:
     def peak_bytes(images: int) -> int:
         tracemalloc.start()
-        kept, moments = Kept(1000), Moments()
+        kept, moments = Reservoir(1000), Moments()
         generator = np.random.default_rng(0)
         for _ in range(images // 500):
             rows = generator.random((500, 64), dtype=np.float32)

@@ -12,7 +12,15 @@ from sdit.data.order import rank_indices
 from sdit.expert_parallel.capacity import Capacity, keep_samples
 from sdit.expert_parallel.placement import ExpertPlacement, place_experts
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, expert_counts, hottest
-from sdit.expert_parallel.step_plan import BlockPlan, ExpertWork, MicroStepPlan, plan_blocks, plan_micro_step
+from sdit.expert_parallel.step_plan import (
+    BlockPlan,
+    ExpertWork,
+    MicroStepPlan,
+    RankBatch,
+    StepSamples,
+    plan_blocks,
+    plan_micro_step,
+)
 from sdit.expert_parallel.traffic_model import UnitCosts, group_transfers, rank_work
 from sdit.topology import ExpertGroups, plan_batch
 
@@ -151,7 +159,7 @@ def _step(
     batch, groups = plan_batch(len(tasks), micro, world), ExpertGroups(world, ranks)
     return [
         [
-            plan_micro_step(routes, tasks, kept, placement, batch, groups, rank, step, first)
+            plan_micro_step(routes, StepSamples(first, tasks, kept), placement, RankBatch(batch, groups, rank), step)
             for step in range(batch.accumulation)
         ]
         for rank in range(world)
@@ -233,7 +241,8 @@ def test_nobody_changes_seats_in_order_or_when_all_experts_are_at_hand() -> None
     place = place_experts("path", routes, 4)
     for replicated, seating in ((np.ones((4, 16), bool), "path"), (np.zeros((4, 16), bool), "order")):
         placement = ExpertPlacement(place, replicated, 4)
-        plan = plan_micro_step(routes, tasks, None, placement, batch, groups, 1, 0, 0, seating)  # type: ignore[arg-type]
+        rank_batch = RankBatch(batch, groups, 1)
+        plan = plan_micro_step(routes, StepSamples(0, tasks), placement, rank_batch, 0, seating)  # type: ignore[arg-type]
         assert plan.sample_exchange is None
         assert (plan.positions[plan.own] == np.arange(1, 64, 4)).all()
 

@@ -21,7 +21,8 @@ from sdit.errors import ExitCode
 from sdit.launch_environment import find_rank
 from sdit.metrics.shared_file import PREFIX, SharedMetricsWriter, shared_folder
 from sdit.supervise.heartbeat import Phase
-from sdit.supervise.supervisor import Job, supervise
+from sdit.supervise.job import Job
+from sdit.supervise.start import supervise
 from sdit.supervise.worker import WorkerContext
 
 if TYPE_CHECKING:

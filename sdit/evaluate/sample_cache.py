@@ -1,4 +1,4 @@
-"""Thousands of images from a trained model, block by block, so that an evaluation that was killed continues.
+"""Thousands of sampled images in files, so that an evaluation that was killed continues.
 
 n images, H x W pixels, C channels.
 """
@@ -17,32 +17,33 @@ import numpy as np
 
 from sdit.checkpoint.files import MANIFEST
 from sdit.checkpoint.load import Trained
-from sdit.config import SampleConfig
 from sdit.data.pixels import ROUNDING, to_pixels
-from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.generate import Progress, generate
+from sdit.evaluate.generate import Generator, Progress
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
-from sdit.train.decode import LatentDecoder, draws_latents
+from sdit.train.decode import draws_latents
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """`count` images of a trained model: label i modulo the trained classes, noise keyed by (settings.seed, i)."""
+class SampleSet:
+    """`count` images of a generator: label i modulo the trained classes, noise keyed by (settings.seed, i)."""
 
-    trained: Trained
+    generator: Generator
     weights: str
-    settings: SampleConfig
     count: int
-    decoder: LatentDecoder | None
 
     def __post_init__(self) -> None:
         channels = self.trained.config.model.channels
-        if self.decoder is None and draws_latents(self.trained.config):
+        if self.generator.decoder is None and draws_latents(self.trained.config):
             raise ConfigError(f"--vae: is not set, and {channels} channels are latents, not pixels; legal: a folder")
+
+    @property
+    def trained(self) -> Trained:
+        """The model and its run."""
+        return self.generator.trained
 
     @property
     def labels(self) -> np.ndarray:
@@ -52,16 +53,17 @@ class Drawing:
     @property
     def shape(self) -> Shape:
         """(H, W, C) of every image."""
-        model = self.trained.config.model
-        if self.decoder is None:
+        model, decoder = self.trained.config.model, self.generator.decoder
+        if decoder is None:
             return (model.input_size, model.input_size, model.channels)
-        size = model.input_size * self.decoder.upsampling
-        return (size, size, self.decoder.picture_channels)
+        size = model.input_size * decoder.upsampling
+        return (size, size, decoder.picture_channels)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Everything that decides the images except how many there are, as JSON."""
-        config, chosen, empty = self.trained.config, self.settings, self.trained.classes.empty
+        config, chosen, empty = self.trained.config, self.generator.settings, self.trained.classes.empty
+        decoder = self.generator.decoder
         return {
             "checkpoint_sha256": checkpoint_digest(self.trained.origin),
             "weights": self.weights,
@@ -73,8 +75,8 @@ class Drawing:
             "classes": self.trained.classes.count,
             **({"empty_classes": list(empty)} if empty else {}),
             "diffusion": config.diffusion.model_dump(mode="json"),
-            "vae_sha256": None if self.decoder is None else self.decoder.digest,
-            "latent_scale": None if self.decoder is None else config.data.latent_scale,
+            "vae_sha256": None if decoder is None else decoder.digest,
+            "latent_scale": None if decoder is None else config.data.latent_scale,
             "rounding": ROUNDING,
             "device": self.trained.model.pos_embed.device.type,
         }
@@ -89,33 +91,33 @@ def checkpoint_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Blocks:
-    """The images of a drawing in files of `size` images in a folder named after all that decides them; an ImageSet.
+class SampleCache:
+    """The images of a sample set in files of `size` images, in a folder named after all that decides them; an ImageSet.
 
     `other_classes`: how those of the reference differ, for the result.
     """
 
-    def __init__(self, folder: Path, drawing: Drawing, size: int, other_classes: str = "") -> None:
-        self._drawing, self._size, self._other_classes = drawing, size, other_classes
-        self.name, self.count, self.shape = str(drawing.trained.origin), drawing.count, drawing.shape
-        key = json.dumps({**drawing.facts, "block": size}, sort_keys=True)
+    def __init__(self, folder: Path, samples: SampleSet, size: int, other_classes: str = "") -> None:
+        self._samples, self._size, self._other_classes = samples, size, other_classes
+        self.name, self.count, self.shape = str(samples.trained.origin), samples.count, samples.shape
+        key = json.dumps({**samples.facts, "block": size}, sort_keys=True)
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-        self._starts = range(0, drawing.count, size)
+        self._starts = range(0, samples.count, size)
 
-    def draw(self, comm: Comm | None, batch: int, progress: Progress | None) -> None:
-        """Draw the blocks that are not there on all ranks; rank 0 writes them. `progress` counts images."""
+    def fill(self, progress: Progress | None = None) -> None:
+        """Sample the missing files on all ranks; rank 0 writes them. `progress` counts images."""
+        comm = self._samples.generator.comm
         is_first = comm is None or comm.is_first
         missing = self._missing() if is_first else []
         if comm is not None:
             missing = comm.from_first(missing)
         for start in missing:
-            labels = self._drawing.labels[start : start + self._size]
-            images = self._block(start, labels, comm, batch, progress if is_first else None)
+            images = self._sample(start, progress if is_first else None)
             if is_first:
                 with replacing(self._path(start)) as file:
                     np.savez(file, arr_0=images)
         if progress is not None:
-            progress(self._drawing.count, self._drawing.count)
+            progress(self._samples.count, self._samples.count)
 
     def batches(self) -> Iterator[np.ndarray]:
         """All images in order, (n, H, W, C) uint8."""
@@ -124,15 +126,15 @@ class Blocks:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was drawn, as JSON."""
-        trained = self._drawing.trained
+        """What was sampled, as JSON."""
+        trained = self._samples.trained
         origin = {"checkpoint": str(trained.origin), "images_seen": trained.clock.images_seen}
         noted = {"other_classes": self._other_classes} if self._other_classes else {}
-        return origin | self._drawing.facts | noted
+        return origin | self._samples.facts | noted
 
     def write_npz(self, path: Path) -> None:
         """Write all images with their labels, as evaluation code for ImageNet reads them."""
-        write_npz(path, self.batches(), self.shape, self._drawing.labels)
+        write_npz(path, self.batches(), self.shape, self._samples.labels)
 
     def remove(self) -> None:
         """Delete the files."""
@@ -142,26 +144,25 @@ class Blocks:
             if not any(folder.iterdir()):  # another evaluation may keep its own there
                 folder.rmdir()
 
-    def _block(
-        self, start: int, labels: np.ndarray, comm: Comm | None, batch: int, progress: Progress | None
-    ) -> np.ndarray:
-        """Images (n, H, W, C) uint8 from the one at `start` on."""
-        drawing = self._drawing
+    def _sample(self, start: int, progress: Progress | None) -> np.ndarray:
+        """Sample the images (n, H, W, C) uint8 of the file that begins with image `start`."""
+        samples = self._samples
+        labels = samples.labels[start : start + self._size]
 
         def images_done(done: int, steps: int) -> None:
             if progress is not None:
-                progress(start + len(labels) * done // steps, drawing.count)
+                progress(start + len(labels) * done // steps, samples.count)
 
-        chunks = generate(drawing.trained, drawing.settings, labels, comm, batch, images_done, start, drawing.decoder)
+        chunks = samples.generator.images(labels, start, images_done)
         return np.concatenate([self._pixels(chunk) for chunk in chunks])
 
     def _pixels(self, images: np.ndarray) -> np.ndarray:
         if not np.isfinite(images).all():
-            raise DataError(f"{self._drawing.trained.origin}: draws pixels that are not finite; the run diverged")
+            raise DataError(f"{self._samples.trained.origin}: draws pixels that are not finite; the run diverged")
         return to_pixels(images)
 
     def _missing(self) -> list[int]:
-        """Where the blocks begin that are not there, or not whole."""
+        """Return the first image of each file that is missing or not whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return [start for start in self._starts if not self._is_whole(start)]
 
@@ -175,7 +176,7 @@ class Blocks:
         except DataError as error:
             _log.warning("drawn again: %s", error)
             return False
-        return images.shape == self._drawing.shape and found == min(self._size, self._drawing.count - start)
+        return images.shape == self._samples.shape and found == min(self._size, self._samples.count - start)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"images-{start:09d}.npz"

@@ -1,0 +1,115 @@
+"""The plans of one step after another: which samples full experts drop, the plan of each micro-step, and statistics of both.
+
+N samples of the global batch, P ranks of a group, M experts of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdit.config import ModelConfig
+from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
+from sdit.expert_parallel.placement import ExpertPlacement
+from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, load_max_over_mean
+from sdit.expert_parallel.step_plan import MicroStepPlan, RankBatch, StepSamples, plan_micro_step
+from sdit.expert_parallel.traffic_model import AssignmentKind, rank_work
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """What the plans of the present step say.
+
+    `loads` (depth, M) is the share of the tasks that use the expert (empty without gates). `dropped_fraction` of the
+    (sample, expert) pairs, `dropped_by_block` (depth,) pairs of this step and `dropped_since_logged` of the steps since the last
+    call. `load_imbalance` and `rank_imbalance` are the largest over the mean load of experts, and work of ranks.
+    """
+
+    loads: np.ndarray
+    load_imbalance: float
+    rank_imbalance: float
+    dropped_fraction: float
+    dropped_by_block: list[int]
+    dropped_since_logged: list[int]
+
+
+class StepPlanner:
+    """Plans micro-steps if experts are sharded or their capacity is limited (`is_planned`). Otherwise it does nothing.
+
+    `table` returns the routes of all tasks. It is called only if they are needed.
+    """
+
+    def __init__(
+        self, model: ModelConfig, assignment: AssignmentKind, rank_batch: RankBatch, seed: int,
+        table: Callable[[], RoutingTable],
+    ) -> None:  # fmt: skip
+        self._config, self._assignment, self._rank_batch, self._table = model, assignment, rank_batch, table
+        self._train_capacity, self._eval_capacity = (
+            None if factor is None else Capacity(factor, model.experts.drop_policy, seed)
+            for factor in (model.experts.capacity_factor, model.experts.capacity_factor_eval)
+        )
+        has_capacity = self._train_capacity is not None or self._eval_capacity is not None
+        self.is_planned = model.variant == "switch" and (rank_batch.groups.size > 1 or has_capacity)
+        self._capacity = self._train_capacity
+        self._step = StepSamples(0, np.empty(0, dtype=np.int64))
+        self._work: list[np.ndarray] = []
+        self._dropped = np.zeros(model.depth, dtype=np.int64)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Use `capacity_factor_eval` inside the `with`."""
+        self._capacity = self._eval_capacity
+        try:
+            yield
+        finally:
+            self._capacity = self._train_capacity
+
+    def begin(self, first_index: int, times: np.ndarray) -> None:
+        """Begin a global batch whose samples have times (N,); `first_index` is the run index of the first."""
+        self._work = []
+        self._step = StepSamples(first_index, np.empty(0, dtype=np.int64))
+        if not self.is_planned:
+            return
+        tasks = gate_tasks(times, self._config.timesteps)
+        kept = None if self._capacity is None else keep_samples(self._table(), tasks, first_index, self._capacity)
+        self._step = StepSamples(first_index, tasks, kept)
+
+    def count_dropped(self) -> None:
+        """Count what the present batch drops for `statistics`."""
+        if self._step.kept is not None:
+            self._dropped += dropped_per_block(self._step.kept)
+
+    def plan(self, micro_step: int, placement: ExpertPlacement) -> MicroStepPlan:
+        """Return this rank's plan of a micro-step."""
+        plan = plan_micro_step(self._table(), self._step, placement, self._rank_batch, micro_step, self._assignment)
+        self._work.append(rank_work(plan.experts, placement, plan.kept))
+        return plan
+
+    def own_index(self, plan: MicroStepPlan) -> np.ndarray:
+        """Return the run indices (B,) of the samples that this rank computes."""
+        return self._step.first_index + plan.positions[plan.own]
+
+    def statistics(self) -> ExpertStatistics:
+        """Return the statistics of the present step, and count dropped pairs from zero again."""
+        kept = self._step.kept
+        dropped = np.zeros_like(self._dropped) if kept is None else dropped_per_block(kept)
+        share = 0.0 if kept is None else float(dropped.sum()) / kept.size
+        since, self._dropped = self._dropped.tolist(), np.zeros_like(self._dropped)
+        loads, imbalance, work = np.empty((0, 0)), 1.0, 1.0
+        if self._config.variant == "switch":
+            table = self._table()
+            loads = exact_loads(table.experts, table.count)
+            imbalance = float((loads.max(1) / loads.mean(1)).max())
+        if self.is_planned:
+            work = float(load_max_over_mean(np.sum([w.sum(axis=0, keepdims=True) for w in self._work], axis=0)).max())
+        return ExpertStatistics(loads, imbalance, work, share, dropped.tolist(), since)
+
+
+def gate_tasks(times: np.ndarray, timesteps: int) -> np.ndarray:
+    """Gate task (N,) of times: themselves, or floor(t T) of continuous ones, as the model computes it."""
+    if times.dtype.kind != "f":
+        return times
+    return np.minimum((times.astype(np.float32) * np.float32(timesteps)).astype(np.int64), timesteps - 1)
