@@ -54,7 +54,7 @@ class RankLog(Observer):
 
 
 class _Lines(logging.Formatter):
-    """`2026-01-31T12:00:00Z rank 0 WARNING sdit.data.ledger: text`, in UTC so that ranks can be compared."""
+    """`2026-01-31T12:00:00Z rank 0 WARNING sdit.data.bad_samples: text`, in UTC so that ranks can be compared."""
 
     converter = staticmethod(time.gmtime)  # type: ignore[assignment]
 
