@@ -1,4 +1,4 @@
-"""What a manifest must hold, checked before anything in it is used."""
+"""The fields of a manifest. They are checked before anything in it is used."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sdit.errors import CheckpointError
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Part(BaseModel):
-    """A part of the manifest. Later versions may add fields."""
+class _Section(BaseModel):
+    """A section of the manifest. Later versions may add fields."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _File(_Part):
-    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # a plain name: the file is in the folder
+class _File(_Section):
+    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # without a path, so the file is in the folder
     size_bytes: Count
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
-class _Clock(_Part):
+class _Clock(_Section):
     images_seen: Count
     steps: Count
     left_out: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
 
 
-class _ExpertLayout(_Part):
+class _ExpertLayout(_Section):
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     place: list[list[Count]]
     at_hand: list[list[bool]]
@@ -46,7 +46,7 @@ class _ExpertLayout(_Part):
         return self
 
 
-class _Body(_Part):
+class _Body(_Section):
     files: Annotated[list[_File], Field(min_length=1)]
     clock: _Clock
     config: dict[str, Any]
@@ -66,13 +66,13 @@ class _Body(_Part):
 
 
 def check_manifest(body: Any, path: Path) -> dict[str, Any]:
-    """Return the body of the manifest at `path`.
+    """Return the body of the manifest at `path` after checking it. The section `config` has its own schema.
 
-    Raises: CheckpointError naming the field: one that is missing or of the wrong type, shard names
-        that lead out of the folder, negative counts, numbers that are not finite (the config's own schema judges it).
+    Raises: CheckpointError: if a field is missing or has the wrong type, a shard name leads out of the folder, a count is
+        negative, or a number is not finite. The message names the field.
     """
     if not isinstance(body, dict):
-        raise CheckpointError(f"{path}: is torn or not a manifest")
+        raise CheckpointError(f"{path}: is incomplete or not a manifest")
     try:
         _Body.model_validate(body)
     except ValidationError as error:
@@ -88,7 +88,7 @@ def check_manifest(body: Any, path: Path) -> dict[str, Any]:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every float of a JSON value, with its dotted name; the reader has bounded the depth."""
+    """Yield each float of a JSON value with its dotted name. The reader has limited the depth."""
     if isinstance(value, float):
         yield name, value
     children: Mapping[Any, Any] = (
