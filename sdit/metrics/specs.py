@@ -27,7 +27,7 @@ class MetricSpec:
 
     @property
     def width(self) -> int:
-        """Return how many numbers one series has in a shared metrics file: a histogram has its buckets, +Inf and the sum."""
+        """The number of values of one series in a shared metrics file. A histogram has its buckets, +Inf and the sum."""
         return len(self.buckets) + 2 if self.kind == "histogram" else 1
 
 

@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_written_costs_the_log_not_the_run(
     log = RankLog(tmp_path, info(0))
     logging.getLogger("sdit").warning("still told")
     log.close()
-    assert "keeps no log" in (said := capsys.readouterr().err) and "still told" in said
+    assert "writes no log" in (said := capsys.readouterr().err) and "still told" in said
 
 
 @pytest.mark.parametrize(
