@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests: `kind@rank:step` makes a rank misbehave in the step after `step` steps were taken."""
+"""Injected faults for tests: `kind@rank:step` makes a rank fail in the step after `step` steps were taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KINDS = ("kill", "stop", "gil", "exit", "exception", "oom", "slow", "hang", "nan
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. It strikes once, in the run's first attempt; with `!` at its end, whenever the step is tried."""
+    """One fault. It occurs once, in the first attempt of the run. With a final `!` it occurs in each attempt at the step."""
 
     kind: str
     rank: int
@@ -19,7 +19,10 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Raises: ValueError, saying what is legal."""
+        """Return the fault that a text describes.
+
+        Raises: ValueError: if the text is not a fault. The message contains the legal forms.
+        """
         match = re.fullmatch(r"(\w+)@(\d+):(\d+)(!?)", text)
         if not match or match[1] not in KINDS:
             raise ValueError(f"{text!r}; legal: kind@rank:step with kind one of {', '.join(KINDS)}")
