@@ -40,7 +40,7 @@ class _ExpertLayout(_Section):
     @model_validator(mode="after")
     def _fits(self) -> _ExpertLayout:
         if [len(row) for row in self.place] != [len(row) for row in self.at_hand] or len(set(map(len, self.place))) > 1:
-            raise ValueError("place and at_hand are not of one shape")
+            raise ValueError("place and at_hand have different shapes")
         if any(rank >= self.ranks for row in self.place for rank in row):
             raise ValueError(f"place holds a rank beyond {self.ranks - 1}")
         return self
@@ -77,7 +77,7 @@ def check_manifest(body: Any, path: Path) -> dict[str, Any]:
         _Body.model_validate(body)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "body"
+        field = ".".join(str(name) for name in problem["loc"]) or "body"
         text = problem["msg"].removeprefix("Value error, ")
         found = "" if problem["type"] in ("missing", "value_error") else f": {_short(problem['input'])}"
         raise CheckpointError(f"{path}: {field}{found} is not legal ({text[0].lower()}{text[1:]})") from None

@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 class BadSampleCounter:
     """Counts bad samples `by_reason` since the start of this process, and per epoch.
 
-    Bad shards are not spread evenly over the ranks. A rank therefore stops only if it alone exceeds the limit of the
-    whole run. The trainer also sums `in_latest_epoch` over all ranks. The counts are not stored in checkpoints.
+    Ranks have unequal numbers of bad shards. A rank therefore stops only if it alone exceeds the limit of the whole run.
+    The trainer also sums `in_latest_epoch` over all ranks. The counts are not stored in checkpoints.
     """
 
     def __init__(self, max_bad_fraction: float, samples_per_epoch: int) -> None:

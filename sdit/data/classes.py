@@ -62,17 +62,19 @@ def class_differences(here: Classes, there: Classes, ordered: bool = True) -> st
     """
     if not here.count or not there.count:
         return ""
-    parts = [f"{here.count} classes, not {there.count}"] if here.count != there.count else []
+    differences = [f"{here.count} classes, not {there.count}"] if here.count != there.count else []
     if here.names and there.names:
         mine, theirs = [_normal(name) for name in here.names], [_normal(name) for name in there.names]
-        parts += (
+        differences += (
             [f"it also has {_listed(more)}"] if (more := [name for name in mine if name not in set(theirs)]) else []
         )
-        parts += [f"it has no {_listed(less)}"] if (less := [name for name in theirs if name not in set(mine)]) else []
-        if ordered and not parts and mine != theirs:
+        differences += (
+            [f"it has no {_listed(less)}"] if (less := [name for name in theirs if name not in set(mine)]) else []
+        )
+        if ordered and not differences and mine != theirs:
             label = next(label for label, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-            parts.append(f"another order: label {label} is {mine[label]!r}, not {theirs[label]!r}")
-    return "; ".join(parts)
+            differences.append(f"another order: label {label} is {mine[label]!r}, not {theirs[label]!r}")
+    return "; ".join(differences)
 
 
 def check_label_syntax(text: str) -> None:

@@ -78,7 +78,7 @@ def stored_identity(value: Any, where: str) -> DataIdentity | None:
         return DataIdentity.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(["data", *(str(part) for part in first["loc"])])
+        key = ".".join(["data", *(str(name) for name in first["loc"])])
         raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
 
 

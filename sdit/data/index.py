@@ -110,7 +110,7 @@ def read_index(folder: Path) -> DatasetIndex:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
+        where = ".".join(str(name) for name in first["loc"]) or "file"
         raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
 
 

@@ -50,11 +50,12 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     choices = {mode: decide_placement(parallel.placement, mode, traffic, costs) for mode in MODES}
     chosen = choices[parallel.exchange]
     transfers = traffic.transfers(chosen.placement) / ranks
-    foreign = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
+    replicas_received = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
     # Received rows are kept. Replicas are kept as received, and once more concatenated with the local experts.
     kept = (
         transfers * row_bytes
-        + (2 * foreign + (model.depth * model.experts.count / ranks if foreign else 0)) * expert_bytes
+        + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
+        * expert_bytes
     )
     return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
 
@@ -85,7 +86,7 @@ def prior_routes(job: Job) -> RoutingTable:
 def random_routes(job: Job) -> RoutingTable:
     """Return a random routing table with a fixed seed."""
     model = job.config.model
-    drawn = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
-    experts = np.argsort(drawn, axis=2)[:, :, : model.experts.top_k]
+    scores = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
+    experts = np.argsort(scores, axis=2)[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
     return RoutingTable(experts, gates, model.experts.count)

@@ -128,7 +128,7 @@ def heat_map(
         svg = _inline(figure, f"{y_label} against {x_label}", {})
     if scale is None:
         return Chart(svg)
-    stops = ",".join(to_hex(matplotlib.colormaps[scale[1]](place)) for place in np.linspace(0, 1, 5))
+    stops = ",".join(to_hex(matplotlib.colormaps[scale[1]](position)) for position in np.linspace(0, 1, 5))
     return Chart(svg, scale=(scale[0], f"linear-gradient(90deg,{stops})", scale[2]))
 
 
