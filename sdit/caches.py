@@ -1,4 +1,4 @@
-"""Where this process and the libraries that it uses keep caches."""
+"""The cache folders of this process and of the libraries that it uses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def use_cache(fallbacks: Sequence[Path]) -> Path | None:
-    """The user's cache folder, or the first of `fallbacks` that can be written; None if there is none.
+    """Return the user's cache folder, or the first of `fallbacks` that is writable. Return None if there is none.
 
-    A fallback is put into the environment: matplotlib, W&B and others fail or warn without a home folder, which a
-    container with an unknown user does not have. Processes that are started later inherit it.
+    A fallback is also set in the environment. Without a home folder, matplotlib, W&B and other libraries fail or warn, and a
+    user unknown to a container has no home folder. Processes that are started later inherit the environment.
     """
     user = user_cache()
     folder = next((each for each in (*([user] if user else []), *fallbacks) if can_write(each)), None)
@@ -28,12 +28,12 @@ def use_cache(fallbacks: Sequence[Path]) -> Path | None:
 
 
 def run_caches(path: Path) -> list[Path]:
-    """The fallback inside a run's folder; none if the path is something else."""
+    """Return the fallback in a run folder, or an empty list if the path is not a run folder."""
     return [path / "cache"] if (path / "checkpoints").is_dir() else []
 
 
 def user_cache() -> Path | None:
-    """$XDG_CACHE_HOME, or .cache in the home folder; None if the user has no home folder."""
+    """Return $XDG_CACHE_HOME, or .cache in the home folder. Return None if the user has no home folder."""
     if chosen := os.environ.get("XDG_CACHE_HOME"):
         return Path(chosen)
     home = _home()
@@ -41,7 +41,7 @@ def user_cache() -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a file can be made in the folder, which is created."""
+    """Create the folder and return True if a file can be created in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,4 +1,4 @@
-"""Reading files that others may have written: regular files only, and JSON of bounded size and depth."""
+"""Reads files that other users may have written: regular files only, and JSON of limited size and depth."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ KINDS = {
 
 
 class NotRegularFile(OSError):
-    """A folder, FIFO, device or socket in the place of a file. `strerror` names the kind."""
+    """An error for a folder, FIFO, device or socket in the place of a file. `strerror` names the kind."""
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file or of a link to one. Raises: NotRegularFile, OSError as `open` does."""
+    """Return the content of a regular file or of a link to one.
+
+    Raises:
+        NotRegularFile: if the path is something else.
+        OSError: if it cannot be read.
+    """
     problem = _kind_problem(path, follow_links=True)
     if problem:
         raise NotRegularFile(errno.EINVAL, problem, str(path))
@@ -38,9 +43,11 @@ def read_regular(path: Path) -> bytes:
 
 @contextmanager
 def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
-    """Open a regular file for reading; a FIFO or a device is refused before it is opened, because reading could hang.
+    """Open a regular file for reading. A FIFO or a device is refused before it is opened, because reading could hang.
 
-    Raises: CheckpointError for anything else than a regular file, OSError as `open` does.
+    Raises:
+        CheckpointError: if the path is not a regular file.
+        OSError: if it cannot be opened.
     """
     problem = _kind_problem(path, follow_links)
     if problem:
@@ -50,13 +57,19 @@ def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedRead
 
 
 def _kind_problem(path: Path, follow_links: bool) -> str:
-    """Return why a path is not a regular file; empty if it is one. Raises: OSError."""
+    """Return the reason why a path is not a regular file, or an empty string if it is one.
+
+    Raises: OSError: if the path does not exist.
+    """
     mode = os.stat(path, follow_symlinks=follow_links).st_mode
     return "" if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file"
 
 
 def read_bytes(file: BufferedReader, path: Path, most: int) -> bytes:
-    """Return the rest of a file. Raises: CheckpointError for a file of more than `most` bytes, before reading it."""
+    """Return the remaining bytes of a file.
+
+    Raises: CheckpointError: if the file has more than `most` bytes. It is then not read.
+    """
     size = os.fstat(file.fileno()).st_size
     if size > most:
         raise CheckpointError(f"{path}: has {size} bytes; legal: at most {most}")
@@ -64,9 +77,9 @@ def read_bytes(file: BufferedReader, path: Path, most: int) -> bytes:
 
 
 def parse_json(data: bytes | str, source: str, what: str, depth: int) -> Any:
-    """Return the value of a JSON text whose nesting is at most `depth`; `source` and `what` name it in errors.
+    """Return the value of a JSON text whose nesting is at most `depth`. `source` and `what` name it in errors.
 
-    Raises: CheckpointError for what is no JSON, has a key twice in one object, or is nested deeper.
+    Raises: CheckpointError: if it is not JSON, an object has a key twice, or it is nested more deeply.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -76,7 +89,7 @@ def parse_json(data: bytes | str, source: str, what: str, depth: int) -> Any:
     except _DuplicateKey as error:
         raise CheckpointError(f"{source}: {error}") from None
     except ValueError:
-        raise CheckpointError(f"{source}: is torn or not {what}") from None
+        raise CheckpointError(f"{source}: is incomplete or not {what}") from None
     level = [value]
     for _ in range(depth + 1):
         level = [child for parent in level for child in _children(parent)]
@@ -86,7 +99,7 @@ def parse_json(data: bytes | str, source: str, what: str, depth: int) -> Any:
 
 
 class _DuplicateKey(ValueError):
-    """An object has a key twice."""
+    """An error for an object that has a key twice."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The run's clock, and what follows from it: learning rate and EMA decay."""
+"""The clock of a run, and the learning rate and EMA decay, which are functions of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sdit.config import EmaConfig, OptimizerConfig
 
 @dataclass(frozen=True)
 class Clock:
-    """`images_seen` is the progress of the run; `steps` counts the optimizer steps taken.
+    """The progress of a run: `images_seen`, and the number of optimizer `steps`.
 
-    `left_out` are the samples that roll-backs passed over, as (first, count) by sample index, rising.
+    `left_out` are the ranges of samples that rollbacks skipped, as (first, count) by sample index, ascending.
     """
 
     images_seen: int = 0
@@ -22,32 +22,32 @@ class Clock:
 
     @property
     def first_sample(self) -> int:
-        """Index of the next step's first sample: `images_seen`, and what was left out before it."""
+        """The index of the next step's first sample: `images_seen` plus the samples skipped before it."""
         return self.sample_at(self.images_seen)
 
     def sample_at(self, images_seen: int) -> int:
-        """The sample index that the run reaches after so many images."""
+        """Return the sample index after `images_seen` images."""
         index = images_seen
         for first, count in self.left_out:
             index += count if index >= first else 0
         return index
 
     def leaving_out(self, until: int) -> Clock:
-        """This clock, with the samples from here up to index `until` left out."""
+        """Return this clock with the samples from here up to index `until` skipped."""
         return replace(self, left_out=(*self.left_out, (self.first_sample, until - self.first_sample)))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Clock:
-        """The clock that `asdict` gave, back from JSON."""
+        """Return the clock from the JSON form of `asdict(clock)`."""
         left_out = tuple((int(first), int(count)) for first, count in values.get("left_out", ()))
         return cls(values["images_seen"], values["steps"], left_out)
 
     def after(self, global_batch: int) -> Clock:
-        """The clock one optimizer step later."""
+        """Return the clock one optimizer step later."""
         return replace(self, images_seen=self.images_seen + global_batch, steps=self.steps + 1)
 
     def crosses(self, earlier: Clock, every_images: int | None, every_steps: int | None) -> bool:
-        """Return whether a multiple of the interval is in (earlier, now]. Without an interval: never."""
+        """Return True if a multiple of the interval is in (earlier, now]. Without an interval return False."""
         if every_images is not None:
             return self.images_seen // every_images > earlier.images_seen // every_images
         return every_steps is not None and self.steps // every_steps > earlier.steps // every_steps
@@ -55,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepSpan:
-    """One optimizer step on the clock: from `before` to `clock`. The run has `length_images` images."""
+    """One optimizer step, from the clock `before` to `clock`. The run has `length_images` images."""
 
     before: Clock
     clock: Clock
@@ -63,16 +63,19 @@ class StepSpan:
 
     @property
     def at_end(self) -> bool:
-        """Whether the step is the last of the run."""
+        """True if the step is the last one of the run."""
         return self.clock.images_seen >= self.length_images
 
     def crosses(self, every_images: int | None, every_steps: int | None = None) -> bool:
-        """Return whether the step completes an interval. Without an interval: never."""
+        """Return True if the step completes an interval. Without an interval return False."""
         return self.clock.crosses(self.before, every_images, every_steps)
 
 
 def learning_rate_factor(config: OptimizerConfig, images_seen: int, total_images: int) -> float:
-    """Learning rate over its peak for the step that ends at `images_seen`: linear warm-up, then the decay to the end."""
+    """Return the learning rate over its peak for the step that ends at `images_seen`.
+
+    It rises linearly during the warm-up and then decays until the end.
+    """
     if images_seen < config.warmup_images:
         return images_seen / config.warmup_images
     if config.decay == "constant":
@@ -84,5 +87,5 @@ def learning_rate_factor(config: OptimizerConfig, images_seen: int, total_images
 
 
 def ema_decay(config: EmaConfig, steps: int) -> float:
-    """Decay of the EMA update after optimizer step `steps` (from 1 on); small at first under warm-up."""
+    """Return the decay of the EMA update after optimizer step `steps` (from 1). With warm-up it is small at first."""
     return min(config.decay, (1 + steps) / (10 + steps)) if config.warmup else config.decay

@@ -1,4 +1,7 @@
-"""The types that cross packages, and nothing else. Shapes use B samples, D width, M experts, T timesteps."""
+"""The types that several packages share.
+
+Shapes: B samples of a rank, G samples of an expert-parallel group, D width, M experts of a block, T timesteps.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Loaded samples before the objective's draws.
+    """Loaded samples, before timesteps and noise are added.
 
-    `index` (B,) int64: position of the sample in the run (images seen before it), the key of all randomness;
-    `x0` (B, C, H, W) float32 in [-1, 1] for pixels, scaled for latents; `y` (B,) int64 labels.
+    `index` (B,) int64 is the position of the sample in the run (images seen before it). All random numbers depend on it.
+    `x0` (B, C, H, W) float32 is in [-1, 1] for pixels and scaled for latents. `y` (B,) int64 are labels.
     """
 
     index: np.ndarray
@@ -26,8 +29,11 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank: `x0`, `noise` (B, C, H, W); `t` (B,) int64 (float in [0, 1] for flow);
-    `y` (B,) int64 after label drop; `index` (B,) int64 sample indices in the run."""
+    """One micro-batch of a rank.
+
+    `x0` and `noise` are (B, C, H, W). `t` (B,) is int64, or float in [0, 1] for flow. `y` (B,) int64 are labels after label
+    drop. `index` (B,) int64 are sample indices in the run.
+    """
 
     index: Tensor
     x0: Tensor
@@ -38,11 +44,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the gates of all blocks decided for a batch.
+    """The decisions of the gates of all blocks for a batch.
 
-    `task` (B,) int64 gate task of each sample, 0..T-1; `gate_probs` (depth, B, M) float32 softmax, with gradient;
-    `experts` (depth, B, k) int64 chosen experts by falling probability.
-    Empty tensors (depth 0) for models without a gate.
+    `task` (B,) int64 is the gate task of each sample, 0..T-1. `gate_probs` (depth, B, M) float32 is the softmax, with
+    gradient. `experts` (depth, B, k) int64 are the chosen experts by descending probability. Models without gates have empty
+    tensors (depth 0).
     """
 
     task: Tensor
@@ -52,7 +58,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """`prediction` (B, C_out, H, W) and the `routing` it was computed with; the same type in train and eval."""
+    """The `prediction` (B, C_out, H, W) and the `routing` that it was computed with. It is the same type in train and eval."""
 
     prediction: Tensor
     routing: Routing
@@ -60,7 +66,10 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class LossParts:
-    """Per-sample losses of shape (B,): weighted `mse`, `vlb` (zero without learned variance), and their sum `loss`."""
+    """Per-sample loss terms of shape (B,): weighted `mse`, `vlb`, and their sum `loss`.
+
+    `vlb` is zero if the variance is not learned.
+    """
 
     mse: Tensor
     vlb: Tensor
@@ -73,11 +82,11 @@ class LossParts:
 
 @dataclass(frozen=True)
 class TaskView:
-    """Which samples a forward pass needs gates for.
+    """The samples whose gates a forward pass computes.
 
-    `task` (G,) int64 gate tasks: the rank's own B samples, or those of its whole expert-parallel group;
-    `own` picks the rank's B rows out of G; `experts` (depth, G, k) int64 fixes the choice (None: the model takes its own
-    top-k); `kept` (depth, G, k) bool is False where an expert was full and drops the sample (None: dropless).
+    `task` (G,) int64 are gate tasks of the rank's B samples, or of its whole expert-parallel group. `own` selects the rank's
+    B rows. `experts` (depth, G, k) int64 fixes the chosen experts (None: the model chooses its top-k). `kept`
+    (depth, G, k) bool is False where an expert at capacity drops the sample (None: no limit).
     """
 
     task: Tensor
@@ -87,20 +96,24 @@ class TaskView:
 
 
 class ForwardPass(Protocol):
-    """Brings tokens and experts together during one forward and backward pass of the model. It has no parameters.
+    """Moves tokens to experts and back during one forward and backward pass. It has no parameters.
 
-    A block calls `dispatch`, `compute` and `combine` in this order. What `dispatch` and `compute` return is private to the
-    pass. Work that the block does between the calls hides transfers. All gradients (z, gates, expert weights) flow by autograd.
+    A block calls `dispatch`, `compute` and `combine` in this order. Only the pass uses the values that `dispatch` and
+    `compute` return. Transfers overlap with the computation between the calls. All gradients (z, gates, expert weights) are
+    computed by autograd.
     """
 
     view: TaskView
 
     def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: Any) -> Any:
-        """Start to send tokens z (B, L, D) to their experts. `gates` (G, M) are zero where an expert is unused or dropped."""
+        """Start to send tokens z (B, L, D) to their experts.
+
+        `gates` (G, M) are zero where an expert is unused or dropped.
+        """
         ...
 
     def compute(self, dispatched: Any) -> Any:
-        """Compute the experts of this rank on its own tokens and on those that arrived, and start to send results back."""
+        """Compute the local experts on local and received tokens, and start to send results back."""
         ...
 
     def combine(self, computed: Any) -> Tensor:
@@ -109,7 +122,7 @@ class ForwardPass(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Makes forward passes. It is the one object that differs between EP = 1 and EP = n."""
+    """Creates forward passes. It is the only object that differs between EP = 1 and EP = n."""
 
     def forward_pass(self, task: Tensor) -> ForwardPass:
         """Return the pass for samples with gate tasks (B,). The model calls it once per forward pass, before block 0."""
@@ -118,7 +131,10 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Where a sample is stored: shard number in the index and position inside the shard; `epoch` keys its augmentation."""
+    """The position of a sample: shard number in the index and position in the shard.
+
+    `epoch` is also an input of the random numbers of its augmentation.
+    """
 
     epoch: int
     shard: int

@@ -1,4 +1,4 @@
-"""Errors for users and the process exit codes every launcher, SLURM script and manifest shares."""
+"""Errors for users, and the process exit codes that all launchers, SLURM scripts and manifests share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CPP_TRACE = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|fram
 
 
 class ExitCode(enum.IntEnum):
-    """Exit status of every sdit process; the scheduler decides on it whether to run the job again."""
+    """The exit status of each sdit process. The scheduler uses it to decide about a retry."""
 
     DONE = 0
     USAGE = 64  # wrong command line: never retry
@@ -22,31 +22,31 @@ class ExitCode(enum.IntEnum):
 
 
 class SditError(Exception):
-    """Base of all errors that are shown to the user as one line, without a traceback."""
+    """Base class of all errors that are shown to the user as one line, without a traceback."""
 
     exit_code = ExitCode.CRASH
 
 
 class ConfigError(SditError):
-    """A configuration that cannot run; the message names key, value and what is legal."""
+    """A configuration that cannot run. The message names key, value and the legal values."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(SditError):
-    """Data that is missing, corrupt or of the wrong shape; the message names shard and key."""
+    """Data that are missing, corrupt or of the wrong shape. The message names shard and key."""
 
     exit_code = ExitCode.DATA
 
 
 class CheckpointError(SditError):
-    """A checkpoint that cannot be read or written; the message names the file."""
+    """A checkpoint that cannot be read or written. The message names the file."""
 
     exit_code = ExitCode.IO
 
 
 def one_line(text: str, characters: int = MESSAGE_CHARACTERS) -> str:
-    """Return a message as one line of bounded length: no line breaks, control characters, or stack traces of C++ code."""
+    """Return a message as one line of limited length, without control characters and C++ stack traces."""
     text = _CPP_TRACE.sub("", text) or text
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= characters else text[: characters - 3].rstrip() + "..."

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: the one atomic writer, fsync, and free space. No torch."""
+"""Atomic file writes, fsync, and free space. It imports no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write. It takes the place of `path`, on the disk and in one step, if the block ends without an error.
+    """Yield a file to write. If the block ends without an error, the file replaces `path` atomically and durably.
 
-    Raises: OSError, which names `path`.
+    Raises: OSError: if it cannot be written. The error names `path`.
     """
     with replacing_path(path) as partial, naming(path), partial.open("wb") as file:
         yield file
@@ -23,11 +23,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_path(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Do the same for a writer that takes a path: yield a hidden path in the same folder.
+    """Yield a hidden path in the same folder, for a writer that needs a path. It then replaces `path` as in `replacing`.
 
-    The hidden name is always the same, so that a repeated command replaces what a killed one left. If several processes may
-    write `path` at once (`shared`), it is unique. Then nothing is forced to storage: such files are messages.
-    Raises: OSError.
+    The hidden name is constant, so a repeated command overwrites the file of a killed one. If several processes may write
+    `path` at the same time (`shared`), the name is unique and nothing is forced to storage.
+
+    Raises: OSError: if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp" if shared else f".{path.name}.tmp")
     try:
@@ -39,13 +40,19 @@ def replacing_path(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small text file. Raises: OSError, which names `path`."""
+    """Replace a small text file atomically.
+
+    Raises: OSError: if it cannot be written. The error names `path`.
+    """
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def commit(partial: Path, path: Path, durable: bool = True) -> None:
-    """Give a complete file its final name; if `durable`, file and name survive a power cut. Raises: OSError."""
+    """Rename a complete file to its final name. If `durable`, file and name survive a power failure.
+
+    Raises: OSError: if the file system fails.
+    """
     with naming(path):
         if durable:
             fsync(partial)
@@ -55,7 +62,10 @@ def commit(partial: Path, path: Path, durable: bool = True) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to storage. Raises: OSError."""
+    """Force a file, or the entries of a folder, to storage.
+
+    Raises: OSError: if the file system fails.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +75,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let file system errors of the block name `path`: a full disk does not say by itself whose write failed."""
+    """Add `path` to file system errors of the block, because some of them, such as a full disk, name no file."""
     try:
         yield
     except OSError as error:
@@ -75,5 +85,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that this user can still write in a file system. Raises: OSError."""
+    """Return the bytes that this user can still write in a file system.
+
+    Raises: OSError: if the folder does not exist.
+    """
     return shutil.disk_usage(folder).free

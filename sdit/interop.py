@@ -1,4 +1,4 @@
-"""Published DiT, DTR and Switch-DiT weights to our models and back. T tasks, M experts, D width."""
+"""Converts published DiT, DTR and Switch-DiT weights to sdit's models and back. T tasks, M experts of a block, D width."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WRITTEN_SUFFIXES = SUFFIXES[:3]
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 EMA_HOLDERS = frozenset(("ema", "ema_model", "model_ema", "ema_net", "averaged_model"))
 HOLDERS = EMA_HOLDERS | {"model", "net", "network", "denoiser", "diffusion_model", "transformer"}
-STATES = {  # keys under which training code keeps a kind of weights
+STATES = {  # keys under which training code stores a kind of weights
     "ema": (*sorted(EMA_HOLDERS), "ema_state_dict", "state_dict_ema"),
     "model": ("model", "model_state_dict", "module"),
 }
@@ -46,9 +46,11 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray]) -> None:
-    """Copy published weights (tensors or arrays) of any float dtype into the model, which may hold a subset of the M experts.
+    """Copy published weights (tensors or arrays) of any float dtype into the model.
 
-    Raises: ConfigError, before anything is copied, if names, shapes or fixed buffers do not fit the model's config.
+    The model may hold a subset of the M experts.
+
+    Raises: ConfigError: if names, shapes or fixed buffers do not fit the model's config. Nothing is copied then.
     """
     try:
         given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
@@ -58,8 +60,14 @@ def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | n
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
     if missing or unexpected:
-        parts = [f"{kind} {_listed(names)}" for kind, names in (("lacks", missing), ("also has", unexpected)) if names]
-        raise ConfigError(f"model: the checkpoint {' and '.join(parts)}; legal: the names of {_summary(model.config)}")
+        problems = [
+            f"{kind} {_listed(names)}"
+            for kind, names in (("does not contain", missing), ("also has", unexpected))
+            if names
+        ]
+        raise ConfigError(
+            f"model: the checkpoint {' and '.join(problems)}; legal: the names of {_summary(model.config)}"
+        )
     misfits = [text for name in wanted if (text := _misfit(name, given[name], _full_shape(model, name)))]
     if misfits:
         raise ConfigError(f"model: {_listed(misfits)}; legal: the shapes of {_summary(model.config)}")
@@ -71,7 +79,10 @@ def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | n
 
 @torch.no_grad()
 def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
-    """CPU copies of all weights under their published names, with the fixed buffers that published code expects."""
+    """Return CPU copies of all weights with their published names.
+
+    The fixed buffers that published code expects are included.
+    """
     config = model.config
     assert all(len(module.ids) == config.experts.count for module in model.modules() if isinstance(module, Experts))
     published = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
@@ -79,7 +90,7 @@ def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
 
 
 def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
-    """The fixed buffers that published code expects, by name; all follow from the config."""
+    """Return the fixed buffers that published code expects, by name. They depend only on the config."""
     buffers = {POSITIONS: _positions(config)}
     if config.variant == "switch":
         buffers[TASKS] = torch.arange(config.timesteps)
@@ -90,12 +101,12 @@ def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
-    """Tensors by published name from .safetensors, or from a file of torch.save; no code in the file is run.
+    """Return tensors by published name from a .safetensors file or a file of torch.save. No code in the file is run.
 
-    The tensors of a file of torch.save are bare or under a key such as `ema`, `model` or `state_dict`. Wrappers of
-    torch.compile, DDP and FSDP in the names are left out.
+    In a file of torch.save, the tensors are at the top level or under a key such as `ema`, `model` or `state_dict`. Wrapper
+    names of torch.compile, DDP and FSDP are removed.
 
-    Raises: CheckpointError naming the file.
+    Raises: CheckpointError: if the file cannot be read or holds no such weights. The message names the file.
     """
     path = Path(path)
     _check_file(path)
@@ -103,7 +114,7 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
         payload = load_file(path) if _suffix(path, SUFFIXES) == ".safetensors" else load_tensors(path)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged file can fail in any way inside the readers; all of them mean the same
+    except Exception as error:  # a damaged file can raise any error in the readers
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
     state = _find_state(payload, weights)
     if state is None:
@@ -120,21 +131,21 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
 
 
 def published_names(mapping: Mapping[str, Values], weights: Literal["ema", "model"]) -> dict[str, Values]:
-    """The values of one model by their published names, which no wrapper and no holder such as `model.` precedes.
+    """Return the values of one model by published name, without wrappers and holders such as `model.`.
 
-    If a mapping holds an averaged model and another one, as Lightning's `state_dict` does, `weights` chooses.
-    Values next to a model that has a holder belong to other modules and are left out.
+    If a mapping holds an averaged model and another one, as Lightning's `state_dict` does, `weights` selects one. If a model
+    has a holder, values without one belong to other modules and are ignored.
 
-    Raises: ValueError for two values of one name.
+    Raises: ValueError: if two values have the same name.
     """
     split = {name: _split_name(name) for name in mapping}
     if any(holders for holders, _ in split.values()):
         averaged = {name for name, (holders, _) in split.items() if EMA_HOLDERS & set(holders)}
         others = {name for name, (holders, _) in split.items() if holders} - averaged
         chosen = averaged if averaged and (weights == "ema" or not others) else others
-        left_out = [name for name, (holders, _) in split.items() if not holders]
-        if left_out:
-            _log.info("left out what belongs to other modules: %s", _listed(left_out))
+        ignored = [name for name, (holders, _) in split.items() if not holders]
+        if ignored:
+            _log.info("ignored the weights of other modules: %s", _listed(ignored))
         split = {name: split[name] for name in mapping if name in chosen}
     found: dict[str, Values] = {}
     origins: dict[str, str] = {}
@@ -146,14 +157,14 @@ def published_names(mapping: Mapping[str, Values], weights: Literal["ema", "mode
 
 
 def _split_name(name: str) -> tuple[tuple[str, ...], str]:
-    """The holders in front of a parameter's name, and the name without holders and wrappers."""
+    """Return the holders before a parameter's name, and the name without holders and wrappers."""
     words = [word for word in name.split(".") if word not in WRAPPERS]
-    first = next((place for place, word in enumerate(words) if word not in HOLDERS), len(words))
+    first = next((position for position, word in enumerate(words) if word not in HOLDERS), len(words))
     return tuple(words[:first]), ".".join(words[first:])
 
 
 def _find_state(payload: Any, weights: Literal["ema", "model"]) -> dict[str, Tensor] | None:
-    """The mapping of names to tensors inside what a file holds; None if there is none."""
+    """Return the mapping of names to tensors in the content of a file, or None if there is none."""
     if not isinstance(payload, dict):
         return None
     tensors = {str(name): value for name, value in payload.items() if isinstance(value, Tensor)}
@@ -167,7 +178,10 @@ def _find_state(payload: Any, weights: Literal["ema", "model"]) -> dict[str, Ten
 
 
 def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write .safetensors, or .pt with the same tensors under `ema` and `model`; a reader never sees half a file."""
+    """Write a .safetensors file, or a .pt file with the same tensors under `ema` and `model`, atomically.
+
+    Raises: CheckpointError: if the file cannot be written, or its suffix is unknown.
+    """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mapping.items()}
     suffix = _suffix(path, WRITTEN_SUFFIXES)
@@ -188,7 +202,10 @@ def _suffix(path: Path, legal: Sequence[str]) -> str:
 
 
 def _check_file(path: Path) -> None:
-    """Raises: CheckpointError unless the path is a regular file and, for .safetensors, has a header that fits it."""
+    """Check that the path is a regular file and, for .safetensors, that its header is valid.
+
+    Raises: CheckpointError: if it is not.
+    """
     try:
         with open_regular(path):
             pass
@@ -201,7 +218,7 @@ def _check_file(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line; torch's own message on refused code advises to run it."""
+    """Return an error in one line. torch's message about refused code is replaced, because it advises to run the code."""
     if not isinstance(error, pickle.UnpicklingError):
         return str(error).split("\n", 1)[0]
     refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -210,7 +227,7 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers only; those of one byte are read as float32, which knows the test."""
+    """Return True if all numbers of a tensor are finite. One-byte floats are converted to float32 for the test."""
     if not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
@@ -232,19 +249,19 @@ def _is_buffer(name: str) -> bool:
 
 
 def _expert_ids(model: DiffusionTransformer, name: str) -> tuple[int, ...] | None:
-    """Ids of the experts whose rows the parameter holds; None where it has no rows of experts."""
+    """Return the ids of the experts in the rows of a parameter, or None if its rows are not experts."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return owner.ids if isinstance(owner, Experts) else None
 
 
 def _full_shape(model: DiffusionTransformer, name: str) -> tuple[int, ...]:
-    """Shape of the parameter with all M experts."""
+    """Return the shape of the parameter with all M experts."""
     shape = tuple(model.get_parameter(name).shape)
     return shape if _expert_ids(model, name) is None else (model.config.experts.count, *shape[1:])
 
 
 def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
-    """What is wrong with a published tensor, or nothing."""
+    """Return the problem of a published tensor, or an empty string."""
     if not tensor.is_floating_point():
         return f"{name} has dtype {tensor.dtype}, not a float"
     return "" if tuple(tensor.shape) == shape else f"{name} has shape {tuple(tensor.shape)}, not {shape}"
@@ -259,12 +276,15 @@ def _float_mask(windows: TaskWindows) -> Tensor:
 
 
 def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
-    """Raises: ConfigError if a fixed buffer shows that the checkpoint computes another function than the config."""
+    """Check that the fixed buffers of the checkpoint are those of the config.
+
+    Raises: ConfigError: if they differ, because the checkpoint then computes another function.
+    """
     if POSITIONS in given:
         ours, theirs = _positions(config), given[POSITIONS].cpu()
         if theirs.shape != ours.shape:
             raise ConfigError(f"model.input_size: {POSITIONS} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
-        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)  # |position| <= 1, so eps bounds a half-precision rounding
+        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)  # |position| <= 1, so eps bounds the rounding error
         if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
             raise ConfigError(
                 f"model: {POSITIONS} differs from the fixed sin-cos positions by more than {tolerance:.1e}"
@@ -284,7 +304,7 @@ def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
 
 
 def _active_units(mask: Tensor | None) -> int:
-    """Units that every task of a published mask uses; 0 if the tensor does not look like such a mask."""
+    """Return the number of units that each task of a published mask uses, or 0 if the tensor is not such a mask."""
     if mask is None or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         return 0
     counts = mask.sum(1).unique()

@@ -1,7 +1,8 @@
-"""Which rank of the job this process is, from the variables of its launcher; known without torch.
+"""Finds the rank of this process from the variables of its launcher. It does not import torch.
 
-Launchers nest: srun may start torchrun, Kubernetes may start mpirun. The innermost one's variables hold, as long as they can be
-those of a launch inside the outer one's. Where they cannot, one of the two is left over, and only the user knows which.
+Launchers can be nested: srun may start torchrun, and Kubernetes may start mpirun. The variables of the innermost launcher
+are used if they are consistent with those of the outer one. If they contradict each other, one set of variables belongs
+to another launch, and only the user knows which.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 
 from sdit.errors import ConfigError
 
-LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # a supervisor names its launcher in it for the worker process
+LAUNCHER_VARIABLE = "SDIT_LAUNCHER"  # a supervisor sets it to its launcher's name for the worker process
 HOST = re.compile(r"[\w.:%\[\]-]*")
 MAX_DIGITS = 9  # of a rank or a number of ranks
-MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local rank, ranks of this node
+MPI_VARIABLES = {  # library -> variables with rank, world size, local rank, ranks of this node
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -25,13 +26,13 @@ MPI_VARIABLES = {  # library -> the variables that hold rank, world size, local 
     ),
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
-ANY_MPI = ("PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK")  # a rank of MPI, but only the library knows of how many
+ANY_MPI = ("PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK")  # an MPI rank whose world size only the library knows
 SINGLE = "no launcher: a single process"
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One rank's place in the job, and the launcher that said so."""
+    """One rank of the job, and the launcher that defined it."""
 
     rank: int
     world: int
@@ -40,16 +41,19 @@ class RankInfo:
     source: str
 
     def describe(self) -> str:
-        """`rank 3 of 8, 1 of 2 on this node; found by SLURM`."""
+        """Return `rank 3 of 8, 1 of 2 on this node; found by SLURM`."""
         if self.source == SINGLE:
             return SINGLE
-        place = f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on this node"
-        return f"{place}; found by {self.source}"
+        position = f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on this node"
+        return f"{position}; found by {self.source}"
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What one launcher's variables say; `local_world` 0: not known. `wraps`: it may well start more ranks than it was itself."""
+    """The rank according to one launcher's variables. `local_world` is 0 if it is unknown.
+
+    `wraps` is True if the launcher may start more ranks than the number of its own processes.
+    """
 
     source: str
     rank: int
@@ -61,11 +65,10 @@ class _Claim:
 
 
 def find_rank(environment: Mapping[str, str]) -> RankInfo:
-    """Read the rank from the launcher's variables; none of them means a single process.
+    """Return the rank from the launcher's variables. Without such variables it is a single process.
 
-    Raises:
-        ConfigError: a launcher's variables are incomplete, are not numbers, or contradict those of another launcher, or the
-            address where ranks meet is not a host's, such as a URL with a password.
+    Raises: ConfigError: if a launcher's variables are incomplete, are not numbers, or contradict those of another launcher,
+        or if the rendezvous address is not a host's, such as a URL with a password.
     """
     if not HOST.fullmatch(environment.get("MASTER_ADDR", "")):
         raise ConfigError(
@@ -90,7 +93,7 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         if not same and other.world > 1 and (inner.world < other.world or not inner.wraps):
             raise ConfigError(
                 f"ranks: {inner.shown} ({inner.source}) and {other.shown} ({other.source}) contradict each other; "
-                "legal: unset the variables that are not of this launch"
+                "legal: unset the variables of the other launch"
             )
         if same and not inner.local_world:
             inner = other
@@ -98,27 +101,30 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
 
 
 def _checked(claim: _Claim) -> RankInfo:
-    """The claim as it stands, with the node's share filled in where only one value is possible."""
+    """Return the rank of a claim. The number of local ranks is added if only one value is possible.
+
+    Raises: ConfigError: if the numbers are inconsistent.
+    """
     local_world = claim.local_world
     if not 0 <= claim.rank < claim.world:
         raise ConfigError(f"ranks: {claim.shown} ({claim.source}): no such rank; legal: 0..{claim.world - 1}")
     if not local_world:
         if claim.local_rank > 0:
             raise ConfigError(
-                f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank}, but not how many ranks are on this node; "
-                "legal: set LOCAL_WORLD_SIZE"
+                f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank}, but the number of ranks "
+                "on this node is unknown; legal: set LOCAL_WORLD_SIZE"
             )
         local_world = 1
     if not 0 <= claim.local_rank < local_world <= claim.world:
         raise ConfigError(
             f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank} of {local_world} on this node; "
-            f"legal: a local rank below the node's ranks, and those within the {claim.world} of the job"
+            f"legal: a local rank below the number of ranks of this node, which is at most {claim.world}"
         )
     return RankInfo(claim.rank, claim.world, claim.local_rank, local_world, claim.source)
 
 
 def _of_variables(environment: Mapping[str, str]) -> _Claim | None:
-    """torchrun's and deepspeed's variables, which people and operators of Kubernetes set as well."""
+    """Return the claim of the variables of torchrun and deepspeed, which users and Kubernetes operators also set."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
     marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
@@ -133,7 +139,7 @@ def _of_mpi(environment: Mapping[str, str], library: str) -> _Claim | None:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:
-    """A task of srun. Inside sbatch but not under srun there is one process, for any allocation."""
+    """Return the claim of a task of srun. In sbatch without srun there is one process, for any allocation."""
     if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
@@ -149,10 +155,13 @@ def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:
 
 
 def tasks_per_node(layout: str) -> list[int]:
-    """SLURM's `2(x3),1` as one number of tasks for each node: [2, 2, 2, 1]."""
+    """Return the number of tasks of each node: SLURM's `2(x3),1` is [2, 2, 2, 1].
+
+    Raises: ConfigError: if the text has another form.
+    """
     tasks: list[int] = []
-    for part in layout.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+    for group in layout.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
         if match is None:
             raise ConfigError(f"SLURM: SLURM_STEP_TASKS_PER_NODE={layout} is not of the form 2(x3),1")
         tasks += [int(match[1])] * int(match[2] or 1)
@@ -160,7 +169,10 @@ def tasks_per_node(layout: str) -> list[int]:
 
 
 def _of_kubernetes(environment: Mapping[str, str]) -> _Claim:
-    """A pod of an Indexed Job: NNODES pods are nodes, and start RANKS_PER_NODE ranks each (1 unless set) with LOCAL_RANK."""
+    """Return the claim of a pod of an Indexed Job.
+
+    NNODES pods are nodes. Each starts RANKS_PER_NODE ranks (default 1) with LOCAL_RANK.
+    """
     source = "Kubernetes"
     pod, pods = (_number(environment, name, source) for name in ("JOB_COMPLETION_INDEX", "NNODES"))
     each = _number(environment, "RANKS_PER_NODE", source, 1)
@@ -187,9 +199,9 @@ def _number(environment: Mapping[str, str], name: str, source: str, default: int
 
 
 def _ask_mpi() -> RankInfo:
-    """Rank and size from the MPI library itself, for launchers whose variables do not say the size.
+    """Return rank and size from the MPI library, for launchers whose variables do not contain the size.
 
-    MPI is left again at once: from then on a rank may end without taking the launch down with it.
+    MPI is finalised immediately. After that a rank can end without ending the whole launch.
     """
     import mpi4py
 
@@ -205,7 +217,7 @@ def _ask_mpi() -> RankInfo:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or address is one that other machines cannot reach."""
+    """Return True if other machines cannot reach this host name or address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

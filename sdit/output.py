@@ -1,4 +1,7 @@
-"""Standard output and standard error that outlive their reader: a closed pipe, a lost terminal or a full disk ends no command."""
+"""Standard output and standard error that never raise.
+
+A closed pipe, a lost terminal or a full disk does not end a command.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-PIPE_BYTES = select.PIPE_BUF  # a pipe that poll() calls ready takes this many bytes without blocking
-STUCK_SECONDS = 5.0  # a reader that takes nothing for so long does not hold up a run any longer
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a later write may succeed; after any other error none will
+PIPE_BYTES = select.PIPE_BUF  # a pipe that poll() reports as ready accepts this many bytes without blocking
+STUCK_SECONDS = 5.0  # a run no longer waits for a reader that reads nothing for this long
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # after these errors a later write may succeed
 
 
 def keep_output() -> None:
-    """Replace sys.stdout and sys.stderr by streams that never raise. Called once, first, by each command's process.
+    """Replace sys.stdout and sys.stderr by streams that never raise. Each command calls it once, before anything else.
 
-    A closed descriptor 0, 1 or 2 becomes /dev/null: the next file that is opened would get its number otherwise.
+    A closed descriptor 0, 1 or 2 becomes /dev/null. Otherwise the next opened file would get its number.
     """
     closed = [descriptor for descriptor in range(3) if not _is_open(descriptor)]
     for descriptor in closed:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        os.open(os.devnull, os.O_RDWR)  # uses the lowest free number, which is this one
         os.set_inheritable(descriptor, True)
     sys.stdout = _stream(1, sys.stdout, is_lost=1 in closed)
     sys.stderr = _stream(2, sys.stderr, is_lost=2 in closed)
 
 
 def divert_output(path: Path) -> None:
-    """From now on, append to `path` what standard output and standard error cannot take. The file is created when needed."""
+    """Append to `path`, from now on, the output that stdout and stderr do not accept. The file is created when needed."""
     for stream in (sys.stdout, sys.stderr):
         raw = _raw(stream)
         if raw is not None:
@@ -38,14 +41,17 @@ def divert_output(path: Path) -> None:
 
 
 def output_problem() -> str:
-    """Why text on standard output was lost; empty if it was not, or if its reader only left early, as `head` does."""
+    """Return the reason why text on standard output was lost, or an empty string.
+
+    It is also empty if the reader closed the pipe early, as `head` does.
+    """
     raw = _raw(sys.stdout)
     error = raw.error if raw is not None else None
     return "" if error is None or error.errno == errno.EPIPE else os.strerror(error.errno or 0)
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor to write to. What it cannot take goes to the file of `divert`, or is dropped."""
+    """A descriptor to write to. Data that it does not accept go to the file of `divert`, or are discarded."""
 
     def __init__(self, descriptor: int, is_lost: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -57,47 +63,50 @@ class _Descriptor(io.FileIO):
         self._poll.register(descriptor, select.POLLOUT)
 
     def write(self, data: Any) -> int:
-        """Take all, or the first `PIPE_BYTES`, of `data`; return how many bytes. Never raises OSError."""
-        part = bytes(memoryview(data).cast("B")[:PIPE_BYTES])
+        """Write the first `PIPE_BYTES` of `data` and return the number of bytes. It never raises OSError."""
+        chunk = bytes(memoryview(data).cast("B")[:PIPE_BYTES])
         if self._is_lost and not self._is_moved:
-            self._save(part)
-            return len(part)
+            self._save(chunk)
+            return len(chunk)
         try:
             if self._is_ready():
-                return super().write(part) or len(part)  # None: another process filled the pipe just now
+                return super().write(chunk) or len(chunk)  # None: another process has filled the pipe
         except OSError as error:
             self.error = error
             self._is_lost, self._is_moved = error.errno not in FULL, False
-            self._save(part)
+            self._save(chunk)
         else:
-            if not self.isatty():  # a person who stops a terminal finds these lines in the log
-                self._save(part)
-        return len(part)
+            if not self.isatty():  # lines that a stopped terminal does not accept are in the log
+                self._save(chunk)
+        return len(chunk)
 
     def divert(self, path: Path) -> None:
         self._file, self._is_moved = path.absolute(), False
 
     def _is_ready(self) -> bool:
-        """Whether the reader takes data. A run waits for a stuck one only once; other commands wait until it reads."""
+        """Return True if the reader accepts data.
+
+        A run waits only once for a blocked reader. Other commands wait until it reads.
+        """
         ready = bool(self._poll.poll(None if self._file is None else 1000 * self._patience_seconds))
         self._patience_seconds = STUCK_SECONDS if ready else 0.0
         return ready
 
-    def _save(self, part: bytes) -> None:
-        """Append to the file. A descriptor that is lost for good is pointed there: C++ code writes to it as well."""
-        with suppress(OSError):  # no folder, or no room there either: the text is dropped
+    def _save(self, chunk: bytes) -> None:
+        """Append to the file. A descriptor that is permanently lost is redirected to it, because C++ code also writes to it."""
+        with suppress(OSError):  # no folder or no space: the text is lost
             file = os.open(self._file or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 if self._is_lost:
                     os.dup2(file, self.fileno())
                     self._is_moved = True
-                os.write(file, part)
+                os.write(file, chunk)
             finally:
                 os.close(file)
 
 
 def _stream(descriptor: int, before: TextIO | None, is_lost: bool) -> TextIO:
-    """A text stream on a descriptor, with the encoding of the stream before it; characters outside of it are escaped."""
+    """Return a text stream on a descriptor with the encoding of the previous stream. Other characters are escaped."""
     encoding = getattr(before, "encoding", None) or "utf-8"
     errors = getattr(before, "errors", None) or "strict"
     if before is not None:

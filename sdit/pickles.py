@@ -1,4 +1,4 @@
-"""Tensors of a file that torch.save wrote. No code that the file names is imported or run."""
+"""Reads the tensors of a file that torch.save wrote. Code that the file refers to is neither imported nor run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 import sys
 import warnings
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which pickles of protocol 2 use
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2 names, which pickles of protocol 2 use
 from collections import OrderedDict
 from pathlib import Path
 from tarfile import is_tarfile
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import _tensor, _utils
 
-# Modules of the standard library whose objects people keep with their weights. They are replaced by `Inert` objects.
+# Modules of the standard library whose objects users store with weights. They are replaced by `Inert` objects.
 HARMLESS = frozenset(
     (
         "_codecs", "abc", "argparse", "builtins", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum",
@@ -24,21 +24,25 @@ HARMLESS = frozenset(
     )
 )  # fmt: skip
 REFUSED_BUILTINS = frozenset(("__import__", "breakpoint", "compile", "eval", "exec", "input", "open"))
-ZIP_MAGIC = b"PK\x03\x04"  # torch.load takes a file for an archive by these bytes
+ZIP_MAGIC = b"PK\x03\x04"  # torch.load recognises an archive by these bytes
 
 
 def load_tensors(path: Path) -> Any:
-    """What torch.save wrote into a file, on the CPU. An object that is neither a tensor nor a plain value is inert.
+    """Return the content of a file of torch.save, on the CPU. Objects other than tensors and plain values become inert.
 
-    Raises: pickle.UnpicklingError naming a global that could run code; other errors of torch for damaged files.
+    Raises:
+        pickle.UnpicklingError: if the file refers to a global that could run code. The message names it.
+        Exception: any error of torch, if the file is damaged.
     """
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    # mmap: the optimizer's state in the same file is twice the weights and is not read.
+    # With mmap, the optimizer's state, which is twice the size of the weights, is not read.
     load = {"map_location": "cpu", "mmap": is_zip}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a newer pickle protocol, which the second try reads
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # about a newer pickle protocol, which the second attempt reads
             return torch.load(path, weights_only=True, **load)  # type: ignore[arg-type]
     except pickle.UnpicklingError:
         # torch.load would run the program of a TorchScript archive, and unpack the files of a tar.
@@ -49,7 +53,7 @@ def load_tensors(path: Path) -> Any:
 
 
 class Inert:
-    """Takes the place of an object whose class is not loaded. It accepts what an unpickler does and does nothing."""
+    """A replacement for an object whose class is not loaded. It accepts all calls of an unpickler and does nothing."""
 
     def __new__(cls, *_args: object, **_options: object) -> Inert:
         return super().__new__(cls)
@@ -71,7 +75,7 @@ class Inert:
 
 
 class Rebuild:
-    """Calls a function of torch that makes a tensor. The file cannot set attributes of the function itself."""
+    """Calls a function of torch that creates a tensor. The file cannot set attributes of the function."""
 
     __slots__ = ("_function",)
 
@@ -83,7 +87,7 @@ class Rebuild:
 
 
 class Names(OrderedDict[str, Any]):
-    """An OrderedDict that takes no attributes from a file."""
+    """An OrderedDict that accepts no attributes from a file."""
 
     def __setstate__(self, _state: object) -> None: ...
 
@@ -106,7 +110,7 @@ FUNCTIONS = {
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Knows the classes of tensors. It imports nothing: any other global is inert or refused."""
+    """An unpickler that supports only the classes of tensors. It imports nothing. Other globals are inert or refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))

@@ -1,6 +1,6 @@
-"""Random numbers as pure functions of a key, so that no layout of ranks, workers or batches can change them.
+"""Counter-based random numbers: pure functions of a key, independent of the layout of ranks, workers and batches.
 
-This is the one home of counter-based generators. Their bits never change: runs of older versions continue.
+All counter-based generators are in this file. Their bits must never change, because runs of older versions continue.
 B keys or sample indices, n numbers per key.
 """
 
@@ -25,9 +25,9 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(enum.Enum):
-    """What a number is used for. It is part of the key, so that two purposes never share numbers.
+    """The use of a random number. It is part of the key, so that two purposes never share numbers.
 
-    The value names the generator and the purpose's number in it.
+    The value is the generator and the purpose's number in it.
     """
 
     SHARD_ORDER = ("splitmix", 1)
@@ -43,13 +43,13 @@ class Purpose(enum.Enum):
     SAMPLE_STEP = ("philox", 5)
 
     def number(self, generator: str) -> int:
-        """The number in the keys of `generator`."""
+        """Return the purpose's number in the keys of `generator`."""
         assert self.value[0] == generator, f"{self} is not a purpose of {generator}"
         return int(self.value[1])
 
 
 def keys(seed: int, purpose: Purpose, *words: np.ndarray | int) -> np.ndarray:
-    """Keys (B,) uint64; `words` are integers or (B,) arrays, each hashed in by one splitmix64 step."""
+    """Return keys (B,) uint64. `words` are integers or (B,) arrays. Each is hashed by one splitmix64 step."""
     key = _mix(np.array([seed % _WORD], dtype=np.uint64) + _GOLDEN)
     for word in (purpose.number("splitmix"), *words):
         key = _mix(key + _GOLDEN * (np.atleast_1d(word).astype(np.uint64) + np.uint64(1)))
@@ -57,24 +57,24 @@ def keys(seed: int, purpose: Purpose, *words: np.ndarray | int) -> np.ndarray:
 
 
 def bits(key: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` words (B, n) uint64 of each key's splitmix64 sequence (Steele, Lea, Flood 2014)."""
+    """Return the first `count` words (B, n) uint64 of each key's splitmix64 sequence (Steele, Lea, Flood 2014)."""
     return _mix(key[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
 def coins(key: np.ndarray) -> np.ndarray:
-    """One fair coin (B,) bool per key."""
+    """Return one fair coin (B,) bool per key."""
     return bits(key, 1)[:, 0] >= np.uint64(2**63)
 
 
 def permutation(key: np.ndarray, count: int) -> np.ndarray:
-    """A permutation (n,) int64 of 0..n-1: the order of n random words of the single key."""
+    """Return a permutation (n,) int64 of 0..n-1: the order of n random words of the single key."""
     return np.argsort(bits(key, count)[0], kind="stable")
 
 
 def normals(key: np.ndarray, count: int) -> np.ndarray:
-    """Standard normal draws (B, n) float32, two from each 64-bit word (Box and Muller 1958).
+    """Return standard normal numbers (B, n) float32, two from each 64-bit word (Box and Muller 1958).
 
-    They are computed in float64. Its last bits differ between CPUs; those of the rounded float32 practically never do.
+    They are computed in float64, whose last bits differ between CPUs. The rounded float32 values practically never differ.
     """
     words = bits(key, (count + 1) // 2)
     radius = np.sqrt(-2 * np.log(((words >> np.uint64(32)) + np.uint64(1)) * 2.0**-32))
@@ -84,7 +84,7 @@ def normals(key: np.ndarray, count: int) -> np.ndarray:
 
 
 def priorities(seed: int, *words: np.ndarray) -> np.ndarray:
-    """Random uint64 (n,) per row of the integer arrays, each hashed in by a step of splitmix64."""
+    """Return random uint64 (n,), one per row of the integer arrays. Each array is hashed by one splitmix64 step."""
     state = np.full(words[0].shape, seed % _WORD, dtype=np.uint64)
     for word in words:
         state = _mix((state ^ word.astype(np.uint64)) + _GOLDEN)
@@ -92,7 +92,10 @@ def priorities(seed: int, *words: np.ndarray) -> np.ndarray:
 
 
 def uniform(seed: int, indices: Indices, purpose: Purpose) -> NDArray[np.float64]:
-    """Uniform numbers in (0, 1), float64 (B,), keyed by `seed` (< 2^64), each index and the purpose (Philox4x32-10)."""
+    """Return uniform numbers in (0, 1), float64 (B,), by Philox4x32-10.
+
+    They depend on `seed` (< 2^64), the index and the purpose.
+    """
     index = np.asarray(indices).astype(np.uint64)
     zero = np.zeros_like(index)
     counter = (index & _LOW, index >> _HALF, zero + np.uint64(purpose.number("philox")), zero)
@@ -103,18 +106,21 @@ def uniform(seed: int, indices: Indices, purpose: Purpose) -> NDArray[np.float64
 def normal_noise(
     seed: int, indices: Indices, shape: tuple[int, ...], purpose: Purpose, step: int = 0
 ) -> NDArray[np.float32]:
-    """Standard normal noise, float32 (B, *shape), keyed by `seed`, each index, the purpose and `step` (NumPy's Philox)."""
+    """Return standard normal noise, float32 (B, *shape), by NumPy's Philox.
+
+    It depends on `seed`, the index, the purpose and `step`.
+    """
     noise = np.empty((len(indices), *shape), np.float32)
     key = np.array([seed, purpose.number("philox")], np.uint64)
     for row, index in zip(noise, indices, strict=True):
-        # A generator for each sample costs 9 us. The counter's low word runs within the sample.
+        # A generator per sample takes 9 us. The low word of the counter increases within the sample.
         counter = np.array([0, step, index, 0], np.uint64)
         np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(dtype=np.float32, out=row)
     return noise
 
 
 def named_seed(seed: int, name: str, item: int | None = None) -> int:
-    """A 64-bit seed for the generator of one named thing, such as the initial values of a parameter."""
+    """Return a 64-bit seed for one named generator, such as that of the initial values of a parameter."""
     digest = hashlib.blake2b(f"{seed}/{name}/{item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -123,9 +129,9 @@ Words = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], NDArra
 
 
 def philox(counter: Words, key: int) -> Words:
-    """Philox4x32-10 of four 32-bit counter words (B,) under a 64-bit key, vectorised (Salmon et al. 2011).
+    """Return Philox4x32-10 of four 32-bit counter words (B,) under a 64-bit key, vectorised (Salmon et al. 2011).
 
-    NumPy's generators take one key at a time, and only raw bits stay the same over its versions.
+    NumPy's generators accept one key at a time, and only their raw bits are stable between versions.
     """
     c0, c1, c2, c3 = counter
     for turn in range(10):
@@ -137,7 +143,7 @@ def philox(counter: Words, key: int) -> Words:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection of 64-bit words whose output bits all depend on all input bits."""
+    """Return the splitmix64 finaliser of the words, a bijection in which each output bit depends on all input bits."""
     words = (words ^ (words >> np.uint64(30))) * _FIRST
     words = (words ^ (words >> np.uint64(27))) * _SECOND
     mixed: np.ndarray = words ^ (words >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Secrets stay out of what a run writes down: credentials are recognised in text and hidden."""
+"""Removes credentials from text before a run writes it to a file or a log."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
-SHORTEST_SECRET = 6  # shorter values of such variables are flags and numbers; hiding them would garble the text
+SHORTEST_SECRET = 6  # shorter values are flags and numbers, and hiding them would make the text unreadable
 HIDDEN = "(hidden)"
 _NAME = r"(?:token|key|secret|password|passwd|pwd|passphrase|auth|signature|sig|credential)s?"
-# A password may hold / and @ although a URL should not: the text up to the last @ is hidden. Paths lose one / of ://.
+# A password may contain / and @, so the text up to the last @ is hidden. Paths lose one / of ://.
 _IN_URL = re.compile(r"(?<=:/)(/?)(?:[^\\\s/?#@:'\"]*:[^\s'\"]*@|[^\s/?#@'\"]*@)")
 _BEFORE_HOST = re.compile(r"(?<![\w/:.%+-])[\w.%+-]+:[^\s@/:'\"]+@(?=[\w\[])")  # user:password@host without a scheme
 _IN_QUERY = re.compile(rf"([?&;#][\w.-]*{_NAME}=)[^\s&;#'\"]+", re.IGNORECASE)
@@ -25,7 +25,7 @@ _ASSIGNED = re.compile(
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return `text` without credentials.
 
-    Hidden are the values of secret environment variables, values assigned to secret names (`..._TOKEN=value`), and the user
+    These are the values of secret environment variables, values assigned to secret names (`..._TOKEN=value`), and the user
     information and secret parameters of URLs.
     """
     for name, value in environment.items():
@@ -40,17 +40,17 @@ def _hide_in_urls(text: str) -> str:
 
 
 def holds_credential(text: str) -> bool:
-    """Return whether `text` holds a URL with user information or a secret parameter, or an authorization header."""
+    """Return True if `text` has a URL with user information or a secret parameter, or an authorization header."""
     return _hide_in_urls(text) != text
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a variable of this name (`WANDB_API_KEY`, not `MONKEYS`) holds a secret."""
-    return any(part.removesuffix("S") in SECRET_WORDS for part in name.upper().split("_"))
+    """Return True if a variable of this name (`WANDB_API_KEY`, not `MONKEYS`) holds a secret."""
+    return any(word.removesuffix("S") in SECRET_WORDS for word in name.upper().split("_"))
 
 
 def without_credentials(values: Any, prefix: str = "") -> tuple[Any, list[str]]:
-    """Return nested `values` without the entries that hold a credential, and the dotted keys of those."""
+    """Return nested `values` without the entries that hold a credential, and the dotted keys of these entries."""
     if not isinstance(values, Mapping):
         return values, []
     kept: dict[str, Any] = {}

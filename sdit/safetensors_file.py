@@ -1,4 +1,4 @@
-"""Safetensors files: a header that is checked before any tensor is read, and a streaming writer.
+"""Safetensors files: a header check that runs before a tensor is read, and a streaming writer.
 
 Layout: 8 bytes of header length, a JSON header, then the bytes of the tensors without gaps. Source: safetensors' format
 description.
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from sdit.checked_files import open_regular, parse_json
 from sdit.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors package refuses more
+MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64
 DEPTH = 3  # the object of tensors, a tensor, its shape
@@ -29,7 +29,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Dtype, shape, and the bytes [start, end) of the file that hold a tensor."""
+    """Dtype and shape of a tensor, and its bytes [start, end) in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,8 +48,9 @@ class Header:
 def read_header(path: Path, follow_links: bool = True) -> Header:
     """Return the header of a safetensors file. No tensor is read.
 
-    Raises: CheckpointError, naming the file and the tensor, for what is no regular file or no such header: a length
-        beyond the file, a key given twice, unknown dtypes, and offsets that leave gaps, overlap or miss the file's end.
+    Raises: CheckpointError: if the file is not a regular file or its header is not valid: a length beyond the file, a
+        duplicate key, an unknown dtype, or offsets that leave gaps, overlap or do not end at the file's end. The message
+        names the file and the tensor.
     """
     try:
         with open_regular(path, follow_links) as file:
@@ -66,7 +67,7 @@ def _parse(file: BinaryIO, path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: its header of {length} bytes does not fit in {size} bytes")
     values = parse_json(file.read(length), str(path), "a safetensors header", DEPTH)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: cannot be read: its header is no object")
+        raise CheckpointError(f"{path}: cannot be read: its header is not an object")
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not a mapping of names to texts")
@@ -84,10 +85,10 @@ def _parse(file: BinaryIO, path: Path) -> Header:
 
 
 def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
-    """The entry of one tensor; `first` is the byte of the file at which offsets begin."""
+    """Return the entry of one tensor. `first` is the byte of the file at which offsets begin."""
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or entry.keys() != keys:
-        raise CheckpointError(f"{path}: {_short(name)} has not exactly {', '.join(sorted(keys))}")
+        raise CheckpointError(f"{path}: {_short(name)} does not have exactly the keys {', '.join(sorted(keys))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: {_short(name)} has dtype {_short(dtype)}; legal: {', '.join(ITEM_BYTES)}")
@@ -107,14 +108,14 @@ def _is_sizes(values: Any) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value of the file in one short line."""
+    """Return a value of the file in one short line."""
     text = str(value) if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to write: `chunks()` yields its bytes in order, `size_bytes` in all. `dtype` is a key of ITEM_BYTES."""
+    """A tensor to write. `chunks()` yields its bytes in order, `size_bytes` in total. `dtype` is a key of ITEM_BYTES."""
 
     name: str
     dtype: str
@@ -129,10 +130,10 @@ class TensorEntry:
 def stream_tensors(
     entries: Sequence[TensorEntry], metadata: Mapping[str, str], write: Callable[[bytes | memoryview], object]
 ) -> int:
-    """Pass the bytes of a file to `write`, the header first, and return how many they are.
+    """Pass the bytes of a file to `write`, the header first, and return their number.
 
-    Unlike the safetensors package it holds one chunk in memory at a time, lets other threads run while it writes, and keeps
-    the reason of a failure.
+    The safetensors package is not used, for three reasons. This function keeps only one chunk in memory, does not block
+    other threads while it writes, and preserves the reason of a failure.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0

@@ -1,4 +1,4 @@
-"""Small text files that users write: read within bounds, so that no file can hang or flood a launcher."""
+"""Reads small text files of users. Type and size are limited, so that no file can block a launcher or exhaust its memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 from sdit.errors import ConfigError
 
 MAX_BYTES = 1 << 16
-LINE_BREAKS = ("Zl", "Zp")  # Unicode's own line and paragraph separators
+LINE_BREAKS = ("Zl", "Zp")  # Unicode line and paragraph separators
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path) -> str:
     """Return the UTF-8 text of a regular file of at most `MAX_BYTES` bytes, without a byte order mark.
 
-    Raises:
-        ConfigError: the file is missing, not regular (folder, pipe, device), too large, or not UTF-8 text.
+    Raises: ConfigError: if the file is missing, not regular (folder, pipe, device), too large, or not UTF-8 text.
     """
     try:
         content = _read_regular(path)
-    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; is it a config?")
@@ -36,7 +35,9 @@ def read_text(path: str | Path) -> str:
 
 
 def _read_regular(path: str | Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe without a writer
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    )  # O_NONBLOCK: do not wait for the writer of a pipe
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
@@ -49,7 +50,7 @@ def _read_regular(path: str | Path) -> bytes:
 
 
 def text_problem(text: str) -> str:
-    """Return why `text` cannot be part of a config or a path; empty if it can."""
+    """Return the reason why `text` cannot be in a config or a path, or an empty string."""
     for character in text:
         category = unicodedata.category(character)
         if category == "Cs":

@@ -1,4 +1,4 @@
-"""Ranks, expert groups and batch arithmetic: pure integers. M experts; EP ranks per expert group; W ranks in all."""
+"""Ranks, expert groups and batch sizes as pure integers. M experts of a block, EP ranks per expert group, W ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from sdit.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """DeepSpeed's expert groups of W ranks: groups of EP consecutive ranks share out the experts, and ranks with the
-    same place in their group hold the same experts. W is a multiple of EP."""
+    """DeepSpeed's expert groups of W ranks. W is a multiple of EP.
+
+    A group of EP consecutive ranks shares the experts. Ranks with the same EP rank own the same experts.
+    """
 
     world: int
     size: int
@@ -22,46 +24,45 @@ class ExpertGroups:
 
     @property
     def count(self) -> int:
-        """Number of expert-parallel groups, which is EDP, the number of copies of every expert."""
+        """The number of expert-parallel groups. It is EDP, the number of copies of each expert."""
         return self.world // self.size
 
     def group_of(self, rank: int) -> int:
-        """The expert-parallel group that a rank is in."""
+        """Return the expert-parallel group of a rank."""
         return rank // self.size
 
     def ep_rank_of(self, rank: int) -> int:
-        """The rank's place in its group, 0 .. EP - 1."""
+        """Return the rank's index in its group, 0 .. EP - 1."""
         return rank % self.size
 
     def parallel_ranks(self, rank: int) -> range:
-        """The ranks that share out the experts with this one: samples and expert weights travel among them."""
+        """Return the ranks of this rank's group. They exchange samples and expert weights."""
         start = self.group_of(rank) * self.size
         return range(start, start + self.size)
 
     def data_ranks(self, rank: int) -> range:
-        """The ranks that hold the same experts as this one: expert gradients are summed over them."""
+        """Return the ranks with the same experts as this one. Expert gradients are summed over them."""
         return range(self.ep_rank_of(rank), self.world, self.size)
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, rising."""
+    """Return all divisors of a positive number, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def legal_expert_sizes(experts: int, world: int) -> list[int]:
-    """Every EP that shares out M experts equally and divides W ranks, rising."""
+    """Return each EP that divides both M experts and W ranks, ascending."""
     return divisors(math.gcd(experts, world))
 
 
 def choose_expert_parallel(setting: int | Literal["auto"], experts: int, world: int, ranks_per_node: int) -> int:
-    """EP for `parallel.expert`; auto is the largest legal size whose groups each lie within one node.
+    """Return EP for `parallel.expert`. auto is the largest legal size whose groups are each within one node.
 
-    Raises:
-        ConfigError: a size that does not divide both the experts and the ranks.
+    Raises: ConfigError: if the size does not divide both the experts and the ranks.
     """
     legal = legal_expert_sizes(experts, world)
     if setting == "auto":
-        # A group of consecutive ranks never straddles two nodes exactly when its size divides the node's.
+        # Groups of consecutive ranks are each within one node if and only if their size divides the node's.
         return max(size for size in legal if ranks_per_node % size == 0)
     if setting not in legal:
         raise ConfigError(
@@ -80,15 +81,14 @@ class BatchPlan:
 
     @property
     def chunk(self) -> int:
-        """Images of one micro-step, over all ranks."""
+        """The images of one micro-step, over all ranks."""
         return self.global_batch // self.accumulation
 
 
 def plan_batch(global_batch: int, micro_batch: int | None, world: int) -> BatchPlan:
-    """How W ranks share a global batch; without a micro-batch every rank takes its part in one pass.
+    """Return the division of a global batch over W ranks. Without a micro-batch, each rank uses one pass.
 
-    Raises:
-        ConfigError: the batch cannot be shared equally.
+    Raises: ConfigError: if the batch cannot be divided equally.
     """
     if global_batch % world:
         below, above = global_batch // world * world, (global_batch // world + 1) * world

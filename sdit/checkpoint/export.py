@@ -1,4 +1,4 @@
-"""From a checkpoint to one safetensors file in published names, holding one tensor (or expert) in memory at a time."""
+"""Exports a checkpoint to one safetensors file with published names. Only one tensor (or expert) is in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sdit
 from sdit.checkpoint.files import ShardSet, manifest_files
-from sdit.checkpoint.load import Weights, checkpoint_parts, fill_part, find_trained, load_model
+from sdit.checkpoint.load import Weights, fill_tensor, find_trained, load_model, logical_tensors
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
@@ -25,18 +25,18 @@ from sdit.model import DiffusionTransformer, build_model
 from sdit.safetensors_file import TensorEntry, stream_tensors
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-Parts = Callable[[], Iterator[Tensor]]
+Chunks = Callable[[], Iterator[Tensor]]
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: `parts()` makes its consecutive parts, which together have `shape`."""
+    """One tensor of the file. `chunks()` yields consecutive chunks, which together have `shape`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: Parts
+    chunks: Chunks
 
     @property
     def bytes(self) -> int:
@@ -46,10 +46,13 @@ class Entry:
 def export_safetensors(
     checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype, progress: Progress | None = None
 ) -> dict[str, str]:
-    """Write `out` from a run or checkpoint folder and return the file's metadata; a reader never sees half a file.
+    """Write `out` atomically from a run or checkpoint folder, and return the file's metadata.
 
-    Floats are stored as `dtype`. `progress` is called with (bytes written, all bytes) after each part.
-    Raises: CheckpointError, ConfigError.
+    Floats are stored as `dtype`. `progress` is called with (bytes written, all bytes) after each chunk.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or `out` cannot be written.
+        ConfigError: if the model of the checkpoint's config cannot be built.
     """
     found, config = find_trained(checkpoint)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
@@ -57,17 +60,20 @@ def export_safetensors(
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         entries = [
-            _stored(model, name, list(parts), shards, weights, dtype)
-            for name, parts in groupby(checkpoint_parts(model), key=lambda part: part[0].partition("#")[0])
+            _parameter_entry(model, name, list(tensors), shards, weights, dtype)
+            for name, tensors in groupby(logical_tensors(model), key=lambda tensor: tensor[0].partition("#")[0])
         ]
         for name, buffer in published_buffers(config.model).items():
-            entries.append(_held(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
+            entries.append(_buffer_entry(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
         write_safetensors(out, entries, facts, progress)
     return facts
 
 
 def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype) -> dict[str, str]:
-    """The same as a .pt file, as published code reads it, through a model in memory."""
+    """Write a .pt file in the form that published code reads, and return its metadata. The whole model is in memory.
+
+    Raises: CheckpointError: if the checkpoint cannot be read, or `out` cannot be written.
+    """
     trained = load_model(checkpoint, weights)
     facts = _facts(trained.config, trained.clock, weights, trained.data)
     tensors = {
@@ -79,10 +85,13 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
 
 
 def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the finite `value` as `dtype`. Raises: CheckpointError where it would become infinite."""
+    """Return the finite `value` as `dtype`.
+
+    Raises: CheckpointError: if a number is out of the range of `dtype`.
+    """
     stored = value.to(dtype)
     if not torch.isfinite(stored).all():
-        raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}; legal: a wider --dtype")
+        raise CheckpointError(f"{name}: holds numbers out of the range of {dtype}; legal: a wider --dtype")
     return stored
 
 
@@ -99,36 +108,36 @@ def _facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | 
     }
 
 
-def _stored(
+def _parameter_entry(
     model: DiffusionTransformer,
     name: str,
-    parts: list[tuple[str, Tensor]],
+    tensors: list[tuple[str, Tensor]],
     shards: ShardSet,
     weights: Weights,
     dtype: torch.dtype,
 ) -> Entry:
-    """A parameter that is read from the checkpoint when it is written, expert by expert."""
+    """Return the entry of a parameter. It is read from the checkpoint when it is written, expert by expert."""
 
     def read() -> Iterator[Tensor]:
-        for part, view in parts:
+        for stored_name, view in tensors:
             value = torch.empty(view.shape)
-            fill_part(value, shards, weights, part)
-            yield narrowed(f"{weights}/{part}", value, dtype)
+            fill_tensor(value, shards, weights, stored_name)
+            yield narrowed(f"{weights}/{stored_name}", value, dtype)
 
     published = name.removeprefix("model.")
     return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)
 
 
-def _held(name: str, value: Tensor) -> Entry:
+def _buffer_entry(name: str, value: Tensor) -> Entry:
     return Entry(name, value.dtype, tuple(value.shape), lambda: iter([value]))
 
 
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
-    """Write the tensors one after another, wider types first so that all stay aligned.
+    """Write the tensors one after another, wider types first, so that all tensors are aligned.
 
-    Raises: CheckpointError if the file cannot be written.
+    Raises: CheckpointError: if the file cannot be written.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     total = sum(entry.bytes for entry in ordered)
@@ -136,10 +145,10 @@ def write_safetensors(
 
     def bytes_of(entry: Entry) -> Iterator[memoryview]:
         nonlocal written
-        for part in entry.parts():
-            chunk = part.contiguous().view(-1).view(torch.uint8).numpy().data
-            yield chunk
-            written += chunk.nbytes
+        for chunk in entry.chunks():
+            data = chunk.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield data
+            written += data.nbytes
             if progress is not None:
                 progress(written, total)
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: shards, their checksums, the manifest. Nothing here runs code from a file."""
+"""The files of a checkpoint: shards, their checksums, and the manifest. No code from a file is executed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from sdit.safetensors_file import Header, TensorEntry, read_header, stream_tenso
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 24
-MANIFEST_DEPTH = 16  # a seal, a body, a config's sections and lists
+MANIFEST_DEPTH = 16  # checksum and body, then the sections and lists of a config
 SHAPES_DEPTH = 2  # shapes by name
 HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Name, size in bytes and xxh3-128 of one shard."""
+    """Name, size in bytes and xxh3-128 checksum of one shard file."""
 
     name: str
     size_bytes: int
@@ -46,7 +46,10 @@ class FileRecord:
 def write_shard(
     folder: Path, name: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> FileRecord:
-    """Write flat float32 pieces by key, with the logical shapes, as a safetensors file, and fsync. Raises: OSError."""
+    """Write flat float32 ranges by key, with the logical shapes, as a safetensors file, and fsync it.
+
+    Raises: OSError: if the file cannot be written.
+    """
     metadata = {"shapes": json.dumps({key: list(shape) for key, shape in shapes.items()})}
     entries = [_entry(key, flat) for key, flat in tensors.items()]
     digest = xxhash.xxh3_128()
@@ -68,7 +71,7 @@ def _entry(key: str, flat: np.ndarray) -> TensorEntry:
 
 
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
-    """Write the manifest with a checksum of itself; a torn one is recognised."""
+    """Write the manifest together with its checksum, so that an incomplete manifest is detected."""
     text = json.dumps(body, indent=1, sort_keys=True)
     sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
     path = folder / MANIFEST
@@ -77,9 +80,9 @@ def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest's body.
+    """Return the body of the manifest.
 
-    Raises: CheckpointError when it is missing, torn, of another format, or does not hold what `check_manifest` asks for.
+    Raises: CheckpointError: if the manifest is missing, incomplete, of another format, or fails `check_manifest`.
     """
     path = folder / MANIFEST
     try:
@@ -88,10 +91,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(sealed, dict) or "body" not in sealed:
-        raise CheckpointError(f"{path}: is torn or not a manifest")
+        raise CheckpointError(f"{path}: is incomplete or not a manifest")
     text = json.dumps(sealed["body"], indent=1, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
-        raise CheckpointError(f"{path}: does not match its own checksum")
+        raise CheckpointError(f"{path}: does not match its checksum")
     body = sealed["body"]
     if isinstance(body, dict) and body.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {FORMAT}")
@@ -99,10 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_file(folder: Path, record: FileRecord) -> None:
-    """Read a shard once and compare it with its record.
+    """Read a shard file once and compare it with its record.
 
-    Raises: CheckpointError naming the file when it is missing or no regular file, when its size, checksum or header is
-        wrong, or when a tensor holds NaN or infinite numbers.
+    Raises: CheckpointError: if the file is missing or not a regular file, if its size, checksum or header is wrong, or if
+        a tensor holds NaN or infinite numbers. The message names the file.
     """
     path = folder / record.name
     try:
@@ -122,7 +125,10 @@ def verify_file(folder: Path, record: FileRecord) -> None:
 
 
 def _scan(file: BinaryIO) -> tuple[str, bool]:
-    """The xxh3-128 of a file, and whether all its float32 words are finite; isfinite reads 30 GB/s, xxh3 35 GB/s."""
+    """Return the xxh3-128 of a file, and True if all its float32 words are finite.
+
+    isfinite reads 30 GB/s, xxh3 35 GB/s.
+    """
     digest, is_finite = xxhash.xxh3_128(), True
     while chunk := file.read(HASH_CHUNK_BYTES):
         digest.update(chunk)
@@ -132,7 +138,10 @@ def _scan(file: BinaryIO) -> tuple[str, bool]:
 
 
 def _name_non_finite(path: Path, header: Header) -> None:
-    """Raises: CheckpointError naming the first tensor of a shard that holds NaN or infinite numbers."""
+    """Raise an error that names the first tensor with NaN or infinite numbers, if the shard has one.
+
+    Raises: CheckpointError: if a tensor of the shard is not finite.
+    """
     for key, tensor in header.tensors.items():
         count = (tensor.end - tensor.start) // 4
         if count and not np.isfinite(np.memmap(path, "<f4", "r", tensor.start, (count,))).all():
@@ -140,10 +149,10 @@ def _name_non_finite(path: Path, header: Header) -> None:
 
 
 def read_shard_header(path: Path) -> tuple[Header, dict[str, tuple[int, ...]]]:
-    """Return a shard's header and the logical shapes it states, by tensor.
+    """Return the header of a shard file and the logical shapes in it, by tensor.
 
-    Raises: CheckpointError for what is no safetensors file, or holds anything but flat float32 pieces that lie within the
-        tensors they name.
+    Raises: CheckpointError: if the file is not a safetensors file, or if it holds anything but flat float32 ranges that are
+        inside the tensors that they name.
     """
     header = read_header(path, follow_links=False)
     text = header.metadata.get("shapes", "{}")
@@ -153,9 +162,9 @@ def read_shard_header(path: Path) -> tuple[Header, dict[str, tuple[int, ...]]]:
     for key, stored in header.tensors.items():
         name, _, start = key.rpartition("@")
         if stored.dtype != "F32" or len(stored.shape) != 1 or not re.fullmatch(r"[0-9]{1,18}", start):
-            raise CheckpointError(f"{path}: {key[:100]!r} is not a flat float32 piece NAME@START")
+            raise CheckpointError(f"{path}: {key[:100]!r} is not a flat float32 range NAME@START")
         if name in shapes and int(start) + stored.shape[0] > math.prod(shapes[name]):
-            raise CheckpointError(f"{path}: {key[:100]!r} does not lie within a tensor of shape {tuple(shapes[name])}")
+            raise CheckpointError(f"{path}: {key[:100]!r} is not inside a tensor of shape {tuple(shapes[name])}")
     return header, {name: tuple(shape) for name, shape in shapes.items()}
 
 
@@ -164,22 +173,22 @@ def _is_shape(shape: Any) -> bool:
 
 
 def manifest_files(body: Mapping[str, Any]) -> list[FileRecord]:
-    """The shards a manifest lists."""
+    """Return the records of the shard files that a manifest lists."""
     return [FileRecord(str(f["name"]), int(f["size_bytes"]), str(f["xxh3"])) for f in body["files"]]
 
 
 class ShardSet:
-    """All shards of one checkpoint, read lazily: a slice costs that slice. A context manager."""
+    """All shard files of one checkpoint. They are read lazily, so a slice reads only that slice. A context manager."""
 
     def __init__(self, folder: Path, records: list[FileRecord]) -> None:
         self._stack = ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
+        self._ranges: dict[str, list[tuple[int, int, Any, str]]] = {}
         for record in records:
             self._index(folder / record.name)
-        for name, pieces in self._pieces.items():
-            pieces.sort(key=lambda piece: piece[:2])
-            for before, after in itertools.pairwise(pieces):
+        for name, ranges in self._ranges.items():
+            ranges.sort(key=lambda stored: stored[:2])
+            for before, after in itertools.pairwise(ranges):
                 if before[0] + before[1] > after[0]:
                     raise CheckpointError(f"{folder}: {after[3]} overlaps {before[3]}, both of {name}")
 
@@ -194,7 +203,7 @@ class ShardSet:
             raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
         for key, stored in header.tensors.items():
             tensor, _, start = key.rpartition("@")
-            self._pieces.setdefault(tensor, []).append((int(start), stored.shape[0], handle, key))
+            self._ranges.setdefault(tensor, []).append((int(start), stored.shape[0], handle, key))
 
     def __enter__(self) -> ShardSet:
         return self
@@ -203,24 +212,30 @@ class ShardSet:
         self._stack.close()
 
     def read_into(self, tensor: str, start: int, target: Tensor) -> None:
-        """Fill `target` (n,) with elements [start, start + n) of a logical tensor. Raises: CheckpointError on a gap."""
+        """Fill `target` (n,) with the elements [start, start + n) of a logical tensor.
+
+        Raises: CheckpointError: if an element is missing.
+        """
         filled, end = start, start + target.numel()
-        for first, count, handle, key in self._pieces.get(tensor, ()):
+        for first, count, handle, key in self._ranges.get(tensor, ()):
             low, high = max(first, filled), min(first + count, end)
             if low != filled or high <= low:
                 continue
-            part = handle.get_slice(key)[low - first : high - first]
-            target.narrow(0, low - start, high - low).copy_(part)
+            values = handle.get_slice(key)[low - first : high - first]
+            target.narrow(0, low - start, high - low).copy_(values)
             filled = high
         if filled != end:
             raise CheckpointError(f"{tensor}: elements {filled}..{end} are not in the checkpoint")
 
     def tensor(self, name: str) -> Tensor:
-        """The whole logical tensor (float32, its own shape)."""
+        """Return a whole logical tensor, float32 in its logical shape.
+
+        Raises: CheckpointError: if the tensor or a range of it is missing.
+        """
         if name not in self.shapes:
             raise CheckpointError(f"{name}: is not in the checkpoint")
         shape = self.shapes[name]
-        size, stored = math.prod(shape), sum(count for _, count, _, _ in self._pieces.get(name, ()))
+        size, stored = math.prod(shape), sum(count for _, count, _, _ in self._ranges.get(name, ()))
         if size != stored:
             raise CheckpointError(f"{name}: {stored} elements are in the checkpoint, shape {shape} has {size}")
         flat = torch.empty(size, dtype=torch.float32)
@@ -228,6 +243,6 @@ class ShardSet:
         return flat.view(shape)
 
     def names(self, kind: str) -> Iterator[str]:
-        """Logical tensor names of a kind (`weight`, `ema`, ...), without the prefix."""
+        """Yield the names of the logical tensors of a kind (`weight`, `ema`, ...), without the prefix."""
         prefix = f"{kind}/"
         return (name.removeprefix(prefix) for name in sorted(self.shapes) if name.startswith(prefix))

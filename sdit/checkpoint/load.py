@@ -1,4 +1,4 @@
-"""A trained model in one process, from a checkpoint of any layout or from a published file."""
+"""Loads a trained model into one process, from a checkpoint of any layout or from a published file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all its experts, in eval mode, with its run's config and clock; `origin` is what was read.
+    """A model with all its experts, in eval mode, with the config and the clock of its run.
 
-    `data` are the images that it was trained on; None where the file does not say.
+    `origin` is the folder or file that was read. `data` are the images that it was trained on, None if they are unknown.
     """
 
     model: DiffusionTransformer
@@ -44,18 +44,20 @@ class Trained:
 
     @property
     def classes(self) -> Classes:
-        """The labels that it was trained on."""
+        """The classes that the model was trained on."""
         return trained_classes(self.config.model, self.data)
 
 
 def load_trained(
     path: Path, weights: Weights = "ema", config: Path | None = None, device: torch.device | str = "cpu"
 ) -> Trained:
-    """The model of a run folder, of a checkpoint folder, or of a published file with the YAML `config` that fits it.
+    """Return the model of a run folder, of a checkpoint folder, or of a published file.
+
+    A published file needs the YAML `config` that fits it, unless the file holds its config.
 
     Raises:
-        CheckpointError: nothing readable there.
-        ConfigError: a config is missing, superfluous, or does not fit the file.
+        CheckpointError: if the path holds nothing readable.
+        ConfigError: if a config is missing, not needed, or does not fit the file.
     """
     if path.is_file() or (path.suffix in SUFFIXES and not path.exists()):
         return _load_file(path, weights, config, device)
@@ -63,30 +65,33 @@ def load_trained(
         raise CheckpointError(f"{path}: no such file or folder")
     if config is not None:
         find_checkpoint(path)
-        raise ConfigError(f"--config: {config}: {path} has a config of its own; legal: only with a published file")
+        raise ConfigError(f"--config: {config}: {path} already has a config; legal: only with a published file")
     return load_model(path, weights, device)
 
 
 def load_model(path: Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> Trained:
-    """The model of a run folder's newest good checkpoint, or of a checkpoint folder, read tensor by tensor.
+    """Return the model of a run folder's newest good checkpoint, or of a checkpoint folder. It is read tensor by tensor.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError: if there is no good checkpoint, or it does not fit its config.
     """
     found, config = find_trained(path)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
-        for part, view in checkpoint_parts(model):  # before memory is taken for a size that the files may not have
-            check_part(view, shards, weights, part)
+        for name, view in logical_tensors(model):  # before memory is allocated: the files may not have this size
+            check_tensor(view, shards, weights, name)
         model.to_empty(device=device)
         fill_buffers(model)
-        for part, view in checkpoint_parts(model):
-            fill_part(view, shards, weights, part)
+        for name, view in logical_tensors(model):
+            fill_tensor(view, shards, weights, name)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
     return Trained(model.eval(), config, Clock.from_json(found.manifest["clock"]), found.folder, data)
 
 
 def find_trained(path: Path) -> tuple[Found, Config]:
-    """The checkpoint a path stands for and its config; a damaged newer one is passed over with a warning."""
+    """Return the checkpoint of a path and its config. Damaged newer checkpoints are skipped with a warning.
+
+    Raises: CheckpointError: if there is no good checkpoint, or its config is not legal.
+    """
     found = find_checkpoint(path)
     for reason in found.skipped:
         _log.warning("skipped a checkpoint: %s", reason)
@@ -94,20 +99,23 @@ def find_trained(path: Path) -> tuple[Found, Config]:
 
 
 def stored_config(values: Any, source: str) -> Config:
-    """The config that a checkpoint or an exported file carries. Raises: CheckpointError when it is not a legal one."""
+    """Return the config in a checkpoint or an exported file.
+
+    Raises: CheckpointError: if it is not a legal config.
+    """
     if not isinstance(values, dict):
         raise CheckpointError(f"{source}: its config is not a mapping of sections")
     try:
         config, dropped = parse_stored_config(values, source)
     except ConfigError as error:
-        raise CheckpointError(f"{error} (the config that the checkpoint holds)") from None
+        raise CheckpointError(f"{error} (in the config of the checkpoint)") from None
     for key in dropped:
         _log.warning("%s: %s: an older version stored a credential here; change that password", source, key)
     return config
 
 
-def checkpoint_parts(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]]:
-    """Name in a checkpoint and view of every parameter, expert by expert; in the order of `named_parameters`."""
+def logical_tensors(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the checkpoint name and a view of each parameter, expert by expert, in the order of `named_parameters`."""
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Experts):
@@ -117,33 +125,39 @@ def checkpoint_parts(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]
             yield f"model.{name}", parameter.detach()
 
 
-def check_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
-    """Raises: CheckpointError when a logical tensor does not have the shape of `target`."""
-    name = f"{weights}/{part}"
-    stored = shards.shapes.get(name)
+def check_tensor(target: Tensor, shards: ShardSet, weights: Weights, name: str) -> None:
+    """Check that a logical tensor is stored with the shape of `target`.
+
+    Raises: CheckpointError: if it is missing or has another shape.
+    """
+    key = f"{weights}/{name}"
+    stored = shards.shapes.get(key)
     if stored != tuple(target.shape):
-        found = "it is not there" if stored is None else f"the checkpoint holds {stored}"
-        raise CheckpointError(f"{name}: the model needs shape {tuple(target.shape)}, {found}")
+        found = "it is missing" if stored is None else f"the checkpoint holds {stored}"
+        raise CheckpointError(f"{key}: the model needs shape {tuple(target.shape)}, {found}")
 
 
-def fill_part(target: Tensor, shards: ShardSet, weights: Weights, part: str) -> None:
-    """Read a logical tensor into `target`, which has its shape. Raises: CheckpointError."""
-    check_part(target, shards, weights, part)
-    shards.read_into(f"{weights}/{part}", 0, target.view(-1))
+def fill_tensor(target: Tensor, shards: ShardSet, weights: Weights, name: str) -> None:
+    """Read a logical tensor into `target`, which must have its shape.
+
+    Raises: CheckpointError: if it is missing, incomplete or has another shape.
+    """
+    check_tensor(target, shards, weights, name)
+    shards.read_into(f"{weights}/{name}", 0, target.view(-1))
 
 
 def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.device | str) -> Trained:
     facts = _metadata(path)
-    held = facts.get("weights", weights)
-    if held != weights:
-        raise ConfigError(f"--weights: {weights}, but {path} holds the other ones; legal: {held}")
+    stored = facts.get("weights", weights)
+    if stored != weights:
+        raise ConfigError(f"--weights: {weights}, but {path} holds other weights; legal: {stored}")
     tensors = read_published_file(path, "ema" if weights == "ema" else "model")
     if config is not None:
         run = load_config(config)
     elif "config" in facts:
         run = stored_config(parse_json(facts["config"], str(path), "a config", MANIFEST_DEPTH), str(path))
     else:
-        raise ConfigError(f"--config: is not set, and {path} does not say its config; legal: a YAML file")
+        raise ConfigError(f"--config: is not set, and {path} does not hold its config; legal: a YAML file")
     model = build_model(run.model, device="meta").to_empty(device=device)
     fill_buffers(model)
     load_published(model, tensors)
@@ -152,13 +166,13 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
 
 
 def _data(facts: dict[str, str], path: Path) -> DataIdentity | None:
-    """What an exported file says of the images that its model was trained on."""
+    """Return the identity of the training data in an exported file, None if the file has none."""
     value = parse_json(facts["data"], str(path), "data", MANIFEST_DEPTH) if "data" in facts else None
     return stored_identity(value, str(path))
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What an exported safetensors file says of itself; nothing for other files."""
+    """Return the metadata of a safetensors file. Return an empty dict for other files."""
     return read_header(path).metadata if path.suffix == ".safetensors" and path.exists() else {}
 
 

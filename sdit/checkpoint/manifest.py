@@ -1,4 +1,4 @@
-"""What a manifest must hold, checked before anything in it is used."""
+"""The fields of a manifest. They are checked before anything in it is used."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sdit.errors import CheckpointError
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Part(BaseModel):
-    """A part of the manifest. Later versions may add fields."""
+class _Section(BaseModel):
+    """A section of the manifest. Later versions may add fields."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _File(_Part):
-    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # a plain name: the file is in the folder
+class _File(_Section):
+    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # without a path, so the file is in the folder
     size_bytes: Count
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
-class _Clock(_Part):
+class _Clock(_Section):
     images_seen: Count
     steps: Count
     left_out: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
 
 
-class _ExpertLayout(_Part):
+class _ExpertLayout(_Section):
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     place: list[list[Count]]
     at_hand: list[list[bool]]
@@ -40,13 +40,13 @@ class _ExpertLayout(_Part):
     @model_validator(mode="after")
     def _fits(self) -> _ExpertLayout:
         if [len(row) for row in self.place] != [len(row) for row in self.at_hand] or len(set(map(len, self.place))) > 1:
-            raise ValueError("place and at_hand are not of one shape")
+            raise ValueError("place and at_hand have different shapes")
         if any(rank >= self.ranks for row in self.place for rank in row):
             raise ValueError(f"place holds a rank beyond {self.ranks - 1}")
         return self
 
 
-class _Body(_Part):
+class _Body(_Section):
     files: Annotated[list[_File], Field(min_length=1)]
     clock: _Clock
     config: dict[str, Any]
@@ -66,18 +66,18 @@ class _Body(_Part):
 
 
 def check_manifest(body: Any, path: Path) -> dict[str, Any]:
-    """Return the body of the manifest at `path`.
+    """Return the body of the manifest at `path` after checking it. The section `config` has its own schema.
 
-    Raises: CheckpointError naming the field: one that is missing or of the wrong type, shard names
-        that lead out of the folder, negative counts, numbers that are not finite (the config's own schema judges it).
+    Raises: CheckpointError: if a field is missing or has the wrong type, a shard name leads out of the folder, a count is
+        negative, or a number is not finite. The message names the field.
     """
     if not isinstance(body, dict):
-        raise CheckpointError(f"{path}: is torn or not a manifest")
+        raise CheckpointError(f"{path}: is incomplete or not a manifest")
     try:
         _Body.model_validate(body)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "body"
+        field = ".".join(str(name) for name in problem["loc"]) or "body"
         text = problem["msg"].removeprefix("Value error, ")
         found = "" if problem["type"] in ("missing", "value_error") else f": {_short(problem['input'])}"
         raise CheckpointError(f"{path}: {field}{found} is not legal ({text[0].lower()}{text[1:]})") from None
@@ -88,7 +88,7 @@ def check_manifest(body: Any, path: Path) -> dict[str, Any]:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every float of a JSON value, with its dotted name; the reader has bounded the depth."""
+    """Yield each float of a JSON value with its dotted name. The reader has limited the depth."""
     if isinstance(value, float):
         yield name, value
     children: Mapping[Any, Any] = (

@@ -1,4 +1,4 @@
-"""Whether a file system has room for what a run will write."""
+"""Checks that a file system has enough space for the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ FILES_BESIDE_SHARDS = 16  # manifest, folder, latest, metrics, logs
 
 
 def check_space(folder: Path, checkpoint_bytes: int, keep_last: int, ranks: int) -> None:
-    """Raises: ConfigError when the checkpoints that retention keeps, and the one being written, do not fit.
+    """Check that the checkpoints that retention keeps fit, together with the one being written.
 
-    Checkpoints that are there already, and those put aside, count as room: they will make way for new ones.
+    The space of existing and of set-aside checkpoints counts as free, because new checkpoints replace them.
+
+    Raises: ConfigError: if they do not fit, or too few files can be created.
     """
-    held = sum(path.stat().st_size for path in folder.glob("*images-*/shard-*.safetensors"))
-    needed = (keep_last + 1) * checkpoint_bytes - held
+    existing = sum(path.stat().st_size for path in folder.glob("*images-*/shard-*.safetensors"))
+    needed = (keep_last + 1) * checkpoint_bytes - existing
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:

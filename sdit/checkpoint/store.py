@@ -1,4 +1,4 @@
-"""The checkpoints of one run directory: written by all ranks, committed by one, found again by agreement."""
+"""The checkpoints of one run folder. All ranks write them, rank 0 commits them, and all ranks agree on the one to load."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
-from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans, spans_of
+from sdit.expert_parallel.logical_tensors import ExpertIds, logical_shards, shards_with_values
 from sdit.files import fsync, replace_text
 from sdit.supervise.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"images-(\d{12})")
 _ASIDE = re.compile(r"aside-images-(\d{12})")
-FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the quota of its user, group or project
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user, group or project
 PROBLEMS_SHOWN = 4
 
 
 class DiskFullError(CheckpointError):
-    """There was no room for a checkpoint; rank 0 has removed an old one if there was one to spare."""
+    """There is no space for a checkpoint. Rank 0 has removed an old checkpoint, if it could spare one."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a rank could not write its part; `is_full`: there may be room once an old checkpoint is gone."""
+    """The reason why a rank could not write its shard.
+
+    `is_full`: the disk is full, so a retry may work after an old checkpoint is removed.
+    """
 
     text: str
     is_full: bool = False
@@ -54,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """A verified checkpoint: its folder, its manifest, and why newer ones were passed over."""
+    """A verified checkpoint: its folder, its manifest, and the reasons why newer ones were skipped."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -67,7 +70,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_aside(folder: Path) -> list[Path]:
-    """Return the checkpoints that `begin` put aside, the last one first."""
+    """Return the checkpoints that `begin` set aside, the last one first."""
     return sorted(_folders(folder, _ASIDE), key=_modified, reverse=True)
 
 
@@ -80,15 +83,14 @@ def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # removed meanwhile
+    except OSError:  # removed in the meantime
         return 0.0
 
 
 def find_checkpoint(path: Path) -> Found:
-    """The newest verified checkpoint of a run folder, or the checkpoint folder itself. For single processes.
+    """Return the newest verified checkpoint of a run folder, or verify a checkpoint folder. Only for single processes.
 
-    Raises:
-        CheckpointError: nothing there, or nothing that verifies.
+    Raises: CheckpointError: if there is no checkpoint, or none verifies.
     """
     if (path / "manifest.json").exists() or _NAME.fullmatch(path.name):
         return Found(path, _verified(path))
@@ -104,7 +106,10 @@ def find_checkpoint(path: Path) -> Found:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises: CheckpointError, also when the folder's name states another moment."""
+    """Return the manifest of a checkpoint.
+
+    Raises: CheckpointError: if it cannot be read, or its number of images differs from the folder's name.
+    """
     manifest, name = read_manifest(folder), _NAME.fullmatch(folder.name)
     images_seen = manifest["clock"]["images_seen"]
     if name is not None and int(name[1]) != images_seen:
@@ -123,9 +128,9 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of the state: flat float32 `tensors` by key, logical `shapes`, `facts` for the manifest.
+    """The state of this rank: flat float32 `tensors` by key, logical `shapes`, and `facts` for the manifest.
 
-    `is_live`: some tensors are views of the state, which the next step will change.
+    `is_live`: some tensors are views of the state, which the next step changes.
     """
 
     images_seen: int
@@ -138,7 +143,7 @@ class Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints under `folder`, together with the other ranks.
 
-    With `run_folder`, they are in its `checkpoints`, wherever the run folder was renamed to.
+    If `run_folder` is given, the checkpoints are in its subfolder `checkpoints`, also after the run folder was renamed.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm, run_folder: RunFolder | None = None) -> None:
@@ -147,17 +152,17 @@ class CheckpointStore:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints are now."""
+        """The current folder of the checkpoints."""
         return self._folder if self._run_folder is None else self._run_folder / "checkpoints"
 
     def folder_of(self, images_seen: int) -> Path:
-        """Return the folder of the checkpoint of a moment, once it is committed."""
+        """Return the folder of the checkpoint at `images_seen`, which exists once it is committed."""
         return self.folder / f"images-{images_seen:012d}"
 
     def begin(self, images_seen: int) -> None:
-        """Rank 0, before the run continues from `images_seen`: put later checkpoints aside, and remove leftovers.
+        """Set later checkpoints aside and remove temporary files. Rank 0 calls it before the run continues at `images_seen`.
 
-        What was put aside follows the retention of checkpoints: `_prune` removes it after the next commit.
+        Retention also applies to checkpoints that were set aside: `_prune` removes them after the next commit.
         """
         for leftover in self.folder.glob(".images-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -169,14 +174,15 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(later, aside)
                 os.utime(aside)
-                _log.warning("%s: the run continues from before it; it is now %s", later, aside.name)
+                _log.warning("%s: the run continues from an earlier point; the checkpoint is now %s", later, aside.name)
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Write this rank's part, wait for all ranks, commit; return the new folder.
+        """Write this rank's shard, wait for all ranks, commit, and return the new folder.
 
-        The folder appears under its name only when every file of every rank is on storage. If the disk or a quota is full,
-        all ranks try once more after rank 0 has made room.
-        Raises: CheckpointError on every rank when any rank could not write; the previous checkpoint stays as it was.
+        The folder gets its final name only after all files of all ranks are on storage. If the disk or a quota is full, rank 0
+        frees space and all ranks retry once.
+
+        Raises: CheckpointError: on all ranks, if any rank could not write. The previous checkpoint does not change.
         """
         try:
             return self._save(snapshot)
@@ -185,14 +191,14 @@ class CheckpointStore:
 
     def _save(self, snapshot: Snapshot) -> Path:
         records: list[FileRecord] = []
-        problem = self.write_part(snapshot, records)
+        problem = self.write_shard(snapshot, records)
         gathered = self.agree(problem, snapshot.images_seen, self.listed(records))
         problem = self.commit(snapshot, gathered) if self._comm.is_first else None
         self.agree(problem, snapshot.images_seen)
         return self.folder_of(snapshot.images_seen)
 
-    def write_part(self, snapshot: Snapshot, records: list[FileRecord]) -> Problem | None:
-        """Write and fsync this rank's shard, and append its record; return the problem, None if there was none."""
+    def write_shard(self, snapshot: Snapshot, records: list[FileRecord]) -> Problem | None:
+        """Write and fsync this rank's shard and append its record. Return the problem, or None if there was none."""
         temporary = self._temporary(snapshot.images_seen)
         name = f"shard-{self._comm.rank:05d}.safetensors"
 
@@ -205,17 +211,17 @@ class CheckpointStore:
         return _attempt(write, temporary / name)
 
     def commit(self, snapshot: Snapshot, gathered: Sequence[list[dict[str, Any]]]) -> Problem | None:
-        """Rank 0, when every part is on storage: publish the checkpoint; return the problem, None if there was none."""
-        files = [record for part in gathered for record in part]
+        """Publish the checkpoint. Rank 0 calls it after all shards are on storage. Return the problem, or None."""
+        files = [record for records in gathered for record in records]
         manifest = {"format": FORMAT, "files": files, **snapshot.facts}
         final = self.folder_of(snapshot.images_seen)
         return _attempt(lambda: self._publish(self._temporary(snapshot.images_seen), final, manifest), final)
 
     def agree(self, problem: Problem | None, images_seen: int, payload: Any = None) -> list[Any]:
-        """Return every rank's `payload`.
+        """Return the `payload` of each rank.
 
-        Raises: CheckpointError on all ranks if one has a problem, with the text of each. Every rank leaves only after rank 0
-            has removed the parts and made room, so that no rank writes a part again that rank 0 is about to remove.
+        Raises: CheckpointError: on all ranks, if one has a problem. The message holds the problems. No rank returns before
+            rank 0 has removed the shards and freed space. Otherwise a rank could rewrite a shard that rank 0 then removes.
         """
         answers = self._comm.gather([None if problem is None else asdict(problem), payload])
         problems = {rank: Problem(**answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None}
@@ -227,28 +233,28 @@ class CheckpointStore:
         if self._comm.is_first:
             shutil.rmtree(self._temporary(images_seen), ignore_errors=True)
             if is_full:
-                self._make_room()
+                self._free_space()
         self._comm.from_first(None)
         raise (DiskFullError if is_full else CheckpointError)(f"checkpoint not written: {_described(problems)}")
 
     @staticmethod
     def listed(records: Sequence[FileRecord]) -> list[dict[str, Any]]:
-        """Records as JSON types, for `agree`."""
+        """Return records as JSON types, for `agree`."""
         return [asdict(record) for record in records]
 
     def _temporary(self, images_seen: int) -> Path:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
 
-    def _make_room(self) -> None:
-        """Remove what was put aside, or else the oldest checkpoint, so that the next one finds room; the newest stays."""
+    def _free_space(self) -> None:
+        """Remove the checkpoints that were set aside, or else the oldest checkpoint. The newest one is kept."""
         for oldest in list_aside(self.folder) or list_checkpoints(self.folder)[1:][-1:]:
-            _log.warning("%s: removed, the disk or the quota is full", oldest)
+            _log.warning("%s: removed, because the disk or the quota is full", oldest)
             shutil.rmtree(oldest, ignore_errors=True)
 
     def _publish(self, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         write_manifest(temporary, manifest)
         fsync(temporary)
-        if final.exists():  # the same point reached again, after falling back past a damaged checkpoint
+        if final.exists():  # the run reached the same point again after it skipped a damaged checkpoint
             shutil.rmtree(final)
         os.rename(temporary, final)
         fsync(self.folder)
@@ -256,7 +262,7 @@ class CheckpointStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove what retention does not keep, of the checkpoints and of those put aside."""
+        """Remove the checkpoints that retention does not keep, including those that were set aside."""
         keep_last, keep_every = self._config.keep_last, self._config.keep_every_images
         for folders in (list_checkpoints(self.folder), list_aside(self.folder)):
             for old in folders[keep_last:]:
@@ -265,9 +271,9 @@ class CheckpointStore:
                     shutil.rmtree(old, ignore_errors=True)
 
     def find(self) -> Found | None:
-        """The checkpoint that `checkpoint.resume` asks for, verified by all ranks together; None: start fresh.
+        """Return the checkpoint that `checkpoint.resume` selects, or None for a new run. All ranks verify it together.
 
-        Raises: CheckpointError when resume is `must` or a path and there is none that verifies.
+        Raises: CheckpointError: if resume is `must` or a path and no checkpoint verifies.
         """
         resume = self._config.resume
         if resume == "never":
@@ -283,15 +289,15 @@ class CheckpointStore:
             return None
         reasons = "; ".join(skipped) or f"{self.folder}: is empty"
         raise CheckpointError(
-            f"checkpoint.resume: {resume}: no checkpoint verifies ({reasons}); legal: never, to start afresh"
+            f"checkpoint.resume: {resume}: no checkpoint verifies ({reasons}); legal: never, to start a new run"
         )
 
     def newest(self) -> Found | None:
-        """Return the newest checkpoint of this run that verifies. `checkpoint.resume` does not matter. All ranks call this."""
+        """Return the newest verified checkpoint of this run, independent of `checkpoint.resume`. All ranks call it."""
         return self._first_verified(list_checkpoints(self.folder))[0]
 
     def _first_verified(self, candidates: Sequence[Path]) -> tuple[Found | None, list[str]]:
-        """The first of rank 0's candidates that verifies, and why those before it do not."""
+        """Return the first of rank 0's candidates that verifies, and the problems of the candidates before it."""
         skipped: list[str] = []
         for name in self._comm.from_first([str(path) for path in candidates]):
             manifest, problem = self._verify_together(Path(name))
@@ -317,32 +323,35 @@ class CheckpointStore:
 def collect(
     kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
-    """Checkpoint entries of one kind of state: flat float32 host arrays by key, and the logical shapes."""
+    """Return the checkpoint entries of one kind of state: flat float32 host arrays by key, and the logical shapes."""
     tensors: dict[str, np.ndarray] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for span, view in named_spans(local, values, expert_ids):
-        name = f"{kind}/{span.name}"
-        tensors[f"{name}@{span.start}"] = view.detach().cpu().numpy()
-        shapes[name] = span.shape
+    for shard, view in shards_with_values(local, values, expert_ids):
+        name = f"{kind}/{shard.name}"
+        tensors[f"{name}@{shard.start}"] = view.detach().cpu().numpy()
+        shapes[name] = shard.shape
     return tensors, shapes
 
 
 def restore(
     shards: ShardSet, kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
 ) -> None:
-    """Fill `values` (one flat tensor per shard) from a checkpoint. Raises: CheckpointError, naming the tensor."""
+    """Fill `values` (one flat tensor per shard) from a checkpoint.
+
+    Raises: CheckpointError: if a tensor is missing, incomplete or has another shape. The message names it.
+    """
     for shard, flat in zip(local, values, strict=True):
-        for span in spans_of(shard, expert_ids(shard.name)):
-            name = f"{kind}/{span.name}"
+        for logical in logical_shards(shard, expert_ids(shard.name)):
+            name = f"{kind}/{logical.name}"
             stored = shards.shapes.get(name)
-            if stored != span.shape:
-                found = "it is not there" if stored is None else f"the checkpoint holds {stored}"
-                raise CheckpointError(f"{name}: the run needs shape {span.shape}, {found}")
-            shards.read_into(name, span.start, flat.narrow(0, span.offset, span.numel))
+            if stored != logical.shape:
+                found = "it is missing" if stored is None else f"the checkpoint holds {stored}"
+                raise CheckpointError(f"{name}: the run needs shape {logical.shape}, {found}")
+            shards.read_into(name, logical.start, flat.narrow(0, logical.offset, logical.numel))
 
 
 def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
-    """Run a file operation on `path`; return its problem, None if it worked."""
+    """Run a file operation on `path`. Return its problem, or None if it succeeded."""
     try:
         action()
     except OSError as error:
@@ -351,7 +360,7 @@ def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
 
 
 def _described(problems: Mapping[int, Problem]) -> str:
-    """What went wrong on which rank, in one line."""
+    """Return the problems of the ranks in one line."""
     texts = [f"rank {rank}: {problem.text}" for rank, problem in problems.items()]
     more = f"; and {len(texts) - PROBLEMS_SHOWN} ranks more" if len(texts) > PROBLEMS_SHOWN else ""
     return "; ".join(texts[:PROBLEMS_SHOWN]) + more

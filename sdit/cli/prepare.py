@@ -57,9 +57,9 @@ def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
     from sdit.data.encoders import Encoder, latent_encoder, png_encoder
     from sdit.data.prepare import prepare
-    from sdit.data.sources import PictureSource, digits_source, fashion_mnist_source
+    from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
 
-    source: PictureSource
+    source: ImageSource
     encoder: Encoder = png_encoder()
     if options.source == "digits":
         source = digits_source()
@@ -84,7 +84,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _folder_source(options: argparse.Namespace) -> FolderSource:
     """The images of the command line; prints which label is which folder, and what is left out."""
     from sdit.data.folders import continued, folder_of_tree
-    from sdit.data.picture import Reading
+    from sdit.data.image_file import Reading
     from sdit.data.tree import read_tree, refuse_empty_classes, refuse_splits
 
     tree = read_tree(options.images, options.out, options.numeric_classes)

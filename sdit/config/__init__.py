@@ -1,6 +1,6 @@
-"""The settings of a run: schema, YAML files and overrides, the DeepSpeed JSON, and the resolved run. No torch.
+"""The settings of a run: schema, YAML files and overrides, the DeepSpeed JSON, and the resolved run. It imports no torch.
 
-Other parts of sdit import from this package, not from its modules.
+Other packages of sdit import from this package, not from its modules.
 """
 
 from sdit.config.deepspeed_json import merge_deepspeed, read_deepspeed_json

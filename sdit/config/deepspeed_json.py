@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON and our YAML: what each may set, and an error that names both if they disagree."""
+"""Merges the DeepSpeed JSON with the YAML config. If the two disagree, an error names both."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from sdit.redact import holds_credential, redact
 from sdit.textfile import read_text, text_problem
 from sdit.topology import BatchPlan
 
-COMMENT_MARKS = ("_", "//", "#")  # a key that begins so is a comment
+COMMENT_MARKS = ("_", "//", "#")  # a key with this prefix is a comment
 COMMENT_NAMES = ("comment", "comments")
 DEFAULT_STAGE = 1  # of "stage": "auto", as in configs/deepspeed/zero1.json
 SHOWN_LETTERS = 60
 MAX_DEPTH = 16
-MAX_DIGITS = 20  # of a whole number, enough for 64 bits
+MAX_DIGITS = 20  # of an integer, enough for 64 bits
 MAX_TEXT = 80
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
-    Raises:
-        ConfigError: the file is unreadable, or holds duplicate keys, deep nesting, infinite or huge numbers, or a credential.
+    Raises: ConfigError: if the file is unreadable, or holds duplicate keys, deep nesting, infinite or huge numbers, or a
+        credential.
     """
     text = read_text(path)
     try:
@@ -73,7 +73,10 @@ def _bounded(text: str) -> int:
 
 
 def _check(value: Any, depth: int) -> None:
-    """Refuse deep nesting, control characters and credentials. Raises: ValueError."""
+    """Refuse deep nesting, control characters and credentials.
+
+    Raises: ValueError: if `value` holds one of them.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, str):
@@ -81,8 +84,8 @@ def _check(value: Any, depth: int) -> None:
             raise ValueError(f"a text {problem}")
         if holds_credential(value):
             raise ValueError("a text holds a credential, and the JSON is written to the run's files")
-    for part in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check(part, depth + 1)
+    for item in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check(item, depth + 1)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,7 +98,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def zero_stage(values: dict[str, Any], source: str) -> int:
-    """Return the ZeRO stage (0, 1 or 2) that a DeepSpeed JSON asks for."""
+    """Return the ZeRO stage (0, 1 or 2) in a DeepSpeed JSON.
+
+    Raises: ConfigError: if the stage is not supported.
+    """
     section = values.get("zero_optimization", {})
     if section is False or section is None:
         return 0
@@ -112,17 +118,16 @@ def zero_stage(values: dict[str, Any], source: str) -> int:
     if not is_one_of(stage, (0, 1, 2)):
         raise ConfigError(
             f"{source}: zero_optimization.stage: {_shown(stage)} is not supported; legal: 0, 1, 2 "
-            "(stage 3 cannot hold expert-parallel layers: spread experts with parallel.expert and use stage 2)"
+            "(stage 3 does not support expert-parallel layers; shard experts with parallel.expert and use stage 2)"
         )
     return int(stage)
 
 
 def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the JSON that `deepspeed.initialize` gets: the passed keys of `values` and what the config says.
+    """Return the JSON for `deepspeed.initialize`: the passed keys of `values` and the values of the config.
 
-    Raises:
-        ConfigError: an unknown key, a value that is not legal, a shared value that differs from the config's,
-            or a key that only the config may set; the message names the key, its value and what is legal.
+    Raises: ConfigError: if a key is unknown, a value is not legal, a shared value differs from the config's, or only the
+        config may set the key. The message names the key, its value and the legal values.
     """
     stage = zero_stage(values, source)
     reader = _KeyReader(source)
@@ -139,7 +144,7 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
         train_batch_size=split.global_batch,
         train_micro_batch_size_per_gpu=split.micro_batch,
         gradient_accumulation_steps=split.accumulation,
-        gradient_clipping=0.0,  # clipped by the engine on the exact norm over all experts, see parallel/gradients.py
+        gradient_clipping=0.0,  # sdit clips by the exact norm over all experts, see Engine.step
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )
@@ -149,14 +154,20 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
 
 
 class _KeyReader:
-    """Reads a JSON by the table of keys. `shared`: (value, key of the config) of what the config must agree with."""
+    """Reads a JSON by the table of keys.
+
+    `shared` holds (value, key of the config) of the values that must agree with the config.
+    """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.shared: dict[str, tuple[Any, str]] = {}
 
     def read(self, values: Mapping[str, Any], keys: Mapping[str, Rule], prefix: str, passed: dict[str, Any]) -> None:
-        """Read one object; put what DeepSpeed receives into `passed`."""
+        """Read one object and put the values that DeepSpeed receives into `passed`.
+
+        Raises: ConfigError: if a key is unknown or a value is not legal.
+        """
         for key, value in self._named(values, keys, prefix).items():
             rule, path = keys[key], f"{prefix}{key}"
             if isinstance(rule, Block):
@@ -173,7 +184,10 @@ class _KeyReader:
                 self._require_harmless(rule, path, value)
 
     def _named(self, values: Mapping[str, Any], keys: Mapping[str, Rule], prefix: str) -> dict[str, Any]:
-        """Return the object without comments and with old names replaced. Raises: ConfigError for an unknown key."""
+        """Return the object without comments and with old names replaced.
+
+        Raises: ConfigError: if a key is unknown, or an old and a new name are both given.
+        """
         named: dict[str, Any] = {}
         for key, value in _without_comments(values).items():
             self._require_known(key, keys, prefix)
@@ -200,13 +214,16 @@ class _KeyReader:
 
     def _legal(self, rule: Passed, path: str, value: Any) -> Any:
         whole = isinstance(value, float) and value.is_integer() and rule.legal.whole
-        number = int(value) if whole else value  # 5e8 is how people write a bucket
+        number = int(value) if whole else value  # users write bucket sizes as 5e8
         if not rule.legal.allows(number):
             raise self._illegal(path, value, f'{rule.legal.text}, "auto"')
         return number
 
     def _require_harmless(self, rule: Ours | Refused, path: str, value: Any) -> None:
-        """Raise ConfigError unless a key that DeepSpeed does not receive would change nothing."""
+        """Check that a key that DeepSpeed does not receive would have no effect.
+
+        Raises: ConfigError: if it would have an effect.
+        """
         if rule.block is None:
             if is_one_of(value, rule.harmless):
                 return
@@ -247,7 +264,7 @@ def _without_comments(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guess(key: str, keys: Mapping[str, Any], prefix: str) -> str:
-    """Return "; did you mean KEY?" for the nearest key of the same object, or the same key of another object."""
+    """Return "; did you mean KEY?" for the nearest key of the same object, or for the same key of another object."""
     wanted = key.lower()
     elsewhere = [path for path, _ in rules() if path.rpartition(".")[2] == wanted]
     lowered = {known.lower(): known for known in keys}
@@ -256,11 +273,11 @@ def _guess(key: str, keys: Mapping[str, Any], prefix: str) -> str:
         return f"; did you mean {prefix}{lowered[near[0]]}?"
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
-    return "; docs/deepspeed-json.md lists the keys; the key of a comment begins with _ or //"
+    return "; docs/deepspeed-json.md lists the keys; a comment is a key that begins with _ or //"
 
 
 def _agreed_values(config: Config, split: BatchPlan, stage: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Return, by dotted key of the JSON, the config's value and the values of the JSON that agree with it."""
+    """Return, by dotted key of the JSON, the config's value and the JSON values that agree with it."""
     optimizer, precision = config.optimizer, config.train.precision
     kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.kind]
     betas = [optimizer.beta1, optimizer.beta2]
@@ -304,7 +321,10 @@ def _same(value: Any, wanted: Any) -> bool:
 
 
 def _check_stage(zero: dict[str, Any], stage: int, source: str) -> None:
-    """Refuse passed keys that have no effect at this stage, or with which DeepSpeed cannot train experts."""
+    """Refuse passed keys that have no effect at this stage, or with which DeepSpeed cannot train experts.
+
+    Raises: ConfigError: if there is such a key.
+    """
     device = zero.get("offload_optimizer", {}).get("device", "none")
     if device != "none" and stage == 0:
         raise ConfigError(
@@ -319,7 +339,10 @@ def _check_stage(zero: dict[str, Any], stage: int, source: str) -> None:
 
 
 def _check_scheduler(values: Mapping[str, Any], source: str) -> None:
-    """Refuse a scheduler without parameters: DeepSpeed would use its own numbers."""
+    """Refuse a scheduler without parameters, because DeepSpeed would use default numbers.
+
+    Raises: ConfigError: if there is one.
+    """
     scheduler = values.get("scheduler")
     if not isinstance(scheduler, dict) or scheduler.get("params"):
         return
@@ -334,17 +357,19 @@ def _set_precision(merged: dict[str, Any], config: Config, stage: int) -> None:
     bf16 = config.train.precision == "bf16"
     merged["bf16"] = {"enabled": bf16}
     if bf16:
-        merged["bf16"]["check_grad_overflow"] = False  # checked by us, before the step, on all ranks alike
+        merged["bf16"]["check_grad_overflow"] = (
+            False  # sdit checks it before the step, with the same result on all ranks
+        )
         if stage > 0:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
 
 
 def _shown(value: Any) -> str:
-    """Return a JSON value on one short line."""
+    """Return a JSON value in one short line."""
     text = json.dumps(value)
     return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 3]}..."
 
 
 def _shown_key(key: str) -> str:
-    """Return a key as it is, or quoted and cut if it holds other signs than names do."""
+    """Return a key unchanged, or quoted and shortened if it holds unusual characters."""
     return key if re.fullmatch(r"[\w.-]{1,100}", key, re.ASCII) else _shown(key)

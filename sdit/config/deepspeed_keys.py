@@ -1,4 +1,4 @@
-"""The keys of DeepSpeed 0.19.8's JSON, and what sdit does with each: pass it, compare it with the config, or refuse it.
+"""The keys of DeepSpeed 0.19.8's JSON and the rule of each: pass it, compare it with the config, or refuse it.
 
 `python -m sdit.config.deepspeed_keys` prints the tables of docs/deepspeed-json.md.
 """
@@ -33,7 +33,7 @@ class Legal:
         return ", ".join([number, *(json.dumps(choice) for choice in self.choices)])
 
     def allows(self, value: Any) -> bool:
-        """Whether a value is legal; true and 1 are different values."""
+        """Return True if a value is legal. true and 1 are different values."""
         if is_one_of(value, self.choices):
             return True
         if self.least is None or isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
@@ -45,7 +45,7 @@ class Legal:
 
 @dataclass(frozen=True)
 class Passed:
-    """DeepSpeed receives the value. "auto" leaves DeepSpeed's default."""
+    """DeepSpeed receives the value. "auto" selects DeepSpeed's default."""
 
     legal: Legal
     note: str = ""
@@ -53,16 +53,16 @@ class Passed:
 
 @dataclass(frozen=True)
 class Shared:
-    """The value is that of the run's config: the JSON repeats it or says "auto"."""
+    """The value must equal that of the run's config, or be "auto"."""
 
     setting: str
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A key of the run's config decides. The JSON may hold `harmless` values; DeepSpeed does not receive them.
+    """A key of the run's config decides. The JSON may hold `harmless` values, which DeepSpeed does not receive.
 
-    `block`: the keys of an object that describes a feature (ANY: not listed here); None: a plain value.
+    `block`: the keys of an object that describes a feature (ANY: not listed here), or None for a plain value.
     """
 
     setting: str
@@ -72,7 +72,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Refused:
-    """No part of sdit does this. The JSON may hold `harmless` values; DeepSpeed does not receive them."""
+    """sdit does not support it. The JSON may hold `harmless` values, which DeepSpeed does not receive."""
 
     reason: str
     harmless: tuple[Any, ...] = ()
@@ -81,7 +81,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Renamed:
-    """An old name of the key `name`; `values` translates old values, and None means that the key is left out."""
+    """An old name of the key `name`. `values` translates old values. None means that the key is omitted."""
 
     name: str
     values: Mapping[bool, Any] | None = field(default=None, hash=False)
@@ -89,7 +89,7 @@ class Renamed:
 
 @dataclass(frozen=True)
 class Block:
-    """An object whose keys have rules of their own; a value in `absent` counts as a missing object."""
+    """An object whose keys have rules. A value in `absent` counts as a missing object."""
 
     keys: Mapping[str, Rule]
     absent: tuple[Any, ...] = (None, "auto")
@@ -102,7 +102,7 @@ ANY: Mapping[str, None] = MappingProxyType({})
 
 
 def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Whether a JSON value equals one of `choices`; true and 1 differ, 1 and 1.0 do not."""
+    """Return True if a JSON value equals one of `choices`. true and 1 differ, 1 and 1.0 do not."""
     return any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in choices)
 
 
@@ -111,19 +111,19 @@ def _names(text: str) -> Mapping[str, None]:
 
 
 def _ours(setting: str, **harmless: Any) -> dict[str, Rule]:
-    """One rule `Ours` per keyword, with its harmless value, or a tuple of them."""
+    """Return one rule `Ours` per keyword. The value is its harmless value, or a tuple of them."""
     return {key: Ours(setting, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
 
 
 def _refused(reason: str, **harmless: Any) -> dict[str, Rule]:
-    """One rule `Refused` per keyword, with its harmless value, or a tuple of them."""
+    """Return one rule `Refused` per keyword. The value is its harmless value, or a tuple of them."""
     return {key: Refused(reason, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
 
 
 FLAG = Legal((True, False))
-MOST_NUMBERS = 2_000_000_000  # of a bucket; DeepSpeed allocates all of it, here 8 GB in fp32
-STAGE_3 = "it acts at ZeRO stage 3 only"
-NVME = 'it acts with device "nvme" only, and the legal devices are "none" and "cpu"'
+MOST_NUMBERS = 2_000_000_000  # of a bucket; DeepSpeed allocates the whole bucket, which is 8 GB in fp32
+STAGE_3 = "it has an effect only at ZeRO stage 3"
+NVME = 'it has an effect only with device "nvme", and the legal devices are "none" and "cpu"'
 NO_TENSORS = "sdit has no tensor parallelism; parallel.expert shards the experts"
 REMOVED = "DeepSpeed 0.19.8 no longer has it"
 SCHEDULE = "optimizer.warmup_images, optimizer.decay, optimizer.final_ratio"
@@ -141,8 +141,8 @@ OFFLOAD_PARAM: dict[str, Rule] = {
 }
 ZERO: dict[str, Rule] = {
     "stage": Passed(Legal((0, 1, 2)), '"auto": 1, as in configs/deepspeed/zero1.json'),
-    "reduce_bucket_size": Passed(Legal(least=1, most=MOST_NUMBERS), "numbers reduced at a time"),
-    "allgather_bucket_size": Passed(Legal(least=2, most=MOST_NUMBERS, even=True), "numbers gathered at a time"),
+    "reduce_bucket_size": Passed(Legal(least=1, most=MOST_NUMBERS), "numbers per reduction"),
+    "allgather_bucket_size": Passed(Legal(least=2, most=MOST_NUMBERS, even=True), "numbers per all-gather"),
     "overlap_comm": Passed(Legal((True, False, None)), "reduce gradients during the backward pass; a second bucket"),
     "contiguous_gradients": Passed(FLAG, "at stage 2 only true"),
     "use_multi_rank_bucket_allreduce": Passed(FLAG, "one all-reduce for a bucket of several ranks"),
@@ -150,7 +150,7 @@ ZERO: dict[str, Rule] = {
     "cpu_offload": Renamed("offload_optimizer", {True: {"device": "cpu"}, False: None}),
     **_refused("it would mix the gradients of different experts", reduce_scatter=True),
     **_refused("it moves parameters between ranks, and training would be wrong", round_robin_gradients=False),
-    **_refused("checkpoints and plan.py count on unpadded parameters", parameter_alignment=False),
+    **_refused("checkpoints and sdit plan need unpadded parameters", parameter_alignment=False),
     **_refused("sdit computes the gradient norm itself", compute_grad_norm=True),
     **_refused("an expert that no sample uses has no gradient", ignore_unused_parameters=True),
     **_refused("DeepSpeed 0.19.8 ignores it", allgather_partitions=True, legacy_stage1=False),
@@ -367,9 +367,9 @@ KEYS: dict[str, Rule] = {
     ),
     **_refused("sdit has no sequence parallelism", sequence_parallel_size=1),
     **_refused("sdit has no sequence parallelism", seq_parallel_communication_data_type=(None, "fp32")),
-    **_refused("the ranks of an expert group are neighbours", use_data_before_expert_parallelism=False),
+    **_refused("the ranks of an expert group are consecutive", use_data_before_expert_parallelism=False),
     **_refused("sdit counts micro-steps with DeepSpeed", managed_gradient_accumulation=True),
-    **_refused("sdit brings its own optimizer", zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False),
+    **_refused("sdit creates the optimizer", zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False),
     **_refused("DeepSpeed 0.19.8 ignores it", disable_allgather=False),
     **_refused("images have no vocabulary", vocabulary_size=None),
     **_refused('log_level "info" prints the configuration', dump_state=False),
@@ -388,7 +388,7 @@ KEYS: dict[str, Rule] = {
             use_gds=False,
         )
     ),
-    "autotuning": Refused("sdit plan counts memory and traffic of a layout", block=ANY),
+    "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=ANY),
     "hybrid_engine": Refused(
         "it is for language models that generate text while training",
         block=_names(
@@ -406,7 +406,7 @@ KEYS: dict[str, Rule] = {
 
 
 def rules(keys: Mapping[str, Rule] = KEYS, prefix: str = "") -> Iterator[tuple[str, Rule]]:
-    """Yield (dotted key, rule) of every key that is not itself an object with rules, in order."""
+    """Yield (dotted key, rule) of each key that is not an object with rules, in order."""
     for key, rule in keys.items():
         if isinstance(rule, Block):
             yield from rules(rule.keys, f"{prefix}{key}.")

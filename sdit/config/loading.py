@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a `Config`; every mistake becomes one line that says what would be legal."""
+"""Loads a `Config` from a YAML file and dotted overrides. An error is one line that names the legal values."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from sdit.textfile import read_text, text_problem
 
 COMMAND_LINE = "command line"
 SHOWN_CHARACTERS = 80  # of a wrong value
-EXACT_FLOATS = 2.0**53  # floats up to here hold every whole number
+EXACT_FLOATS = 2.0**53  # floats up to this value hold all integers
 LAST_PORT = 65_535
 GATEWAY = re.compile(r"(https?://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", re.ASCII)
 HOST_KEYS = ("observe.pushgateway", "observe.metrics_address")
-LEGAL = {  # type of a pydantic error -> what would be legal; other types say it themselves
+LEGAL = {  # type of a pydantic error -> legal values; the messages of other types contain them
     "bool_type": "legal: true or false",
     "int_type": "legal: a whole number",
     "int_from_float": "legal: a whole number",
@@ -38,7 +38,7 @@ LEGAL = {  # type of a pydantic error -> what would be legal; other types say it
     "finite_number": "legal: a finite number",
     "string_type": "legal: text; a number needs quotes to be text",
 }
-Sources = dict[str, str]  # dotted key of a value or section -> where it was written
+Sources = dict[str, str]  # dotted key of a value or section -> file and line, or the command line
 
 
 def load_config(
@@ -47,12 +47,13 @@ def load_config(
     base: dict[str, Any] | None = None,
     literal: Mapping[str, str] | None = None,
 ) -> Config:
-    """Return the validated config of `path` (YAML; None: only `base`) with `key.sub=value` overrides applied.
+    """Return the validated config of `path` with the `key.sub=value` overrides applied.
 
-    `literal` holds dotted keys and texts that are taken as they are, such as the path of `--run-dir`.
+    `path` is a YAML file, or None to use only `base`. `literal` holds dotted keys with texts that are not parsed, such as
+    the path of `--run-dir`.
 
-    Raises:
-        ConfigError: unreadable file, unknown key, wrong type, impossible combination, or a credential.
+    Raises: ConfigError: if the file is unreadable, a key is unknown, a type is wrong, values do not fit together, or a value
+        holds a credential.
     """
     name = str(path) if path is not None else "default config"
     document = read_document(Path(path)) if path is not None else Document(copy.deepcopy(base or {}))
@@ -63,7 +64,7 @@ def load_config(
     sources = {key: source for key, source in sources.items() if not _is_inside(key, overridden)}
     sources |= dict.fromkeys(overridden, COMMAND_LINE)
     for key in literal or ():
-        _set(values, key, None)  # what is replaced is not judged
+        _set(values, key, None)  # a replaced value is not validated
     _settle(values, Config, "", sources, name)
     for key, text in (literal or {}).items():
         _set(values, key, text)
@@ -73,13 +74,19 @@ def load_config(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises: ConfigError, also for duplicate keys, tags and unbounded content."""
+    """Return the mapping in a YAML file.
+
+    Raises: ConfigError: if it cannot be read, or holds duplicate keys, tags or unbounded content.
+    """
     values: dict[str, Any] = read_document(path).value
     return values
 
 
 def read_document(path: Path) -> Document:
-    """Return the mapping in a YAML file with the line of each key. Raises: ConfigError."""
+    """Return the mapping in a YAML file with the line of each key.
+
+    Raises: ConfigError: if it cannot be read.
+    """
     try:
         document = parse_yaml(read_text(path))
     except YamlProblem as error:
@@ -92,7 +99,10 @@ def read_document(path: Path) -> Document:
 
 
 def parse_config(values: dict[str, Any], source: str, sources: Mapping[str, str] | None = None) -> Config:
-    """Validate nested `values`; errors name the key's entry in `sources`, or `source`."""
+    """Return the validated config of nested `values`.
+
+    Raises: ConfigError: if a value is not legal. The message names the key's entry in `sources`, or `source`.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -102,9 +112,12 @@ def parse_config(values: dict[str, Any], source: str, sources: Mapping[str, str]
 
 
 def parse_stored_config(values: dict[str, Any], source: str) -> tuple[Config, list[str]]:
-    """Return the config of a checkpoint or published file of any version, and the keys that were left out.
+    """Return the config of a checkpoint or published file of any version, and the keys that were removed.
 
-    Older versions stored URLs with passwords, and infinite numbers. The former are left out, the latter become the largest float.
+    Older versions stored URLs with passwords, and infinite numbers. URLs with passwords are removed. Infinite numbers are
+    replaced by the largest float.
+
+    Raises: ConfigError: if a value is not legal.
     """
     kept, dropped = without_credentials(_finite(values))
     return parse_config(kept, source), dropped
@@ -117,18 +130,18 @@ def _finite(values: Any) -> Any:
 
 
 def describe_error(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Return one line for the first problem pydantic found: key, value, what is legal."""
+    """Return one line for the first problem that pydantic found: key, value, legal values."""
     return redact(_first_problem(error, schema)[1])
 
 
 def _first_problem(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
     """Return the dotted key of the first problem, and the line that describes it."""
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
+    location = [str(name) for name in problem["loc"] if not str(name).startswith(("function-", "lax-or-strict"))]
     sections = _section_names(schema)
     keys = {key for key, _, _ in config_keys(schema)} | sections
     while location and ".".join(location) not in keys and problem["type"] != "extra_forbidden":
-        location.pop()  # pydantic appends the union member it tried
+        location.pop()  # pydantic appends the union member that it tried
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.6)
@@ -153,7 +166,7 @@ def shown(value: object) -> str:
 
 
 def _source_of(key: str, sources: Mapping[str, str], default: str) -> str:
-    """Return where the key, or else the section around it, or else a key inside it, was written."""
+    """Return the source of the key. If it is unknown, return that of the enclosing section, or of a key inside it."""
     around = key
     while around:
         if around in sources:
@@ -163,7 +176,7 @@ def _source_of(key: str, sources: Mapping[str, str], default: str) -> str:
 
 
 def _overrides_beside(key: str, sources: Mapping[str, str]) -> str:
-    """Name the overrides of a section whose keys do not fit together, if the key at fault is not one of them."""
+    """Return the overrides in the section of a conflict, if the reported key is not one of them."""
     section = key.partition(".")[0]
     others = [other for other, source in sources.items() if source == COMMAND_LINE and _is_inside(other, {section})]
     return "" if key in others or not others else f" (with {', '.join(others)} of the command line)"
@@ -174,7 +187,10 @@ def _is_inside(key: str, sections: typing.Collection[str]) -> bool:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
-    """Put one `key.sub=value` into `values` and return its key. Raises: ConfigError."""
+    """Set one `key.sub=value` in `values` and return its key.
+
+    Raises: ConfigError: if the override is not valid.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{COMMAND_LINE}: {shown(override)}: an override has the form key.sub=value")
@@ -185,16 +201,16 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def _override_value(key: str, text: str) -> Any:
-    """Return the value of an override. Text keys take it as it is written, others as YAML.
+    """Return the value of an override. Text keys use the text unchanged, other keys parse it as YAML.
 
-    A key that takes text or a list, such as sample.labels, takes `[cat, 0]` as YAML.
+    A key that accepts text or a list, such as sample.labels, parses `[cat, 0]` as YAML.
     """
     annotation = next((info.annotation for name, info, _ in config_keys() if name == key), None)
-    takes = [_bare(part) for part in _alternatives(annotation)]
+    takes = [_bare(kind) for kind in _alternatives(annotation)]
     is_text = str in takes
     if is_text and type(None) in takes and text in ("", "~", "null"):
         return None
-    takes_list = any(typing.get_origin(part) is list for part in takes)
+    takes_list = any(typing.get_origin(kind) is list for kind in takes)
     if is_text and not text.startswith(("'", '"', "[") if takes_list else ("'", '"')):
         return text
     try:
@@ -217,16 +233,16 @@ def _bare(annotation: Any) -> Any:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, *rest = key.split(".")
     node = values
-    for part in rest:
+    for name in rest:
         child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ConfigError(f"{COMMAND_LINE}: {key}: {section} is not a section")
-        node, section = child, part
+        node, section = child, name
     node[section] = value
 
 
 def _drop_replaced(values: dict[str, Any], overridden: set[str]) -> None:
-    """`train.images=...` on the command line replaces the file's `train.steps`, and the other way round."""
+    """Remove `train.steps` of the file if the command line sets `train.images`, and vice versa."""
     for section, first, second in (("train", "steps", "images"), ("checkpoint", "every_steps", "every_images")):
         for given, replaced in ((first, second), (second, first)):
             if f"{section}.{given}" in overridden and f"{section}.{replaced}" not in overridden:
@@ -236,27 +252,33 @@ def _drop_replaced(values: dict[str, Any], overridden: set[str]) -> None:
 
 
 def _settle(values: dict[str, Any], schema: type[BaseModel], prefix: str, sources: Sources, name: str) -> None:
-    """Expand paths, turn whole floats into integers and refuse unusable text, in place. Raises: ConfigError."""
-    for part, info in schema.model_fields.items():
-        value, key = values.get(part), f"{prefix}{part}"
+    """Expand paths, convert whole floats to integers, and refuse unusable text, in place.
+
+    Raises: ConfigError: if a text or path is not usable.
+    """
+    for field, info in schema.model_fields.items():
+        value, key = values.get(field), f"{prefix}{field}"
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             if isinstance(value, dict):
                 _settle(value, info.annotation, f"{key}.", sources, name)
         elif isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_FLOATS and _takes_int(info):
-            values[part] = int(value)
+            values[field] = int(value)
         elif isinstance(value, str):
             source = _source_of(key, sources, name)
             _check_text(key, value, source)
             if is_path(info):
                 try:
-                    values[part] = expand_path(value)
+                    values[field] = expand_path(value)
                 except ValueError as error:
                     raise ConfigError(redact(f"{source}: {key}: {shown(value)}: {error}")) from None
-                _check_text(key, values[part], source)
+                _check_text(key, values[field], source)
 
 
 def _check_text(key: str, text: str, source: str) -> None:
-    """Refuse text that cannot be written, and credentials, which would be written. Raises: ConfigError."""
+    """Refuse text that cannot be written, and credentials, because the config is written to files.
+
+    Raises: ConfigError: if `text` is one of them.
+    """
     if problem := text_problem(text):
         raise ConfigError(f"{source}: {key}: {shown(text)} {problem}; legal: printable text")
     is_gateway = key == "observe.pushgateway"
@@ -278,19 +300,19 @@ def _check_text(key: str, text: str, source: str) -> None:
 
 
 def is_path(info: Any) -> bool:
-    """Return whether a field of the schema holds a path."""
-    parts = [info, *_alternatives(info.annotation)]
-    marks = [getattr(part, "metadata", ()) or getattr(part, "__metadata__", ()) for part in parts]
+    """Return True if a field of the schema holds a path."""
+    kinds = [info, *_alternatives(info.annotation)]
+    marks = [getattr(kind, "metadata", ()) or getattr(kind, "__metadata__", ()) for kind in kinds]
     return any(PATH_MARK in found for found in marks)
 
 
 def _takes_int(info: Any) -> bool:
     takes = typing.get_args(info.annotation) or (info.annotation,)
-    return float not in takes and any(part is int or type(part) is int for part in takes)
+    return float not in takes and any(kind is int or type(kind) is int for kind in takes)
 
 
 def config_keys(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, typing.Any, Any]]:
-    """Yield (dotted key, field info, default) of every leaf of the schema, in order."""
+    """Yield (dotted key, field info, default) of each leaf of the schema, in order."""
     for name, info in schema.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -308,7 +330,7 @@ def _section_names(schema: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def config_manual() -> str:
-    """Return the text of `--help`: every key with its type, default, unit and effect."""
+    """Return the text of `--help`: each key with its type, default, unit and effect."""
     lines = ["config keys (YAML sections; on the command line as key.sub=value):"]
     for key, info, default in config_keys():
         text = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
@@ -322,13 +344,13 @@ def _type_text(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(annotation))
     if len(_alternatives(annotation)) > 1:
-        parts = [_type_text(part) for part in _alternatives(annotation)]
-        return "|".join("null" if part == "NoneType" else part for part in parts)
+        kinds = [_type_text(kind) for kind in _alternatives(annotation)]
+        return "|".join("null" if kind == "NoneType" else kind for kind in kinds)
     return str(getattr(_bare(annotation), "__name__", annotation))
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved config as YAML that `load_config` reads back to the same object."""
+    """Return the resolved config as YAML. `load_config` reads it back to an equal object."""
     values = config.model_dump(mode="json")
     for key, info, _ in config_keys():
         if is_path(info):

@@ -1,4 +1,4 @@
-"""Paths in YAML and overrides: `~`, `$NAME` and `${NAME}` are expanded. Paths of command-line options are not."""
+"""Expands `~`, `$NAME` and `${NAME}` in paths of YAML and overrides. Paths of command-line options are not expanded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def expand_path(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return `text` with a leading `~` or `~user` and all variables replaced; `$$` is a dollar sign.
+    """Return `text` with a leading `~` or `~user` and all variables replaced. `$$` is a dollar sign.
 
-    Raises: ValueError, whose message is for users, for an unknown user and for a variable that is not set or holds a secret.
+    Raises: ValueError: if a user is unknown, or a variable is not set or holds a secret. The message is for users.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -45,5 +45,5 @@ def _expand_home(text: str) -> str:
 
 
 def escape_path(text: str) -> str:
-    """Return text that `expand_path` turns into the path `text`."""
+    """Return text that `expand_path` converts back to the path `text`."""
     return ("./" if text.startswith("~") else "") + text.replace("$", "$$")

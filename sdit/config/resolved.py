@@ -1,4 +1,7 @@
-"""The run as one process trains it: config, merged DeepSpeed JSON, batch plan and EP. Each process computes it once."""
+"""The run with all its settings resolved: config, merged DeepSpeed JSON, batch plan and EP.
+
+Each process computes it once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run on `world` ranks. `deepspeed` is the merged JSON; `expert_parallel` is EP, the ranks of an expert group."""
+    """A run on `world` ranks. `deepspeed` is the merged JSON. `expert_parallel` is EP, the ranks of an expert group."""
 
     config: Config
     deepspeed: dict[str, Any]
@@ -23,7 +26,7 @@ class ResolvedRun:
     zero_stage: int
 
     def describe(self) -> str:
-        """Return the batch equation and the layout, as the first line of a run prints them."""
+        """Return the batch equation and the layout, as in the first line that a run prints."""
         batch, parallel = self.batch, self.config.parallel
         layout = f"EP {self.expert_parallel}, ZeRO {self.zero_stage}, {self.config.train.precision}"
         exchange = f", exchange {parallel.exchange}" if self.expert_parallel > 1 else ""
@@ -33,9 +36,9 @@ class ResolvedRun:
 
 
 def resolve_run(config: Config, deepspeed: dict[str, Any], source: str, world: int, ranks_per_node: int) -> ResolvedRun:
-    """Return the run on `world` ranks; `deepspeed` is the JSON that was read from `source`.
+    """Return the run on `world` ranks. `deepspeed` is the JSON that was read from `source`.
 
-    Raises: ConfigError if the config cannot run on so many ranks, or if the JSON disagrees with it.
+    Raises: ConfigError: if the config cannot run on this number of ranks, or the JSON disagrees with it.
     """
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
     merged = merge_deepspeed(config, batch, deepspeed, source)
@@ -44,7 +47,10 @@ def resolve_run(config: Config, deepspeed: dict[str, Any], source: str, world: i
 
 
 def check_trainable(config: Config) -> None:
-    """Refuse what needs neither torch nor data to be refused. Raises: ConfigError."""
+    """Check the config as far as possible without torch and data.
+
+    Raises: ConfigError: if the run cannot be trained.
+    """
     if config.diffusion.path == "flow" and config.model.learn_variance:
         raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
     if config.train.steps is None and config.train.images is None:
@@ -55,7 +61,7 @@ def check_trainable(config: Config) -> None:
 
 
 def largest_world(config: Config, ranks: int) -> int:
-    """Return the largest number of ranks, up to `ranks`, that the config can run on; 0 if there is none."""
+    """Return the largest number of ranks, up to `ranks`, that the config can run on, or 0 if there is none."""
     for world in range(ranks, 0, -1):
         try:
             plan_batch(config.train.global_batch, config.train.micro_batch, world)
@@ -67,7 +73,7 @@ def largest_world(config: Config, ranks: int) -> int:
 
 
 def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
-    """EP; 1 for models without experts."""
+    """Return EP. It is 1 for models without experts."""
     if config.model.variant != "switch":
         return 1
     return choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, ranks_per_node)

@@ -1,4 +1,4 @@
-"""The run's configuration: strict, typed sections. Every field says its unit and effect; `--help` prints them."""
+"""The configuration of a run: strict, typed sections. Each field states its unit and effect, which `--help` prints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ class ExpertsConfig(Section):
     kind: Literal["linear", "mlp"] = field("linear", "linear: one D x D map (the paper); mlp: two-layer GELU expert")
     mlp_ratio: float = field(4.0, "hidden width of an mlp expert over the model width", gt=0)
     capacity_factor: float | None = field(
-        None, "samples an expert may take in a step over the mean load B*k/M; null: dropless", gt=0
+        None, "samples an expert may serve in a step, over the mean load N*k/M; null: no limit", gt=0
     )
     capacity_factor_eval: float | None = field(
-        None, "the same for the held-out loss (validation); sampling, where all samples share a time, is dropless", gt=0
+        None,
+        "the same for the held-out loss (validation); sampling has no limit, because all samples share a timestep",
+        gt=0,
     )
     drop_policy: Literal["gate", "position", "random"] = field(
-        "gate", "which samples an overfull expert keeps: highest gate, lowest sample index, or a keyed random choice"
+        "gate",
+        "samples that an expert at capacity keeps: highest gate, lowest index, or a random choice by seed and index",
     )
 
     @model_validator(mode="after")
@@ -46,7 +49,7 @@ class ExpertsConfig(Section):
 
 class DtrConfig(Section):
     alpha: float = field(4.0, "how fast the active window of channels moves with the timestep", gt=0)
-    beta: float = field(0.8, "share of the channels that is active", gt=0, le=1)
+    beta: float = field(0.8, "fraction of the channels that is active", gt=0, le=1)
 
 
 class ModelConfig(Section):
@@ -60,11 +63,11 @@ class ModelConfig(Section):
     patch_size: int = field(2, "pixels (or latent cells) along one side of a token", ge=1)
     input_size: int = field(32, "height = width of the image or latent, in pixels; a multiple of patch_size", ge=1)
     channels: int = field(4, "channels of the image or latent", ge=1)
-    classes: int = field(1000, "number of labels, that of the data; 0: unconditional, labels are not used", ge=0)
-    learn_variance: bool = field(True, "predict the reverse variance as well (doubles the output channels)")
+    classes: int = field(1000, "number of labels in the data; 0: unconditional, labels are not used", ge=0)
+    learn_variance: bool = field(True, "also predict the reverse variance (doubles the output channels)")
     mlp_ratio: float = field(4.0, "hidden width of the MLP over the width", gt=0)
-    timesteps: int = field(1000, "T, denoising tasks the gate knows", ge=2)
-    experts: ExpertsConfig = field(ExpertsConfig(), "switch: the experts of every block")
+    timesteps: int = field(1000, "T, number of denoising tasks of the gate", ge=2)
+    experts: ExpertsConfig = field(ExpertsConfig(), "switch: the experts of each block")
     dtr: DtrConfig = field(DtrConfig(), "dtr: the channel masks; alpha also shapes the diffusion prior")
 
     @model_validator(mode="before")
@@ -105,7 +108,7 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     path: Literal["diffusion", "flow"] = field("diffusion", "Gaussian diffusion, or rectified flow (velocity)")
     schedule: Literal["linear", "cosine"] = field("linear", "noise schedule of the diffusion path")
-    prediction: Literal["epsilon", "x0", "v"] = field("epsilon", "what the network predicts (diffusion path)")
+    prediction: Literal["epsilon", "x0", "v"] = field("epsilon", "prediction target of the network (diffusion path)")
     weighting: str = field("constant", "loss weight by timestep: constant, min_snr_<gamma> (min_snr_5), p2, uw")
     p2_gamma: float = field(1.0, "gamma of the p2 weight 1/(k + SNR)^gamma", ge=0)
     p2_k: float = field(1.0, "k of the p2 weight", gt=0)
@@ -137,20 +140,18 @@ class DiffusionConfig(Section):
 class DataConfig(Section):
     source: Literal["digits", "shards"] = field("digits", "digits: the embedded 8x8 digits; shards: a prepared folder")
     path: PathText | None = field(None, "folder with index.json and tar shards, written by sdit prepare")
-    flip: bool = field(False, "mirror half of the images (keyed by sample)")
-    streams: int = field(8, "logical shard streams; memory holds one shard of each; part of the data order", ge=1)
+    flip: bool = field(False, "mirror half of the images, chosen by seed and sample")
+    streams: int = field(8, "logical shard streams; memory holds one shard of each; the data order depends on it", ge=1)
     workers: int = field(1, "decoding threads per rank; does not change the order", ge=1)
-    prefetch_batches: int = field(2, "micro-batches decoded ahead of use per rank", ge=1)
+    prefetch_batches: int = field(2, "micro-batches decoded ahead, per rank", ge=1)
     latent_scale: float = field(0.18215, "factor on VAE latents (latent shards only)", gt=0)
     max_bad_fraction: float = field(
-        0.0, "share of an epoch's samples that may be unreadable before the run stops", ge=0, le=1
+        0.0, "fraction of an epoch's samples that may be unreadable before the run stops", ge=0, le=1
     )
     allow_unused_classes: bool = field(
         False, "train although model.classes is more than the classes of the data; the other labels are never sampled"
     )
-    allow_change: bool = field(
-        False, "resume although the images or classes are not those that the checkpoint was trained on"
-    )
+    allow_change: bool = field(False, "resume although the checkpoint was trained on other images or classes")
 
     @model_validator(mode="after")
     def _path_is_set(self) -> DataConfig:
@@ -169,13 +170,15 @@ class OptimizerConfig(Section):
     warmup_images: int = field(0, "images over which the learning rate rises linearly from 0", ge=0)
     decay: Literal["constant", "linear", "cosine"] = field("constant", "learning rate after the warm-up, to the end")
     final_ratio: float = field(0.0, "learning rate at the end over the peak (linear, cosine)", ge=0, le=1)
-    clip_grad_norm: float | None = field(None, "bound of the global gradient norm; null: none", gt=0)
+    clip_grad_norm: float | None = field(None, "upper bound of the global gradient norm; null: none", gt=0)
     uw_learning_rate: float = field(0.025, "learning rate of the uncertainty weights", gt=0)
 
 
 class EmaConfig(Section):
     decay: float = field(0.9999, "EMA decay per step", ge=0, lt=1)
-    warmup: bool = field(True, "use min(decay, (1 + step) / (10 + step)), so that a young EMA forgets its start")
+    warmup: bool = field(
+        True, "use min(decay, (1 + step) / (10 + step)), so that an early EMA does not keep the initial weights"
+    )
 
 
 class PriorConfig(Section):
@@ -188,26 +191,27 @@ class BalanceConfig(Section):
 
 
 class ParallelConfig(Section):
-    expert: int | Literal["auto"] = field("auto", "EP, ranks an expert group spans; auto: largest legal size in a node")
+    expert: int | Literal["auto"] = field("auto", "EP, ranks of an expert group; auto: largest legal size in a node")
     exchange: Literal["auto", "tokens", "weights"] = field(
-        "auto", "what travels: samples, expert weights, or the cheaper"
+        "auto", "send samples to experts, expert weights to all ranks, or the cheaper of both"
     )
-    exchange_refresh_images: int = field(51_200, "images between two decisions of exchange: auto", ge=1)
-    overlap: bool = field(True, "hide the exchange behind work that does not need it")
-    placement: Literal["index", "balanced", "path"] = field("path", "which expert sits on which rank")
-    placement_refresh_images: int = field(51_200, "images between two checks whether re-placement pays", ge=1)
-    seating: Literal["order", "path"] = field("path", "which rank of an EP group computes which sample")
+    exchange_refresh_images: int = field(51_200, "images between two decisions of the exchange under auto", ge=1)
+    overlap: bool = field(True, "overlap the exchange with computation")
+    placement: Literal["index", "balanced", "path"] = field("path", "assignment of experts to ranks")
+    placement_refresh_images: int = field(51_200, "images between two checks whether a new placement saves bytes", ge=1)
+    seating: Literal["order", "path"] = field("path", "assignment of samples to the ranks of an EP group")
     activation_checkpointing: Literal["none", "block", "offload"] = field(
-        "none", "recompute each block in backward (fairscale checkpoint_wrapper); offload: keep its input on the CPU"
+        "none",
+        "recompute each block in backward (fairscale checkpoint_wrapper); offload: also keep its input on the CPU",
     )
     compile: bool = field(False, "torch.compile the blocks (needs a C++ compiler)")
-    device: Literal["auto", "cpu", "cuda"] = field("auto", "where ranks compute; auto: on GPUs if there are any")
-    threads: int | None = field(None, "CPU threads per rank; null: cores of the node over its ranks", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = field("auto", "device of the ranks; auto: GPUs if there are any")
+    threads: int | None = field(None, "CPU threads per rank; null: cores of the node / its ranks", ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _halves_are_gone(cls, values: Any) -> Any:
-        """`halves` gained nothing in any measurement and was removed. A config that leaves it off still loads."""
+        """Accept configs of older versions with `halves: false`. The key was removed because it saved no time."""
         if isinstance(values, dict) and "halves" in values:
             if values["halves"] is not False:
                 raise ValueError(f"halves: {values['halves']!r} is no longer supported; legal: false, or no such key")
@@ -216,14 +220,14 @@ class ParallelConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration of one run."""
+    """The configuration of one run."""
 
     seed: int = field(0, "seed of weights, data order, timesteps, noise and label drop", ge=0)
     model: ModelConfig = field(ModelConfig(), "the network")
     diffusion: DiffusionConfig = field(DiffusionConfig(), "the objective")
     data: DataConfig = field(DataConfig(), "the training images")
     optimizer: OptimizerConfig = field(OptimizerConfig(), "the optimizer and its schedule")
-    ema: EmaConfig = field(EmaConfig(), "the averaged weights that samples are drawn from")
+    ema: EmaConfig = field(EmaConfig(), "the averaged weights that are used for sampling")
     prior: PriorConfig = field(PriorConfig(), "the diffusion prior loss")
     balance: BalanceConfig = field(BalanceConfig(), "the load-balance loss")
     parallel: ParallelConfig = field(ParallelConfig(), "ranks and exchange")
@@ -231,7 +235,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "checkpoints and resume")
     sample: SampleConfig = field(SampleConfig(), "sample grids during training")
     validation: ValidationConfig = field(ValidationConfig(), "the held-out loss")
-    observe: ObserveConfig = field(ObserveConfig(), "where the run is reported")
+    observe: ObserveConfig = field(ObserveConfig(), "metrics, logs and trackers")
     supervise: SuperviseConfig = field(
         SuperviseConfig(), "deadlines, restarts and signals of the ranks' parent processes"
     )

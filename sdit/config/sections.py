@@ -1,4 +1,4 @@
-"""The sections of the config that say how long, how safely and how visibly a run goes; `sdit.config` has the others."""
+"""Sections of the config for length, checkpoints, sampling, validation, metrics and supervision. schema.py has the others."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PATH_MARK = "path"  # a key of this type has `~` and variables expanded, see sdit/paths.py
+PATH_MARK = "path"  # `~` and variables are expanded in keys of this type, see sdit/config/paths.py
 PathText = Annotated[str, PATH_MARK]
 
 
 class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys, infinite numbers and silent type conversions."""
+    """A frozen section of the config. It refuses unknown keys, infinite numbers and silent type conversions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -27,11 +27,11 @@ class TrainConfig(Section):
     micro_batch: int | None = field(None, "images per rank and forward pass; null: global_batch / ranks", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "compute precision; masters, moments and EMA are always fp32")
     log_every_steps: int = field(10, "steps between two lines of metrics.jsonl", ge=1)
-    max_bad_steps: int = field(3, "non-finite steps in a row before the run stops, or rolls back", ge=1)
+    max_bad_steps: int = field(3, "consecutive non-finite steps before the run stops or rolls back", ge=1)
     rollbacks: int = field(
-        0, "times the run may go back to its newest checkpoint and leave out the samples since, before it stops", ge=0
+        0, "times the run may return to its newest checkpoint and skip the samples since then, before it stops", ge=0
     )
-    rollback_on_spike: bool = field(False, "a loss spike is a reason to roll back, while rollbacks are left")
+    rollback_on_spike: bool = field(False, "also roll back after a loss spike, if rollbacks are left")
     spike_deviations: float = field(8.0, "loss this many standard deviations above its mean is logged as a spike", gt=0)
 
     @model_validator(mode="after")
@@ -42,7 +42,7 @@ class TrainConfig(Section):
 
     @property
     def total_images(self) -> int:
-        """Length of the run in images, rounded up to whole steps."""
+        """The length of the run in images, rounded up to whole steps."""
         if self.images is not None:
             return -(-self.images // self.global_batch) * self.global_batch
         return (self.steps or 1) * self.global_batch
@@ -51,12 +51,12 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int | None = field(None, "steps between two checkpoints (this or every_images)", ge=1)
     every_images: int | None = field(None, "images between two checkpoints (this or every_steps)", ge=1)
-    keep_last: int = field(2, "newest checkpoints kept (at least 2: the newest may be torn)", ge=2)
+    keep_last: int = field(2, "newest checkpoints kept (at least 2, because the newest may be damaged)", ge=2)
     keep_every_images: int | None = field(None, "also keep one checkpoint per this many images; null: none", ge=1)
     resume: PathText = field(
-        "auto", "auto: newest that verifies, else start fresh; must; never; or a checkpoint's path"
+        "auto", "auto: newest that verifies, else a new run; must: fail if none verifies; never; or a checkpoint's path"
     )
-    asynchronous: bool = field(False, "write in the background; the loop only waits for the copy to host memory")
+    asynchronous: bool = field(False, "write in the background; training waits only for the copy to host memory")
 
     @model_validator(mode="after")
     def _one_interval(self) -> CheckpointConfig:
@@ -72,23 +72,23 @@ class SampleConfig(Section):
     sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "heun"] = field("ddim", "sampler (euler and heun: flow)")
     steps: int = field(50, "sampling steps", ge=1)
     guidance: float = field(1.5, "classifier-free guidance scale; 1: none", ge=0)
-    guided_channels: int | None = field(None, "channels that guidance acts on; null: all image channels", ge=1)
+    guided_channels: int | None = field(None, "first channels that guidance applies to; null: all image channels", ge=1)
     images_per_class: int = field(8, "columns of the grid", ge=1)
-    classes: int = field(10, "rows of the grid, one label each: the first ones of the data", ge=1)
+    classes: int = field(10, "rows of the grid, one per label: the first labels of the data", ge=1)
     labels: str | int | list[str | int] | None = field(
         None, "rows of the grid in place of sample.classes: labels and class names, such as 0,3,Bag or [0, 3, Bag]"
     )
     seed: int = field(0, "seed of the initial noise", ge=0)
-    vae: PathText | None = field(None, "folder of the AutoencoderKL that decodes a run on latents; null: no pictures")
+    vae: PathText | None = field(None, "folder of the AutoencoderKL that decodes a run on latents; null: no images")
 
 
 class ValidationConfig(Section):
     every_images: int | None = field(None, "images between two measurements of the held-out loss; null: none", ge=1)
     path: PathText | None = field(None, "prepared folder of held-out images, written by sdit prepare")
     images: int = field(1024, "held-out images measured; rounded up to whole global batches", ge=1)
-    seed: int = field(0, "seed of their order, timesteps and noise, the same in every measurement", ge=0)
+    seed: int = field(0, "seed of their order, timesteps and noise, the same in each measurement", ge=0)
     allow_other_classes: bool = field(
-        False, "measure although the held-out classes, their names or their order are not those of the training data"
+        False, "measure although classes, names or order of the held-out data differ from those of the training data"
     )
 
     @model_validator(mode="after")
@@ -106,7 +106,9 @@ class ObserveConfig(Section):
         9400, "port of the node's Prometheus exporter; the next free one if taken; null: none", ge=1, le=65535
     )
     metrics_address: str = field("127.0.0.1", "address the exporter listens on; 0.0.0.0: all")
-    metrics_experts: int = field(512, "most (block, expert) pairs with series of their own; 0: none", ge=0, le=16_384)
+    metrics_experts: int = field(
+        512, "maximum of (block, expert) pairs with their own series; 0: none", ge=0, le=16_384
+    )
     peak_teraflops: float | None = field(
         None,
         "peak of one device in the run's precision, in 10^12 FLOP/s, for model-FLOPs utilization; null: none",
@@ -127,15 +129,13 @@ class ObserveConfig(Section):
 
 
 class SuperviseConfig(Section):
-    enabled: bool = field(True, "run each rank under a parent process that watches it; false: for debuggers")
-    start_seconds: float = field(
-        600.0, "longest start of a rank: imports, meeting the others, loading a checkpoint", gt=0
-    )
+    enabled: bool = field(True, "run each rank under a supervisor process; false: for debuggers")
+    start_seconds: float = field(600.0, "longest start of a rank: imports, rendezvous, loading a checkpoint", gt=0)
     first_step_seconds: float = field(300.0, "longest first step (compilation, warm-up of the libraries)", gt=0)
     step_seconds: float = field(180.0, "longest step before a rank counts as stalled", gt=0)
     checkpoint_seconds: float = field(420.0, "longest write of a checkpoint", gt=0)
     sample_seconds: float = field(600.0, "longest sampler step of a grid, or batch of held-out images", gt=0)
-    restarts: int = field(3, "restarts without a newer checkpoint between them before the run ends", ge=0)
-    grace_seconds: float = field(60.0, "time to save and leave after a stop signal", gt=0)
-    elastic: bool = field(False, "continue with the ranks that are left when a node is lost")
+    restarts: int = field(3, "restarts without a new checkpoint before the run ends", ge=0)
+    grace_seconds: float = field(60.0, "time to save and exit after a stop signal", gt=0)
+    elastic: bool = field(False, "continue with the remaining ranks if a node is lost")
     stop_code: Literal[75, 0] = field(75, "exit code after a stop signal: 75 asks the scheduler to run the job again")

@@ -1,7 +1,7 @@
-"""YAML 1.2 text to plain values: the core schema's scalars, text keys, and bounds on depth, aliases and numbers.
+"""Parses YAML 1.2 text to plain values: the core schema's scalars, text keys, and limits on depth, aliases and numbers.
 
-PyYAML reads the syntax. Its constructors are not used, because they follow YAML 1.1: there `010` is 8, `1:0` is 60,
-`on` is true and `1e-4` is text. They also expand nested aliases without a bound.
+PyYAML parses the syntax. Its constructors are not used, because they follow YAML 1.1. There `010` is 8, `1:0` is 60,
+`on` is true and `1e-4` is text. They also expand nested aliases without a limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\
 
 
 class YamlProblem(ValueError):
-    """YAML that cannot be used; the message does not quote the text, which may hold a secret."""
+    """An error in YAML text. The message does not quote the text, which may hold a secret."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -41,14 +41,17 @@ class YamlProblem(ValueError):
 
 @dataclass
 class Document:
-    """The value of a YAML text, and the line (from 1) of each dotted key in it."""
+    """The value of a YAML text, and the line (from 1) of each dotted key."""
 
     value: Any = None
     lines: dict[str, int] = field(default_factory=dict)
 
 
 def parse_yaml(text: str) -> Document:
-    """Return the only document of a YAML text; empty text gives null. Raises: YamlProblem."""
+    """Return the only document of a YAML text. Empty text gives None.
+
+    Raises: YamlProblem: if the text is not valid or exceeds a limit.
+    """
     try:
         return _Builder(text).document()
     except yaml.reader.ReaderError as error:
@@ -56,7 +59,7 @@ def parse_yaml(text: str) -> Document:
         raise YamlProblem(f"the character {chr(_code(error))!r} is not legal in YAML", line) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = " ".join(part for part in (error.context, error.problem) if part)
+        problem = " ".join(text for text in (error.context, error.problem) if text)
         raise YamlProblem(f"is not valid YAML: {problem}", mark.line + 1 if mark is not None else 1) from None
     except YamlProblem:
         raise
@@ -74,7 +77,9 @@ class _Builder:
     def __init__(self, text: str) -> None:
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._nodes = 0
-        self._anchors: dict[str, tuple[Any, int] | None] = {}  # value and nodes in it; None: not complete yet
+        self._anchors: dict[
+            str, tuple[Any, int] | None
+        ] = {}  # value and number of its nodes, or None while it is incomplete
         self._found = Document()
 
     def document(self) -> Document:
@@ -144,7 +149,7 @@ class _Builder:
             raise YamlProblem("an alias has no anchor before it", _line(event))
         anchored = self._anchors[event.anchor]
         if anchored is None:
-            raise YamlProblem("an alias stands inside its own anchor", _line(event))
+            raise YamlProblem("an alias is inside its anchor", _line(event))
         value, nodes = anchored
         self._count(nodes, event)
         return copy.deepcopy(value)
@@ -183,7 +188,7 @@ def _tagged(tag: str, text: str, event: yaml.ScalarEvent) -> Any:
 
 
 def _resolve(text: str, event: yaml.ScalarEvent) -> Any:
-    """Return what a plain scalar means. Source: YAML 1.2.2, section 10.3.2."""
+    """Return the value of a plain scalar. Source: YAML 1.2.2, section 10.3.2."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -224,5 +229,5 @@ _Dumper.add_implicit_resolver(f"{_CORE}int", re.compile(f"(?:{_INT.pattern})\\Z"
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """Return YAML that `parse_yaml`, and readers of YAML 1.1, give back as `values`."""
+    """Return YAML that `parse_yaml`, and parsers of YAML 1.1, read back as `values`."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

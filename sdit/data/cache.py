@@ -1,4 +1,4 @@
-"""The shards a process holds open."""
+"""A cache of open shards."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Opened = TypeVar("Opened")
 
 
 class ShardCache(Generic[Opened]):
-    """At most `capacity` open shards, the least recently used given up first; threads that want one shard share a read.
+    """A cache of at most `capacity` open shards. The least recently used shard is dropped first.
 
-    `opens` counts the reads.
+    Threads that want the same shard share one read. `opens` counts the reads.
     """
 
     def __init__(self, open_shard: Callable[[int], Opened], capacity: int) -> None:
@@ -24,7 +24,7 @@ class ShardCache(Generic[Opened]):
         self.opens = 0
 
     def get(self, shard: int) -> Opened:
-        """The open shard, read now unless it is held; waits while another thread reads it."""
+        """Return an open shard. Read it if it is not in the cache, or wait if another thread is reading it."""
         with self._lock:
             future = self._shards.pop(shard, None)
             is_reader = future is None
@@ -41,8 +41,8 @@ class ShardCache(Generic[Opened]):
     def _read(self, shard: int, future: Future[Opened]) -> None:
         try:
             future.set_result(self._open_shard(shard))
-        except BaseException as error:  # every waiting thread must get it, also KeyboardInterrupt
+        except BaseException as error:  # each waiting thread must receive it, also KeyboardInterrupt
             with self._lock:
                 if self._shards.get(shard) is future:
-                    del self._shards[shard]  # the next call tries again
+                    del self._shards[shard]  # so that the next call reads the shard again
             future.set_exception(error)

@@ -1,4 +1,4 @@
-"""What labels mean: how many classes there are, their names in order, and labels that people give by number or by name."""
+"""Classes of a data set: their number, their names, and the labels that users give by number or by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cached_property
 
 from sdit.errors import ConfigError
 
-SHOWN = 3  # names in a message; the rest is counted
+SHOWN = 3  # names in a message; the others are only counted
 LABEL_SYNTAX = "labels such as 0,3,5-7 or class names such as Trouser,Bag"
 
 _NUMBERS = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
@@ -21,9 +21,9 @@ _ITEM = re.compile(r'\s*(?:((?:name:|label:)?)"((?:[^"]|"")*)"\s*|([^,]*))(?:,|$
 
 @dataclass(frozen=True)
 class Classes:
-    """Labels 0..count-1 and what each of them is called; `names` is empty where the names are not known.
+    """The labels 0..count-1 and their names. `names` is empty if the names are unknown.
 
-    `count` 0: there are no labels. No image bears the labels `empty`.
+    If `count` is 0, the data have no labels. No image has a label in `empty`.
     """
 
     count: int
@@ -32,16 +32,19 @@ class Classes:
 
     @property
     def labels(self) -> list[int]:
-        """The labels that images bear, in order."""
+        """The labels that at least one image has, in ascending order."""
         return [label for label in range(self.count) if label not in self.empty]
 
     def describe(self, label: int) -> str:
-        """`3 (Dress)`, or `3` where the names are not known or the name is the number."""
+        """Return `3 (Dress)`, or `3` if the name is unknown or equals the number."""
         name = self.names[label] if label < len(self.names) else str(label)
         return str(label) if name == str(label) else f"{label} ({name})"
 
     def labels_named(self, name: str) -> list[int]:
-        """The labels of a name: none, one, or several if the data repeat it. Unicode's two spellings of é are equal."""
+        """Return the labels with a given name: none, one, or several if the data repeat the name.
+
+        Names are compared in Unicode's normal form C, so the two spellings of é are equal.
+        """
         return self._labels_by_name.get(_normal(name), [])
 
     @cached_property
@@ -53,28 +56,32 @@ class Classes:
 
 
 def class_differences(here: Classes, there: Classes, ordered: bool = True) -> str:
-    """Return in which way the classes `here` are not those `there`; empty if they are the same as far as is known.
+    """Return how the classes `here` differ from the classes `there`. Return an empty string if no difference is known.
 
-    Names that are unknown on one side cannot differ, and neither can classes of unlabelled data. If not `ordered`,
-    another order is no difference.
+    Unknown names are not compared, and neither are unlabelled data. If `ordered` is False, the order is not compared.
     """
     if not here.count or not there.count:
         return ""
-    parts = [f"{here.count} classes, not {there.count}"] if here.count != there.count else []
+    differences = [f"{here.count} classes, not {there.count}"] if here.count != there.count else []
     if here.names and there.names:
         mine, theirs = [_normal(name) for name in here.names], [_normal(name) for name in there.names]
-        parts += (
+        differences += (
             [f"it also has {_listed(more)}"] if (more := [name for name in mine if name not in set(theirs)]) else []
         )
-        parts += [f"it has no {_listed(less)}"] if (less := [name for name in theirs if name not in set(mine)]) else []
-        if ordered and not parts and mine != theirs:
+        differences += (
+            [f"it has no {_listed(less)}"] if (less := [name for name in theirs if name not in set(mine)]) else []
+        )
+        if ordered and not differences and mine != theirs:
             label = next(label for label, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-            parts.append(f"another order: label {label} is {mine[label]!r}, not {theirs[label]!r}")
-    return "; ".join(parts)
+            differences.append(f"another order: label {label} is {mine[label]!r}, not {theirs[label]!r}")
+    return "; ".join(differences)
 
 
 def check_label_syntax(text: str) -> None:
-    """Raises: ConfigError for a list of labels that is wrong for any classes."""
+    """Check the syntax of a list of labels. The classes are not needed.
+
+    Raises: ConfigError: if the text is not a list of labels for any classes.
+    """
     for prefix, item, quoted in _items(text):
         _check_item(prefix, item, quoted, text)
 
@@ -83,10 +90,10 @@ def choose_labels(given: str | int | Sequence[str | int], classes: Classes, key:
     """Return the labels that a user gives by number, by range or by class name.
 
     A text holds items between commas: `3`, `5-7`, `Trouser`, `"tench, Tinca tinca"`. In a sequence each element is one
-    item. `name:10` and `"10"` are the class that is called 10, `label:10` is label 10; plain `10` is label 10, and is
-    refused if another label is called 10. A whole text that is a class name is that class.
+    item. `name:10` and `"10"` mean the class that is called 10. `label:10` means label 10. A plain `10` means label 10
+    and is refused if another label is called 10. If the whole text is a class name, it means that class.
 
-    Raises: ConfigError, naming `key`, for what is no label, no class name, or can be read in two ways.
+    Raises: ConfigError: if an item is not a label or a class name, or is ambiguous. The message names `key`.
     """
     if not classes.count:
         raise ConfigError(f"{key}: {_shown(given)}, but the model is unconditional; legal: no labels")
@@ -117,17 +124,17 @@ def _text_labels(text: str, classes: Classes, key: str) -> list[int]:
 
 
 def _element_labels(element: str, classes: Classes, key: str) -> Sequence[int]:
-    """The labels of one element of a YAML list, in which a comma separates nothing."""
+    """Return the labels of one element of a YAML list. A comma does not separate items here."""
     prefix = next((word for word in ("name:", "label:") if element.startswith(word)), "")
     return _item_labels(prefix, element.removeprefix(prefix).strip(), False, classes, key)
 
 
 def _items(text: str) -> list[tuple[str, str, bool]]:
-    """(`name:`, `label:` or empty; item; whether it was quoted) of every item between commas."""
+    """Return (`name:`, `label:` or an empty string; item; True if it was quoted) for each item between commas."""
     items, position = [], 0
     while position <= len(text):
         match = _ITEM.match(text, position)
-        assert match is not None  # its last alternative takes anything up to the next comma
+        assert match is not None  # the last alternative matches any text up to the next comma
         if match[2] is not None:
             items.append((match[1], match[2].replace('""', '"'), True))
         else:
@@ -179,7 +186,10 @@ def _named_label(name: str, labels: list[int], classes: Classes, key: str) -> li
 
 
 def _check_unambiguous(item: str, labels: range, named: list[int], classes: Classes, key: str) -> None:
-    """Refuse a number that is also the name of another label, as where folders 0..11 are sorted as text."""
+    """Refuse a number that is also the name of another label, for example if the folders 0..11 are sorted as text.
+
+    Raises: ConfigError: if another label has the number as its name.
+    """
     meant = {label: classes.labels_named(str(label)) for label in labels} | ({labels[0]: named} if named else {})
     for label, others in meant.items():
         if others and others != [label]:

@@ -1,4 +1,4 @@
-"""Data sets the loader reads: a prepared folder, or the digits in memory. Both are shards of samples."""
+"""The data sets that the loader reads: a prepared folder, or the digits in memory. Both consist of shards."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ _log = logging.getLogger(__name__)
 
 
 class Shard(Protocol):
-    """A shard that was opened; it needs no file any more."""
+    """An open shard in memory. It no longer needs its file."""
 
     def __len__(self) -> int: ...
 
     def sample(self, member: int) -> Sample:
-        """The sample at a position of the shard; BadSample when it cannot be used."""
+        """Return the sample at a position of the shard.
+
+        Raises: BadSample: if the sample cannot be used.
+        """
         ...
 
 
 class Dataset(Protocol):
-    """Shards of `counts` samples each. Data sets of equal `fingerprint` hold the same samples in the same order."""
+    """A data set of shards with `counts` samples each.
+
+    Data sets with equal `fingerprint` hold the same samples in the same order.
+    """
 
     facts: DatasetFacts
     counts: tuple[int, ...]
@@ -39,12 +45,15 @@ class Dataset(Protocol):
     def fingerprint(self) -> str: ...
 
     def open(self, shard: int) -> Shard:
-        """Read a shard; BadShard when none of it can be used."""
+        """Read a shard.
+
+        Raises: BadShard: if no sample of the shard can be used.
+        """
         ...
 
 
 class PreparedFolder:
-    """A folder of tar shards with an index.json."""
+    """A data set in a folder of tar shards with an index.json."""
 
     def __init__(self, folder: Path) -> None:
         index = read_index(folder)
@@ -59,7 +68,10 @@ class PreparedFolder:
 
 
 class EmbeddedDigits:
-    """The digits of scikit-learn; shards are slices of them, as `prepare digits --samples-per-shard 256` cuts them."""
+    """The digits of scikit-learn, cut into shards in memory.
+
+    The shards are equal to those of `sdit prepare digits --samples-per-shard 256`.
+    """
 
     def __init__(self) -> None:
         self.facts = DIGITS_FACTS
@@ -91,17 +103,23 @@ class _DigitsShard:
 
 
 def open_dataset(data: DataConfig) -> Dataset:
-    """The data set that the configuration names; DataError when it is not there."""
+    """Return the data set that the configuration names.
+
+    Raises: DataError: if the data set does not exist or its index is not valid.
+    """
     return EmbeddedDigits() if data.source == "digits" else PreparedFolder(_folder(data))
 
 
 def dataset_facts(data: DataConfig) -> DatasetFacts:
-    """What the data set's samples have in common, without reading any of them."""
+    """Return the facts of a data set without reading a sample.
+
+    Raises: DataError: if the data set does not exist or its index is not valid.
+    """
     return DIGITS_FACTS if data.source == "digits" else read_index(_folder(data)).facts
 
 
 def data_kind(data: DataConfig) -> Literal["images", "latents"] | None:
-    """What the data set's samples are; None if it is no longer there."""
+    """Return the kind of the samples, or None if the data set cannot be read."""
     try:
         return dataset_facts(data).kind
     except (DataError, OSError):
@@ -109,7 +127,7 @@ def data_kind(data: DataConfig) -> Literal["images", "latents"] | None:
 
 
 def data_recipe(data: DataConfig) -> dict[str, Any]:
-    """What a prepared folder was made from; empty if it is not there or not one."""
+    """Return the recipe of a prepared folder. Return an empty dict for the digits or if the folder cannot be read."""
     try:
         return {} if data.source == "digits" else read_index(_folder(data)).recipe
     except (DataError, OSError):
@@ -117,7 +135,10 @@ def data_recipe(data: DataConfig) -> dict[str, Any]:
 
 
 def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: str = "data.path") -> None:
-    """DataError unless the model takes the data set's samples as they are; `key` names the folder in the message."""
+    """Check that the model can take the samples of the data set. `key` names the folder in the message.
+
+    Raises: DataError: if size, channels, number of classes or mirrored latents do not fit.
+    """
     where = "the embedded digits" if data.source == "digits" else f"{key} {data.path}"
     if facts.size != model.input_size:
         raise DataError(f"model.input_size: {model.input_size}, but {where} holds {facts.kind} of size {facts.size}")
@@ -126,8 +147,8 @@ def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: st
             f"model.channels: {model.channels}, but {where} holds {facts.kind} of {facts.channels} channels"
         )
     if model.classes and not 0 < facts.classes <= model.classes:
-        held = f"{facts.classes} classes; legal: {facts.classes}" if facts.classes else "no labels; legal: 0"
-        raise DataError(f"model.classes: {model.classes}, but {where} holds {held}")
+        labels = f"{facts.classes} classes; legal: {facts.classes}" if facts.classes else "no labels; legal: 0"
+        raise DataError(f"model.classes: {model.classes}, but {where} holds {labels}")
     if data.flip and facts.kind == "latents" and not facts.mirrored:
         raise DataError(f"data.flip: True, but {where} holds no latents of mirrored images; prepare them with --flip")
     if facts.latent_scale is not None and facts.latent_scale != data.latent_scale:

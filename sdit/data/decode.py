@@ -1,6 +1,6 @@
-"""Encoded samples -> arrays, through an explicit decoder for each allowed suffix; nothing is ever unpickled.
+"""Decoders from encoded samples to arrays, one for each allowed suffix. Nothing is unpickled.
 
-C channels, H = W size, O orientations (1, or 2 where the mirrored image's moments are stored as well).
+C channels, H = W size, O orientations (1, or 2 if the moments of the mirrored image are stored too).
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from sdit.data.faults import BadSample
 from sdit.data.index import DatasetFacts
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
-METADATA_SUFFIXES = frozenset({"json", "txt"})  # carried for people, never decoded
+METADATA_SUFFIXES = frozenset({"json", "txt"})  # kept for people to read, never decoded
 ALLOWED_SUFFIXES = frozenset({*IMAGE_FORMATS, "npy", "cls"}) | METADATA_SUFFIXES
 MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`values` (C, H, W) uint8 of an image, or (O, 2C, H, W) float posterior mean and log-variance; the `label`."""
+    """One decoded sample with its `label`.
+
+    `values` are (C, H, W) uint8 pixels, or the mean and log-variance (O, 2C, H, W) of a posterior, float16 or float32.
+    """
 
     values: np.ndarray
     label: int
 
 
 def decode_sample(encoded: Mapping[str, bytes], facts: DatasetFacts, shard: str, key: str) -> Sample:
-    """The sample whose members are `encoded` by suffix; BadSample when it is not what `facts` promise."""
+    """Return the sample whose members are `encoded`, by suffix.
+
+    Raises: BadSample: if the sample does not match `facts` or cannot be decoded.
+    """
     if facts.kind == "latents":
         if "npy" not in encoded:
             raise BadSample("no_image", shard, key, "has no npy member")
@@ -49,7 +55,10 @@ def decode_sample(encoded: Mapping[str, bytes], facts: DatasetFacts, shard: str,
 
 
 def _decode_image(data: bytes, image_format: str, facts: DatasetFacts, shard: str, key: str) -> np.ndarray:
-    """Pixels (C, H, W) uint8; size and mode are checked before a pixel is decoded, so a bomb stays small."""
+    """Return pixels (C, H, W) uint8. Size and mode are checked first, so a decompression bomb takes no memory.
+
+    Raises: BadSample: if the image cannot be decoded or has another size or mode.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
             if image.size != (facts.size, facts.size):
@@ -68,7 +77,10 @@ def _decode_image(data: bytes, image_format: str, facts: DatasetFacts, shard: st
 
 
 def _decode_moments(data: bytes, facts: DatasetFacts, shard: str, key: str) -> np.ndarray:
-    """Moments (O, 2C, H, W) float16 or float32, a view of `data`; the header is checked before memory is taken."""
+    """Return moments (O, 2C, H, W) float16 or float32, a view of `data`. The header is checked before memory is allocated.
+
+    Raises: BadSample: if the array cannot be decoded, has another shape or type, or is not finite.
+    """
     expected = (2 if facts.mirrored else 1, 2 * facts.channels, facts.size, facts.size)
     start = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     try:
@@ -87,7 +99,7 @@ def _decode_moments(data: bytes, facts: DatasetFacts, shard: str, key: str) -> n
     return moments
 
 
-@lru_cache(maxsize=16)  # parsing it takes longer than all the rest, and all samples have the same one
+@lru_cache(maxsize=16)  # parsing takes longer than all other steps, and all samples have the same header
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     stream = io.BytesIO(header)
     if np.lib.format.read_magic(stream) != (1, 0):
@@ -97,14 +109,14 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _decode_label(data: bytes, facts: DatasetFacts, shard: str, key: str) -> int:
-    labels = max(facts.classes, 1)  # unlabelled data carry label 0
+    labels = max(facts.classes, 1)  # unlabelled samples have label 0
     if not re.fullmatch(rb"\d{1,9}\s*", data) or int(data) >= labels:
         raise BadSample("bad_label", shard, key, f"has label {data[:20]!r}; legal: 0..{labels - 1}")
     return int(data)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of pixels (C, H, W) uint8, grey or RGB; the same bytes for the same pixels."""
+    """Return the PNG of pixels (C, H, W) uint8, grey or RGB. Equal pixels give equal bytes."""
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     stream = io.BytesIO()
     image.save(stream, format="PNG")
@@ -112,7 +124,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def encode_moments(moments: np.ndarray) -> bytes:
-    """npy of moments (O, 2C, H, W), little-endian, without pickle."""
+    """Return the npy file of moments (O, 2C, H, W), little-endian, without pickle."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(moments), version=(1, 0), allow_pickle=False)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that come with scikit-learn: 8 x 8 grey pixels of 0..16."""
+"""The 1,797 handwritten digits of scikit-learn: 8 x 8 grey pixels with values 0..16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIGITS_FACTS = DatasetFacts(
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Read-only images (1797, 1, 8, 8) uint8, 0..16 stretched to 0..255, and labels (1797,) int64."""
+    """Return read-only images (1797, 1, 8, 8) uint8 and labels (1797,) int64. Values 0..16 are stretched to 0..255."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import, rarely needed
 
     images, labels = load_digits(return_X_y=True)

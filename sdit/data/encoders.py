@@ -1,6 +1,6 @@
-"""Pictures -> the members of their samples: PNG, or the posterior moments of a variational autoencoder (VAE).
+"""Encoders from images to stored samples: PNG, or the posterior moments of a variational autoencoder (VAE).
 
-B pictures, C channels of the latent, H = W size of the latent, O orientations.
+B images, C channels of the latent, H = W size of the latent, O orientations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdit.checked_files import open_regular, read_regular
 from sdit.data.decode import encode_moments, encode_png
 from sdit.data.index import DatasetFacts
 from sdit.data.shards import Encoded
-from sdit.data.sources import Picture
+from sdit.data.sources import SourceImage
 from sdit.errors import ConfigError, DataError
 from sdit.safetensors_file import read_header
 
@@ -29,44 +29,47 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """How pictures are stored. Picklable."""
+    """An encoder from images to stored samples. It can be pickled."""
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What decides the stored bytes, as JSON."""
+        """The settings that determine the stored bytes, as JSON."""
         ...
 
-    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
-        """What the stored samples have in common, given the same about the pictures."""
+    def facts(self, images: DatasetFacts) -> DatasetFacts:
+        """Return the facts of the stored samples, given the facts of the images."""
         ...
 
-    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
-        """Key and members of each picture, in order."""
+    def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
+        """Yield the key and the members of each image, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class PngEncoder:
-    """Stores the pixels, without loss."""
+    """An encoder that stores the pixels without loss."""
 
     recipe: dict[str, Any]
 
-    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
-        return pictures
+    def facts(self, images: DatasetFacts) -> DatasetFacts:
+        return images
 
-    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
-        for picture in pictures:
-            yield picture.key, {"png": encode_png(_pixels(picture)), "cls": _label(picture)}
+    def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
+        for image in images:
+            yield image.key, {"png": encode_png(_pixels(image)), "cls": _label(image)}
 
 
 def png_encoder() -> PngEncoder:
-    """The encoder for image shards."""
+    """Return the encoder for image shards."""
     return PngEncoder({"stored": "png"})
 
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """Stores mean and log-variance of the VAE's posterior, of the mirrored picture as well if `mirrored`."""
+    """An encoder that stores mean and log-variance of the VAE's posterior.
+
+    If `mirrored` is True, it stores the moments of the mirrored image too.
+    """
 
     recipe: dict[str, Any]
     vae: Path
@@ -79,35 +82,35 @@ class LatentEncoder:
     batch: int
     device: str
 
-    def facts(self, pictures: DatasetFacts) -> DatasetFacts:
-        if pictures.channels != self.picture_channels:
-            raise ConfigError(f"--vae: takes {self.picture_channels} channels, the pictures have {pictures.channels}")
-        if pictures.size % self.downsampling:
-            raise ConfigError(f"--size: {pictures.size}; legal with this VAE: multiples of {self.downsampling}")
-        return pictures.model_copy(
+    def facts(self, images: DatasetFacts) -> DatasetFacts:
+        if images.channels != self.picture_channels:
+            raise ConfigError(f"--vae: takes {self.picture_channels} channels, the images have {images.channels}")
+        if images.size % self.downsampling:
+            raise ConfigError(f"--size: {images.size}; legal with this VAE: multiples of {self.downsampling}")
+        return images.model_copy(
             update={
                 "kind": "latents",
                 "channels": self.channels,
-                "size": pictures.size // self.downsampling,
+                "size": images.size // self.downsampling,
                 "mirrored": self.mirrored,
                 "latent_scale": self.latent_scale,
             }
         )
 
-    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[str, Encoded]]:
-        remaining = iter(pictures)
+    def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
+        remaining = iter(images)
         while batch := list(islice(remaining, self.batch)):
-            moments = self._moments(np.stack([_pixels(picture) for picture in batch]))
-            for picture, each in zip(batch, moments, strict=True):
+            moments = self._moments(np.stack([_pixels(image) for image in batch]))
+            for image, each in zip(batch, moments, strict=True):
                 if not np.isfinite(each).all():
-                    raise DataError(f"picture {picture.key}: the VAE's moments are not finite")
-                yield picture.key, {"npy": encode_moments(each), "cls": _label(picture)}
+                    raise DataError(f"image {image.key}: the VAE's moments are not finite")
+                yield image.key, {"npy": encode_moments(each), "cls": _label(image)}
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """Posterior moments (B, O, 2C, H, W) of pixels (B, 3, 8H, 8W) uint8."""
+        """Return posterior moments (B, O, 2C, H, W) of pixels (B, 3, 8H, 8W) uint8."""
         import torch
 
-        # One thread in every process: the bytes do not depend on how many processes share the cores.
+        # With one thread in each process, the bytes do not depend on the number of processes.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -121,7 +124,10 @@ class LatentEncoder:
 
 
 def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: str) -> LatentEncoder:
-    """The encoder that uses the diffusers AutoencoderKL in a local folder; ConfigError when it cannot be used."""
+    """Return the encoder that uses the diffusers AutoencoderKL in a local folder.
+
+    Raises: ConfigError: if the folder has no such autoencoder or diffusers is not installed.
+    """
     try:
         config = json.loads(read_regular(vae / "config.json"))
         with open_regular(vae / "diffusion_pytorch_model.safetensors") as file:
@@ -158,7 +164,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
 
 
 def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
-    """Mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
+    """Return mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
     import torch
 
     posterior = load_autoencoder(vae, device).encode(images).latent_dist
@@ -167,16 +173,19 @@ def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def load_autoencoder(vae: Path, device: str) -> Any:
-    """The AutoencoderKL of a local folder, for inference. Raises: ConfigError."""
+    """Return the AutoencoderKL of a local folder, in evaluation mode on `device`.
+
+    Raises: ConfigError: if it cannot be loaded or weights are missing.
+    """
     try:
-        # low_cpu_mem_usage wants a further package and says so on every start.
+        # low_cpu_mem_usage needs another package and logs a warning at each start.
         model, found = _autoencoder_class().from_pretrained(
             vae, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except Exception as error:  # the folder is the cause of any error of diffusers
+    except Exception as error:  # any error of diffusers is caused by the folder
         raise ConfigError(f"--vae: {vae}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    if found["missing_keys"]:  # diffusers would leave them random
-        raise ConfigError(f"--vae: {vae}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    if found["missing_keys"]:  # diffusers would initialise them at random
+        raise ConfigError(f"--vae: {vae}: its weights do not contain {', '.join(sorted(found['missing_keys'])[:3])}")
     return model.to(device).eval()
 
 
@@ -188,10 +197,10 @@ def _autoencoder_class() -> Any:
     return AutoencoderKL
 
 
-def _pixels(picture: Picture) -> np.ndarray:
-    assert isinstance(picture.pixels, np.ndarray)  # those without pixels were left out before
-    return picture.pixels
+def _pixels(image: SourceImage) -> np.ndarray:
+    assert isinstance(image.pixels, np.ndarray)  # `prepare` removed the images without pixels
+    return image.pixels
 
 
-def _label(picture: Picture) -> bytes:
-    return str(picture.label).encode()
+def _label(image: SourceImage) -> bytes:
+    return str(image.label).encode()

@@ -1,4 +1,4 @@
-"""Why a shard or a sample cannot be used. The reasons are few and fixed: they become labels of a metric."""
+"""Errors of shards and samples that cannot be used. Their reasons are fixed because they are labels of a metric."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SampleReason = Literal[
 
 
 class BadShard(DataError):
-    """A shard of which no sample may be used."""
+    """An error of a whole shard: none of its samples may be used."""
 
     def __init__(self, reason: ShardReason, shard: str, detail: str) -> None:
         super().__init__(reason, shard, detail)
@@ -30,7 +30,7 @@ class BadShard(DataError):
 
 
 class BadSample(DataError):
-    """A sample that may not be used; the rest of its shard is fine."""
+    """An error of one sample. The other samples of its shard may be used."""
 
     def __init__(self, reason: SampleReason, shard: str, key: str, detail: str) -> None:
         super().__init__(reason, shard, key, detail)

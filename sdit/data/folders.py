@@ -1,4 +1,4 @@
-"""A folder of images, one subfolder a class, as square pictures of one size."""
+"""A folder of images with one subfolder per class, read as square images of one size."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 import numpy as np
 
 from sdit import randomness
+from sdit.data.image_file import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_image
 from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, image_list, read_image_list
 from sdit.data.index import DatasetFacts
 from sdit.data.journal import begun_recipe
 from sdit.data.names import shown
-from sdit.data.picture import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_picture
-from sdit.data.sources import Picture, sample_key
+from sdit.data.sources import SourceImage, sample_key
 from sdit.data.tree import ImageTree, listed, read_tree, refuse_empty_classes, refuse_splits
 from sdit.errors import ConfigError, DataError
 from sdit.randomness import Purpose
 
-__all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_picture"]
+__all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_image"]
 
 _log = logging.getLogger(__name__)
-FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # those read by versions that stored no list of images
+FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # the suffixes that versions without a list of images read
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Images `files`, (path under `root`, label), the first at position `start`; cropped when they are read.
+    """The images `files`, each (path under `root`, label). The first has position `start`. Images are cropped when read.
 
-    `sizes` are in bytes. `listing` holds all images, for the whole source only: parts travel between processes.
+    `sizes` are in bytes. `listing` holds all images. It is None in a subset, which is sent to another process.
     """
 
     facts: DatasetFacts
@@ -48,7 +48,7 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.files)
 
-    def part(self, first: int, last: int) -> FolderSource:
+    def subset(self, first: int, last: int) -> FolderSource:
         return replace(
             self,
             files=self.files[first:last],
@@ -61,13 +61,13 @@ class FolderSource:
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
 
-    def pictures(self) -> Iterator[Picture]:
+    def images(self) -> Iterator[SourceImage]:
         for offset, ((name, label), size) in enumerate(zip(self.files, self.sizes, strict=True)):
-            yield Picture(sample_key(self.start + offset), self._pixels(self.root / name, size), label)
+            yield SourceImage(sample_key(self.start + offset), self._pixels(self.root / name, size), label)
 
     def _pixels(self, path: Path, size: int) -> np.ndarray | DataError:
         try:
-            return read_picture(path, self.facts.size, self.facts.channels, self.reading)
+            return read_image(path, self.facts.size, self.facts.channels, self.reading)
         except DataError as error:
             if size != UNKNOWN and not os.path.exists(path):
                 gone = "No such file or directory; it was there when the folder was listed"
@@ -76,9 +76,11 @@ class FolderSource:
 
 
 def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_ADM) -> FolderSource:
-    """All images under `root`, see `folder_of_tree`; split folders and classes without images are refused.
+    """Return all images under `root`, see `folder_of_tree`.
 
-    Raises: DataError, OSError.
+    Raises:
+        DataError: if `root` holds splits instead of classes, or a class has no images.
+        OSError: if the file system fails.
     """
     tree = read_tree(root)
     refuse_splits(tree)
@@ -90,12 +92,14 @@ def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_AD
 def folder_of_tree(
     tree: ImageTree, size: int, channels: int, reading: Reading = AS_ADM, numeric: bool = False
 ) -> FolderSource:
-    """All images of a tree, unlabelled if it has no classes.
+    """Return all images of a tree. They are unlabelled if the tree has no classes.
 
-    The sorted list is shuffled once, by a fixed key, so that every shard holds all classes: a batch draws from a few
-    shards only.
+    The sorted list is shuffled once with a fixed key. Each shard then holds all classes, which matters because a batch
+    takes samples of only a few shards.
 
-    Raises: DataError, OSError.
+    Raises:
+        DataError: if the tree holds no images.
+        OSError: if the file system fails.
     """
     files = tree.labelled()
     if not files:
@@ -122,10 +126,11 @@ def folder_of_tree(
 
 
 def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource:
-    """The source in the order in which `out` was begun; `add_images` appends images that `out` does not hold.
+    """Return the source in the order in which preparation of `out` began.
 
-    Raises:
-        ConfigError: `out` was made from other images.
+    If `add_images` is True, images that `out` does not hold are appended.
+
+    Raises: ConfigError: if `out` was made from other images.
     """
     now = source.listing
     assert now is not None
@@ -141,7 +146,7 @@ def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource
         images = replace(before, classes=now.classes)
     if changes.rewritten:
         _log.warning(
-            "%d images have the same size in bytes as before and another time (%s); what is prepared of them is kept; "
+            "%d images have the same size in bytes as before, but another time (%s); their prepared samples are kept; "
             "if their content changed, choose another folder for --out",
             len(changes.rewritten),
             listed(changes.rewritten),
@@ -175,13 +180,13 @@ def _refuse_other_labels(out: Path, before: ImageList, now: ImageList) -> None:
 
 
 def _extended(before: ImageList, now: ImageList, added: set[str]) -> ImageList:
-    """`before` with the images `added` as one more batch."""
+    """Return `before` with the images `added` as one more batch."""
     batch = _shuffled(now.classes, [row for row in now.rows() if row[0] in added], len(before.batches))
     return image_list(now.classes, before.rows() + batch.rows(), before.batches + batch.batches)
 
 
 def _first_list(now: ImageList, out: Path) -> ImageList | None:
-    """The images that a version without lists read, if `out` was begun from them."""
+    """Return the list of images that a version without lists read, if `out` was begun from them."""
     begun = begun_recipe(out)
     if begun is None or begun.get("content") in now.contents():
         return None
@@ -191,7 +196,7 @@ def _first_list(now: ImageList, out: Path) -> ImageList | None:
 
 
 def _shuffled(classes: tuple[str, ...], rows: list[ImageRow], batch: int) -> ImageList:
-    """The list of one batch: sorted by label and name, then shuffled by a key of the batch's number."""
+    """Return the list of one batch, sorted by label and name, then shuffled with a key made of the batch's number."""
     ordered = sorted(rows, key=lambda row: (row[1], row[0]))
     order = randomness.permutation(randomness.keys(batch, Purpose.PREPARATION_ORDER), len(rows))
     return image_list(classes, [ordered[position] for position in order], (len(rows),))

@@ -1,4 +1,4 @@
-"""Which images a run was trained on: a fingerprint and the classes, as checkpoints and exported files keep them."""
+"""The identity of a run's training data: a fingerprint and the classes. Checkpoints and exported files store it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SHOWN_DIGITS = 12  # of a fingerprint in a message
 
 
 class DataIdentity(BaseModel):
-    """The `fingerprint` of a data set with its number of images and its classes; equal fingerprints, equal images.
+    """The `fingerprint` of a data set with its number of images and its classes. Equal fingerprints mean equal images.
 
-    Fields of later versions are ignored.
+    Unknown fields, which later versions may add, are ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -39,7 +39,7 @@ class DataIdentity(BaseModel):
 
     @classmethod
     def of(cls, facts: DatasetFacts, fingerprint: str) -> DataIdentity:
-        """The identity of an open data set."""
+        """Return the identity of an open data set."""
         return cls(
             fingerprint=fingerprint,
             kind=facts.kind,
@@ -51,26 +51,26 @@ class DataIdentity(BaseModel):
 
     @property
     def labels(self) -> Classes:
-        """What the labels mean."""
+        """The classes: their number, their names and the labels without images."""
         return Classes(self.classes, self.class_names, self.empty_classes)
 
     def describe(self) -> str:
-        """`1797 images of 10 classes (fingerprint 1a2b3c4d5e6f)`."""
+        """Return `1797 images of 10 classes (fingerprint 1a2b3c4d5e6f)`."""
         classes = f"of {self.classes} classes" if self.classes else "without labels"
         return f"{self.total} {self.kind} {classes} (fingerprint {self.fingerprint[:SHOWN_DIGITS]})"
 
 
 def trained_classes(model: ModelConfig, data: DataIdentity | None) -> Classes:
-    """Return the labels that a model was trained on: those of its data; of its config where the data are not known."""
+    """Return the classes that a model was trained on. If its data are unknown, use the number of classes of its config."""
     if data is None or not 0 < data.classes <= model.classes:
         return Classes(model.classes)
     return data.labels
 
 
 def stored_identity(value: Any, where: str) -> DataIdentity | None:
-    """The identity that a manifest or an exported file holds; None if an older version wrote it without one.
+    """Return the identity in a manifest or an exported file, or None if an older version wrote it without one.
 
-    Raises: CheckpointError, naming `where`, if it cannot be understood.
+    Raises: CheckpointError: if the identity is not valid. The message names `where`.
     """
     if value is None:
         return None
@@ -78,12 +78,12 @@ def stored_identity(value: Any, where: str) -> DataIdentity | None:
         return DataIdentity.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(["data", *(str(part) for part in first["loc"])])
+        key = ".".join(["data", *(str(name) for name in first["loc"])])
         raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
 
 
 def describe_change(before: DataIdentity, now: DataIdentity) -> str:
-    """Return what changed from `before` to `now`, in one line; empty if they are the same images."""
+    """Return the change from `before` to `now` in one line. Return an empty string if the images are the same."""
     if before.fingerprint == now.fingerprint:
         return ""
     differences = class_differences(now.labels, before.labels)

@@ -1,7 +1,7 @@
 """images.jsonl: the images that a prepared folder was made from, in the order of its samples.
 
-The first line holds the classes and the number of images of each batch: of the first preparation, and of each addition.
-Each other line is one image: name, label, bytes, time of its last change in ns.
+The first line holds the classes and the number of images of each batch. The first preparation and each addition
+are one batch. Each other line is one image: name, label, bytes, time of its last change in ns.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ UNKNOWN = -1  # bytes and time of a file that cannot be reached, such as a broke
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of images that were added, that are gone, and whose size in bytes is another.
+    """Names of images that were added, are gone, or have another size in bytes.
 
-    `rewritten` images have the same size and another time: they were copied, or their content changed.
+    `rewritten` images have the same size but another time: they were copied, or their content changed.
     """
 
     added: list[str]
@@ -49,7 +49,10 @@ class Changes:
 
 @dataclass(frozen=True)
 class ImageList:
-    """`files` (name, label), their `sizes` in bytes and their `times` in ns, of `classes`; `batches` images each."""
+    """The images `files` (name, label) of `classes`, with their `sizes` in bytes and `times` in ns.
+
+    `batches` holds the number of images of each batch.
+    """
 
     classes: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
@@ -58,13 +61,13 @@ class ImageList:
     batches: tuple[int, ...]
 
     def rows(self) -> list[ImageRow]:
-        """Name, label, size and time of each image."""
+        """Return name, label, size and time of each image."""
         return [(*file, size, time) for file, size, time in zip(self.files, self.sizes, self.times, strict=True)]
 
     def contents(self) -> tuple[str, ...]:
-        """A fingerprint of names, labels and sizes up to the end of each batch.
+        """Return, for each batch, a fingerprint of the names, labels and sizes up to the end of that batch.
 
-        The contents of the files are too much to read twice.
+        The bytes of the files are not included because reading all files twice takes too long.
         """
         digest = hashlib.sha256()
         rows = iter(self.rows())
@@ -76,7 +79,7 @@ class ImageList:
         return tuple(found)
 
     def changes(self, now: ImageList) -> Changes:
-        """What differs in `now`."""
+        """Return the differences from this list to the list `now`."""
         before = {name: (size, time) for name, _, size, time in self.rows()}
         after = {name: (size, time) for name, _, size, time in now.rows()}
         both = sorted(before.keys() & after.keys())
@@ -89,7 +92,7 @@ class ImageList:
 
 
 def image_list(classes: tuple[str, ...], rows: Sequence[ImageRow], batches: tuple[int, ...]) -> ImageList:
-    """The list of these rows, in their order."""
+    """Return the list of the given rows, in their order."""
     return ImageList(
         classes,
         tuple((name, label) for name, label, _, _ in rows),
@@ -100,10 +103,9 @@ def image_list(classes: tuple[str, ...], rows: Sequence[ImageRow], batches: tupl
 
 
 def read_image_list(folder: Path) -> ImageList | None:
-    """The images that a folder was made from; None if it does not say.
+    """Return the images that a folder was made from, or None if the folder has no list.
 
-    Raises:
-        ConfigError: the list cannot be read.
+    Raises: ConfigError: if the list cannot be read.
     """
     path = folder / IMAGE_LIST_NAME
     try:
@@ -126,7 +128,7 @@ def _row(values: Any) -> ImageRow:
 
 
 def write_image_list(folder: Path, images: ImageList) -> None:
-    """Write the list in one step, unless the folder holds it."""
+    """Write the list atomically, unless the folder already holds the same list."""
     if read_image_list(folder) == images:
         return
     with replacing(folder / IMAGE_LIST_NAME) as file:

@@ -1,4 +1,4 @@
-"""index.json: what a folder of shards holds, with the size and the checksum of every shard."""
+"""index.json: the contents of a folder of shards, with the size and the checksum of each shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Record(BaseModel):
 
 
 class DatasetFacts(_Record):
-    """What all samples of a data set have in common."""
+    """The properties that all samples of a data set share."""
 
     kind: Literal["images", "latents"]
     total: int = Field(ge=1, description="samples, each read once per epoch")
@@ -29,7 +29,7 @@ class DatasetFacts(_Record):
     size: int = Field(ge=1, description="height = width in pixels or latent cells")
     classes: int = Field(ge=0, description="labels are 0..classes-1; 0: unlabelled")
     class_names: tuple[str, ...] = ()
-    empty_classes: tuple[int, ...] = Field(default=(), description="labels that no sample bears, on purpose")
+    empty_classes: tuple[int, ...] = Field(default=(), description="labels that no sample has, on purpose")
     mirrored: bool = Field(default=False, description="latents: moments of the mirrored image are stored as well")
     latent_scale: float | None = Field(default=None, description="latents: the factor that the VAE's authors recommend")
 
@@ -45,7 +45,7 @@ class DatasetFacts(_Record):
 
 
 class ShardRecord(_Record):
-    """One shard as it was written."""
+    """One shard as it was written: name, size in bytes, checksum and number of samples."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
     bytes: int = Field(ge=1)
@@ -54,7 +54,10 @@ class ShardRecord(_Record):
 
 
 class DatasetIndex(_Record):
-    """The whole of index.json; `recipe` is what the folder was made from, and decides whether a preparation continues."""
+    """The contents of index.json.
+
+    `recipe` says what the folder was made from. A preparation continues only if its recipe is the same.
+    """
 
     version: Literal[1] = 1
     facts: DatasetFacts
@@ -72,9 +75,9 @@ class DatasetIndex(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what the samples are, their classes in order, and the checksums of all shards in order.
+        """A sha256 of the kind of the samples, their classes in order, and the checksums of all shards in order.
 
-        It does not depend on where the folder is, and no shard is read. Equal fingerprints give the same run.
+        It does not depend on the location of the folder, and no shard is read. Equal fingerprints give the same run.
         """
         facts = self.facts
         content = {
@@ -89,7 +92,10 @@ class DatasetIndex(_Record):
 
 
 def read_index(folder: Path) -> DatasetIndex:
-    """The index of a prepared folder; DataError when there is none or it cannot be trusted."""
+    """Return the index of a prepared folder.
+
+    Raises: DataError: if the folder has no index, or the index is not valid.
+    """
     path = folder / INDEX_NAME
     try:
         return DatasetIndex.model_validate_json(read_regular(path))
@@ -104,12 +110,12 @@ def read_index(folder: Path) -> DatasetIndex:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
+        where = ".".join(str(name) for name in first["loc"]) or "file"
         raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
 
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
-    """Write index.json in one step; it comes last, so a folder that has one is complete."""
+    """Write index.json atomically. It is written last, so a folder with an index is complete."""
     unused = {"facts": {"empty_classes"}} if not index.facts.empty_classes else None  # older versions refuse the field
     with replacing(folder / INDEX_NAME) as file:
         file.write(index.model_dump_json(indent=1, exclude=unused).encode() + b"\n")

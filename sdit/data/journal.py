@@ -1,4 +1,4 @@
-"""Which shards of a preparation under way are finished."""
+"""The journal of a preparation: the shards that are finished."""
 
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ from sdit.files import naming
 
 JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]
-UNRECORDED = {"background": None, "exif": False, "numeric_classes": False}  # what versions without these keys did
-FREE = frozenset({"skip_bad"})  # keys that may change between two commands: what is written stays
+UNRECORDED = {
+    "background": None,
+    "exif": False,
+    "numeric_classes": False,
+}  # the behaviour of versions without these keys
+FREE = frozenset({"skip_bad"})  # keys that may change between two commands: finished shards are kept
 
 
 class Journal:
-    """One JSON object per line: the recipe, then each shard that was finished; `finished` is by shard name."""
+    """The journal file: one JSON object per line, first the recipe, then each finished shard.
+
+    `finished` maps a shard's name to its record.
+    """
 
     def __init__(self, file: BinaryIO, finished: dict[str, ShardRecord]) -> None:
         self._file = file
         self.finished = finished
 
     def add(self, record: ShardRecord) -> None:
-        """Note a finished shard, durably."""
+        """Append the record of a finished shard and flush it to disk."""
         _append(self._file, record.model_dump_json())
 
 
 @contextmanager
 def opened_journal(folder: Path, recipe: Recipe, earlier: Sequence[str] = ()) -> Iterator[Journal]:
-    """The folder's journal, locked against other processes; removed when the block ends without an error.
+    """Open the folder's journal and lock it against other processes. Remove it if the block ends without an error.
 
-    `earlier` are contents that the recipe's own content begins with.
+    `earlier` are fingerprints of the contents that the new recipe's content begins with.
 
-    ConfigError when the folder holds, or another process writes, something that was not made by this recipe.
+    Raises: ConfigError: if the folder was made by another recipe, or another process writes it.
     """
     finished = _finished_by_index(folder, recipe, earlier)
     with (folder / JOURNAL_NAME).open("a+b") as file:
@@ -53,7 +60,7 @@ def opened_journal(folder: Path, recipe: Recipe, earlier: Sequence[str] = ()) ->
 
 
 def begun_recipe(folder: Path) -> Recipe | None:
-    """The recipe that a folder is or was being made from; None if there is none that can be read."""
+    """Return the recipe that a folder was begun with, or None if it has no readable recipe."""
     if (folder / INDEX_NAME).exists():
         return read_index(folder).recipe
     try:
@@ -75,7 +82,7 @@ def _finished_by_index(folder: Path, recipe: Recipe, earlier: Sequence[str]) -> 
 def _finished_by_journal(
     file: BinaryIO, folder: Path, recipe: Recipe, earlier: Sequence[str]
 ) -> dict[str, ShardRecord]:
-    """The journal's records; a last line that was cut off is dropped, and an empty journal begun."""
+    """Return the journal's records. An incomplete last line is removed. An empty journal gets its first line."""
     file.seek(0)
     text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
@@ -102,7 +109,7 @@ def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe, earlier: Se
     differing = [key for key in sorted({*found, *asked} - FREE) if found.get(key) != asked.get(key)]
     if not differing:
         return
-    # Other sources have other keys, and other contents follow from most other keys.
+    # Report the most helpful key: a different source changes other keys, and most keys change the content.
     key = min(differing, key=lambda name: (name != "source", name == "content", name))
     made = f"with {key} {found.get(key)!r}, this command asks for {asked.get(key)!r}"
     if key == "content":

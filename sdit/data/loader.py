@@ -1,6 +1,6 @@
-"""Samples of the run, decoded ahead of use by threads.
+"""The data loader: reads samples by run index and decodes them in threads.
 
-B samples, C channels, H = W size, O orientations. What a run index yields depends on (seed, index, data) only.
+B samples, C channels, H = W size, O orientations. The sample of a run index depends only on (seed, index, data).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from sdit import randomness
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
+from sdit.data.bad_samples import BadSampleCounter
 from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, open_dataset
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.identity import DataIdentity
-from sdit.data.ledger import BadSampleLedger
 from sdit.data.order import KeyColumns, SampleOrder
 from sdit.data.pixels import from_levels
 from sdit.errors import DataError
@@ -30,14 +30,17 @@ from sdit.randomness import Purpose
 
 
 def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1) -> Loader:
-    """The loader of one of `ranks` ranks; DataError when the data are not there or do not fit the model."""
+    """Return the loader of one of `ranks` ranks.
+
+    Raises: DataError: if the data do not exist or do not fit the model.
+    """
     dataset = open_dataset(data)
     check_fit(dataset.facts, data, model)
     return Loader(dataset, data, seed, ranks, labelled=model.classes > 0)
 
 
 class Loader:
-    """Reads samples by run index. A context manager; `close` ends its threads."""
+    """Reads samples by run index. It is a context manager, and `close` ends its threads."""
 
     def __init__(self, dataset: Dataset, data: DataConfig, seed: int, ranks: int = 1, labelled: bool = True) -> None:
         self.facts = dataset.facts
@@ -46,44 +49,44 @@ class Loader:
         self._seed = seed
         self._labelled = labelled
         self._order = SampleOrder(dataset.counts, data.streams, seed)
-        self._ledger = BadSampleLedger(data.max_bad_fraction, dataset.facts.total)
-        # A rank with strided indices touches this many streams; each may be between two shards.
+        self._bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
+        # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
         streams = data.streams // math.gcd(data.streams, ranks)
         self._shards = ShardCache(self._open, capacity=2 * streams + 2)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="sdit-data")
 
     @property
     def identity(self) -> DataIdentity:
-        """Which images these are."""
+        """The identity of the data set."""
         return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint)
 
     @property
     def bad_samples(self) -> Counter[str]:
-        """Samples replaced by another one so far, by reason."""
-        return self._ledger.by_reason
+        """The number of samples that were replaced so far, by reason."""
+        return self._bad_samples.by_reason
 
     @property
     def bad_in_epoch(self) -> int:
-        """Samples of the newest epoch replaced here."""
-        return self._ledger.in_latest_epoch
+        """The number of samples that this rank replaced in the newest epoch that had any."""
+        return self._bad_samples.in_latest_epoch
 
     @property
     def newest_fault(self) -> str:
-        """The newest sample that could not be used here, and why; empty if there was none."""
-        return self._ledger.newest_fault
+        """The newest sample that this rank could not use, and the reason. Empty if there was none."""
+        return self._bad_samples.newest_fault
 
     @property
     def bad_allowed(self) -> float:
-        """Bad samples that an epoch may have over all ranks."""
-        return self._ledger.allowed
+        """The number of bad samples that an epoch may have, over all ranks."""
+        return self._bad_samples.allowed
 
     @property
     def shard_opens(self) -> int:
-        """Shards read from storage so far."""
+        """The number of shards read from storage so far."""
         return self._shards.opens
 
     def read(self, indices: np.ndarray) -> RawBatch:
-        """The samples of the run indices (B,) int64, now and in this thread."""
+        """Return the samples of the run indices (B,) int64. They are decoded in the calling thread."""
         keys = self._order.locate(indices)
         opened = {shard: self._shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
         samples = [self._sample(key, opened[key.shard]) for key in keys]
@@ -93,15 +96,16 @@ class Loader:
         return RawBatch(index=np.asarray(indices, dtype=np.int64), x0=x0, y=y)
 
     def batches(self, requests: Iterator[np.ndarray]) -> Iterator[RawBatch]:
-        """The batch of each request (B,) of run indices, in order, with `data.prefetch_batches` decoded ahead.
+        """Yield the batch of each request, in order. A request is an array (B,) of run indices.
 
-        Requests are taken in the caller's thread; an error of a decoding thread is raised in place of its batch.
+        `data.prefetch_batches` batches are decoded ahead. Requests are taken in the caller's thread. If a decoding thread
+        raises an error, it is raised here in place of its batch.
         """
         ahead: deque[list[Future[RawBatch]]] = deque()
         try:
             for indices in requests:
-                parts = np.array_split(indices, max(1, min(self._data.workers, len(indices))))
-                ahead.append([self._pool.submit(self.read, part) for part in parts])
+                slices = np.array_split(indices, max(1, min(self._data.workers, len(indices))))
+                ahead.append([self._pool.submit(self.read, each) for each in slices])
                 if len(ahead) > self._data.prefetch_batches:
                     yield _joined(ahead.popleft())
             while ahead:
@@ -111,7 +115,7 @@ class Loader:
                 future.cancel()
 
     def close(self) -> None:
-        """Drop what was not decoded yet and wait for the threads to end."""
+        """Cancel the pending decoding and wait for the threads to end."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Loader:
@@ -129,18 +133,23 @@ class Loader:
             return fault
 
     def _sample(self, key: SampleKey, shard: Shard | BadShard) -> Sample:
-        """The key's sample or, where it cannot be used, the one that every rank would take in its place."""
+        """Return the sample of a key. If it cannot be used, return a substitute that is the same on each rank."""
         if isinstance(shard, BadShard):
-            self._ledger.record(key, shard)
+            self._bad_samples.record(key, shard)
             return self._substitute(key)
         try:
             return shard.sample(key.member)
         except BadSample as fault:
-            self._ledger.record(key, fault)
+            self._bad_samples.record(key, fault)
             return self._substitute(key)
 
     def _substitute(self, key: SampleKey) -> Sample:
-        """The next good sample of the key's shard in the epoch's order; of the next shard if it has none; and so on."""
+        """Return the next good sample of the key's shard, in the order of the epoch.
+
+        If the shard has none, the following shards are tried.
+
+        Raises: DataError: if no sample of the data set can be read.
+        """
         for start in chain([key], self._order.neighbours(key)):
             shard = self._shards.get(start.shard)
             if isinstance(shard, BadShard):
@@ -149,17 +158,20 @@ class Loader:
                 try:
                     return shard.sample(candidate.member)
                 except BadSample:
-                    continue  # it is counted when its own turn comes
+                    continue  # it is counted when its own run index is read
         raise DataError("no sample of the whole data set can be read")
 
     def _pixels(self, values: np.ndarray, keys: KeyColumns) -> np.ndarray:
-        """Pixels (B, C, H, W) uint8 -> float32 in [-1, 1], half of them mirrored if asked for."""
+        """Convert pixels (B, C, H, W) uint8 to float32 in [-1, 1]. If `data.flip` is set, half of them are mirrored."""
         mirrored = self._mirrored(keys)
         values[mirrored] = values[mirrored, ..., ::-1]
         return from_levels(values)
 
     def _latents(self, values: np.ndarray, keys: KeyColumns) -> np.ndarray:
-        """Moments (B, O, 2C, H, W) -> a posterior draw (B, C, H, W) float32, scaled: mean + exp(logvar / 2) eps."""
+        """Return one posterior sample (B, C, H, W) float32 of each of the moments (B, O, 2C, H, W), scaled.
+
+        A sample is mean + exp(logvar / 2) eps.
+        """
         orientation = self._mirrored(keys).astype(np.int64)
         moments = values[np.arange(len(values)), orientation].astype(np.float32)
         mean, log_variance = np.split(moments, 2, axis=1)
@@ -169,14 +181,14 @@ class Loader:
         return x0
 
     def _mirrored(self, keys: KeyColumns) -> np.ndarray:
-        """Which samples are mirrored (B,) bool: a fair coin of each key, or none."""
+        """Return (B,) bool, True for mirrored samples: one fair coin per key, or all False."""
         if not self._data.flip:
             return np.zeros(len(keys.epoch), dtype=np.bool_)
         return randomness.coins(randomness.keys(self._seed, Purpose.FLIP, keys.epoch, keys.shard, keys.member))
 
 
-def _joined(parts: list[Future[RawBatch]]) -> RawBatch:
-    batches = [part.result() for part in parts]
+def _joined(futures: list[Future[RawBatch]]) -> RawBatch:
+    batches = [future.result() for future in futures]
     if len(batches) == 1:
         return batches[0]
     return RawBatch(

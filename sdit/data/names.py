@@ -1,4 +1,4 @@
-"""Names of files and classes: how they are stored, and how they are shown in one line."""
+"""Names of files and classes: how they are stored, and how they appear in messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 
 def stored_name(name: str) -> str:
-    """A file system name as UTF-8 text; bytes that are not UTF-8 become escapes such as \\xe9."""
+    """Return a file system name as UTF-8 text. Bytes that are not UTF-8 become escapes such as \\xe9."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def shown(name: object) -> str:
-    """A name or path for a message; line breaks, control characters and bytes that are not UTF-8 are escaped."""
+    """Return a name or path for a one-line message. Control characters, line breaks and non-UTF-8 bytes are escaped."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in stored_name(str(name))
     )

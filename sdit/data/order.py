@@ -1,8 +1,9 @@
-"""Which sample is read when: pure integers, a function of (seed, shard sizes, streams) and nothing else.
+"""The order in which samples are read: a pure function of (seed, shard sizes, streams).
 
-An epoch lays its shuffled shards, each with shuffled members, end to end, cuts that sequence into S equal streams and
-deals samples from the streams in turn. Neighbouring samples so come from S distant places, all streams last to the end
-of the epoch for any shard sizes, and a reader needs one open shard per stream.
+In each epoch the shards are shuffled, and so are the samples of each shard. The shards are laid end to end in one
+sequence. The sequence is cut into S equal streams, and samples are taken from the streams in turn. This has three
+effects. Consecutive samples come from S distant positions. All streams end with the epoch, for any shard sizes. A
+reader needs one open shard per stream.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sdit.randomness import Purpose
 
 @dataclass(frozen=True)
 class KeyColumns:
-    """The sample keys of B run indices as three (B,) int64 columns; iterates as `SampleKey`s."""
+    """The sample keys of B run indices as three (B,) int64 columns. Iteration yields `SampleKey`s."""
 
     epoch: np.ndarray
     shard: np.ndarray
@@ -33,62 +34,66 @@ class KeyColumns:
 
 
 class SampleOrder:
-    """Maps the index of a sample in the run to its key; every image once per epoch, epochs without gaps between."""
+    """Maps a run index to a sample key. Each image occurs once per epoch, and epochs follow each other without gaps."""
 
     def __init__(self, counts: Sequence[int], streams: int, seed: int) -> None:
-        """`counts` are the samples of each shard, all positive; `streams` is S."""
+        """Take the number of samples of each shard, all positive, and the number of streams S."""
         assert counts and min(counts) > 0 and streams > 0
         self.samples_per_epoch = sum(counts)
         self._counts = np.asarray(counts, dtype=np.int64)
         self._streams = streams
         self._seed = seed
-        # An epoch's table is O(shards), a permutation O(one shard). One of each stream is in use, one ends, one begins.
+        # An epoch's table takes O(shards) memory, a permutation O(samples of a shard).
+        # Each stream needs the permutation of at most two shards: one that ends and one that begins.
         self._epoch_table = lru_cache(maxsize=3)(self._compute_epoch_table)
         self._members = lru_cache(maxsize=2 * streams + 2)(self._compute_members)
 
     def locate(self, indices: np.ndarray) -> KeyColumns:
-        """Keys of the run indices (B,) int64 >= 0."""
+        """Return the sample keys of the run indices (B,) int64 >= 0."""
         epoch, position = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
-        place = self._place(position)
-        shard, member = np.empty_like(place), np.empty_like(place)
+        offset_in_epoch = self._offset(position)
+        shard, member = np.empty_like(offset_in_epoch), np.empty_like(offset_in_epoch)
         for each in np.unique(epoch):
             chosen = epoch == each
-            shard[chosen], member[chosen] = self._locate_in_epoch(int(each), place[chosen])
+            shard[chosen], member[chosen] = self._locate_in_epoch(int(each), offset_in_epoch[chosen])
         return KeyColumns(epoch, shard, member)
 
     def substitutes(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The other members of the key's shard, in the epoch's order, beginning after the key and going round."""
+        """Yield the other samples of the key's shard in the epoch's order, starting after the key and wrapping around."""
         members = self._members(key.epoch, key.shard)
         start = int(np.flatnonzero(members == key.member)[0])
         for member in np.roll(members, -start)[1:].tolist():
             yield SampleKey(key.epoch, key.shard, member)
 
     def neighbours(self, key: SampleKey) -> Iterator[SampleKey]:
-        """One member of each other shard, beginning with the next shard of the index and going round."""
+        """Yield one sample of each other shard, starting with the next shard of the index and wrapping around."""
         shards = len(self._counts)
         for step in range(1, shards):
             shard = (key.shard + step) % shards
             yield SampleKey(key.epoch, shard, key.member % int(self._counts[shard]))
 
-    def _place(self, position: np.ndarray) -> np.ndarray:
-        """Place in the epoch's end-to-end sequence of position p: stream p mod S, p div S samples into it."""
+    def _offset(self, position: np.ndarray) -> np.ndarray:
+        """Return the offset in the epoch's sequence of each position p.
+
+        Position p is sample p div S of stream p mod S.
+        """
         shortest, longer = divmod(self.samples_per_epoch, self._streams)
         offset, stream = np.divmod(position, self._streams)
         return stream * shortest + np.minimum(stream, longer) + offset
 
-    def _locate_in_epoch(self, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate_in_epoch(self, epoch: int, offset_in_epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards, ends = self._epoch_table(epoch)
-        slot = np.searchsorted(ends, place, side="right")
+        slot = np.searchsorted(ends, offset_in_epoch, side="right")
         shard = shards[slot]
-        into_shard = place - (ends[slot] - self._counts[shard])
-        member = np.empty_like(place)
+        into_shard = offset_in_epoch - (ends[slot] - self._counts[shard])
+        member = np.empty_like(offset_in_epoch)
         for each in np.unique(shard):
             chosen = shard == each
             member[chosen] = self._members(epoch, int(each))[into_shard[chosen]]
         return shard, member
 
     def _compute_epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in shuffled order and the places where each of them ends."""
+        """Return the epoch's shards in shuffled order and the offset at which each of them ends."""
         shards = randomness.permutation(randomness.keys(self._seed, Purpose.SHARD_ORDER, epoch), len(self._counts))
         return shards, np.cumsum(self._counts[shards])
 
@@ -101,10 +106,13 @@ class SampleOrder:
 def rank_indices(
     first_index: int, global_batch: int, rank: int, ranks: int, micro_step: int = 0, micro_steps: int = 1
 ) -> np.ndarray:
-    """Run indices (global_batch / ranks / micro_steps,) int64 that a rank reads in one micro-step.
+    """Return the run indices (global_batch / ranks / micro_steps,) int64 that a rank reads in one micro-step.
 
-    Micro-step a holds the a-th contiguous part of the global batch that starts at `first_index`; a rank takes the
-    indices of it that are congruent to `rank` modulo `ranks`, and so touches 1 / gcd(ranks, streams) of the streams.
+    Micro-step a covers the a-th contiguous range of the global batch that starts at `first_index`. A rank reads the
+    indices of this range that are congruent to `rank` modulo `ranks`. It therefore touches only 1 / gcd(ranks, streams)
+    of the streams.
+
+    Raises: ConfigError: if the global batch is not divisible by ranks x micro-steps.
     """
     if global_batch % (ranks * micro_steps):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Independent tasks over processes."""
+"""Runs independent tasks in several processes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ Result = TypeVar("Result")
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
-    """Each task's result as it becomes ready, from `jobs` processes; one job runs in this process, in order."""
+    """Yield the result of each task as soon as it is ready, from `jobs` processes. One job runs in this process, in order.
+
+    Raises: SditError: if a worker process was killed.
+    """
     if jobs == 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy the locks of this process's threads
+    context = multiprocessing.get_context("spawn")  # fork would copy locks that threads of this process hold
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         remaining = iter(tasks)
         running: set[Future[Result]] = set()
@@ -36,13 +39,16 @@ def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: i
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
-            raise SditError("a worker process was killed, perhaps for want of memory; try fewer --jobs") from None
+            raise SditError("a worker process was killed, perhaps because memory ran out; try fewer --jobs") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends: a killed parent would leave its workers waiting for ever."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent exits.
+
+    Without this, the workers of a killed parent would wait forever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

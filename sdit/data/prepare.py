@@ -1,4 +1,4 @@
-"""Writes a folder of shards from images, over processes, and continues what an earlier process left unfinished."""
+"""Writes a folder of shards from images in several processes, and continues an unfinished preparation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdit.data.journal import Recipe, opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.shards import is_intact, read_shard, write_shard
-from sdit.data.sources import Picture, PictureSource
+from sdit.data.sources import ImageSource, SourceImage
 from sdit.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """What `prepare` did: shards `written` now and `kept` from before, pictures `skipped`, and the folder's index."""
+    """The result of `prepare`: shards `written` now and `kept` from before, images `skipped`, and the folder's index."""
 
     written: int
     kept: int
@@ -36,10 +36,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to finish; `known` is its record if it was finished before. `facts` are those of its samples."""
+    """One shard to finish. `known` is its record if it was finished before. `facts` are the facts of its samples."""
 
     path: Path
-    part: PictureSource
+    source: ImageSource
     encoder: Encoder
     known: ShardRecord | None
     facts: DatasetFacts
@@ -48,7 +48,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Finished:
-    """A shard's record, None if all its pictures were skipped, and the labels of its samples."""
+    """A shard's record and the labels of its samples. The record is None if all images of the shard were skipped."""
 
     record: ShardRecord | None
     kept: bool
@@ -57,7 +57,7 @@ class _Finished:
 
 
 def prepare(
-    source: PictureSource,
+    source: ImageSource,
     encoder: Encoder,
     out: Path,
     samples_per_shard: int = 1024,
@@ -65,12 +65,14 @@ def prepare(
     skip_bad: bool = False,
     allow_empty_classes: bool = False,
 ) -> Summary:
-    """Write `source` into the folder `out`; shards that are there and intact are kept. `jobs` does not change a byte.
+    """Write `source` into the folder `out`. Intact shards of an earlier preparation are kept.
+
+    `jobs` processes are used. Their number does not change a byte.
 
     Raises:
-        DataError: a picture cannot be read, unless `skip_bad` leaves it out; or so many were left out that a class has
-            none, unless `allow_empty_classes`.
-        ConfigError: `out` was made from something else.
+        DataError: if an image cannot be read and `skip_bad` is False, or if a class has no image left and
+            `allow_empty_classes` is False.
+        ConfigError: if `out` was made from something else.
     """
     facts = encoder.facts(source.facts)
     recipe = {**source.recipe, **encoder.recipe, "samples_per_shard": samples_per_shard, "skip_bad": skip_bad}
@@ -92,8 +94,8 @@ def prepare(
             bar.update(result.record.samples)
         if not allow_empty_classes:
             _refuse_emptied_classes(source, finished)
-        held = frozenset[int]().union(*(result.labels for result in finished))
-        index = _index(facts, recipe, [result.record for result in finished if result.record is not None], held)
+        present = frozenset[int]().union(*(result.labels for result in finished))
+        index = _index(facts, recipe, [result.record for result in finished if result.record is not None], present)
         if not (out / INDEX_NAME).exists() or read_index(out) != index:
             write_index(out, index)
     kept = sum(result.kept for result in finished)
@@ -101,7 +103,7 @@ def prepare(
 
 
 def verify(folder: Path, jobs: int = 1) -> tuple[DatasetIndex, list[str]]:
-    """The folder's index, and one line for every shard and sample that is not what the index says."""
+    """Return the folder's index and one line for each shard and sample that does not match the index."""
     index = read_index(folder)
     tasks = [(folder, record, index.facts) for record in index.shards]
     problems: list[str] = []
@@ -113,7 +115,7 @@ def verify(folder: Path, jobs: int = 1) -> tuple[DatasetIndex, list[str]]:
 
 
 def _tasks(
-    source: PictureSource,
+    source: ImageSource,
     encoder: Encoder,
     out: Path,
     samples_per_shard: int,
@@ -124,11 +126,11 @@ def _tasks(
     batches = (len(source),) if source.listing is None else source.listing.batches
     for number, (first, last) in enumerate(_ranges(batches, samples_per_shard)):
         name = f"shard-{number:06d}.tar"
-        yield _Task(out / name, source.part(first, last), encoder, finished.get(name), facts, skip_bad)
+        yield _Task(out / name, source.subset(first, last), encoder, finished.get(name), facts, skip_bad)
 
 
 def _ranges(batches: Iterable[int], samples_per_shard: int) -> Iterator[tuple[int, int]]:
-    """First position and end of each shard; no shard holds pictures of two batches."""
+    """Yield the first position and the end of each shard. A shard never holds images of two batches."""
     start = 0
     for count in batches:
         for first in range(start, start + count, samples_per_shard):
@@ -146,34 +148,37 @@ def _finish(task: _Task) -> _Finished:
 
 
 def _kept(task: _Task, known: ShardRecord) -> _Finished:
-    missing = len(task.part) - known.samples
+    missing = len(task.source) - known.samples
     if not missing:
-        return _Finished(known, True, (), frozenset(map(int, task.part.labels)))
+        return _Finished(known, True, (), frozenset(map(int, task.source.labels)))
     if not task.skip_bad:
         raise DataError(
-            f"{shown(task.path)}: lacks {missing} of its {len(task.part)} pictures, which --skip-bad left out; give "
+            f"{shown(task.path)}: {missing} of its {len(task.source)} images are missing because --skip-bad left them out; give "
             "--skip-bad again, or choose another folder"
         )
     shard = read_shard(task.path.parent, known, task.facts)
     return _Finished(known, True, (), frozenset(shard.sample(member).label for member in range(len(shard))))
 
 
-def _readable(task: _Task, skipped: list[str], labels: set[int]) -> Iterator[Picture]:
-    """The task's pictures without those that cannot be read, which are added to `skipped`; the others' `labels`."""
-    for picture in task.part.pictures():
-        if isinstance(picture.pixels, np.ndarray):
-            labels.add(picture.label)
-            yield picture
+def _readable(task: _Task, skipped: list[str], labels: set[int]) -> Iterator[SourceImage]:
+    """Yield the task's readable images and add their labels to `labels`. Unreadable images are added to `skipped`."""
+    for image in task.source.images():
+        if isinstance(image.pixels, np.ndarray):
+            labels.add(image.label)
+            yield image
         elif task.skip_bad:
-            skipped.append(str(picture.pixels))
+            skipped.append(str(image.pixels))
         else:
-            raise DataError(f"{picture.pixels}; --skip-bad leaves out what cannot be read")
+            raise DataError(f"{image.pixels}; --skip-bad leaves out what cannot be read")
 
 
-def _refuse_emptied_classes(source: PictureSource, finished: list[_Finished]) -> None:
-    """DataError if no picture of a class, or none at all, could be read."""
-    held = frozenset[int]().union(*(result.labels for result in finished))
-    emptied = sorted(frozenset(map(int, source.labels)) - held)
+def _refuse_emptied_classes(source: ImageSource, finished: list[_Finished]) -> None:
+    """Check that each class has at least one readable image.
+
+    Raises: DataError: if a class has none.
+    """
+    present = frozenset[int]().union(*(result.labels for result in finished))
+    emptied = sorted(frozenset(map(int, source.labels)) - present)
     if not emptied:
         return
     names = source.facts.class_names
@@ -185,13 +190,16 @@ def _refuse_emptied_classes(source: PictureSource, finished: list[_Finished]) ->
     )
 
 
-def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord], held: frozenset[int]) -> DatasetIndex:
-    """The index of the shards, whose pictures bear the labels `held`."""
+def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord], present: frozenset[int]) -> DatasetIndex:
+    """Return the index of the shards, whose images have the labels `present`.
+
+    Raises: DataError: if no image can be read.
+    """
     total = sum(record.samples for record in shards)
     if not total:
-        raise DataError(f"none of {facts.total} pictures can be read")
+        raise DataError(f"none of {facts.total} images can be read")
     ordered = tuple(sorted(shards, key=lambda record: record.name))
-    empty = tuple(sorted(frozenset(range(facts.classes)) - held))
+    empty = tuple(sorted(frozenset(range(facts.classes)) - present))
     counted = facts.model_copy(update={"total": total, "empty_classes": empty})
     return DatasetIndex(facts=counted, recipe=recipe, shards=ordered)
 

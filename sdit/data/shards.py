@@ -1,4 +1,4 @@
-"""One tar shard: written durably through webdataset, read whole, verified, and parsed from memory by webdataset."""
+"""One tar shard: written durably with webdataset, then read whole, verified, and parsed in memory."""
 
 from __future__ import annotations
 
@@ -37,12 +37,18 @@ class TarShard:
         return len(self._samples)
 
     def sample(self, member: int) -> Sample:
-        """The decoded sample at a position of the shard; BadSample when it cannot be used."""
+        """Return the decoded sample at a position of the shard.
+
+        Raises: BadSample: if the sample cannot be used.
+        """
         return decode_sample(self._samples[member], self._facts, self.name, self._keys[member])
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Encoded]]) -> ShardRecord | None:
-    """Write `(key, {suffix: bytes})` samples; the same samples give the same bytes. None, and no file, without any."""
+    """Write `(key, {suffix: bytes})` samples and return the shard's record. Equal samples give equal bytes.
+
+    Return None and write no file if there are no samples.
+    """
     count = 0
     with replacing(path) as file:
         hashing = _HashingFile(file)
@@ -57,7 +63,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Encoded]]) -> ShardReco
 
 
 def read_shard(folder: Path, record: ShardRecord, facts: DatasetFacts) -> TarShard:
-    """Read a shard in one pass; BadShard unless size, checksum, members and sample count are what the index says."""
+    """Read a shard in one pass.
+
+    Raises:
+        BadShard: if size, checksum, members or the number of samples differ from the index.
+        OSError: if the file system fails repeatedly.
+    """
     data = _read_verified(folder, record)
     try:
         groups = list(group_by_keys(_members(record.name, data)))
@@ -71,7 +82,7 @@ def read_shard(folder: Path, record: ShardRecord, facts: DatasetFacts) -> TarSha
 
 
 def is_intact(folder: Path, record: ShardRecord) -> bool:
-    """Whether the shard's file has the size and the checksum of its record."""
+    """Return True if the shard's file has the size and the checksum of its record."""
     try:
         _read_verified(folder, record)
     except BadShard:
@@ -89,9 +100,13 @@ def _read_verified(folder: Path, record: ShardRecord) -> bytes:
 
 
 def _read_patiently(path: Path) -> bytes:
-    """Return the file's bytes. A missing file, or a FIFO in its place, is bad data. Other errors are retried, then raised.
+    """Return the file's bytes. Errors of the file system are retried, then raised.
 
-    Errors of the file system never lead to a substitute sample: ranks would disagree on it.
+    Such an error never leads to a substitute sample, because the ranks would then disagree on it.
+
+    Raises:
+        BadShard: if the file is missing or is not a regular file, such as a FIFO.
+        OSError: if reading fails for READ_ATTEMPTS times.
     """
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
@@ -106,10 +121,12 @@ def _read_patiently(path: Path) -> bytes:
 
 
 def _members(name: str, data: bytes) -> Iterator[dict[str, Any]]:
-    """The members of a tar file in memory as webdataset groups them; BadShard if one is not a plain, small, named file.
+    """Yield the members of a tar file in memory, in the form that webdataset groups.
 
-    webdataset's own iterator skips links and devices without a word and would unpack a compressed tar of any size; with
-    a screening pass before it, 2,048 members take 73 ms instead of 31 ms.
+    webdataset's own iterator silently skips links and devices, and unpacks a compressed tar of any size. A separate check
+    before that iterator takes 73 ms instead of 31 ms for 2,048 members.
+
+    Raises: BadShard: if a member is not a plain, small, named file.
     """
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
@@ -134,7 +151,7 @@ def _fault(member: tarfile.TarInfo) -> str | None:
 
 
 class _HashingFile:
-    """A write-only stream that knows the size and the sha256 of what went through it."""
+    """A write-only stream that computes the size and the sha256 of the data written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

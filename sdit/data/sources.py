@@ -1,4 +1,4 @@
-"""Pictures to prepare: the digits, Fashion-MNIST's files, a folder of images. C channels, H = W size."""
+"""Sources of images to prepare: the digits, the files of Fashion-MNIST, a folder. C channels, H = W size."""
 
 from __future__ import annotations
 
@@ -33,56 +33,56 @@ FASHION_SIZE = 28
 IDX_MAX_BYTES = 2**30
 
 
-class Picture(NamedTuple):
-    """A picture's `key`, its `pixels` (C, H, W) uint8 or why there are none, and its `label`."""
+class SourceImage(NamedTuple):
+    """One image: `key`, `label`, and `pixels` (C, H, W) uint8 or the error that occurred when it was read."""
 
     key: str
     pixels: np.ndarray | DataError
     label: int
 
 
-class PictureSource(Protocol):
-    """Pictures in a fixed order. Picklable, so that a part of it can be sent to another process."""
+class ImageSource(Protocol):
+    """Images in a fixed order. It can be pickled, so that a subset can be sent to another process."""
 
     @property
     def facts(self) -> DatasetFacts:
-        """What the pictures have in common."""
+        """The properties that all images share."""
         ...
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What the pictures were made from, as JSON; equal recipes give equal pictures."""
+        """The origin of the images, as JSON. Equal recipes give equal images."""
         ...
 
     @property
     def labels(self) -> Iterable[int]:
-        """The label of each picture."""
+        """The label of each image."""
         ...
 
     @property
     def listing(self) -> ImageList | None:
-        """The files that the pictures are read from; None if they are not read from files, and for a part."""
+        """The files that the images are read from. None for a subset, or if the images are not read from files."""
         ...
 
     def __len__(self) -> int: ...
 
-    def part(self, first: int, last: int) -> PictureSource:
-        """The pictures from position `first` up to `last`, excluded, under their own keys."""
+    def subset(self, first: int, last: int) -> ImageSource:
+        """Return the images from position `first` up to, but excluding, `last`. Their keys do not change."""
         ...
 
-    def pictures(self) -> Iterator[Picture]:
-        """All pictures, in order."""
+    def images(self) -> Iterator[SourceImage]:
+        """Yield all images, in order."""
         ...
 
 
 def sample_key(position: int) -> str:
-    """The name of the picture at a position of its source."""
+    """Return the key of the image at a position of its source."""
     return f"{position:09d}"
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Pictures in memory: `pixels` (N, C, H, W) uint8 and `labels` (N,) int64, the first at position `start`."""
+    """Images in memory: `pixels` (N, C, H, W) uint8 and `labels` (N,) int64. The first has position `start`."""
 
     facts: DatasetFacts
     recipe: dict[str, Any]
@@ -97,24 +97,31 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def part(self, first: int, last: int) -> ArraySource:
+    def subset(self, first: int, last: int) -> ArraySource:
         return ArraySource(
             self.facts, self.recipe, self.pixels[first:last], self.labels[first:last], self.start + first
         )
 
-    def pictures(self) -> Iterator[Picture]:
+    def images(self) -> Iterator[SourceImage]:
         for offset, (pixels, label) in enumerate(zip(self.pixels, self.labels, strict=True)):
-            yield Picture(sample_key(self.start + offset), pixels, int(label))
+            yield SourceImage(sample_key(self.start + offset), pixels, int(label))
 
 
 def digits_source() -> ArraySource:
-    """The 1,797 embedded digits."""
+    """Return the 1,797 embedded digits."""
     pixels, labels = digits()
     return ArraySource(DIGITS_FACTS, {"source": "digits", "content": _content(pixels, labels)}, pixels, labels)
 
 
 def fashion_mnist_source(folder: Path, split: str, pad_to: int | None) -> ArraySource:
-    """Fashion-MNIST's `train` (60,000) or `test` (10,000) pictures, 28 x 28 grey, with a black border to `pad_to`."""
+    """Return Fashion-MNIST's `train` (60,000) or `test` (10,000) images, 28 x 28 grey.
+
+    If `pad_to` is given, a black border enlarges them to `pad_to` x `pad_to` pixels.
+
+    Raises:
+        DataError: if the files are missing or are not Fashion-MNIST's.
+        ConfigError: if `pad_to` is less than 28.
+    """
     stem = {"train": "train", "test": "t10k"}[split]
     pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", dimensions=3)[:, None]
     labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", dimensions=1).astype(np.int64)
@@ -139,7 +146,12 @@ def fashion_mnist_source(folder: Path, split: str, pad_to: int | None) -> ArrayS
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """A gzipped IDX file of unsigned bytes: 0, 0, type 8, rank, then big-endian uint32 sizes, then the values."""
+    """Return the uint8 values of a gzipped IDX file.
+
+    Its header is 0, 0, type 8, the number of dimensions, then the sizes as big-endian uint32.
+
+    Raises: DataError: if the file is missing or is not such a file.
+    """
     try:
         with gzip.open(path) as file:
             data = file.read(IDX_MAX_BYTES + 1)
@@ -159,7 +171,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 def _padded(pixels: np.ndarray, size: int) -> np.ndarray:
     border = size - pixels.shape[-1]
     if border < 0:
-        raise ConfigError(f"--pad: {size} is less than the pictures' {pixels.shape[-1]} pixels")
+        raise ConfigError(f"--pad: {size} is less than the images' {pixels.shape[-1]} pixels")
     before = border // 2
     return np.pad(pixels, ((0, 0), (0, 0), (before, border - before), (before, border - before)))
 

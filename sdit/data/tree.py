@@ -1,4 +1,4 @@
-"""A tree of images, one subfolder for each class: what is read from it, and all that is left out."""
+"""A folder tree of images with one subfolder per class: its images, and the files that are left out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdit.data.image_file import FILE_FORMATS
 from sdit.data.names import shown, stored_name
-from sdit.data.picture import FILE_FORMATS
 from sdit.errors import ConfigError, DataError
 from sdit.files import naming
 
 IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 )
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")  # likeliest first
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")  # the most likely first
 SHOWN = 10  # names in a list
 
 
 @dataclass
 class LeftOut:
-    """What is not read, as paths under the root: files by ending, and the rest by reason."""
+    """Paths under the root that are not read: files by suffix, and the others by reason."""
 
     endings: dict[str, list[str]] = field(default_factory=dict)
     hidden_files: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class LeftOut:
     empty_classes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """One line for each reason."""
+        """Return one line for each reason."""
         files = sum(map(len, self.endings.values()))
         endings = sorted(self.endings.items(), key=lambda item: (-len(item[1]), item[0]))
         by_ending = ", ".join(
@@ -50,9 +50,9 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ImageTree:
-    """Sorted image paths under `root` of each class, in the order of their labels; `images` where there are no classes.
+    """The sorted image paths of each class under `root`, in the order of the labels. Without classes, `images` holds them.
 
-    `folders_only`: the classes whose images are all in folders of the class folder, which holds no file itself.
+    `folders_only`: the classes whose images are all in subfolders of the class folder, which holds no files itself.
     """
 
     root: Path
@@ -63,17 +63,17 @@ class ImageTree:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names as they are stored: text, for any bytes of the file system."""
+        """The class names as UTF-8 text. Bytes that are not UTF-8 are escaped."""
         return tuple(map(stored_name, self.classes))
 
     def labelled(self) -> list[tuple[str, int]]:
-        """All image paths with their labels; 0 where there are no classes."""
+        """Return all image paths with their labels. The label is 0 if there are no classes."""
         if not self.classes:
             return [(name, 0) for name in self.images]
         return [(name, label) for label, names in enumerate(self.classes.values()) for name in names]
 
     def mapping(self) -> list[str]:
-        """One line for each label, or the first and last of many."""
+        """Return one line for each label. If there are many, return only the first and last ones."""
         lines = [
             f"label {label}: {shown(name)}, {len(names)} images"
             for label, (name, names) in enumerate(self.classes.items())
@@ -87,12 +87,12 @@ class ImageTree:
 
 
 def read_tree(root: Path, out: Path | None = None, numeric: bool = False) -> ImageTree:
-    """List a tree; labels number the subfolders, sorted as text or, if `numeric`, by number. `out` is left out.
+    """List a tree. Labels number the subfolders, sorted as text or, if `numeric`, by number. The folder `out` is left out.
 
     Raises:
-        DataError: a folder is missing or cannot be read, or two classes have one name.
-        ConfigError: `numeric`, and a class is no number.
-        OSError: the file system failed.
+        DataError: if a folder is missing or cannot be read, or two classes have the same name.
+        ConfigError: if `numeric` is True and a class name is not a number.
+        OSError: if the file system fails.
     """
     left_out = LeftOut()
     walk = _Walk(root, None if out is None else os.path.realpath(out), left_out)
@@ -114,7 +114,10 @@ def read_tree(root: Path, out: Path | None = None, numeric: bool = False) -> Ima
 
 
 def refuse_splits(tree: ImageTree) -> None:
-    """DataError if the subfolders look like splits (train, val), not like classes; it names the likely folder."""
+    """Check that the subfolders are classes, not splits such as train and val.
+
+    Raises: DataError: if they look like splits. The message names the folder that is probably meant.
+    """
     filled = [name for name, names in tree.classes.items() if names]
     splits = len(filled) > 1 and all(name.lower() in SPLITS for name in filled)
     folders_only = bool(filled) and tree.folders_only.issuperset(filled)
@@ -128,7 +131,10 @@ def refuse_splits(tree: ImageTree) -> None:
 
 
 def refuse_empty_classes(tree: ImageTree) -> None:
-    """DataError if a class has no images."""
+    """Check that each class has images.
+
+    Raises: DataError: if a class has none.
+    """
     empty = tree.left_out.empty_classes
     if empty:
         raise DataError(
@@ -138,13 +144,13 @@ def refuse_empty_classes(tree: ImageTree) -> None:
 
 
 def listed(names: list[str], most: int = SHOWN) -> str:
-    """The names, or the first of many."""
+    """Return the names in one line. If there are more than `most`, return the first ones and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
 
 
 def _likely_folder(tree: ImageTree) -> Path:
-    """The folder that holds the class folders: the training split, or else the one with most images."""
+    """Return the folder that holds the class folders: the training split, or the one with the most images."""
 
     def likelihood(name: str) -> tuple[int, int]:
         rank = SPLITS.index(name.lower()) if name.lower() in SPLITS else len(SPLITS)
@@ -170,7 +176,10 @@ def _is_number(name: str) -> bool:
 
 
 class _Walk:
-    """Reads folders of one tree and notes in `left_out` what is no image. Paths are relative to the root; "" is it."""
+    """Reads the folders of one tree and records in `left_out` the files that are not images.
+
+    Paths are relative to the root, which is the empty path.
+    """
 
     def __init__(self, root: Path, out: str | None, left_out: LeftOut) -> None:
         self._root = root
@@ -179,7 +188,7 @@ class _Walk:
         self.folders_with_files: set[str] = set()
 
     def sorted_entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Subfolders and other entries that are not hidden or ignored."""
+        """Return the subfolders and the files of a folder, sorted, without hidden and ignored entries."""
         folders, files = [], []
         for name, is_folder in _entries(self._root / folder):
             path = f"{folder}/{name}" if folder else name
@@ -199,7 +208,7 @@ class _Walk:
         return self._out is not None and os.path.realpath(self._root / path) == self._out
 
     def images(self, folder: str) -> list[str]:
-        """Sorted images of a folder and its subfolders. Linked folders are followed, but not into their own parents."""
+        """Return the sorted images of a folder and its subfolders. A link to one of its own parent folders is not followed."""
         found: list[str] = []
         waiting: list[tuple[str, tuple[str, ...]]] = [(folder, (os.path.realpath(self._root),))]
         while waiting:
@@ -214,7 +223,7 @@ class _Walk:
         return sorted(found)
 
     def images_among(self, files: list[str]) -> list[str]:
-        """The files with an image's ending."""
+        """Return the files with the suffix of an image format."""
         images = []
         for path in files:
             if _has_image_ending(path):
@@ -226,7 +235,12 @@ class _Walk:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Name of each entry, and whether it is a folder or a link to one. Errors name the folder."""
+    """Yield the name of each entry, and True if it is a folder or a link to one.
+
+    Raises:
+        DataError: if the folder is missing or cannot be read. The message names it.
+        OSError: if the file system fails.
+    """
     try:
         with naming(folder), os.scandir(folder) as entries:
             found = [(entry.name, _is_folder(entry)) for entry in entries]
@@ -244,7 +258,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError as error:  # of a link whose target cannot be reached
+    except OSError as error:  # a link whose target cannot be reached
         if error.errno == errno.ELOOP or _has_image_ending(entry.name):
             return False
         raise
@@ -255,9 +269,12 @@ def _has_image_ending(name: str) -> bool:
 
 
 def _refuse_broken_links(root: Path, files: list[str]) -> None:
-    """DataError if a link next to the class folders leads nowhere: it may have been a class."""
+    """Check the links next to the class folders.
+
+    Raises: DataError: if a link is broken, because it may have been a class.
+    """
     for name in files:
         if not _has_image_ending(name) and os.path.islink(root / name) and not os.path.exists(root / name):
             raise DataError(
-                f"{shown(root / name)}: a broken symbolic link next to the class folders; mend or remove it"
+                f"{shown(root / name)}: a broken symbolic link next to the class folders; repair or remove it"
             )

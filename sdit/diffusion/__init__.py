@@ -1,4 +1,4 @@
-"""The diffusion process: objectives, random draws and samplers, for any model (x_t, t, y) -> prediction.
+"""The diffusion process: objectives, random timesteps and samplers for any model (x_t, t, y) -> prediction.
 
 Sources, by the names used in this package (arXiv): DDPM 2006.11239, IDDPM 2102.09672, DDIM 2010.02502, DPM-Solver
 2206.00927, DPM-Solver++ 2211.01095, v-prediction 2202.00512, rectified flow 2209.03003, Imagen 2205.11487, Min-SNR

@@ -1,4 +1,4 @@
-"""The variational bound of one reverse step, written in the error of x0 only."""
+"""The variational bound of one reverse step, as a function of the error of x0."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LOG_2 = math.log(2.0)
 
 
 def kl_bits(x0_error: Tensor, posterior_x0: Tensor, log_variance: Tensor, model_log_variance: Tensor) -> Tensor:
-    """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) per element in bits (DDPM, eq. 5).
+    """Return KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) per element in bits (DDPM, eq. 5).
 
-    Both means hold the same multiple of x_t, so they differ by `posterior_x0 * x0_error`.
+    Both means contain the same multiple of x_t, so they differ by `posterior_x0 * x0_error`.
     """
     gap = log_variance - model_log_variance
     distance = (posterior_x0 * x0_error).square() * torch.exp(-model_log_variance)
@@ -23,11 +23,11 @@ def kl_bits(x0_error: Tensor, posterior_x0: Tensor, log_variance: Tensor, model_
 
 
 def decoder_bits(x0: Tensor, x0_error: Tensor, model_log_variance: Tensor) -> Tensor:
-    """-log2 p(x0 | x_1) per element, the Gaussian's mass on x0's 8-bit grey level (DDPM, eq. 13).
+    """Return -log2 p(x0 | x_1) per element: the Gaussian's mass on the 8-bit grey level of x0 (DDPM, eq. 13).
 
-    `x0_error` is predicted minus true x0; the outermost levels reach to infinity.
+    `x0_error` is predicted minus true x0. The lowest and highest levels extend to infinity.
     """
-    # Published models were trained with this float32 arithmetic: far in the upper tail 1 - cdf rounds to 0 and the
+    # Published models were trained with this float32 arithmetic. Far in the upper tail, 1 - cdf rounds to 0 and the
     # bound saturates at MIN_PROBABILITY. An exact tail changes the bound of a bad x0 by about 1 %.
     inverse_deviation = torch.exp(-0.5 * model_log_variance)
     below_upper = _normal_cdf(inverse_deviation * (PIXEL_HALF_WIDTH - x0_error))
@@ -38,5 +38,5 @@ def decoder_bits(x0: Tensor, x0_error: Tensor, model_log_variance: Tensor) -> Te
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the normal CDF that published losses use (off by at most 3e-4)."""
+    """Return the tanh approximation of the normal CDF that published losses use. Its error is at most 3e-4."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,4 +1,4 @@
-"""Timesteps and label drop as functions of (seed, sample index): the same on any number of ranks and in any batch."""
+"""Timesteps and label drop as functions of (seed, sample index), independent of the number of ranks and the batch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def draw_timesteps(
     mode: TimestepMode = "uniform",
     clusters: int = 8,
 ) -> NDArray[np.int64] | NDArray[np.float32]:
-    """The t (global_batch,) of the samples from `first_index` on: int64 in 0..T-1, or float32 in (0, 1) if T is None.
+    """Return t (global_batch,) of the samples from `first_index` on: int64 in 0..T-1, or float32 in (0, 1) if T is None.
 
-    `stratified`: one t in each equal part of 0..T-1, the parts in random order; each single sample is still uniform.
-    `uw`: the same over `clusters` clusters of equal weight, so that each cluster has the same number of samples.
+    `stratified`: the range 0..T-1 is cut into global_batch equal strata, and each stratum gives one t, in random order.
+    Each single t is still uniform.
+    `uw`: strata over `clusters` clusters of equal weight, so that each cluster gets the same number of samples.
     """
     index = np.arange(first_index, first_index + global_batch)
     position = uniform(seed, index, Purpose.TIMESTEP)
@@ -33,19 +34,19 @@ def draw_timesteps(
         stratum = np.argsort(uniform(seed, index, Purpose.STRATUM))
         position = (stratum + position) / global_batch
     if timesteps is None:
-        return np.minimum(position.astype(np.float32), BELOW_ONE)  # equal clusters of [0, 1] need no map
+        return np.minimum(position.astype(np.float32), BELOW_ONE)  # equal clusters of [0, 1] need no conversion
     if mode == "uw":
         return _in_clusters(position, timesteps, clusters)
     return np.minimum((position * timesteps).astype(np.int64), timesteps - 1)
 
 
 def draw_label_drop(seed: int, indices: Indices, probability: float) -> NDArray[np.bool_]:
-    """Whether training hides each sample's label, bool (B,)."""
+    """Return bool (B,), True if training hides the label of the sample."""
     return uniform(seed, indices, Purpose.LABEL_DROP) < probability
 
 
 def _in_clusters(position: NDArray[np.float64], timesteps: int, clusters: int) -> NDArray[np.int64]:
-    """Timesteps (B,) from positions in (0, 1), where every cluster {t : floor(K t / T) = c} has weight 1 / K."""
+    """Return timesteps (B,) of positions in (0, 1). Each cluster {t : floor(K t / T) = c} has weight 1 / K."""
     edges = -(-np.arange(clusters + 1) * timesteps // clusters)  # ceil(c T / K), the first t of cluster c
     scaled = position * clusters
     cluster = np.minimum(scaled.astype(np.int64), clusters - 1)

@@ -1,4 +1,4 @@
-"""The training loss of one batch: noise the images, ask the model, weigh the errors."""
+"""The training loss of a batch: add noise to the images, run the model, weight the errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Any]  # (x_t, t, y) -> prediction, or
 
 
 class Objective(nn.Module, ABC):
-    """Per-sample losses of a model; its only parameters are those of a learned weighting."""
+    """Per-sample losses of a model. Its only parameters are those of a learned weighting."""
 
     def __init__(self, config: DiffusionConfig, timesteps: int | None) -> None:
         super().__init__()
@@ -34,21 +34,21 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The noised images x_t (B, C, H, W), float32."""
+        """Return the noisy images x_t (B, C, H, W) float32."""
 
     @abstractmethod
     def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
-        """Losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,)."""
+        """Return the losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,)."""
 
     def draw_timesteps(self, seed: int, first_index: int, global_batch: int) -> np.ndarray:
-        """The t (global_batch,) of a whole step, in the mode that the config asks for."""
+        """Return t (global_batch,) of all samples of a step, in the mode that the config sets."""
         mode: TimestepMode = "uw" if self.config.weighting == "uw" else self.config.timestep_sampling
         clusters = self.config.uw_clusters
         return draw_timesteps(seed, first_index, global_batch, self.timesteps, mode, clusters)
 
 
 class DiffusionObjective(Objective):
-    """Squared error of epsilon, x0 or v, plus the variational bound where the variance is learned (IDDPM, eq. 16)."""
+    """Squared error of epsilon, x0 or v. If the variance is learned, the variational bound is added (IDDPM, eq. 16)."""
 
     def __init__(self, config: DiffusionConfig, timesteps: int) -> None:
         super().__init__(config, timesteps)
@@ -58,7 +58,7 @@ class DiffusionObjective(Objective):
         self._reverse = DeviceTables(schedule.posterior_x0, schedule.log_variance_low, schedule.log_variance_high)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = alpha_t x0 + sigma_t noise (DDPM, eq. 4)."""
+        """Return x_t = alpha_t x0 + sigma_t noise, (B, C, H, W) float32 (DDPM, eq. 4)."""
         alpha, sigma = _per_image(self._mixing.at(t))
         return alpha * x0.float() + sigma * noise.float()
 
@@ -78,7 +78,10 @@ class DiffusionObjective(Objective):
         return LossParts(mse, vlb, mse + vlb, output)
 
     def _bound(self, x0: Tensor, x0_error: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """The bound's term of each t in bits per element, times T / 1000; it trains the variance only (B,)."""
+        """Return the bound's term (B,) at each t, in bits per element times T / 1000.
+
+        Its gradient reaches only the variance.
+        """
         posterior_x0, low, high = _per_image(self._reverse.at(t))
         log_variance = learned_log_variance(variance, low, high)
         divergence = _image_mean(kl_bits(x0_error, posterior_x0, low, log_variance))
@@ -96,7 +99,7 @@ class FlowObjective(Objective):
         self.weighting = UncertaintyWeight(config.uw_clusters, None) if uncertainty else ConstantWeight()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = (1 - t) x0 + t noise (rectified flow, eq. 1)."""
+        """Return x_t = (1 - t) x0 + t noise, (B, C, H, W) float32 (rectified flow, eq. 1)."""
         (t,) = _per_image((t.float(),))
         return (1 - t) * x0.float() + t * noise.float()
 
@@ -113,7 +116,10 @@ class FlowObjective(Objective):
 
 
 def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int = 1000) -> Objective:
-    """The objective of a config section, or of a mapping of its keys that may hold `timesteps` (T) as well."""
+    """Return the objective of a config section, or of a mapping of its keys that may also hold `timesteps` (T).
+
+    Raises: ConfigError: if a key has an illegal value.
+    """
     if not isinstance(config, DiffusionConfig):
         keys = dict(config)
         timesteps = keys.pop("timesteps", timesteps)
@@ -121,8 +127,8 @@ def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int 
             config = DiffusionConfig(**keys)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(["diffusion", *map(str, first["loc"])])
-            raise ConfigError(f"{place}: {first['msg']}, got {first['input']!r}") from None
+            key = ".".join(["diffusion", *map(str, first["loc"])])
+            raise ConfigError(f"{key}: {first['msg']}, got {first['input']!r}") from None
     return FlowObjective(config) if config.path == "flow" else DiffusionObjective(config, timesteps)
 
 
@@ -136,10 +142,10 @@ def _prediction(output: Any) -> Tensor:
 
 
 def _per_image(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each (B,) as (B, 1, 1, 1)."""
+    """Reshape each (B,) to (B, 1, 1, 1)."""
     return tuple(value[:, None, None, None] for value in values)
 
 
 def _image_mean(values: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
+    """Return the mean (B,) over C, H and W."""
     return values.flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""How much each timestep's squared error counts."""
+"""Weights of the squared error at each timestep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdit.errors import ConfigError
 
 
 class ConstantWeight(nn.Module):
-    """Leaves the errors (B,) as they are."""
+    """A weighting that does not change the errors."""
 
     def forward(self, mse: Tensor, t: Tensor) -> Tensor:
         """Return the errors (B,) unchanged."""
@@ -21,7 +21,7 @@ class ConstantWeight(nn.Module):
 
 
 class TimestepWeight(nn.Module):
-    """Multiplies the errors (B,) by a fixed weight per timestep, float64 (T,)."""
+    """A weighting with one fixed weight per timestep, float64 (T,)."""
 
     def __init__(self, weights: np.ndarray) -> None:
         super().__init__()
@@ -34,9 +34,11 @@ class TimestepWeight(nn.Module):
 
 
 class UncertaintyWeight(nn.Module):
-    """(exp(-s) mse + s) / 2 with a learned log scale s for each of K equal clusters of timesteps (UW).
+    """The weighting (exp(-s) mse + s) / 2 with a learned log scale s for each of K equal clusters of timesteps (UW).
 
-    `timesteps` is T; None: t is continuous in [0, 1].
+    `timesteps` is T, or None if t is continuous in [0, 1].
+
+    Raises: ConfigError: if there are more clusters than timesteps.
     """
 
     def __init__(self, clusters: int, timesteps: int | None) -> None:
@@ -52,7 +54,7 @@ class UncertaintyWeight(nn.Module):
         return 0.5 * (torch.exp(-scale) * mse + scale)
 
     def cluster(self, t: Tensor) -> Tensor:
-        """The cluster (B,) int64 of each timestep: floor(K t / T)."""
+        """Return the cluster (B,) int64 of each timestep: floor(K t / T)."""
         clusters = len(self.log_scale)
         if self.timesteps is None:
             return (t * clusters).long().clamp(max=clusters - 1)
@@ -60,7 +62,7 @@ class UncertaintyWeight(nn.Module):
 
 
 def make_weighting(config: DiffusionConfig, snr: np.ndarray) -> nn.Module:
-    """The module (mse (B,), t (B,)) -> weighted mse (B,) of a diffusion path with `snr` (T,)."""
+    """Return the weighting module (mse (B,), t (B,)) -> (B,) of a diffusion path with `snr` (T,)."""
     if config.weighting == "uw":
         return UncertaintyWeight(config.uw_clusters, len(snr))
     if config.weighting == "p2":
@@ -72,12 +74,12 @@ def make_weighting(config: DiffusionConfig, snr: np.ndarray) -> nn.Module:
 
 
 def min_snr_weights(snr: np.ndarray, gamma: float, prediction: Prediction) -> np.ndarray:
-    """The weight min(SNR, gamma) of an error in x0, carried over to what is predicted (Min-SNR); (T,)."""
+    """Return min(SNR, gamma) (T,), the weight of an error in x0, converted to the predicted quantity (Min-SNR)."""
     x0_weight = np.minimum(snr, gamma)
     per_x0_error = {"epsilon": snr, "x0": np.ones_like(snr), "v": snr + 1}
     return x0_weight / per_x0_error[prediction]
 
 
 def p2_weights(snr: np.ndarray, k: float, gamma: float) -> np.ndarray:
-    """The factor 1 / (k + SNR)^gamma on the error of the prediction (P2); (T,)."""
+    """Return the factor 1 / (k + SNR)^gamma (T,) of the error of the prediction (P2)."""
     return (k + snr) ** -gamma

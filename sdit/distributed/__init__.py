@@ -1,8 +1,10 @@
-"""The only users of torch.distributed and deepspeed: ranks, expert exchange, engine."""
+"""The process group, DeepSpeed's engine, and the shards of its state."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on every rank that it found none
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # otherwise DeepSpeed warns on each rank that it found no accelerator

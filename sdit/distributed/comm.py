@@ -1,4 +1,4 @@
-"""The process group of a run: who we are, and the few collectives that the trainer speaks."""
+"""The process group of a run and the collectives that the trainer uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
 Device = Literal["auto", "cpu", "cuda"]
 LOOPBACK = "127.0.0.1"
 LOOPBACK_CARD = "lo"
-SCHEME = "sdit"  # of the rendezvous below, as torch.distributed knows it
+SCHEME = "sdit"  # URL scheme of the rendezvous handler below
 
 
 class Comm:
@@ -39,13 +39,15 @@ class Comm:
         if is_loopback(os.environ["MASTER_ADDR"]) and any(name == LOOPBACK_CARD for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_CARD)
         if self.is_first:
-            meeting = f"meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, " if self.world > 1 else ""
-            print(f"ranks: {self.info.describe()}; {meeting}{backend}", file=sys.stderr, flush=True)
+            rendezvous = (
+                f"rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, " if self.world > 1 else ""
+            )
+            print(f"ranks: {self.info.describe()}; {rendezvous}{backend}", file=sys.stderr, flush=True)
         from deepspeed import comm as deepspeed_comm
 
-        # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler, and a process killed during the
-        # build leaves a lock that hangs every later run. gloo does the same work.
-        # (Looked up in sys.modules: the attribute deepspeed.comm.torch is the torch package.)
+        # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler. A process that is killed during
+        # the build leaves a lock, and all later runs hang. gloo does the same work.
+        # sys.modules is used because the attribute deepspeed.comm.torch is the torch package.
         sys.modules["deepspeed.comm.torch"].__dict__["build_shm_op"] = lambda: None
         deepspeed_comm.init_distributed(
             dist_backend=backend,
@@ -86,13 +88,13 @@ class Comm:
         return int(box.item())
 
     def interleave(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gather equally many rows (n, ...) of every rank: row i of rank r becomes row i * world + r."""
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)
+        """Gather equally many rows (n, ...) of each rank. Row i of rank r becomes row i * world + r."""
+        gathered = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.stack(gathered, dim=1).flatten(0, 1)
 
     def from_first(self, value: Any) -> Any:
-        """Return rank 0's `value` on every rank (JSON types only; nothing is unpickled)."""
+        """Return rank 0's `value` on each rank (JSON types only, nothing is unpickled)."""
         data = json.dumps(value).encode() if self.is_first else b""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         dist.broadcast(size, 0)
@@ -104,7 +106,7 @@ class Comm:
         return json.loads(bytes(box.cpu().tolist()))
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's `value`, in rank order, on all ranks (JSON types only)."""
+        """Return the `value` of each rank, in rank order, on all ranks (JSON types only)."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         sizes[self.rank] = data.numel()
@@ -112,9 +114,9 @@ class Comm:
         largest = int(sizes.max().item())
         padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(parts, sizes.tolist(), strict=True)]
+        gathered = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(gathered, padded)
+        return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(gathered, sizes.tolist(), strict=True)]
 
 
 def _pick_device(info: RankInfo, wanted: Device) -> torch.device:
@@ -125,11 +127,11 @@ def _pick_device(info: RankInfo, wanted: Device) -> torch.device:
             "legal: auto, cpu, or a node with a GPU and its driver"
         )
     if wanted == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take the GPUs
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed would use the GPUs
     elif torch.cuda.is_available():
         if info.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {info.local_rank}: this node shows {torch.cuda.device_count()} GPUs; legal: one rank a GPU"
+                f"local rank {info.local_rank}: this node has {torch.cuda.device_count()} GPUs; legal: one rank per GPU"
             )
         torch.cuda.set_device(info.local_rank)
         return torch.device("cuda", info.local_rank)
@@ -137,7 +139,10 @@ def _pick_device(info: RankInfo, wanted: Device) -> torch.device:
 
 
 def _set_rendezvous(info: RankInfo) -> None:
-    """Write the variables DeepSpeed reads; a single process takes a free port of its own."""
+    """Set the environment variables that DeepSpeed reads. A single process uses a free port.
+
+    Raises: ConfigError: if there are several ranks and the address or port of rank 0 is not set.
+    """
     os.environ.update(
         RANK=str(info.rank),
         WORLD_SIZE=str(info.world),
@@ -164,15 +169,17 @@ def _set_rendezvous(info: RankInfo) -> None:
 
 
 def _has_agent_store() -> bool:
-    """Return whether torchrun's agent holds the store at MASTER_PORT, as it does for ranks without a supervisor."""
+    """Return True if torchrun's agent runs the store at MASTER_PORT, as it does for ranks without a supervisor."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _meet(_url: str, timeout: timedelta = timedelta(minutes=30), **_: object) -> Iterator[tuple[dist.Store, int, int]]:
-    """Yield the store of a new process group, this rank, and the number of ranks, as torch.distributed asks for them.
+def _rendezvous(
+    _url: str, timeout: timedelta = timedelta(minutes=30), **_: object
+) -> Iterator[tuple[dist.Store, int, int]]:
+    """Yield the store of a new process group, this rank, and the number of ranks, as torch.distributed expects.
 
-    torch's own store listens on all addresses. This one listens on MASTER_ADDR if that is a loopback address, and a single rank
-    needs no listener.
+    torch's own store listens on all addresses. This one listens only on MASTER_ADDR if that is a loopback address. A single
+    rank needs no listener.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1:
@@ -186,11 +193,11 @@ def _meet(_url: str, timeout: timedelta = timedelta(minutes=30), **_: object) ->
     yield dist.TCPStore(host, port, world, rank == 0, timeout, master_listen_fd=listener), rank, world
 
 
-dist.register_rendezvous_handler(SCHEME, _meet)
+dist.register_rendezvous_handler(SCHEME, _rendezvous)
 
 
 def set_threads(info: RankInfo, threads: int | None) -> int:
-    """Give every rank its share of the node's cores and return it; `threads` overrides."""
+    """Set the number of CPU threads to this rank's share of the node's cores, or to `threads`, and return it."""
     cores = len(os.sched_getaffinity(0))
     share = threads or max(1, cores // max(1, info.local_world))
     torch.set_num_threads(share)

@@ -1,7 +1,7 @@
-"""All that sdit uses of DeepSpeed beyond its public interface: a new DeepSpeed release touches this file only.
+"""All uses of DeepSpeed beyond its public interface. A new DeepSpeed release affects only this file.
 
-DeepSpeed keeps float32 masters and moments in one of four places, by ZeRO stage, precision and offload. An `OptimizerBackend`
-is the one view of all four, so that EMA, checkpoints, gradient norms and the migration of experts are written once.
+DeepSpeed keeps float32 masters and moments in one of four places, which depend on ZeRO stage, precision and offload.
+An `OptimizerBackend` hides the difference from EMA, checkpoints, gradient norms and the migration of experts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sdit.distributed.shards import ReplicaShare, Shard
 
 
 class OptimizerBackend:
-    """Where DeepSpeed keeps the float32 state of an engine. The base class is for state that is partitioned over the ranks."""
+    """Access to the float32 state of an engine. The base class is for state that is partitioned over the ranks."""
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._wrapper = engine, engine.optimizer
         self._names: dict[nn.Parameter, str] = {p: name for name, p in engine.module.named_parameters()}
 
     def shards(self) -> list[Shard]:
-        """Every shard of float32 state in this rank's memory, in the order of parameter name and start."""
+        """Return the shards of float32 state in this rank's memory, sorted by parameter name and start."""
         return sorted(self._find(), key=lambda shard: (shard.name, shard.start))
 
     def gradients(self) -> list[tuple[Tensor, float]]:
@@ -32,22 +32,22 @@ class OptimizerBackend:
         raise NotImplementedError
 
     def discard(self) -> None:
-        """Drop the accumulated gradients."""
+        """Discard the accumulated gradients."""
         raise NotImplementedError
 
     def sync_compute_weights(self) -> None:
-        """Copy the masters into the compute weights of every rank."""
+        """Copy the masters into the compute weights of each rank."""
         self._wrapper.update_lp_params()
 
     def replicas(self) -> dict[str, ReplicaShare]:
-        """For each parameter, this rank's share among the ranks that have the same float32 state."""
+        """Return, for each parameter, this rank's share among the ranks with the same float32 state."""
         return {name: ReplicaShare(0, 1) for name in self._names.values()}
 
     def _find(self) -> Iterator[Shard]:
         raise NotImplementedError
 
     def _partitions(self, groups: Any, flats: Any) -> Iterator[Shard]:
-        """Shards of ZeRO partitions: DeepSpeed links every parameter to its range of the flat float32 partition."""
+        """Yield the shards of ZeRO partitions. DeepSpeed links each parameter to its range of the flat float32 partition."""
         for group, flat in zip(groups, flats, strict=True):
             for parameter in group:
                 link = parameter._hp_mapping
@@ -58,7 +58,7 @@ class OptimizerBackend:
 
 
 class NoZero(OptimizerBackend):
-    """ZeRO 0: every rank has all state. In float32 the parameters are the masters; in bf16 the wrapper has copies."""
+    """ZeRO 0: each rank has all state. In float32 the parameters are the masters. In bf16 the wrapper has copies."""
 
     def gradients(self) -> list[tuple[Tensor, float]]:
         replicas = self.replicas()
@@ -126,7 +126,7 @@ class ZeroPartitions(OptimizerBackend):
 
 
 class OffloadedZeroPartitions(ZeroPartitions):
-    """The same with state on the host: gradients are those of the host's partitions."""
+    """`DeepSpeedZeroOptimizer` with state on the host. Its gradients are those of the host's partitions."""
 
     def gradients(self) -> list[tuple[Tensor, float]]:
         flats = self._wrapper.single_partition_of_fp32_groups
@@ -137,7 +137,7 @@ class OffloadedZeroPartitions(ZeroPartitions):
 
 
 def optimizer_backend(engine: Any) -> OptimizerBackend:
-    """The backend of a DeepSpeed engine."""
+    """Return the backend of a DeepSpeed engine."""
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
     if kind == "DeepSpeedZeroOptimizer":
@@ -159,17 +159,17 @@ def make_expert_groups(ranks: int) -> Any:
 
 
 def expert_group_name(ranks: int) -> str:
-    """DeepSpeed's name of the expert groups of `ranks` ranks."""
+    """Return DeepSpeed's name of the expert groups of `ranks` ranks."""
     return f"ep_size_{ranks}"
 
 
 def expert_group_of(parameter: nn.Parameter) -> str | None:
-    """Name of the expert groups that a sharded parameter belongs to; None for a parameter that all ranks share."""
+    """Return the name of the expert groups of a sharded parameter, or None for a parameter that all ranks share."""
     return None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
 
 
 def replica_group(parameter: nn.Parameter) -> Any:
-    """The process group of the ranks that have the same values of a parameter."""
+    """Return the process group of the ranks with the same values of a parameter."""
     from deepspeed.utils import groups
 
     name = expert_group_of(parameter)
@@ -181,7 +181,7 @@ def _share(group: Any) -> ReplicaShare:
 
 
 def create_moments(engine: Any, keys: tuple[str, ...]) -> None:
-    """Create the optimizer's moments as zeros now. torch makes them at the first step, but a load needs them before."""
+    """Create the optimizer's moments as zeros. torch creates them at the first step, but a load needs them earlier."""
     basic = engine.basic_optimizer
     for group in basic.param_groups:
         for flat in group["params"]:
@@ -192,7 +192,7 @@ def create_moments(engine: Any, keys: tuple[str, ...]) -> None:
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
-    """Set the count of AdamW's bias correction."""
+    """Set the step count of AdamW's bias correction."""
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(float(steps))

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as the trainer sees it: forward, backward, one look at the gradients, then step or skip."""
+"""DeepSpeed's engine for the trainer: forward, backward, gradient norm, then step or skip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdit.distributed.shards import MOMENTS, owned_shards
 class Engine:
     """A training module under DeepSpeed.
 
-    `local` are all shards of float32 state in this rank's memory; `owned` are those that this rank writes and averages.
+    `local` are all shards of float32 state in this rank's memory. `owned` are the shards that this rank writes and averages.
     """
 
     def __init__(
@@ -53,17 +53,23 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of `loss` (mean over the micro-batch); reduced over ranks at the last micro-step."""
+        """Accumulate gradients of `loss`, the mean over the micro-batch.
+
+        They are reduced over ranks at the last micro-step.
+        """
         self.deepspeed.backward(loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()  # DeepSpeed counts micro-steps here; the weights move at the boundary only
+            self.deepspeed.step()  # DeepSpeed counts micro-steps here; the weights change only at the boundary
 
     def gradients(self) -> list[tuple[Tensor, float]]:
         """Return the local reduced gradients, each with the fraction of its squared norm that this rank adds to the sum."""
         return self._backend.gradients()
 
     def squared_gradient_norm(self) -> Tensor:
-        """float64 scalar: this rank's part of the squared global norm; non-finite if any gradient is."""
+        """Return this rank's contribution to the squared global norm, a float64 scalar.
+
+        It is not finite if any gradient is not finite.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for gradient, share in self.gradients():
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).to(self.comm.device)
@@ -71,7 +77,7 @@ class Engine:
         return total
 
     def step(self, scale: float, learning_rates: dict[str, float]) -> None:
-        """Multiply the gradients by `scale` (clipping) and move the weights; `learning_rates` by group role."""
+        """Multiply the gradients by `scale` (clipping) and update the weights with the `learning_rates` by group role."""
         if scale != 1.0:
             for gradient, _ in self.gradients():
                 gradient.mul_(scale)
@@ -80,12 +86,12 @@ class Engine:
         self.deepspeed.step()
 
     def skip(self) -> None:
-        """Drop the accumulated gradients. Weights and moments stay as they are."""
+        """Discard the accumulated gradients. Weights and moments do not change."""
         self._backend.discard()
         self.deepspeed.micro_steps += 1
 
     def sync_compute_weights(self) -> None:
-        """Copy the masters into the compute weights of every rank, after a load or a migration of experts."""
+        """Copy the masters into the compute weights of each rank, after a load or a migration of experts."""
         self._backend.sync_compute_weights()
 
     def set_steps(self, steps: int) -> None:
@@ -93,7 +99,10 @@ class Engine:
 
     @contextlib.contextmanager
     def weights_of(self, owned_values: Sequence[Tensor]) -> Iterator[None]:
-        """Compute with other weights (such as the EMA; one tensor per owned shard) inside the `with`, then go back."""
+        """Use other weights, such as the EMA, inside the `with`, then restore the weights.
+
+        `owned_values` are one tensor per owned shard.
+        """
         saved = [shard.master.clone() for shard in self.local]
         self.scatter_owned(owned_values)
         try:
@@ -105,27 +114,27 @@ class Engine:
             self.sync_compute_weights()
 
     def scatter_owned(self, owned_values: Sequence[Tensor]) -> None:
-        """Write one tensor per owned shard into the masters, on every rank that holds a replica of it."""
+        """Write one tensor per owned shard into the masters of all ranks that have a replica of it."""
         for shard, values in zip(self.owned, owned_values, strict=True):
             shard.master.copy_(values)
         if len(self.owned) != len(self.local) or any(
             o.numel != h.numel for o, h in zip(self.owned, self.local, strict=True)
         ):
-            self._share_replicas()
+            self._copy_to_replicas()
 
-    def _share_replicas(self) -> None:
-        """ZeRO 0: give every rank the parts of each replicated master that the others own."""
+    def _copy_to_replicas(self) -> None:
+        """Copy the owned shards of each replicated master to the other ranks (ZeRO 0)."""
         mine = {shard.name: shard for shard in self.owned}
         for shard in self.local:
             box = torch.zeros_like(shard.master)
-            own = mine.get(shard.name)
-            if own is not None:
-                box.narrow(0, own.start - shard.start, own.numel).copy_(own.master)
+            owned = mine.get(shard.name)
+            if owned is not None:
+                box.narrow(0, owned.start - shard.start, owned.numel).copy_(owned.master)
             torch.distributed.all_reduce(box, group=replica_group(self.module.get_parameter(shard.name)))
             shard.master.copy_(box)
 
     def _restore_exact_masters(self, exact: dict[str, Tensor]) -> None:
-        """bf16: DeepSpeed makes masters from the rounded weights; start from the unrounded ones instead."""
+        """Set the masters to the unrounded weights. In bf16 DeepSpeed creates them from rounded weights."""
         for shard in self.local:
             shard.master.copy_(exact[shard.name].view(-1).narrow(0, shard.start, shard.numel))
 

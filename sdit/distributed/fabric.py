@@ -1,4 +1,4 @@
-"""What the process group of a launch can do: time to the first collective, and speed between all pairs and among all ranks."""
+"""Measures the process group of a launch: the first collective, and the speed between pairs and among all ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Pair = tuple[int, int]
 
 
 def rounds_of_pairs(world: int) -> list[list[Pair]]:
-    """The pairs to measure, in rounds. Up to 16 ranks all pairs, one at a time; beyond those, pairs 1, 2, 4, ... places
-    apart, all of a round at once, so that every rank takes part in most rounds."""
+    """Return the pairs of ranks to measure, in rounds. The pairs of a round are measured at the same time.
+
+    Up to 16 ranks, each round is one pair and all pairs are measured. Beyond 16 ranks, the pairs of a round are 1, 2, 4, ...
+    ranks apart, so that each rank is in most rounds.
+    """
     if world <= ALL_PAIRS_RANKS:
         return [[(a, b)] for a in range(world) for b in range(a + 1, world)]
     steps = [1 << step for step in range((world - 1).bit_length())]
@@ -29,13 +32,16 @@ def rounds_of_pairs(world: int) -> list[list[Pair]]:
 
 
 def measure_first_collective(comm: Comm) -> None:
-    """One all-reduce: connections are made and kernels loaded here."""
+    """Run one all-reduce, which opens connections and loads kernels."""
     comm.sum(torch.ones(1, device=comm.device))
     _settle(comm.device)
 
 
 def measure_pairs(comm: Comm) -> list[dict[str, Any]]:
-    """`ranks`, `latency_seconds` (half a round trip of 8 bytes) and `bytes_per_second` of every pair, on all ranks."""
+    """Return `ranks`, `latency_seconds` and `bytes_per_second` of each pair, on all ranks.
+
+    The latency is half a round trip of 8 bytes.
+    """
     found = []
     for pairs in rounds_of_pairs(comm.world):
         comm.barrier()
@@ -48,17 +54,20 @@ def measure_pairs(comm: Comm) -> list[dict[str, Any]]:
         )
         if comm.rank == mine[0]:
             found.append({"ranks": list(mine), "latency_seconds": latency, "bytes_per_second": bandwidth})
-    return [pair for part in comm.gather(found) for pair in part]
+    return [pair for pairs in comm.gather(found) for pair in pairs]
 
 
 def measure_groups(comm: Comm) -> dict[str, float]:
-    """Bytes per second that each rank moves in an all-reduce (2 (W - 1) / W of its buffer) and an all-to-all ((W - 1) / W)."""
-    share = (comm.world - 1) / comm.world
+    """Return the bytes per second that each rank sends in an all-reduce and in an all-to-all of all W ranks.
+
+    An all-reduce sends 2 (W - 1) / W of the buffer, an all-to-all sends (W - 1) / W.
+    """
+    fraction = (comm.world - 1) / comm.world
     numel = GROUP_BYTES // 4 // comm.world * comm.world
     values, received = torch.zeros(numel, device=comm.device), torch.empty(numel, device=comm.device)
     reduce_seconds = _seconds(comm, lambda: dist.all_reduce(values))
     exchange_seconds = _seconds(comm, lambda: dist.all_to_all_single(received, values))
-    moved = 4 * numel * share
+    moved = 4 * numel * fraction
     return {
         "all_reduce_bytes_per_second": 2 * moved / reduce_seconds,
         "all_to_all_bytes_per_second": moved / exchange_seconds,
@@ -67,7 +76,7 @@ def measure_groups(comm: Comm) -> dict[str, float]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name of the device, and its memory in GiB where it has its own."""
+    """Return the name of the device. For a GPU its memory in GiB is added."""
     if device.type != "cuda":
         return "CPU"
     facts = torch.cuda.get_device_properties(device)
@@ -75,21 +84,21 @@ def describe_device(device: torch.device) -> str:
 
 
 def place_from_mpi(address: str, port: int) -> tuple[str, int]:
-    """Rank 0's address and port on all ranks of an MPI launch, exchanged through MPI, which is left again at once."""
+    """Return rank 0's address and port on all ranks of an MPI launch. They are exchanged through MPI, which is then closed."""
     import mpi4py
 
     mpi4py.rc.initialize = False
     from mpi4py import MPI
 
     MPI.Init()
-    place = MPI.COMM_WORLD.bcast((address, port), root=0)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place[0], str(place[1])
+    endpoint = MPI.COMM_WORLD.bcast((address, port), root=0)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = endpoint[0], str(endpoint[1])
     MPI.Finalize()
-    return place[0], place[1]
+    return endpoint[0], endpoint[1]
 
 
 def _ping(comm: Comm, pair: Pair, size_bytes: int, times: int) -> float:
-    """Median seconds of a round trip of `size_bytes` between the two ranks of a pair."""
+    """Return the median seconds of a round trip of `size_bytes` between the two ranks of a pair."""
     box = torch.zeros(size_bytes, dtype=torch.uint8, device=comm.device)
     other = pair[1] if comm.rank == pair[0] else pair[0]
     taken = []
@@ -102,11 +111,11 @@ def _ping(comm: Comm, pair: Pair, size_bytes: int, times: int) -> float:
             transfer(box, other)
         _settle(comm.device)
         taken.append(time.perf_counter() - started)
-    return max(statistics.median(taken[1:]), 1e-9)  # the first makes the connection
+    return max(statistics.median(taken[1:]), 1e-9)  # the first round trip opens the connection
 
 
 def _seconds(comm: Comm, collective: Callable[[], Any]) -> float:
-    """Median seconds of a collective that all ranks begin together."""
+    """Return the median seconds of a collective that all ranks start together."""
     taken = []
     for _ in range(REPEATS + 1):
         comm.barrier()

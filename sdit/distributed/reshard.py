@@ -1,4 +1,4 @@
-"""Move named ranges of float32 state between ranks."""
+"""Moves named ranges of float32 state between ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sdit.distributed.comm import Comm
 
 @dataclass(frozen=True)
 class Range:
-    """`values` (n,) fp32 are elements [start, start + n) of the logical tensor `name`; a view that may be written."""
+    """The elements [start, start + n) of the logical tensor `name`.
+
+    `values` (n,) fp32 is a view that may be written.
+    """
 
     name: str
     start: int
@@ -26,31 +29,34 @@ class Range:
 
 
 def reshard(comm: Comm, have: Sequence[Range], want: Sequence[Range]) -> int:
-    """Fill every rank's `want` from all ranks' `have`, where each element is held once; return bytes this rank sent.
+    """Fill `want` of each rank from `have` of all ranks. Return the bytes that this rank sent.
 
-    `have` and `want` may share memory. Only element ranges that overlap travel.
+    Each element is in the `have` of exactly one rank. `have` and `want` may share memory. Only overlapping ranges are sent.
     """
-    wanted = comm.gather([[part.name, part.start, part.end] for part in want])
-    held = comm.gather([[part.name, part.start, part.end] for part in have])
-    mine = {(part.name, part.start): part for part in have}
-    outgoing = [_overlaps(held[comm.rank], wanted[rank]) for rank in range(comm.world)]
-    incoming = [_overlaps(held[rank], wanted[comm.rank]) for rank in range(comm.world)]
-    pieces = [
+    wanted = comm.gather([[target.name, target.start, target.end] for target in want])
+    available = comm.gather([[source.name, source.start, source.end] for source in have])
+    mine = {(source.name, source.start): source for source in have}
+    outgoing = [_overlaps(available[comm.rank], wanted[rank]) for rank in range(comm.world)]
+    incoming = [_overlaps(available[rank], wanted[comm.rank]) for rank in range(comm.world)]
+    slices = [
         mine[name, start].values[low - start : high - start] for rank in outgoing for name, start, low, high in rank
     ]
-    sent = torch.cat(pieces) if pieces else torch.empty(0, device=comm.device)
+    sent = torch.cat(slices) if slices else torch.empty(0, device=comm.device)
     send_splits = [sum(high - low for *_, low, high in rank) for rank in outgoing]
     receive_splits = [sum(high - low for *_, low, high in rank) for rank in incoming]
     received = sent.new_empty(sum(receive_splits))
     dist.all_to_all_single(received, sent, receive_splits, send_splits)
-    _place(received, [item for rank in incoming for item in rank], want)
+    _copy_out(received, [item for rank in incoming for item in rank], want)
     return 4 * (sum(send_splits) - send_splits[comm.rank])
 
 
-def _overlaps(held: list[list], wanted: list[list]) -> list[tuple[str, int, int, int]]:
-    """(name, start of the held part, low, high) of every range in both, in an order both sides derive alike."""
+def _overlaps(available: list[list], wanted: list[list]) -> list[tuple[str, int, int, int]]:
+    """Return (name, start of the available range, low, high) of each overlap.
+
+    Sender and receiver compute the same order.
+    """
     by_name: dict[str, list[tuple[int, int]]] = {}
-    for name, start, end in held:
+    for name, start, end in available:
         by_name.setdefault(name, []).append((start, end))
     found = set()
     for name, start, end in wanted:
@@ -60,12 +66,12 @@ def _overlaps(held: list[list], wanted: list[list]) -> list[tuple[str, int, int,
     return sorted(found)
 
 
-def _place(received: Tensor, ranges: list[tuple[str, int, int, int]], want: Sequence[Range]) -> None:
+def _copy_out(received: Tensor, ranges: list[tuple[str, int, int, int]], want: Sequence[Range]) -> None:
     at = 0
     for name, _, low, high in ranges:
         values = received[at : at + high - low]
         at += high - low
-        for part in want:
-            if part.name == name and part.start < high and low < part.end:
-                first, last = max(part.start, low), min(part.end, high)
-                part.values[first - part.start : last - part.start].copy_(values[first - low : last - low])
+        for target in want:
+            if target.name == name and target.start < high and low < target.end:
+                first, last = max(target.start, low), min(target.end, high)
+                target.values[first - target.start : last - target.start].copy_(values[first - low : last - low])

@@ -13,9 +13,9 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 @dataclass(frozen=True)
 class Shard:
-    """`numel` consecutive elements, from `start`, of the flattened parameter `name` (shape `shape`).
+    """`numel` consecutive elements, from `start`, of the flattened parameter `name` with shape `shape`.
 
-    `flat` is the tensor that the optimizer steps and keys its state by. The shard begins at `offset` in it.
+    `flat` is the tensor that the optimizer updates and that its state is stored under. The shard begins at `offset` in it.
     """
 
     name: str
@@ -28,16 +28,16 @@ class Shard:
 
     @property
     def master(self) -> Tensor:
-        """float32 view (numel,) of the master weights."""
+        """The master weights, a float32 view (numel,)."""
         return self.flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
     def moment(self, key: str) -> Tensor:
-        """float32 view (numel,) of an optimizer moment."""
+        """Return an optimizer moment, a float32 view (numel,)."""
         state: Tensor = self.optimizer.state[self.flat][key]
         return state.view(-1).narrow(0, self.offset, self.numel)
 
     def cut(self, start: int, numel: int) -> Shard:
-        """The part of this shard inside [start, start + numel) of the parameter."""
+        """Return the intersection of this shard with [start, start + numel) of the parameter."""
         low, high = max(start, self.start), min(start + numel, self.start + self.numel)
         return Shard(self.name, self.shape, low, high - low, self.flat, self.offset + low - self.start, self.optimizer)
 
@@ -51,12 +51,12 @@ class ReplicaShare:
 
 
 def owned_shards(local: Sequence[Shard], replicas: Mapping[str, ReplicaShare]) -> list[Shard]:
-    """The shards that this rank writes and averages: replicated ones are split over the ranks that have them."""
+    """Return the shards that this rank writes and averages. Replicated shards are split over the ranks that have them."""
     owned = []
     for shard in local:
         share = replicas[shard.name]
         numel = -(-shard.numel // share.count)
-        part = shard.cut(shard.start + share.index * numel, numel)
-        if part.numel > 0:
-            owned.append(part)
+        own_shard = shard.cut(shard.start + share.index * numel, numel)
+        if own_shard.numel > 0:
+            owned.append(own_shard)
     return owned

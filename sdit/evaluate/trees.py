@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sdit.data.decode import IMAGE_FORMATS
-from sdit.data.folders import folder_source, read_picture
+from sdit.data.folders import folder_source, read_image
 from sdit.data.index import INDEX_NAME
 from sdit.errors import ConfigError, DataError
 
@@ -147,7 +147,7 @@ class TreeImages:
         """(H, W, C) of a file; None if it is bad and to be skipped."""
         path, channels = self._tree.root / name, self.shape[2]
         try:
-            pixels = read_picture(path, self.shape[0], 3 if self._is_sample else channels).transpose(1, 2, 0)
+            pixels = read_image(path, self.shape[0], 3 if self._is_sample else channels).transpose(1, 2, 0)
         except DataError as error:
             if not self._tree.skip_bad:
                 raise DataError(_bad(str(error))) from None

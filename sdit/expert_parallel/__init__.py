@@ -1,1 +1,1 @@
-"""Expert parallelism. The planning modules are pure functions of integers; `ExpertParallel` is what a trainer uses."""
+"""Expert parallelism. The planning modules are pure functions of integers. A trainer uses `ExpertParallel`."""

@@ -1,7 +1,7 @@
 """Uneven all-to-all inside an expert-parallel group, asynchronous forward and backward. S rows sent, R rows received.
 
-A transfer is two autograd nodes: `begin` starts it and `finish` waits. In backward the roles swap: `finish` starts the
-way back and `begin` waits, so that the work between the two in forward hides the transfer in both directions.
+A transfer consists of two autograd nodes: `begin` starts it and `finish` waits. In backward, `finish` starts the
+reverse transfer and `begin` waits. The computation between the two nodes overlaps with the transfer in both passes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MODES = ("tokens", "weights", "samples")
 
 
 class TrafficCounter:
-    """Bytes that were sent, and seconds that transfers were waited for, since the last `take`.
+    """Counts the bytes sent and the seconds of waiting for transfers since the last `take`.
 
-    On a GPU the host only queues a wait. There the device's clock measures how long its stream waited, and a wait that is not
-    over yet is counted by a later `take`.
+    On a GPU the host only queues a wait. The device's clock then measures how long its stream waited. A wait that has not
+    ended yet is counted by a later `take`.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -44,7 +44,7 @@ class TrafficCounter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for a transfer."""
+        """Count the time inside the `with` as waiting for a transfer."""
         if self._on_gpu:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -57,7 +57,7 @@ class TrafficCounter:
             self._wait_seconds += time.perf_counter() - started
 
     def take(self) -> tuple[dict[str, int], float]:
-        """Return bytes by mode and seconds of waiting, and start again from zero."""
+        """Return bytes by mode and seconds of waiting, and reset both to zero."""
         over = [end.query() for _, end in self._stalls]
         milliseconds = [
             begin.elapsed_time(end) for (begin, end), is_over in zip(self._stalls, over, strict=True) if is_over
@@ -69,7 +69,7 @@ class TrafficCounter:
         return taken
 
     def forget(self) -> None:
-        """Do not count what was sent and waited for since the last `take`."""
+        """Discard the bytes and the waiting time since the last `take`."""
         self._bytes, self._wait_seconds, self._stalls = {}, 0.0, []
 
 
@@ -92,7 +92,10 @@ class ExpertGroup:
     def send(
         self, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
     ) -> tuple[Tensor, Any]:
-        """Start moving rows (S, ...) to their ranks; returns the buffer (R, ...) and what to wait for (None: it is there)."""
+        """Start to send rows (S, ...) to their ranks.
+
+        Return the receive buffer (R, ...) and the pending operation, or None if the transfer has ended.
+        """
         rows = rows.contiguous()
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
         row_bytes = rows[0].numel() * rows.element_size() if len(rows) else 0
@@ -111,7 +114,7 @@ class ExpertGroup:
         return received, None
 
     def wait(self, work: Any) -> None:
-        """Wait for a transfer. The time spent here was not hidden by other work."""
+        """Wait for a transfer. The time spent here did not overlap with computation."""
         if work is not None:
             with self.traffic.waiting():
                 work.wait()
@@ -132,7 +135,7 @@ def exchange_samples(
 
 
 class _Transfer:
-    """The state that the two nodes of one transfer share."""
+    """The state that the two autograd nodes of one transfer share."""
 
     def __init__(
         self, group: ExpertGroup, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
@@ -150,7 +153,7 @@ class _Begin(torch.autograd.Function):
         transfer.received, transfer.work = transfer.group.send(
             rows, transfer.send_splits, transfer.receive_splits, transfer.mode
         )
-        # A token without memory, shaped like the rows: it carries the gradient from `finish` back to here.
+        # A token with the shape of the rows but without memory. The gradient flows through it from `finish` to here.
         return rows.new_empty((1,) * rows.dim()).expand(rows.shape)
 
     @staticmethod
@@ -179,13 +182,13 @@ class _Finish(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Pending:
-    """Rows on their way; `wait()` gives them."""
+    """A transfer of rows that has begun. `wait()` returns the received rows."""
 
     token: Tensor
     transfer: _Transfer
 
     def wait(self) -> Tensor:
-        """Wait for the transfer and return the rows that arrived. Differentiable."""
+        """Wait for the transfer and return the received rows. Differentiable."""
         arrived: Tensor = _Finish.apply(self.token, self.transfer)
         return arrived
 
@@ -193,13 +196,16 @@ class Pending:
 def begin_rows(
     group: ExpertGroup, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str = "tokens"
 ) -> Pending:
-    """Start sending rows (S, ...), ordered by destination; what arrives is ordered by source. Differentiable."""
+    """Start to send rows (S, ...), ordered by destination. The received rows are ordered by source. Differentiable."""
     transfer = _Transfer(group, send_splits, receive_splits, mode)
     return Pending(_Begin.apply(rows, transfer), transfer)
 
 
 def begin_replicate(group: ExpertGroup, rows: Tensor, counts: Sequence[int]) -> Pending:
-    """Start to send own rows (counts[ep_rank], F) to all other ranks. Theirs arrive by rank. The owner sums the gradients."""
+    """Start to send the local rows (counts[ep_rank], F) to all other ranks.
+
+    The rows of the other ranks are received in rank order. In backward the owner sums the gradients.
+    """
     others = [rank != group.ep_rank for rank in range(group.ranks)]
     send = [len(rows) * other for other in others]
     receive = [count * other for count, other in zip(counts, others, strict=True)]
@@ -208,5 +214,5 @@ def begin_replicate(group: ExpertGroup, rows: Tensor, counts: Sequence[int]) -> 
 
 
 def _as_bytes(rows: Tensor) -> Tensor:
-    """(rows, bytes of a row) uint8 view: gloo has no bfloat16."""
+    """Return rows as a uint8 view (rows, bytes of a row), because gloo does not support bfloat16."""
     return rows.view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)

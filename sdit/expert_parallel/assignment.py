@@ -1,6 +1,7 @@
-"""Which rank of an expert-parallel group computes which sample: the one that holds most of the sample's path.
+"""Assigns the samples of an expert-parallel group to ranks: each to the rank that owns most experts of its path.
 
-n = P * B samples of one group and micro-step, P ranks with B samples each, T tasks.
+n = P * B samples of one group and micro-step, P ranks with B samples each, T tasks. A path is the sequence of experts
+that a task uses, over all blocks.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_FAR = 1 << 40  # more than any path cost; sums of two stay far below 2^63
+_FAR = 1 << 40  # more than any path cost; the sum of two is far below 2^63
 
 
 def assign_samples(
     tasks: np.ndarray, need: np.ndarray, per_rank: int, source_rank: np.ndarray | None = None
 ) -> np.ndarray:
-    """The rank (n,) int64 of each sample, B = `per_rank` on every rank, that leaves the fewest path blocks elsewhere.
+    """Return the rank (n,) int64 of each sample that minimises the number of path blocks on other ranks.
 
-    `tasks` (n,) of the samples; `need` (T, P): blocks in which a task uses rank p; `source_rank` (n,): the rank that loaded
-    the sample, where it stays if one of equal need has to move. The optimum, not an approximation: samples of equal
-    need are one supply of a transportation problem, solved by successive shortest paths over the P ranks.
+    Each rank gets B = `per_rank` samples. The result is optimal: samples of equal need are one supply of a transportation
+    problem, which successive shortest paths over the P ranks solve.
+
+    Args:
+        tasks: (n,) tasks of the samples.
+        need: (T, P) number of blocks in which a task uses rank p.
+        source_rank: (n,) rank that loaded each sample. Among samples of equal need, those that stay there are preferred.
     """
     ranks = need.shape[1]
     assert len(tasks) == per_rank * ranks, (len(tasks), per_rank, ranks)
@@ -31,10 +36,11 @@ def assign_samples(
 
 
 def _transport(cost: np.ndarray, supply: np.ndarray, per_rank: int) -> np.ndarray:
-    """(K, P) int64 samples of each kind on each rank of least total `cost` (K, P), for `supply` (K,), B per rank.
+    """Return (K, P) int64, the samples of each kind on each rank with minimal total `cost` (K, P).
 
-    Every kind starts on its best rank; then the cheapest chains of moves lead from overfull to free ranks, which keeps
-    the assignment optimal for its fill (Ahuja, Magnanti, Orlin, "Network Flows", 9.7).
+    `supply` (K,) are the samples of each kind. Each rank gets B samples. First, each kind is put on its best rank. Then
+    the cheapest chains of moves lead from overfull ranks to free ranks, which keeps the assignment optimal for its fill
+    (Ahuja, Magnanti, Orlin, "Network Flows", 9.7).
     """
     kinds, ranks = cost.shape
     flow = np.zeros((kinds, ranks), dtype=np.int64)
@@ -52,13 +58,13 @@ def _transport(cost: np.ndarray, supply: np.ndarray, per_rank: int) -> np.ndarra
 
 
 class _Moves:
-    """The cheapest single move between any two ranks; `flow` is changed in place."""
+    """The cheapest single move between any two ranks. `flow` is changed in place."""
 
     def __init__(self, cost: np.ndarray, flow: np.ndarray) -> None:
         ranks = cost.shape[1]
         self.cost, self.flow = cost, flow
         self.price = np.empty((ranks, ranks), dtype=np.int64)  # of moving one sample from row to column
-        self.kind = np.empty((ranks, ranks), dtype=np.int64)  # the kind that moves at this price
+        self.kind = np.empty((ranks, ranks), dtype=np.int64)  # the kind with this price
         for rank in range(ranks):
             self._refresh(rank)
 
@@ -73,7 +79,10 @@ class _Moves:
         self.price[rank] = np.take_along_axis(price, best[None], axis=0)[0]
 
     def cheapest_chain(self, full: np.ndarray, free: np.ndarray) -> list[tuple[int, int]]:
-        """The (from, to) moves of the cheapest chain from a full to a free rank (Bellman-Ford on P ranks)."""
+        """Return the (from, to) moves of the cheapest chain from a full rank to a free rank.
+
+        The search is Bellman-Ford on P ranks.
+        """
         distance = np.where(full, 0, _FAR)
         before = np.full(len(full), -1)
         while True:
@@ -91,7 +100,7 @@ class _Moves:
         return chain[::-1]
 
     def apply(self, chain: list[tuple[int, int]], limit: int) -> int:
-        """Move up to `limit` samples along the chain, as many as its scarcest kind has; returns how many."""
+        """Move up to `limit` samples along the chain, limited by its scarcest kind. Return how many were moved."""
         kinds = [self.kind[move] for move in chain]
         moved = min([limit, *(int(self.flow[kind, source]) for kind, (source, _) in zip(kinds, chain, strict=True))])
         for kind, (source, target) in zip(kinds, chain, strict=True):
@@ -103,7 +112,10 @@ class _Moves:
 
 
 def _deal(kind: np.ndarray, flow: np.ndarray, source_rank: np.ndarray) -> np.ndarray:
-    """The rank (n,) of each sample of `kind` (n,) under `flow` (K, P): those whose source rank it is first, the rest in order."""
+    """Return the rank (n,) of each sample of `kind` (n,) for `flow` (K, P).
+
+    Samples first fill the flow of their source rank. The others follow in order.
+    """
     kinds, ranks = flow.shape
     assigned_rank = np.empty(len(kind), dtype=np.int64)
     group = kind * ranks + source_rank
@@ -121,10 +133,10 @@ def _deal(kind: np.ndarray, flow: np.ndarray, source_rank: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class SampleExchange:
-    """How one rank sends the samples that it loaded to the ranks that compute them: an all-to-all inside its group.
+    """The all-to-all in which one rank sends the samples that it loaded to the ranks that compute them.
 
-    `send_rows` (B,) are the loaded samples by destination. `send_splits`, `receive_splits` (P,) count samples per rank; a rank
-    may send samples to itself. What arrives, indexed by `order` (B,), are the samples of this rank by rising index.
+    `send_rows` (B,) are the loaded samples by destination. `send_splits` and `receive_splits` (P,) count samples per rank. A
+    rank may send samples to itself. The received samples, indexed by `order` (B,), have ascending sample indices.
     """
 
     send_rows: np.ndarray
@@ -133,14 +145,17 @@ class SampleExchange:
     order: np.ndarray
 
     def sent_samples(self, ep_rank: int) -> int:
-        """Samples that leave the rank at `ep_rank` of the group."""
+        """Return the number of samples that the rank `ep_rank` sends to other ranks of the group."""
         return int(self.send_splits.sum() - self.send_splits[ep_rank])
 
 
 def plan_sample_exchange(
     source_rank: np.ndarray, assigned_rank: np.ndarray, ranks: int, ep_rank: int
 ) -> SampleExchange:
-    """The exchange of one rank. `source_rank` and `assigned_rank` (n,) are the ranks that loaded and compute each sample."""
+    """Return the exchange of one rank.
+
+    `source_rank` and `assigned_rank` (n,) are the ranks that load and compute each sample.
+    """
     targets, sources = assigned_rank[source_rank == ep_rank], source_rank[assigned_rank == ep_rank]
     return SampleExchange(
         send_rows=np.argsort(targets, kind="stable"),

@@ -1,6 +1,6 @@
-"""Which samples an expert with limited capacity serves: a function of the global batch, for any layout.
+"""Selects the samples that an expert with limited capacity serves: a function of the global batch, for any layout.
 
-N samples of the global batch, T tasks, M experts, k experts used per sample and block.
+N samples of the global batch, T tasks, M experts of a block, k experts used per sample and block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from sdit.randomness import priorities
 
 @dataclass(frozen=True)
 class Capacity:
-    """`factor` over the mean load, and which samples stay: highest gate, lowest index, or a random choice by `seed`."""
+    """A capacity `factor` relative to the mean load, and the rule for the samples that are kept.
+
+    The rule is highest gate, lowest index, or a random choice by `seed`.
+    """
 
     factor: float
     policy: Literal["gate", "position", "random"] = "gate"
@@ -26,15 +29,15 @@ class Capacity:
 
 
 def capacity_limit(factor: float, samples: int, top_k: int, experts: int) -> int:
-    """ceil(factor * N * k / M), the samples of the global batch that one expert takes."""
-    # In floats 1.1 * 110 is 121.00000000000001, one sample more than asked for: compute with the decimal as written.
+    """Return ceil(factor * N * k / M), the number of samples of the global batch that one expert serves."""
+    # In floats 1.1 * 110 is 121.00000000000001, which would give one more sample. Compute with the exact decimal.
     return math.ceil(Fraction(repr(factor)) * samples * top_k / experts)
 
 
 def keep_samples(routes: RoutingTable, tasks: np.ndarray, first_index: int, capacity: Capacity) -> np.ndarray:
-    """(depth, N, k) bool, false where an overfull expert drops the sample, for the global batch's tasks (N,).
+    """Return (depth, N, k) bool, False where an overfull expert drops the sample, for tasks (N,) of the global batch.
 
-    `first_index` is the run index of the batch's first sample. Equal gates are kept by rising index.
+    `first_index` is the run index of the first sample of the batch. Samples with equal gates are kept in index order.
     """
     experts = routes.experts[:, tasks]
     limit = capacity_limit(capacity.factor, len(tasks), routes.top_k, routes.count)
@@ -46,7 +49,7 @@ def keep_samples(routes: RoutingTable, tasks: np.ndarray, first_index: int, capa
     expert = experts[block, sample, choice]
     unit = block * routes.count + expert
     priority = _priority(routes, tasks, first_index, capacity, (block, sample, choice, expert))
-    order = np.lexsort((priority, unit))  # stable: entries of equal priority stay in the order of their samples
+    order = np.lexsort((priority, unit))  # stable, so entries of equal priority stay in sample order
     starts = np.searchsorted(unit[order], unit[order])
     dropped = order[np.arange(len(order)) - starts >= limit]
     kept[block[dropped], sample[dropped], choice[dropped]] = False
@@ -54,14 +57,14 @@ def keep_samples(routes: RoutingTable, tasks: np.ndarray, first_index: int, capa
 
 
 def dropped_per_block(kept: np.ndarray) -> np.ndarray:
-    """(depth,) int64: the (sample, expert) pairs of `kept` (depth, N, k) that no expert serves."""
+    """Return (depth,) int64, the number of dropped (sample, expert) pairs of `kept` (depth, N, k) in each block."""
     return (~kept).sum(axis=(1, 2))
 
 
 def _priority(
     routes: RoutingTable, tasks: np.ndarray, first_index: int, capacity: Capacity, entry: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """One number per (block, sample, choice, expert) entry; the lowest stay."""
+    """Return one number per (block, sample, choice, expert) entry. The lowest numbers are kept."""
     block, sample, choice, expert = entry
     if capacity.policy == "gate":
         return -routes.gates[block, tasks[sample], choice]

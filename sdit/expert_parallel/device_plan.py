@@ -1,6 +1,6 @@
-"""The plan of a micro-step as index tensors on the device: which rows meet which experts, in every block.
+"""The plan of a micro-step as index tensors on the device: the rows and the experts of each block.
 
-B own samples of n in the group, M experts of a block, S rows sent, R rows received.
+B local samples of n in the group, M experts of a block, S rows sent, R rows received, K columns of gates.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sdit.model.moe.experts import ExpertRows
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """Expert work on a buffer of R rows.
+    """The expert work on a buffer of R rows.
 
-    `samples` (R,) and `columns` (K,) select the rows' gates from those of the group (n, M). `counted` (K,) is 0 for columns that
-    are computed elsewhere (None: all count). `rows` are the rows that use each column.
+    `samples` (R,) and `columns` (K,) select the gates of the rows from those of the group (n, M). `counted` (K,) is 0 for
+    columns that another rank computes (None: all are computed here). `rows` are the rows that use each column.
     """
 
     samples: Tensor
@@ -32,7 +32,7 @@ class DeviceWork:
     rows: ExpertRows
 
     def weights(self, gates: Tensor) -> Tensor:
-        """(R, K) gates of the rows from those of the group (n, M)."""
+        """Return the gates (R, K) of the rows, given the gates (n, M) of the group."""
         selected = gates.index_select(0, self.samples).index_select(1, self.columns)
         return selected if self.counted is None else selected * self.counted
 
@@ -41,8 +41,8 @@ class DeviceWork:
 class BlockDevicePlan:
     """The exchange of one block, see `step_plan.BlockPlan`.
 
-    `replica_counts` (P,) says how many replicated experts each rank owns; `replica_rows` are the rows of the own ones in the
-    local stack of experts.
+    `replica_counts` (P,) is the number of replicated experts that each rank owns. `replica_rows` are the rows of this
+    rank's replicated experts in the local stack of experts.
     """
 
     send_rows: Tensor
@@ -57,14 +57,14 @@ class BlockDevicePlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What one forward pass needs: the samples whose gates are computed, and the exchange of every block."""
+    """The input of one forward pass: the samples whose gates are computed, and the exchange of each block."""
 
     view: TaskView
     blocks: list[BlockDevicePlan]
 
 
 class _Packer:
-    """Collects index arrays on the host; `views` are their slices of one device tensor."""
+    """Collects index arrays on the host. `views` returns them as slices of one device tensor."""
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
@@ -80,7 +80,7 @@ class _Packer:
 
 @dataclass(frozen=True)
 class _WorkDraft:
-    """A `DeviceWork` whose arrays are numbers of the packer's."""
+    """A `DeviceWork` that refers to its arrays by their number in the packer."""
 
     samples: int
     columns: int
@@ -96,7 +96,7 @@ class _WorkDraft:
 
 
 def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, device: torch.device) -> DevicePlan:
-    """Copy a plan to the device. The index arrays of all blocks travel in one packed copy."""
+    """Return the plan on the device. The index arrays of all blocks are copied in one packed tensor."""
     packer, drafts = _Packer(), []
     own_samples = np.arange(plan.own.start, plan.own.stop)
     for block, ids_of_rank, replicated in zip(
@@ -105,7 +105,7 @@ def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, dev
         own = ids_of_rank[ep_rank]
         foreign = [ids[replicated[ids]] for rank, ids in enumerate(ids_of_rank) if rank != ep_rank]
         local = _draft(packer, block.local, np.concatenate([own, *foreign]), own_samples, None)
-        # A visitor's replicated experts are computed where it came from: their columns do not count here.
+        # The source rank of a received row computes the row's replicated experts, so their columns are not counted here.
         counted = None if not replicated[own].any() else ~replicated[own]
         remote = _draft(packer, block.remote, own, block.remote.samples, counted)
         counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
@@ -138,7 +138,10 @@ def _view(plan: MicroStepPlan, device: torch.device) -> TaskView:
 def _draft(
     packer: _Packer, work: ExpertWork, columns: np.ndarray, samples: np.ndarray, counted: np.ndarray | None
 ) -> _WorkDraft:
-    """Work on all rows `samples` (rising): gate rows, gate columns, and per column the rows that use its expert."""
+    """Return the work on all rows `samples` (ascending).
+
+    It consists of gate rows, gate columns, and for each column the rows that use its expert.
+    """
     rows = np.searchsorted(samples, work.samples[work.pair_rows])
     users = [(column, rows[work.pair_experts == expert]) for column, expert in enumerate(columns)]
     return _WorkDraft(

@@ -1,6 +1,6 @@
-"""Forward passes of an expert-parallel group. Samples travel to experts, or the weights of replicated experts to the samples.
+"""Forward passes of an expert-parallel group. Tokens are sent to the ranks of their experts, or expert weights to all ranks.
 
-B own samples of n in the group, L tokens, D width, M experts of which this rank owns M_local, S rows sent, R rows received.
+B local samples of n in the group, L tokens, D width, M experts of a block, M_local local ones, S rows sent, R received.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sdit.model.moe.experts import Experts
 from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts
-# A transfer's token has a shape without its memory, which torch.compile cannot trace: its graph breaks here, and compiles what
-# lies between.
+# The token of a transfer has a shape but no memory, which torch.compile cannot trace. The graph breaks at these methods, and
+# the code between them is compiled.
 eagerly = torch.compiler.disable
 
 
 class Dispatched(NamedTuple):
-    """A block whose transfers have begun. `arriving` is None if no row of the group travels."""
+    """A block whose transfers have begun. `arriving` is None if no rank of the group sends a row."""
 
     block: int
     z: Tensor
@@ -37,7 +37,10 @@ class Dispatched(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """A block's mixture `mixed` (B, L, D) as far as this rank computed it; the rest returns from other ranks."""
+    """A block's mixture `mixed` (B, L, D), as far as this rank computed it.
+
+    `returning` is the transfer of the results from other ranks, or None.
+    """
 
     block: int
     mixed: Tensor
@@ -47,8 +50,8 @@ class Computed(NamedTuple):
 class PlannedPass:
     """One forward and backward pass that follows the plan of a micro-step.
 
-    `prefetch` are the experts of all blocks if the replicas of a block are to travel while the block before is computed. It is
-    empty if they travel when their block begins.
+    If `prefetch` holds the experts of all blocks, the replicas of a block are sent while the previous block is computed.
+    If it is empty, they are sent at the start of their block.
     """
 
     def __init__(self, group: ExpertGroup, plan: DevicePlan, prefetch: Sequence[BlockExperts] = ()) -> None:
@@ -67,7 +70,7 @@ class PlannedPass:
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
-        """Compute own rows, then those that arrived, and start to send the results of these back."""
+        """Compute the local rows, then the received rows, and start to send the results of the received rows back."""
         block, z, gates, experts, replicas, arriving = dispatched
         plan, returning = self._blocks[block], None
         mixed = experts.mix(z, plan.local.weights(gates), plan.local.rows, replicas)
@@ -81,8 +84,8 @@ class PlannedPass:
     def combine(self, computed: Computed) -> Tensor:
         """Return the mixture (B, L, D), and start to send the replicas of the next block.
 
-        The replicas are sent here also if no row travels: the order of backward, and so of the gradients that fill ZeRO's
-        buckets, must be the same in all groups, and their routes differ.
+        The replicas are sent here even if no row is sent. The order of backward must be the same in all groups, because it is
+        the order of the gradients in ZeRO's buckets, and the routes of the groups differ.
         """
         block, mixed, returning = computed
         if returning is not None:
@@ -93,7 +96,7 @@ class PlannedPass:
         return mixed
 
     def _replicas(self, block: int, experts: BlockExperts) -> Mapping[str, Tensor]:
-        """Parameters (n, ...) by name of the replicated experts of other ranks."""
+        """Return the parameters (n, ...) by name of the replicated experts of other ranks."""
         if self._prefetched is not None:
             (sent_for, sent), self._prefetched = self._prefetched, None
             assert sent_for == block, f"replicas of block {sent_for} were sent, block {block} is computed"
@@ -105,7 +108,7 @@ class PlannedPass:
         return experts.local.unflatten_rows(sent.wait())
 
     def _replicate(self, experts: BlockExperts, plan: BlockDevicePlan) -> Pending | None:
-        """Start to exchange the weights of all replicated experts. None: there are none."""
+        """Start to exchange the weights of all replicated experts. Return None if there are none."""
         if not sum(plan.replica_counts) or self._group.ranks == 1:
             return None
         return begin_replicate(self._group, experts.local.flat_rows(plan.replica_rows), plan.replica_counts)
@@ -120,12 +123,16 @@ class SharedTaskPass:
         self._group = group
 
     def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: BlockExperts) -> tuple[Tensor, Tensor, Experts]:
-        """Return the tokens with the gates of the local experts: nothing is sent yet."""
+        """Return the tokens, the gates of the local experts, and the experts. No data are sent yet."""
         own = torch.tensor(experts.ids, device=gates.device)
         return z, gates[:, own], experts.local
 
     def compute(self, dispatched: tuple[Tensor, Tensor, Experts]) -> Tensor:
-        """Merge linear experts where they are stored and sum over the group. Bring the tokens of all ranks to others."""
+        """Return the mixture (B, L, D).
+
+        Linear experts are merged on their ranks, and the merged weights are summed over the group. For other experts, each rank
+        receives the tokens of all ranks.
+        """
         z, gates, experts = dispatched
         merged = experts.merge(gates)
         if merged is not None:

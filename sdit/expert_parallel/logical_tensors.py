@@ -1,4 +1,4 @@
-"""From the shards of state a rank holds to the logical tensors of a checkpoint, expert by expert."""
+"""Splits the local shards of state into the logical tensors of a checkpoint, expert by expert."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from sdit.distributed.shards import Shard
 
 ExpertIds = Callable[
     [str], Sequence[int] | None
-]  # parameter name -> global ids of its rows; None: not a stack of experts
+]  # parameter name -> global ids of its rows, or None if it is not a stack of experts
 
 
 @dataclass(frozen=True)
-class Span:
-    """`numel` elements from `start` of the logical tensor `name` (shape `shape`); they begin at `offset` in the shard."""
+class LogicalShard:
+    """`numel` elements, from `start`, of the logical tensor `name` with shape `shape`.
+
+    They begin at `offset` in the shard of the parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -26,23 +29,25 @@ class Span:
     offset: int
 
 
-def spans_of(shard: Shard, expert_ids: Sequence[int] | None) -> Iterator[Span]:
-    """The logical tensors a shard covers: itself, or a part of each expert's row."""
+def logical_shards(shard: Shard, expert_ids: Sequence[int] | None) -> Iterator[LogicalShard]:
+    """Yield the ranges of logical tensors that a shard covers: the whole shard, or a range of each expert's row."""
     if expert_ids is None:
-        yield Span(shard.name, shard.shape, shard.start, shard.numel, 0)
+        yield LogicalShard(shard.name, shard.shape, shard.start, shard.numel, 0)
         return
     row_shape = shard.shape[1:]
     row = math.prod(row_shape)
     end = shard.start + shard.numel
     for index in range(shard.start // row, -(-end // row)):
         low, high = max(shard.start, index * row), min(end, (index + 1) * row)
-        yield Span(f"{shard.name}#{expert_ids[index]}", row_shape, low - index * row, high - low, low - shard.start)
+        yield LogicalShard(
+            f"{shard.name}#{expert_ids[index]}", row_shape, low - index * row, high - low, low - shard.start
+        )
 
 
-def named_spans(
+def shards_with_values(
     shards: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
-) -> Iterator[tuple[Span, Tensor]]:
-    """Every logical span of `shards` with its view into `values` (one flat tensor per shard)."""
+) -> Iterator[tuple[LogicalShard, Tensor]]:
+    """Yield each logical shard of `shards` with its view into `values` (one flat tensor per shard)."""
     for shard, flat in zip(shards, values, strict=True):
-        for span in spans_of(shard, expert_ids(shard.name)):
-            yield span, flat.narrow(0, span.offset, span.numel)
+        for logical in logical_shards(shard, expert_ids(shard.name)):
+            yield logical, flat.narrow(0, logical.offset, logical.numel)

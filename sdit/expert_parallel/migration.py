@@ -1,4 +1,4 @@
-"""Move experts between the ranks of a group, with their moments and averages."""
+"""Moves experts between the ranks of a group, together with their moments and averages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from sdit.distributed.comm import Comm
 from sdit.distributed.reshard import Range, reshard
 from sdit.distributed.shards import Shard
-from sdit.expert_parallel.logical_tensors import ExpertIds, named_spans
+from sdit.expert_parallel.logical_tensors import ExpertIds, shards_with_values
 
 
 @dataclass(frozen=True)
 class ExpertState:
-    """One kind of state of the sharded experts (masters, a moment, or the EMA).
+    """One kind of state of the sharded experts: masters, a moment, or the EMA.
 
-    `source` values (one tensor per shard) are written to `target` values on the ranks that own the experts afterwards. Every
-    element is in the source of exactly one rank. Under ZeRO 0 the targets have replicas.
+    `source` values (one tensor per shard) are written to the `target` values of the ranks that own the experts afterwards.
+    Each element is in the source of exactly one rank. Under ZeRO 0 the targets have replicas.
     """
 
     source_shards: Sequence[Shard]
@@ -29,14 +29,14 @@ class ExpertState:
 
 
 class MigratableState(Protocol):
-    """The state of a run, as far as a migration of experts needs it."""
+    """The methods of a run's state that a migration of experts needs."""
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
-        """Global ids of the rows of a parameter. None: it is no stack of experts."""
+        """Return the global ids of the rows of a parameter, or None if it is not a stack of experts."""
         ...
 
     def expert_state(self) -> list[ExpertState]:
-        """The state of all sharded experts, by kind."""
+        """Return the state of all sharded experts, by kind."""
         ...
 
     def sync_compute_weights(self) -> None:
@@ -47,7 +47,7 @@ class MigratableState(Protocol):
 def migrate(comm: Comm, state: MigratableState, rename: Callable[[], None]) -> None:
     """Move the state of all experts to their new ranks. All ranks call it together.
 
-    `rename` changes the ids of the stacks of experts to those of the new placement.
+    `rename` sets the ids of the stacks of experts to those of the new placement.
     """
     kinds = state.expert_state()
     sources = [_ranges(kind.source_shards, kind.source, state.expert_ids) for kind in kinds]
@@ -64,7 +64,7 @@ def expert_state(
     averages: Sequence[Tensor],
     ids: ExpertIds,
 ) -> list[ExpertState]:
-    """The state of all sharded experts: masters, moments and `averages` (one tensor per owned shard)."""
+    """Return the state of all sharded experts: masters, moments and `averages` (one tensor per owned shard)."""
     targets = [shard for shard in local if ids(shard.name) is not None]
     indices = [index for index, shard in enumerate(owned) if ids(shard.name) is not None]
     sources = [owned[index] for index in indices]
@@ -77,4 +77,4 @@ def expert_state(
 
 
 def _ranges(shards: Sequence[Shard], values: Sequence[Tensor], ids: ExpertIds) -> list[Range]:
-    return [Range(span.name, span.start, view) for span, view in named_spans(shards, values, ids)]
+    return [Range(logical.name, logical.start, view) for logical, view in shards_with_values(shards, values, ids)]

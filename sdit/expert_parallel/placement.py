@@ -1,6 +1,6 @@
-"""Which rank of an expert-parallel group holds which expert, and what it takes to change that.
+"""The placement of experts on the ranks of an expert-parallel group, and the moves that change it.
 
-M experts, P ranks per group with M / P experts of every block each, T tasks, N samples, k experts used per block.
+M experts of a block, P ranks per group with M / P experts of each block, T tasks, N samples, k experts used per block.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sdit.expert_parallel.assignment import assign_samples
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, expert_counts, hottest
 
 PlacementKind = Literal["index", "balanced", "path"]
-# Aim of the path placement for expected loads; it leaves room for the scatter of real batches below 1.3.
+# Target of the path placement for expected loads. With it, the imbalance of real batches stays below 1.3.
 TARGET_IMBALANCE = 1.25
 
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Where the experts of every block are.
+    """The owner of each expert of each block, and the replicated experts.
 
-    `expert_to_rank` (depth, M) is the rank, inside the group of `ranks` = P, that owns the expert. `replicated` (depth, M) bool
-    marks experts whose weights every rank of the group receives, so that no sample travels to them.
+    `expert_to_rank` (depth, M) is the rank that owns the expert, inside the group of `ranks` = P. `replicated` (depth, M)
+    bool marks experts whose weights each rank of the group receives, so no sample is sent to them.
     """
 
     expert_to_rank: np.ndarray
@@ -33,12 +33,12 @@ class ExpertPlacement:
 
     @property
     def experts_of_rank(self) -> np.ndarray:
-        """(depth, P, M / P) ids of the experts that each rank owns, rising."""
+        """The ids of the experts that each rank owns, (depth, P, M / P), ascending."""
         return np.argsort(self.expert_to_rank, axis=1, kind="stable").reshape(len(self.expert_to_rank), self.ranks, -1)
 
 
 def ranks_needed(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
-    """(depth, N, P) bool: the sample uses an expert that only rank p can serve, for `experts` (depth, N, k)."""
+    """Return (depth, N, P) bool, True if the sample uses an expert that only rank p can serve. `experts` is (depth, N, k)."""
     block = np.arange(len(experts))[:, None, None]
     wanted = ~placement.replicated[block, experts]
     if kept is not None:
@@ -50,12 +50,18 @@ def ranks_needed(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarr
 
 
 def path_need(experts: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """(T, P) int64: in how many blocks a task (depth, T, k) needs rank p; what `assign_samples` decides by."""
+    """Return (T, P) int64, the number of blocks in which a task needs rank p, for `experts` (depth, T, k).
+
+    `assign_samples` uses it.
+    """
     return ranks_needed(experts, placement).sum(axis=0)
 
 
 def expected_load_imbalance(loads: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """(depth,) expected largest over mean work of the ranks. Replicated experts count as spread evenly."""
+    """Return the expected max / mean of the ranks' work in each block, (depth,).
+
+    The work of replicated experts is counted as evenly distributed.
+    """
     work = _rank_loads(np.where(placement.replicated, 0, loads), placement.expert_to_rank, placement.ranks)
     work = work + np.where(placement.replicated, loads, 0).sum(axis=1, keepdims=True) / placement.ranks
     return work.max(axis=1) / work.mean(axis=1)
@@ -68,11 +74,11 @@ def place_experts(
     replicated: np.ndarray | None = None,
     limit: float = TARGET_IMBALANCE,
 ) -> np.ndarray:
-    """(depth, M) rank of each expert.
+    """Return the rank of each expert (depth, M).
 
-    index: in order of their ids. balanced: equal expected load. path: neighbours in time together, which keeps paths
-    local, unless that loads a rank beyond `limit` x the mean (over the blocks). Load and traffic of `replicated` experts
-    (None: the k hottest of each block) do not depend on their rank.
+    index: in the order of the ids. balanced: equal expected load. path: experts of similar tasks on the same rank, so that
+    most transfers of a path are saved, unless a rank's load exceeds `limit` x the mean (averaged over the blocks). Load and
+    traffic of `replicated` experts (None: the k hottest of each block) do not depend on their rank.
     """
     assert routes.count % ranks == 0, (routes.count, ranks)
     by_index = np.tile(np.arange(routes.count) // (routes.count // ranks), (routes.depth, 1))
@@ -88,12 +94,15 @@ def place_experts(
 
 
 def _rank_loads(loads: np.ndarray, expert_to_rank: np.ndarray, ranks: int) -> np.ndarray:
-    """(depth, P) sum of the loads (depth, M) on each rank."""
+    """Return (depth, P), the sum of the loads (depth, M) on each rank."""
     return np.stack([np.bincount(where, load, ranks) for where, load in zip(expert_to_rank, loads, strict=True)])
 
 
 def _mean_task(routes: RoutingTable) -> np.ndarray:
-    """(depth, M) mean task of those that use the expert; infinite for unused experts, which so come last."""
+    """Return (depth, M), the mean of the tasks that use the expert.
+
+    It is infinite for unused experts, so they are sorted last.
+    """
     unit = routes.experts + np.arange(routes.depth)[:, None, None] * routes.count
     task = np.broadcast_to(np.arange(routes.tasks)[None, :, None], unit.shape)
     total = np.bincount(unit.ravel(), task.ravel(), minlength=routes.depth * routes.count).reshape(routes.depth, -1)
@@ -102,7 +111,10 @@ def _mean_task(routes: RoutingTable) -> np.ndarray:
 
 
 def _largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
-    """(depth, M) ranks: falling by load, each expert to the least loaded rank that owns too few (Graham 1969, LPT)."""
+    """Return ranks (depth, M): in descending load, each expert goes to the least loaded rank with a free position.
+
+    Source: Graham 1969, LPT.
+    """
     depth, count = loads.shape
     blocks = np.arange(depth)
     expert_to_rank = np.empty((depth, count), dtype=np.int64)
@@ -116,7 +128,7 @@ def _largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np.ndarray:
-    """(depth, M) ranks after swapping experts, worst block first, until the mean imbalance is within `limit`."""
+    """Return ranks (depth, M) after experts were swapped, worst block first, until the mean imbalance is within `limit`."""
     loads = exact_loads(routes.experts, routes.count)
     expert_to_rank, imbalance = placement.expert_to_rank.copy(), expected_load_imbalance(loads, placement)
     if imbalance.mean() <= limit:
@@ -133,7 +145,7 @@ def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np
             limit * loads[block].sum() / placement.ranks - shared[block],
         )
         if swap is None:
-            imbalance[block] = 0  # as level as it gets: leave it out
+            imbalance[block] = 0  # no swap improves this block, so it is ignored from now on
             continue
         expert_to_rank[block, swap] = expert_to_rank[block, swap[::-1]]
         work = np.bincount(expert_to_rank[block], own[block], placement.ranks) + shared[block]
@@ -142,7 +154,10 @@ def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np
 
 
 def _affinity(routes: RoutingTable, placement: ExpertPlacement) -> np.ndarray:
-    """(depth, M, P) share of tasks that use the expert and are assigned to rank p by path; 0 for replicated experts."""
+    """Return (depth, M, P), the fraction of tasks that use the expert and are assigned to rank p by path.
+
+    It is 0 for replicated experts.
+    """
     samples = -(-routes.tasks // placement.ranks) * placement.ranks
     tasks = np.arange(samples) * routes.tasks // samples
     assigned_rank = assign_samples(tasks, path_need(routes.experts, placement), samples // placement.ranks)
@@ -156,9 +171,9 @@ def _affinity(routes: RoutingTable, placement: ExpertPlacement) -> np.ndarray:
 
 
 def _best_swap(expert_to_rank: np.ndarray, loads: np.ndarray, affinity: np.ndarray, target: float) -> list[int] | None:
-    """The two experts whose swap lightens the block's most loaded rank at the least loss of affinity; None: no swap does.
+    """Return the two experts whose swap reduces the load of the block's most loaded rank at the smallest loss of affinity.
 
-    Relief counts down to `target`, the load that is light enough.
+    Return None if no swap reduces it. A load below `target` is not rewarded.
     """
     work = np.bincount(expert_to_rank, loads, affinity.shape[1])
     full = int(work.argmax())
@@ -169,14 +184,14 @@ def _best_swap(expert_to_rank: np.ndarray, loads: np.ndarray, affinity: np.ndarr
     relief = np.minimum(work[full] - fuller, work[full] - target)
     loss = affinity[inside, full][:, None] + affinity[outside, there][None]
     loss = loss - affinity[inside][:, there] - affinity[outside, full][None]
-    smallest = 1e-9  # loads are multiples of 1 / T: less is rounding
+    smallest = 1e-9  # loads are multiples of 1 / T, so smaller differences are rounding errors
     price = np.where(relief > smallest, (loss + smallest) / np.maximum(relief, smallest), np.inf)
     i, j = np.unravel_index(price.argmin(), price.shape)
     return None if np.isinf(price[i, j]) else [int(inside[i]), int(outside[j])]
 
 
 class Move(NamedTuple):
-    """One expert of one block that changes its rank inside the group."""
+    """An expert of a block that changes its rank inside the group."""
 
     block: int
     expert: int
@@ -185,14 +200,17 @@ class Move(NamedTuple):
 
 
 def replacement_moves(old: np.ndarray, new: np.ndarray) -> list[Move]:
-    """All experts whose rank differs between two placements (depth, M), in order of block and expert."""
+    """Return the experts whose rank differs between two placements (depth, M), in order of block and expert."""
     changed = np.nonzero(old != new)
     columns = (*changed, old[changed], new[changed])
     return [Move(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def relabel(old: np.ndarray, new: np.ndarray, ranks: int) -> np.ndarray:
-    """Placement `new` (depth, M), its ranks renamed in all blocks alike so that the fewest experts move from `old`."""
+    """Return the placement `new` (depth, M) with renamed ranks, so that the fewest experts move from `old`.
+
+    The renaming is the same in all blocks.
+    """
     overlap = np.zeros((ranks, ranks), dtype=np.int64)
     np.add.at(overlap, (new, old), 1)
     return linear_sum_assignment(-overlap)[1][new]

@@ -1,6 +1,6 @@
-"""What the gates of all blocks decide for every task. A step is planned from this copy on the host.
+"""The decisions of all gates for all tasks, on the host. A step is planned from this table.
 
-T tasks, N samples, M experts, k experts used per task and block.
+T tasks, N samples, M experts of a block, k experts used per task and block.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """`experts` (depth, T, k) int64 chosen by falling gate, their `gates` (depth, T, k) float32, of `count` = M."""
+    """The chosen experts of each task and their gates.
+
+    `experts` (depth, T, k) int64 in descending order of their `gates` (depth, T, k) float32. `count` = M.
+    """
 
     experts: np.ndarray
     gates: np.ndarray
@@ -24,23 +27,23 @@ class RoutingTable:
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return self.experts.shape[0]
 
     @property
     def tasks(self) -> int:
-        """T, number of tasks."""
+        """The number of tasks T."""
         return self.experts.shape[1]
 
     @property
     def top_k(self) -> int:
-        """k, experts used per task and block."""
+        """The number k of experts used per task and block."""
         return self.experts.shape[2]
 
 
 def routing_table(model: DiffusionTransformer) -> RoutingTable:
-    """The routing table at the model's present weights; one copy from the device."""
-    import torch  # the rest of this module is arithmetic of integers, and is used where torch is not
+    """Return the routing table of the model's current weights. It takes one copy from the device."""
+    import torch  # the other functions are also used in processes that must not import torch
 
     top = model.all_gate_probs().topk(model.config.experts.top_k)
     host = torch.stack([top.indices.float(), top.values]).cpu().numpy()  # ids < 2^24 are exact in float32
@@ -48,15 +51,15 @@ def routing_table(model: DiffusionTransformer) -> RoutingTable:
 
 
 def exact_loads(experts: np.ndarray, count: int) -> np.ndarray:
-    """(depth, M) share of the T tasks whose top-k (depth, T, k) holds the expert; each row sums to k.
+    """Return (depth, M), the fraction of the T tasks that use the expert, for `experts` (depth, T, k). A row sums to k.
 
-    It is the expected share of samples, exactly, because t is uniform over the tasks.
+    It is the exact expected fraction of samples, because t is uniform over the tasks.
     """
     return expert_counts(experts, count) / experts.shape[1]
 
 
 def expert_counts(experts: np.ndarray, count: int, kept: np.ndarray | None = None) -> np.ndarray:
-    """(depth, M) int64: rows of `experts` (depth, N, k) that each expert serves; those not `kept` do not count."""
+    """Return (depth, M) int64, the rows of `experts` (depth, N, k) that each expert serves. Only `kept` rows are counted."""
     depth = len(experts)
     flat = experts + np.arange(depth)[:, None, None] * count
     flat = flat.ravel() if kept is None else flat[kept]
@@ -64,13 +67,13 @@ def expert_counts(experts: np.ndarray, count: int, kept: np.ndarray | None = Non
 
 
 def load_max_over_mean(work: np.ndarray) -> np.ndarray:
-    """(depth,) largest over mean of each block's `work` (depth, P): 1 is balanced, 0 means no work at all."""
+    """Return (depth,), the max / mean of each block's `work` (depth, P). 1 is balanced, 0 means no work."""
     mean = work.mean(axis=1)
     return work.max(axis=1) / np.where(mean > 0, mean, 1)
 
 
 def hottest(loads: np.ndarray, number: int) -> np.ndarray:
-    """(depth, M) bool, true for each block's `number` experts of highest load (depth, M); ties go to lower ids."""
+    """Return (depth, M) bool, True for the `number` experts of each block with the highest load (depth, M), ties by id."""
     order = np.argsort(-loads, axis=1, kind="stable")[:, :number]
     hot = np.zeros(loads.shape, dtype=bool)
     np.put_along_axis(hot, order, True, axis=1)

@@ -1,4 +1,4 @@
-"""A block's experts sharded over an expert-parallel group, in the form DeepSpeed looks for. M experts, M_local held here."""
+"""The experts of a block, sharded over an expert-parallel group, as DeepSpeed expects them. M experts, M_local local ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from sdit.model.moe.experts import Experts
 
 
 class ShardedExperts(MoE):
-    """DeepSpeed's MoE layer around the local stack of experts. Gate and dispatch are ours.
+    """DeepSpeed's MoE layer around the local stack of experts. Gate and dispatch are sdit's.
 
-    The engine finds the layer by its type, and its parameters (M_local, ...) by `allreduce = False` and `group_name`: they are
-    reduced over the expert-data-parallel group and partitioned over it by ZeRO. MoE's own constructor would build token gates.
+    The engine finds the layer by its type, and its parameters (M_local, ...) by `allreduce = False` and `group_name`. ZeRO
+    reduces and partitions them over the expert-data-parallel group. MoE's constructor is not called, because it would build
+    token gates.
     """
 
     def __init__(self, local: Experts, count: int, ranks: int) -> None:
@@ -23,14 +24,14 @@ class ShardedExperts(MoE):
         self.num_experts, self.ep_size, self.num_local_experts = count, ranks, count // ranks
         self.expert_group_name = expert_group_name(ranks)
         self.enable_expert_tensor_parallelism = self.use_residual = False
-        self._local = (local,)  # hidden from the module tree, so that parameters keep the names of the model's experts
+        self._local = (local,)  # not a submodule, so that the parameters keep the names of the model's experts
         for name, parameter in local.named_parameters(recurse=False):
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by the engine: DeepSpeed's groups, made once for all layers."""
+        """Create DeepSpeed's groups, once for all layers. The engine calls this."""
         make_expert_groups(self.ep_size)
 
     @property
@@ -40,14 +41,14 @@ class ShardedExperts(MoE):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Global ids of the experts held here, in the order of the parameters' rows."""
+        """The global ids of the local experts, in the order of the parameters' rows."""
         return self.local.ids
 
     def set_ids(self, ids: Sequence[int]) -> None:
-        """Change the ids of the rows, after a re-placement moved their contents."""
+        """Set the ids of the rows after a new placement moved their contents."""
         self.local.ids = tuple(ids)
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, L, D) of the local experts only, for gates (B, M_local)."""
+        """Return the mixture (B, L, D) of the local experts only, for gates (B, M_local)."""
         mixed: Tensor = self.local(z, gates)
         return mixed

@@ -1,7 +1,7 @@
-"""The plan of a micro-step: what a rank loads, sends, receives and computes. It is made before block 0 runs.
+"""The plan of a micro-step: the samples that a rank loads, sends, receives and computes. It is made before block 0 runs.
 
 N samples of the global batch, n = P * B of one group and micro-step, P ranks with B samples each, k experts used.
-Every array follows from integers that all ranks know, so that the plans of a group fit together without a message.
+Each array depends only on integers that all ranks know. The plans of a group are therefore consistent without a message.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sdit.topology import BatchPlan, ExpertGroups
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """Rows of a buffer and the (row, expert) pairs to compute on them, by rising expert, then row.
+    """The rows of a buffer and the (row, expert) pairs to compute on them, sorted by expert, then row.
 
-    `samples` (R,) is the index in the group of every row; `pair_rows`, `pair_experts` (E,).
+    `samples` (R,) is the index in the group of each row. `pair_rows` and `pair_experts` are (E,).
     """
 
     samples: np.ndarray
@@ -33,10 +33,10 @@ class ExpertWork:
 class BlockPlan:
     """One rank's exchange in one block.
 
-    `send_rows` (S,) own rows by destination, then row; a row goes once per destination, for all experts that it uses there.
-    `send_splits`, `receive_splits` (P,) rows to and from each rank. `local`: what own rows need of experts owned or
-    replicated; `remote`: what the arrived rows, by source, then row, need here. Results return in the order of arrival, so
-    `send_rows` also says where they are added. `travels`: some row of the group does, in either direction of any rank.
+    `send_rows` (S,): local rows by destination, then row. A row is sent once per destination, for all experts that it uses
+    there. `send_splits`, `receive_splits` (P,): rows to and from each rank. `local`: the work on local rows for local or
+    replicated experts. `remote`: the work on received rows, which are ordered by source, then row. Results are returned in
+    the order of receipt, so they are added at `send_rows`. `travels`: True if any rank of the group sends a row.
     """
 
     send_rows: np.ndarray
@@ -47,7 +47,10 @@ class BlockPlan:
     travels: bool
 
     def sent_bytes(self, costs: UnitCosts, replicated: np.ndarray, owned: np.ndarray) -> int:
-        """Exact bytes this rank sends in this block; `replicated`, `owned` (M,) bool say which experts are so."""
+        """Return the exact bytes that this rank sends in this block.
+
+        `replicated` and `owned` (M,) bool mark the replicated experts and the experts of this rank.
+        """
         replicas_owned, replicas_received = int((replicated & owned).sum()), int((replicated & ~owned).sum())
         return costs.sent_bytes(len(self.send_rows), len(self.remote.samples), replicas_owned, replicas_received)
 
@@ -56,9 +59,10 @@ class BlockPlan:
 class MicroStepPlan:
     """One rank's plan of one micro-step.
 
-    `positions` (n,) of the group's samples in the global batch, in the order of the ranks that compute them; `tasks` (n,);
-    `own` are this rank's; `experts` (depth, n, k), and `kept` of the same shape (None: dropless). `sample_exchange` is None if
-    every sample is computed where it was loaded. `blocks` (depth) hold the exchange of tokens.
+    `positions` (n,): the group's samples as positions in the global batch, in the order of the ranks that compute them.
+    `tasks` (n,): their tasks. `own`: the slice of this rank. `experts` and `kept`: (depth, n, k). `kept` is None without
+    drops. `sample_exchange` is None if each sample is computed where it was loaded. `blocks` (depth) hold the exchange of
+    tokens.
     """
 
     positions: np.ndarray
@@ -88,9 +92,10 @@ class RankBatch:
     rank: int
 
     def group_positions(self, micro_step: int, first_index: int) -> np.ndarray:
-        """(n,) rising positions in the global batch that the rank's group loads in one micro-step.
+        """Return the ascending positions (n,) in the global batch that the rank's group loads in one micro-step.
 
-        A micro-step is a contiguous chunk of the batch; run index `first_index` + position is loaded by that rank modulo W.
+        A micro-step is a contiguous range of the batch. Run index `first_index` + position is loaded by the rank with this
+        index modulo W.
         """
         chunk = np.arange(micro_step * self.batch.chunk, (micro_step + 1) * self.batch.chunk)
         group = (first_index + chunk) % self.groups.world // self.groups.size
@@ -101,7 +106,7 @@ def plan_micro_step(
     routes: RoutingTable, step: StepSamples, placement: ExpertPlacement, rank_batch: RankBatch, micro_step: int,
     assignment: AssignmentKind = "path",
 ) -> MicroStepPlan:  # fmt: skip
-    """The plan of one rank for one micro-step of the global batch."""
+    """Return the plan of one rank for one micro-step of the global batch."""
     micro_batch, groups, tasks = rank_batch.batch.micro_batch, rank_batch.groups, step.tasks
     positions = rank_batch.group_positions(micro_step, step.first_index)
     source_rank = (step.first_index + positions) % groups.size
@@ -128,7 +133,10 @@ def plan_micro_step(
 def plan_blocks(
     experts: np.ndarray, kept: np.ndarray | None, placement: ExpertPlacement, ep_rank: int
 ) -> tuple[BlockPlan, ...]:
-    """The exchange of one rank in every block, for `experts` (depth, n, k) of the group's samples in the order of their ranks."""
+    """Return the exchange of one rank in each block.
+
+    `experts` (depth, n, k) are those of the group's samples in the order of their ranks.
+    """
     depth, samples, _ = experts.shape
     per_rank = samples // placement.ranks
     own = slice(ep_rank * per_rank, (ep_rank + 1) * per_rank)
@@ -155,7 +163,7 @@ def plan_blocks(
 
 
 def _work(experts: np.ndarray, wanted: np.ndarray) -> list[ExpertWork]:
-    """Per block, the rows with a wanted (sample, choice) and the pairs on them; `experts`, `wanted` (depth, n, k)."""
+    """Return, per block, the rows with a wanted (sample, choice) and their pairs. `experts`, `wanted` are (depth, n, k)."""
     depth = len(experts)
     rows = wanted.any(axis=2)
     row_of_sample = np.cumsum(rows, axis=1) - 1
@@ -168,5 +176,5 @@ def _work(experts: np.ndarray, wanted: np.ndarray) -> list[ExpertWork]:
 
 
 def _per_block(columns: tuple[np.ndarray, ...], depth: int, column: int) -> list[np.ndarray]:
-    """One column cut at the blocks; the first column holds the rising block of every entry."""
+    """Return one column split by block. The first column holds the ascending block of each entry."""
     return np.split(columns[column], np.searchsorted(columns[0], np.arange(1, depth)))

@@ -1,6 +1,6 @@
-"""What is cheaper: samples that travel to an expert, or an expert's weights that come to the samples.
+"""Chooses the cheaper exchange for each expert: samples are sent to the expert, or its weights are sent to all ranks.
 
-P ranks per group, n samples of a group and micro-step, M experts, k experts used per sample and block.
+P ranks per group, n samples of a group and micro-step, M experts of a block, k experts used per sample and block.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sdit.expert_parallel.routing_table import exact_loads, hottest
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts
 
 ExchangeKind = Literal["auto", "tokens", "weights"]
-ROUNDS = 4  # of assigning samples and choosing replicas in turn. Each round can only save bytes, most in the first two
+ROUNDS = 4  # of assigning samples and choosing replicas alternately. No round adds bytes, and the first two save most
 STATE_COPIES = 4  # float32 tensors that move with an expert: weights, two Adam moments, EMA
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A placement and what it is expected to cost.
+    """A placement and its expected cost.
 
-    `bytes` of a group per micro-step; for comparison the bytes if all samples travel, if all weights travel, and of the
-    random-placement baseline. `load_imbalance` is the largest over the mean work of the ranks, averaged over the blocks.
+    `bytes` of a group per micro-step. For comparison: the bytes if all samples are sent, if all weights are sent, and of
+    the random-placement baseline. `load_imbalance` is max / mean of the ranks' work, averaged over the blocks.
     """
 
     placement: ExpertPlacement
@@ -45,16 +45,16 @@ class Choice:
 
     @property
     def cost_bytes(self) -> float:
-        """Bytes plus the price of waiting for the most loaded rank, in bytes.
+        """The bytes plus the cost of waiting for the most loaded rank, in bytes.
 
-        Waiting for another mean share of work is priced as the random-placement baseline. By arithmetic the ratio of the two
-        times is 0.4 D x bandwidth / FLOPS for linear experts, 8 x that for MLPs: 0.2 to 7 on common GPUs at D = 1152.
+        Waiting for one more mean share of work costs as much as the random-placement baseline. By calculation the ratio of the
+        two times is 0.4 D x bandwidth / FLOPS for linear experts and 8 x that for MLPs: 0.2 to 7 on common GPUs at D = 1152.
         """
         return self.bytes + (self.load_imbalance - 1) * self.random_placement_bytes
 
     @property
     def reason(self) -> str:
-        """One line for the log."""
+        """The choice in one line, for the log."""
         replicated = self.placement.replicated.sum(axis=1)
         sizes = (self.bytes, self.all_samples_bytes, self.all_weights_bytes)
         chosen, samples, weights = (f"{size / 1e6:.1f} MB" for size in sizes)
@@ -72,10 +72,11 @@ def choose_exchange(
     costs: UnitCosts,
     at_least: np.ndarray | None = None,
 ) -> Choice:
-    """Which experts are replicated for owners (depth, M): none (tokens), all (weights) or the cheapest set (auto).
+    """Return the replicated experts for owners (depth, M): none (tokens), all (weights) or the cheapest set (auto).
 
-    Under auto `at_least` (depth, M) bool are replicated in any case. The assignment of samples depends on the replicas and the
-    other way round. The two are solved in turn, each exactly, from three starting points.
+    Under auto, the experts `at_least` (depth, M) bool are always replicated. The assignment of samples depends on the
+    replicas, and the best replicas depend on the assignment. The two are solved alternately, each exactly, from three
+    starting points.
     """
     none = ExpertPlacement(expert_to_rank, np.zeros(expert_to_rank.shape, dtype=bool), traffic.ranks)
     everything = ExpertPlacement(expert_to_rank, np.ones(expert_to_rank.shape, dtype=bool), traffic.ranks)
@@ -99,10 +100,10 @@ def decide_placement(
     costs: UnitCosts,
     current: np.ndarray | None = None,
 ) -> Choice:
-    """Return the owners and the replicated experts of least cost.
+    """Return the owners and the replicated experts with the lowest cost.
 
-    A placement that counts on hot experts being replicated is uneven if they are not, so both are compared.
-    `current` is the placement (depth, M) in force: ranks are named so that the fewest experts move from it.
+    A placement made for replicated hot experts is unbalanced if they are not replicated, so both cases are compared.
+    `current` is the current placement (depth, M). Ranks are renamed so that the fewest experts move from it.
     """
     routes = traffic.routes
     hot = hottest(exact_loads(routes.experts, routes.count), routes.top_k)
@@ -117,9 +118,9 @@ def decide_placement(
 
 
 def worth_moving(now: Choice, then: Choice, expert_parameters: int, micro_steps: int) -> bool:
-    """Whether the placement `then` repays moving its experts, with their optimizer state, within `micro_steps`.
+    """Return True if the placement `then` saves more bytes in `micro_steps` than its moves cost.
 
-    `now` is the best choice for the placement in force.
+    A move includes the optimizer state. `now` is the best choice for the current placement.
     """
     moves = len(replacement_moves(now.placement.expert_to_rank, then.placement.expert_to_rank))
     moved_bytes = moves * expert_parameters * 4 * STATE_COPIES
@@ -127,7 +128,7 @@ def worth_moving(now: Choice, then: Choice, expert_parameters: int, micro_steps:
 
 
 def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -> tuple[ExpertPlacement, float]:
-    """The cheapest placement found with at least `start.replicated`, and its bytes per micro-step."""
+    """Return the cheapest placement found with at least `start.replicated`, and its bytes per micro-step."""
     hot = hottest(exact_loads(traffic.routes.experts, traffic.routes.count), traffic.routes.top_k)
     with_hot = ExpertPlacement(start.expert_to_rank, start.replicated | hot, start.ranks)
     best, best_bytes = start, traffic.bytes(start, costs)
@@ -148,10 +149,11 @@ def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -
 def _replicas_of_least_bytes(
     traffic: TrafficModel, start: ExpertPlacement, assigned_rank: np.ndarray, costs: UnitCosts
 ) -> np.ndarray:
-    """(depth, M) bool: the set of replicated experts of least bytes for samples on `assigned_rank` (batches, n).
+    """Return (depth, M) bool, the set of replicated experts with the fewest bytes for samples on `assigned_rank` (batches, n).
 
-    A transfer is saved only if all experts that the sample uses on that rank are replicated: transfers are projects, experts the
-    tools they share, and the best set is a minimum cut (Picard 1976), over all blocks and ranks at once.
+    A transfer is saved only if all experts that the sample uses on that rank are replicated. This is the project selection
+    problem: transfers are projects, and experts are the tools that they share. The best set is a minimum cut (Picard 1976),
+    over all blocks and ranks at once.
     """
     depth, count = start.expert_to_rank.shape
     bundles, transfers = _bundles(traffic, start, assigned_rank)
@@ -160,7 +162,7 @@ def _replicas_of_least_bytes(
     tools = bundles[member, 0] * count + bundles[member, 1 + tool]
     price = np.where(start.replicated.ravel(), 0, costs.replica_bytes * traffic.batches)
     profit = transfers * costs.transfer_bytes
-    # The solver's capacities are int32. No bundle earns more than the sum, and dearer tools than that are never bought.
+    # The solver's capacities are int32. A tool that costs more than the total profit is never bought, so prices are limited.
     total = max(int(profit.sum()), 1)
     amounts = np.concatenate([profit, np.minimum(price, total)]) * ((2**30) / total)
     tail = np.concatenate([np.zeros(size, dtype=np.int64), 2 + size + np.arange(units), 2 + member])
@@ -176,7 +178,7 @@ def _replicas_of_least_bytes(
 
 
 def _bundles(traffic: TrafficModel, start: ExpertPlacement, assigned_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (block, k expert ids or -1) of experts that samples need on one rank not their own, and the transfers of each."""
+    """Return rows (block, k expert ids or -1) of the experts that samples need on one other rank, and the transfers of each."""
     experts = traffic.routes.experts[:, traffic.tasks.ravel()]
     block = np.arange(len(experts))[:, None, None]
     rank = start.expert_to_rank[block, experts]

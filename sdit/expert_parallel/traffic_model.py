@@ -1,6 +1,6 @@
-"""Bytes on the wire: their unit costs, what a placement is expected to send, and what a plan does send.
+"""Communication volume in bytes: unit costs, the expected bytes of a placement, and the exact bytes of a plan.
 
-P ranks per group, B samples per rank and micro-step, n = P * B, L tokens, D width, H hidden width, M experts.
+P ranks per group, B samples per rank and micro-step, n = P * B, L tokens, D width, H hidden width, M experts of a block.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_nee
 from sdit.expert_parallel.routing_table import RoutingTable
 
 AssignmentKind = Literal["order", "path"]
-# Expected bytes then come within 5 % of those of other batches (EP 4 and 8); assigning one batch takes about 1 ms.
+# With these numbers the expected bytes are within 5 % of those of other batches (EP 4 and 8). Assigning a batch takes 1 ms.
 MODEL_SAMPLES, MODEL_BATCHES = 1024, 32
 
 
 def expert_parameters(kind: Literal["linear", "mlp"], width: int, hidden: int) -> int:
-    """Parameters of one expert: D D + D, or D H + H + H D + D."""
+    """Return the number of parameters of one expert: D D + D, or D H + H + H D + D."""
     if kind == "linear":
         return width * width + width
     return 2 * width * hidden + hidden + width
@@ -28,10 +28,10 @@ def expert_parameters(kind: Literal["linear", "mlp"], width: int, hidden: int) -
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Bytes of a sample's tokens (`row_bytes` = L D x element size) and of one expert, for groups of `ranks` = P.
+    """The bytes of a sample's tokens (`row_bytes` = L D x element size) and of one expert, for groups of `ranks` = P.
 
-    A forward pass sends a row out and its result back, and brings the weights of a replicated expert to P - 1 ranks;
-    the backward pass sends as many gradients the other way. `forwards` is 2 where activations are recomputed.
+    A forward pass sends a row and its result, and sends the weights of a replicated expert to P - 1 ranks. The backward pass
+    sends as many gradients in the other direction. `forwards` is 2 if activations are recomputed.
     """
 
     row_bytes: int
@@ -41,16 +41,19 @@ class UnitCosts:
 
     @property
     def transfer_bytes(self) -> int:
-        """Bytes per micro-step that one sample costs on one rank other than its own."""
+        """The bytes per micro-step of one sample on one rank other than the rank that it is assigned to."""
         return 2 * (self.forwards + 1) * self.row_bytes
 
     @property
     def replica_bytes(self) -> int:
-        """Bytes per micro-step that one replicated expert costs the group."""
+        """The bytes per micro-step of one replicated expert, over the whole group."""
         return (self.forwards + 1) * (self.ranks - 1) * self.expert_bytes
 
     def sent_bytes(self, rows_sent: int, rows_received: int, replicas_owned: int, replicas_received: int) -> int:
-        """Exact bytes one rank sends per micro-step, given the replicated experts that it owns, and those of others."""
+        """Return the exact bytes that one rank sends per micro-step.
+
+        `replicas_owned` are its replicated experts, and `replicas_received` those of the other ranks.
+        """
         rows = (self.forwards + 1) * (rows_sent + rows_received) * self.row_bytes
         weights = self.forwards * (self.ranks - 1) * replicas_owned + replicas_received
         return rows + weights * self.expert_bytes
@@ -67,34 +70,37 @@ class TrafficModel:
 
     @property
     def batches(self) -> int:
-        """Number of random micro-batches."""
+        """The number of random micro-batches."""
         return len(self.tasks)
 
     def ranks_in_order(self) -> np.ndarray:
-        """(batches, n) ranks of samples that stay where they were loaded."""
+        """Return (batches, n), the ranks that load the samples."""
         return np.broadcast_to(np.arange(self.tasks.shape[1]) % self.ranks, self.tasks.shape)
 
     def assigned_ranks(self, placement: ExpertPlacement) -> np.ndarray:
-        """(batches, n) ranks of the samples under the placement."""
+        """Return (batches, n), the ranks that samples are assigned to under the placement."""
         if self.assignment == "order":
             return self.ranks_in_order()
         need = path_need(self.routes.experts, placement)
         return np.stack([assign_samples(tasks, need, self.per_rank) for tasks in self.tasks])
 
     def transfers(self, placement: ExpertPlacement, assigned_rank: np.ndarray | None = None) -> float:
-        """Samples that travel, counted once per block and rank they visit, per micro-step of the group."""
+        """Return the number of transfers per micro-step of the group.
+
+        One transfer is one sample that is sent to one other rank in one block.
+        """
         assigned_rank = self.assigned_ranks(placement) if assigned_rank is None else assigned_rank
         need = path_need(self.routes.experts, placement)[self.tasks]
         stays = np.take_along_axis(need, assigned_rank[..., None], axis=2)
         return float(need.sum() - stays.sum()) / self.batches
 
     def random_placement_bytes(self, costs: UnitCosts) -> float:
-        """Expected bytes of the group if every (sample, expert) pair travelled separately to a random rank."""
+        """Return the expected bytes of the group if each (sample, expert) pair is sent separately to a random rank."""
         pairs = self.tasks.shape[1] * self.routes.depth * self.routes.top_k
         return pairs * (self.ranks - 1) / self.ranks * costs.transfer_bytes
 
     def bytes(self, placement: ExpertPlacement, costs: UnitCosts, assigned_rank: np.ndarray | None = None) -> float:
-        """Expected bytes of the group in one micro-step's forward and backward pass."""
+        """Return the expected bytes of the group in the forward and backward pass of one micro-step."""
         return (
             self.transfers(placement, assigned_rank) * costs.transfer_bytes
             + float(placement.replicated.sum()) * costs.replica_bytes
@@ -102,9 +108,9 @@ class TrafficModel:
 
 
 def rank_work(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
-    """(depth, P) number of (sample, expert) pairs each rank computes for the samples of the group in the order of their ranks.
+    """Return (depth, P), the number of (sample, expert) pairs that each rank computes.
 
-    `experts`, `kept` are (depth, n, k), the B samples of rank 0 first.
+    `experts` and `kept` are (depth, n, k), the B samples of rank 0 first.
     """
     depth, samples, _ = experts.shape
     block = np.arange(depth)[:, None, None]
@@ -116,7 +122,10 @@ def rank_work(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray 
 
 
 def group_transfers(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
-    """(depth,) samples that travel in each block, once per rank visited, for samples in the order of their ranks."""
+    """Return (depth,), the number of samples that are sent in each block, counted once per destination.
+
+    The samples are in the order of their ranks.
+    """
     needed = ranks_needed(experts, placement, kept)
     depth, samples, ranks = needed.shape
     stays = needed.reshape(depth, ranks, samples // ranks, ranks)[:, np.arange(ranks), :, np.arange(ranks)]

@@ -1,4 +1,4 @@
-"""Convert the shared metrics files of the local ranks to Prometheus metrics."""
+"""Converts the shared metrics files of the local ranks to Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class SharedMetricsCollector(Collector):
                 continue
             yield from _supervisor_series(status, time.monotonic())
             for (name, labels), values in file.numbers():
-                own = (str(status.rank),) if METRICS[name].by_rank else ()
-                yield (name, (*labels, *own)), values
+                rank_label = (str(status.rank),) if METRICS[name].by_rank else ()
+                yield (name, (*labels, *rank_label)), values
 
 
 def _supervisor_series(status: RankStatus, now: float) -> Iterator[tuple[Series, Sequence[float]]]:
@@ -79,14 +79,14 @@ def _metric(spec: MetricSpec, rows: Iterable[tuple[list[str], Sequence[float]]])
     labels = [*spec.labels, *(["rank"] if spec.by_rank else [])]
     if spec.kind == "histogram":
         histogram = HistogramMetricFamily(spec.name, spec.text, labels=labels)
-        for own, values in rows:
-            histogram.add_metric(own, list(_cumulative(spec.buckets, values)), values[-1])
+        for label_values, values in rows:
+            histogram.add_metric(label_values, list(_cumulative(spec.buckets, values)), values[-1])
         return histogram
     kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
     metric = kind(spec.name, spec.text, labels=labels)
-    for own, values in rows:
+    for label_values, values in rows:
         if values[0] == values[0]:  # NaN means unknown
-            metric.add_metric(own, values[0])
+            metric.add_metric(label_values, values[0])
     return metric
 
 

@@ -35,16 +35,16 @@ SCRAPES_AT_ONCE = 16
 WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond that, the oldest is closed
 ACCEPT_SECONDS = 0.5  # between two checks whether the exporter is closed
 REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, and again for each write of the answer
-REQUEST_BYTES = 16_384  # of the request's head
+REQUEST_BYTES = 16_384  # limit of the request's head
 ANSWER_BYTES = (
     1 << 20
-)  # send buffer: the kernel takes so much (or its limit) of a response even if the client does not read
+)  # send buffer: the kernel accepts this much of a response (or its limit) even if the client does not read
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
 PASSWORD_VARIABLE = "SDIT_PUSHGATEWAY_PASSWORD"
 Handler = Callable[[str, str, float | None, list[tuple[str, str]], bytes], Callable[[], None]]
-SILENT_SECONDS = 30.0  # a supervisor that has not written for so long is unhealthy
+SILENT_SECONDS = 30.0  # a supervisor that has not written for this long is unhealthy
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +78,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__((address, port), _Handler)
 
     def serve(self, closed: threading.Event) -> None:
-        """Accept, read and answer until `closed` is set. Raises: OSError when the listening socket fails."""
+        """Accept, read and answer requests until `closed` is set.
+
+        Raises: OSError: if the listening socket fails.
+        """
         self.socket.setblocking(False)
         with _Waiting() as waiting:
             waiting.selector.register(self.socket, selectors.EVENT_READ)
@@ -278,7 +281,10 @@ class Exporter:
         raise OSError(errno.EADDRINUSE, f"ports up to {first + PORTS_TRIED - 1} are in use as well")
 
     def _write_targets(self, port: int) -> None:
-        """Write the file by which Prometheus' file_sd_configs finds this exporter. Raises: OSError."""
+        """Write the file by which Prometheus' file_sd_configs finds this exporter.
+
+        Raises: OSError: if it cannot be written.
+        """
         address = self._config.metrics_address
         if address in ("0.0.0.0", "::"):
             address = self._host
@@ -309,7 +315,7 @@ class Exporter:
             self._log_once("push", f"observe.pushgateway: {gateway}: {error}; training continues")
 
     def _measure_disk(self) -> None:
-        """Measure free space in a thread of its own: a file system that hangs must not delay a scrape."""
+        """Measure free space in a separate thread, because a file system that hangs must not delay a scrape."""
         while True:
             try:
                 self._free_bytes = float(free_bytes(self._run_dir))
@@ -325,10 +331,11 @@ class Exporter:
 
 
 def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Handler | None:
-    """Return the handler that authenticates to the Pushgateway; None if neither a user nor a password is set.
+    """Return the handler that authenticates to the Pushgateway, or None if neither a user nor a password is set.
 
     The password is read at each push, so that it can be changed during the run. It is not stored.
-    Raises: OSError, ValueError.
+
+    Raises: OSError, ValueError: if the password file cannot be read.
     """
     password = environment.get(PASSWORD_VARIABLE, "")
     if config.pushgateway_password_file is not None:

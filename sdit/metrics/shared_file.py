@@ -61,7 +61,12 @@ class _Section:
         self._writes = newest[0] if newest else 0
 
     def write(self, data: bytes) -> None:
-        """Raises: OSError when shared memory is full, ValueError when `data` is too long."""
+        """Write the content of the section.
+
+        Raises:
+            OSError: if shared memory is full.
+            ValueError: if `data` is too long.
+        """
         if _HEAD.size + len(data) > self._size:
             raise ValueError(
                 f"{len(data)} bytes do not fit into a section of {self._size} bytes of a shared metrics file"
@@ -72,7 +77,7 @@ class _Section:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self) -> bytes | None:
-        """Return the newest complete content; None if nothing is written yet."""
+        """Return the newest complete content, or None if nothing is written yet."""
         newest = None
         for _ in range(MAX_READS):
             heads = self._heads()
@@ -101,7 +106,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a supervisor reports about its rank. Times are seconds of this machine's monotonic clock.
+    """The status of a rank, as its supervisor reports it. Times are seconds of this machine's monotonic clock.
 
     `alive_at` is the last time at which the rank's process ran any Python. `ends` counts ended processes by cause.
     """
@@ -133,7 +138,10 @@ class SharedMetricsFile:
 
     @classmethod
     def create(cls, nonce: str) -> SharedMetricsFile:
-        """Create a file. Its lock shows that it is in use, until it is closed or the process ends. Raises: OSError."""
+        """Create a file. Its lock shows that it is in use, until it is closed or the process ends.
+
+        Raises: OSError: if it cannot be created.
+        """
         path = shared_path(nonce)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -141,18 +149,24 @@ class SharedMetricsFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedMetricsFile:
-        """Open an existing file. Raises: FileNotFoundError if the rank is not on this machine or has ended."""
+        """Open an existing file.
+
+        Raises: FileNotFoundError: if the rank is not on this machine or has ended.
+        """
         return cls(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def close(self) -> None:
         os.close(self._descriptor)
 
     def write_status(self, status: RankStatus) -> None:
-        """Raises: OSError if shared memory is full."""
+        """Write the status of the rank.
+
+        Raises: OSError: if shared memory is full.
+        """
         self._status.write(json.dumps(asdict(status)).encode())
 
     def status(self) -> RankStatus | None:
-        """Return the supervisor's newest status; None if there is none yet."""
+        """Return the supervisor's newest status, or None if there is none yet."""
         data = self._status.read()
         return RankStatus(**json.loads(data)) if data is not None else None
 
@@ -171,14 +185,14 @@ class SharedMetricsFile:
 def remove_abandoned_files() -> None:
     """Remove the files of killed supervisors, except those of other users."""
     for path in shared_folder().glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), path.open("rb") as file:  # already removed; of another user; in use
+        with contextlib.suppress(OSError), path.open("rb") as file:  # already removed, of another user, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - path.stat().st_mtime > FRESH_SECONDS:
                 path.unlink()
 
 
 class SharedMetricsWriter:
-    """The numbers of a rank. They continue from those of the rank's earlier process, so that counters never fall."""
+    """Writes the numbers of a rank. Counters continue from the rank's previous process, so they never decrease."""
 
     def __init__(self, path: Path, series: Sequence[Series]) -> None:
         self._file = SharedMetricsFile.open(path)
@@ -208,7 +222,10 @@ class SharedMetricsWriter:
         self._values[first + len(buckets) + 1] += value
 
     def publish(self) -> None:
-        """Make the numbers visible to readers. Raises: OSError."""
+        """Make the numbers visible to readers.
+
+        Raises: OSError: if shared memory is full.
+        """
         self._file.values.write(self._schema + self._values.tobytes())
 
     def close(self) -> None:

@@ -27,34 +27,42 @@ class MetricSpec:
 
     @property
     def width(self) -> int:
-        """Return how many numbers one series has in a shared metrics file: a histogram has its buckets, +Inf and the sum."""
+        """The number of values of one series in a shared metrics file. A histogram has its buckets, +Inf and the sum."""
         return len(self.buckets) + 2 if self.kind == "histogram" else 1
 
 
 RANK_METRICS = (
     MetricSpec(
-        "sdit_build_info", "gauge", "Always 1; the labels say what runs", ("version", "git", "torch", "deepspeed")
+        "sdit_build_info",
+        "gauge",
+        "Always 1; the labels are the versions of the code",
+        ("version", "git", "torch", "deepspeed"),
     ),
-    MetricSpec("sdit_steps_total", "counter", "Optimizer steps taken, those taken again after a restart included"),
-    MetricSpec("sdit_images_total", "counter", "Images trained on, those seen again after a restart included"),
-    MetricSpec("sdit_images_seen", "gauge", "The run's clock in images; falls when a run resumes from a checkpoint"),
-    MetricSpec("sdit_images_goal", "gauge", "Images after which the run is done"),
+    MetricSpec("sdit_steps_total", "counter", "Optimizer steps, including steps repeated after a restart"),
+    MetricSpec("sdit_images_total", "counter", "Images trained on, including images repeated after a restart"),
+    MetricSpec(
+        "sdit_images_seen", "gauge", "The run's clock in images; decreases when a run resumes from a checkpoint"
+    ),
+    MetricSpec("sdit_images_goal", "gauge", "Images at which the run is complete"),
     MetricSpec("sdit_last_step_timestamp_seconds", "gauge", "Unix time of the newest step"),
     MetricSpec("sdit_step_seconds", "histogram", "Time of a step", buckets=STEP_BUCKETS),
     MetricSpec(
         "sdit_phase_seconds_total",
         "counter",
-        "Where a rank's time goes (it waits for others in forward_backward)",
+        "Time of a rank by phase (it waits for other ranks in forward_backward)",
         ("phase",),
         by_rank=True,
     ),
-    MetricSpec("sdit_loss", "gauge", "Mean over the newest global batch, by part of the objective", ("part",)),
+    MetricSpec("sdit_loss", "gauge", "Mean over the newest global batch, by loss term", ("part",)),
     MetricSpec(
-        "sdit_loss_by_timestep", "gauge", "Mean squared error by part of the time axis, newest logged steps", ("bin",)
+        "sdit_loss_by_timestep",
+        "gauge",
+        "Mean squared error by interval of the timestep, newest logged steps",
+        ("bin",),
     ),
     MetricSpec("sdit_validation_loss", "gauge", "Held-out loss, newest measurement"),
     MetricSpec(
-        "sdit_validation_loss_by_timestep", "gauge", "Held-out mean squared error by part of the time axis", ("bin",)
+        "sdit_validation_loss_by_timestep", "gauge", "Held-out mean squared error by interval of the timestep", ("bin",)
     ),
     MetricSpec("sdit_grad_norm", "gauge", "Global gradient norm before clipping"),
     MetricSpec("sdit_learning_rate", "gauge", "Learning rate of the newest step"),
@@ -65,7 +73,7 @@ RANK_METRICS = (
     MetricSpec(
         "sdit_expert_load_ratio",
         "gauge",
-        "Expected load of an expert over its block's mean; 0: dead",
+        "Expected load of an expert over its block's mean; 0: unused",
         ("block", "expert"),
     ),
     MetricSpec("sdit_dead_experts", "gauge", "Experts of a block that no timestep uses", ("block",)),
@@ -92,9 +100,9 @@ RANK_METRICS = (
     ),
     MetricSpec("sdit_rank_work_p50_seconds", "gauge", "Work of the median rank in a step before it waits for others"),
     MetricSpec("sdit_rank_work_p99_seconds", "gauge", "Work of the slowest ranks in a step (99th percentile)"),
-    MetricSpec("sdit_slowest_rank", "gauge", "Number of the rank that worked longest"),
+    MetricSpec("sdit_slowest_rank", "gauge", "Number of the rank with the longest work"),
     MetricSpec("sdit_checkpoint_seconds", "histogram", "Time to write and commit a checkpoint", buckets=SAVE_BUCKETS),
-    MetricSpec("sdit_checkpoint_failures_total", "counter", "Checkpoints that failed to be written"),
+    MetricSpec("sdit_checkpoint_failures_total", "counter", "Checkpoints that could not be written"),
     MetricSpec(
         "sdit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the newest commit of this launch"
     ),

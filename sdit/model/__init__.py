@@ -1,4 +1,4 @@
-"""The networks: DiT, DTR and Switch-DiT, and the losses on their gates."""
+"""The networks DiT, DTR and Switch-DiT, and the losses on their gates."""
 
 from sdit.model.balance import balance_loss
 from sdit.model.build import ParameterCount, build_model, count_parameters, parse_model_config

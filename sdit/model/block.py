@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, L, D) layer norm of x without affine, eps 1e-6, scaled by 1 + scale (B, D) and moved by shift (B, D)."""
+    """Return the layer norm (B, L, D) of x, scaled by 1 + scale (B, D) and shifted by shift (B, D).
+
+    The norm has no affine parameters and eps 1e-6.
+    """
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
@@ -29,7 +32,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between, (B, L, D) -> (B, L, D)."""
+    """Two linear layers with a tanh-approximated GELU between them, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -42,7 +45,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP residual branches on tokens (B, L, D), shifted, scaled and gated by the condition (B, D)."""
+    """Attention and MLP residual branches on tokens (B, L, D).
+
+    The condition (B, D) determines shift, scale and gate of each branch.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -55,18 +61,18 @@ class Block(nn.Module):
         return self.branches(z, self.modulation(c))
 
     def modulation(self, c: Tensor) -> Tensor:
-        """(B, 6D) shift, scale and gate of both branches for the condition c (B, D)."""
+        """Return shift, scale and gate of both branches (B, 6D) for the condition c (B, D)."""
         return self.adaLN_modulation(c)
 
     def branches(self, z: Tensor, modulation: Tensor) -> Tensor:
-        """(B, L, D) tokens z with both residual branches added."""
+        """Return the tokens z (B, L, D) with both residual branches added."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         z = torch.addcmul(z, gate_a[:, None], self.attn(modulated_norm(z, shift_a, scale_a)))
         return torch.addcmul(z, gate_m[:, None], self.mlp(modulated_norm(z, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, L, D) to the values of their patches (B, L, p² C_out)."""
+    """The output layer: tokens (B, L, D) to the values of their patches (B, L, p² C_out)."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a config to a model, and its size."""
+"""Builds a model from a config and counts its parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdit.model.weights import init_weights
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters: all, and those one sample uses (k of the M experts)."""
+    """The number of all parameters, and of the parameters that one sample uses (k of the M experts)."""
 
     total: int
     active: int
@@ -25,9 +25,9 @@ class ParameterCount(NamedTuple):
 def build_model(
     config: ModelConfig | Mapping[str, Any], seed: int = 0, device: torch.device | str = "cpu"
 ) -> DiffusionTransformer:
-    """The model with its initial weights on the device; on "meta" it has shapes only.
+    """Return the model with initial weights on the device. On device "meta" it has shapes but no weights.
 
-    Raises: ConfigError naming key, value and what is legal.
+    Raises: ConfigError: if a key has an illegal value. The message names key, value and the legal values.
     """
     config = config if isinstance(config, ModelConfig) else parse_model_config(config)
     with torch.device("meta"):
@@ -40,7 +40,10 @@ def build_model(
 
 
 def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Return the section `model` of a plain dict with its keys. Raises: ConfigError with key, value and what is legal."""
+    """Return the section `model`, parsed from a plain dict with its keys.
+
+    Raises: ConfigError: if a key has an illegal value. The message names key, value and the legal values.
+    """
     try:
         return ModelConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -48,10 +51,10 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def count_parameters(model: DiffusionTransformer) -> ParameterCount:
-    """Parameters of the model (also on the meta device), in all and as one sample uses them."""
+    """Return the number of all parameters and of those that one sample uses. The model may be on the meta device."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     in_experts = sum(parameter.numel() for module in experts for parameter in module.parameters())
-    held = sum(len(module.ids) for module in experts)
+    local = sum(len(module.ids) for module in experts)
     used = len(experts) * model.config.experts.top_k
-    return ParameterCount(total, total - (in_experts * (held - used) // held if held else 0))
+    return ParameterCount(total, total - (in_experts * (local - used) // local if local else 0))

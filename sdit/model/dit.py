@@ -1,6 +1,6 @@
-"""DiT, DTR and Switch-DiT: one backbone, three ways to scale a block's input.
+"""DiT, DTR and Switch-DiT: one backbone with three ways to scale the input of a block.
 
-B samples, L tokens, D width, M experts, T tasks; G samples whose gates are computed.
+B samples, L tokens, D width, M experts of a block, T tasks, G samples whose gates are computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sdit.model.moe.local import LocalDispatcher
 
 
 class Router(nn.Module):
-    """The gate and the experts of one block, under their published names; `Layer` runs them."""
+    """The gate and the experts of one block, with their published parameter names. `Layer` runs them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Router(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block and what scales its input: the unit of activation checkpointing and compilation."""
+    """One block with its router. It is the unit of activation checkpointing and compilation."""
 
     def __init__(self, index: int, block: Block, router: Router | None) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Layer(nn.Module):
         self.router = router
 
     def forward(self, z: Tensor, c: Tensor, route: Tensor | None, forward_pass: ForwardPass | None) -> Tensor:
-        """(B, L, D) block(z s) + (1 - s) z for tokens z (B, L, D) and condition c (B, D).
+        """Return block(z s) + (1 - s) z (B, L, D) for tokens z (B, L, D) and condition c (B, D).
 
         `route` holds gates (G, M), a channel mask (B, D), or None for s = 1. With s = 1 + m, (1 - s) z is -m z.
         """
@@ -54,16 +54,18 @@ class Layer(nn.Module):
             return self.block(z + extra, c).sub_(extra)
         assert forward_pass is not None
         computed = forward_pass.compute(forward_pass.dispatch(self.index, z, route, self.router.experts))
-        modulation = self.block.modulation(c)  # hides the way back of results, if there is one
+        modulation = self.block.modulation(
+            c
+        )  # computed before `combine`, so that it overlaps with the transfer of the results
         m = forward_pass.combine(computed)
-        if not self.block.training:  # one pass over the tokens less; in training it would cost two more backward
+        if not self.block.training:  # saves one pass over the tokens; in training it would add two passes to backward
             return self.block.branches(torch.addcmul(z, z, m), modulation).addcmul_(z, m, value=-1)
         extra = z * m
         return self.block.branches(z + extra, modulation).sub_(extra)
 
 
 class DiffusionTransformer(nn.Module):
-    """Predicts noise (and variance) of x (B, C, H, W) at time t under label y; parameters bear the published names."""
+    """Predicts noise (and variance) of x (B, C, H, W) at time t for label y. The parameters have the published names."""
 
     pos_embed: Tensor
     channel_mask: Tensor
@@ -85,38 +87,41 @@ class DiffusionTransformer(nn.Module):
                 "channel_mask", torch.empty(config.timesteps, width, dtype=torch.bool), persistent=False
             )
         self.dispatcher: Dispatcher = LocalDispatcher()
-        # A tuple hides the layers from the module tree, where blocks and routers keep their names.
+        # In a tuple the layers are not submodules, so blocks and routers keep their parameter names.
         self.layers = tuple(Layer(i, block, routers[i] if routers else None) for i, block in enumerate(blocks))
 
     @property
     def null_label(self) -> int:
-        """The label that stands for none."""
+        """The label that means no class."""
         return self.config.classes
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Dtype of the weights, hence of the tokens between blocks (also under autocast)."""
+        """The dtype of the weights and of the tokens between blocks, also under autocast."""
         return self.x_embedder.proj.weight.dtype
 
     def gate_task(self, t: Tensor) -> Tensor:
-        """int64 task 0..T-1 of integer times, or of continuous times in [0, 1]: floor(t T), at most T - 1."""
+        """Return the int64 task 0..T-1 of each time.
+
+        Integer times are tasks. Continuous times in [0, 1] give floor(t T), at most T - 1.
+        """
         if not t.is_floating_point():
             return t.long()
         return (t.float() * self.config.timesteps).long().clamp(0, self.config.timesteps - 1)
 
     def gate_probs(self, task: Tensor) -> Tensor:
-        """(depth, G, M) float32 gate probabilities, with gradient, of tasks (G,); depth 0 without gates."""
+        """Return the gate probabilities (depth, G, M) float32 of tasks (G,), with gradient. Without gates depth is 0."""
         return self._gate_probs(self.t_embedder(task))
 
     @torch.no_grad()
     def all_gate_probs(self) -> Tensor:
-        """(depth, T, M) float32 gate probabilities of all tasks, without gradient."""
+        """Return the gate probabilities (depth, T, M) float32 of all tasks, without gradient."""
         return self.gate_probs(torch.arange(self.config.timesteps, device=self.pos_embed.device))
 
     def forward(self, x: Tensor, t: Tensor | int | float, y: Tensor | None = None) -> ModelOutput:
-        """Prediction (B, C_out, H, W) float32 and routing for images x (B, C, H, W), labels y (B,) and times t.
+        """Return prediction (B, C_out, H, W) float32 and routing for images x (B, C, H, W), times t and labels y (B,).
 
-        t: (B,), or one value for all samples (fastest when sampling); integers 0..T-1, or floats in [0, 1] (flow).
+        t: (B,), or one value for all samples (fastest when sampling). Integers 0..T-1, or floats in [0, 1] (flow).
         """
         time = _distinct(torch.as_tensor(t, device=x.device))
         t_emb, routing, routes, forward_pass = self._route(time, len(x))
@@ -131,7 +136,11 @@ class DiffusionTransformer(nn.Module):
         return ModelOutput(self._unpatchify(self.final_layer(z, c)).float(), routing)
 
     def _route(self, time: Tensor, batch: int) -> tuple[Tensor, Routing, list[Tensor | None], ForwardPass | None]:
-        """Time embedding (B or 1, D), routing of the B samples, the route of every layer, and the pass of the experts."""
+        """Return the routing of a batch.
+
+        It consists of the time embedding (B or 1, D), the `Routing` of the B samples, the route of each layer, and the
+        forward pass of the experts (None without experts).
+        """
         depth, task = self.config.depth, self.gate_task(time)
         if self.config.variant != "switch":
             t_emb = self._embed_time(time)
@@ -149,7 +158,7 @@ class DiffusionTransformer(nn.Module):
         return t_emb, routing, list(gates.unbind()), forward_pass
 
     def _embed_time(self, time: Tensor) -> Tensor:
-        """(N, D) float32 of times (N,): T tasks, or a continuous time scaled by T."""
+        """Return the embeddings (N, D) float32 of times (N,). Continuous times are scaled by T."""
         return self.t_embedder(time.float() * self.config.timesteps if time.is_floating_point() else time)
 
     def _gate_probs(self, task_emb: Tensor) -> Tensor:
@@ -157,13 +166,13 @@ class DiffusionTransformer(nn.Module):
         return gate_probabilities(task_emb, gates) if gates else task_emb.new_empty(0, len(task_emb), 0)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, L, p² C_out) to (B, C_out, H, W)."""
+        """Convert patches (B, L, p² C_out) to images (B, C_out, H, W)."""
         p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         grid = patches.view(-1, side, side, p, p, self.config.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side * p, side * p)
 
 
 def _distinct(t: Tensor) -> Tensor:
-    """(B,) times, or (1,) where one value is shared by the batch."""
+    """Return times (B,), or (1,) if the batch shares one expanded value."""
     t = t.reshape(-1)
     return t[:1] if t.stride(0) == 0 else t

@@ -12,7 +12,10 @@ SINUSOID_SIZE = 256
 
 
 def sinusoid(time: Tensor) -> Tensor:
-    """(N, 256) float32 `[cos(t f), sin(t f)]`, f_i = 10000^(-i/128), of times (N,) on the scale 0..T (DiT)."""
+    """Return (N, 256) float32 `[cos(t f), sin(t f)]` with f_i = 10000^(-i/128), for times (N,) on the scale 0..T.
+
+    Source: DiT.
+    """
     half = SINUSOID_SIZE // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=time.device, dtype=torch.float32))
     angle = time.float()[:, None] * frequency
@@ -20,7 +23,10 @@ def sinusoid(time: Tensor) -> Tensor:
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """(1, side², width) float32: sin-cos of the column in the first half of the channels, of the row in the second."""
+    """Return the position embedding (1, side², width) float32.
+
+    The first half of the channels holds sin and cos of the column, the second half those of the row.
+    """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (side, D/2)
@@ -30,13 +36,13 @@ def grid_positions(side: int, width: int) -> Tensor:
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b in float32, also under autocast: its value is an exact function of the stored weights."""
+    """Return x W^T + b in float32, also under autocast. The result is an exact function of the stored weights."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight.float(), bias.float())
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, C, H, W) to tokens (B, L, D): a p x p convolution of stride p."""
+    """A p x p convolution of stride p from images (B, C, H, W) to tokens (B, L, D)."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -44,12 +50,12 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the tokens (B, L, D) of images `x` (B, C, H, W)."""
-        # contiguous: the convolution's channel-major layout would stay with the tokens through every block
+        # contiguous, because otherwise the tokens would keep the convolution's channel-major layout in all blocks
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):
-    """Times (N,) on the scale 0..T to (N, D) float32."""
+    """An MLP from times (N,) on the scale 0..T to embeddings (N, D) float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,7 +70,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Labels (B,) in 0..classes to (B, D) float32; label `classes` is the null label."""
+    """A table from labels (B,) in 0..classes to embeddings (B, D) float32. The label `classes` is the null label."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()

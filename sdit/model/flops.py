@@ -1,6 +1,7 @@
-"""Floating-point operations of the networks. L tokens, D width, H hidden width, M experts, k experts used per block.
+"""Floating-point operations of the networks.
 
-A product of (a, b) and (b, c) counts 2abc; what is done element by element does not count.
+L tokens, D width, H hidden width, M experts of a block, k experts used per block. A product of (a, b) and (b, c)
+counts as 2abc. Element-wise operations are not counted.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ SINUSOID_SIZE = 256  # input of the timestep embedding
 
 
 class Flops(NamedTuple):
-    """Of one image: a forward pass, and a training step (forward and backward, which is twice a forward)."""
+    """FLOPs of one image: of a forward pass, and of a training step. The backward pass counts as two forward passes."""
 
     forward: int
     train: int
 
 
 def flops_per_image(config: ModelConfig) -> Flops:
-    """What the mathematics asks for, the numerator of model-FLOPs utilization: recomputation does not count.
+    """Return the FLOPs that the mathematics requires: the numerator of model-FLOPs utilization.
 
-    Linear experts count as the one product that their k matrices merge into, and the merging of k matrices.
+    Recomputation is not counted. Linear experts count as one product with their merged matrix, plus the merging of k
+    matrices.
     """
     tokens, width, hidden = config.tokens, config.width, int(config.width * config.mlp_ratio)
-    attention = tokens * (4 * width * width) + 2 * tokens * tokens * width  # qkv and projection; scores and their use
+    attention = (
+        tokens * (4 * width * width) + 2 * tokens * tokens * width
+    )  # qkv and projection, then scores and weighted sum
     mlp = 2 * tokens * width * hidden
     modulation = 6 * width * width
     block = attention + mlp + modulation + (_experts(config) if config.variant == "switch" else 0)
@@ -37,7 +41,7 @@ def flops_per_image(config: ModelConfig) -> Flops:
 
 
 def _experts(config: ModelConfig) -> int:
-    """Multiplications of one block's gate and experts."""
+    """Return the multiplications of the gate and the experts of one block."""
     experts, width, tokens = config.experts, config.width, config.tokens
     gate = width * experts.count
     if experts.kind == "linear":

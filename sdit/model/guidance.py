@@ -17,10 +17,18 @@ def forward_with_guidance(
     scale: float,
     guided_channels: int | None = None,
 ) -> Tensor:
-    """(B, C_out, H, W) prediction null + scale (conditional - null) for x (B, C, H, W), t (B,) or one value, y (B,).
+    """Return the prediction null + scale (conditional - null), (B, C_out, H, W).
 
-    Guidance acts on the first `guided_channels` image channels (None: all); the others, and the variance, stay the
-    conditional ones. Raises: ConfigError. Source: Ho & Salimans, arXiv 2207.12598, with weight scale - 1.
+    Args:
+        x: images (B, C, H, W).
+        t: (B,), or one value for all samples.
+        y: labels (B,).
+        guided_channels: guidance applies to the first `guided_channels` image channels (None: all). The other channels
+            and the variance are the conditional ones.
+
+    Raises: ConfigError: if `guided_channels` is out of range, or the model has no labels and scale is not 1.
+
+    Source: Ho & Salimans, arXiv 2207.12598, with weight scale - 1.
     """
     channels = model.config.channels
     guided = channels if guided_channels is None else guided_channels

@@ -1,4 +1,4 @@
-"""Initial weights: a pure function of (seed, parameter name, expert id). The order of construction does not matter."""
+"""Initial weights: a pure function of (seed, parameter name, expert id), independent of the order of construction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from sdit.randomness import named_seed
 
 @torch.no_grad()
 def init_weights(model: DiffusionTransformer, seed: int) -> None:
-    """Fill all parameters and fixed buffers in place; ranks that hold different experts agree on the others."""
+    """Fill all parameters and fixed buffers in place.
+
+    Ranks with different local experts get equal values for all other parameters.
+    """
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Experts):
@@ -29,7 +32,7 @@ def init_weights(model: DiffusionTransformer, seed: int) -> None:
 
 @torch.no_grad()
 def fill_buffers(model: DiffusionTransformer) -> None:
-    """Compute the fixed buffers, which hold nothing after `to_empty`."""
+    """Compute the fixed buffers, which `to_empty` leaves uninitialised."""
     config = model.config
     model.pos_embed.copy_(grid_positions(config.input_size // config.patch_size, config.width))
     if config.variant == "dtr":
@@ -37,17 +40,17 @@ def fill_buffers(model: DiffusionTransformer) -> None:
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = None) -> Tensor:
-    """float32 start value of a parameter, or of one expert's row of it (`expert`: its id in the whole model).
+    """Return the float32 initial value of a parameter, or of the row of one expert (`expert`: its id in the whole model).
 
-    Xavier-uniform matrices and zero biases; N(0, 0.02) for the label table and the timestep MLP; zero for the output
-    layer, for what an expert adds, and for the gates that make a block an identity (adaLN-Zero).
+    Matrices are Xavier-uniform and biases are zero. The label table and the timestep MLP are N(0, 0.02). The output
+    layer, the last matrix of an expert, and the adaLN modulation are zero, so each block starts as an identity (adaLN-Zero).
     """
     if name.endswith(("bias", ".b", ".b1", ".b2", ".experts.w", ".w2")) or _is_zero_matrix(name):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(named_seed(seed, name, expert))
     if name.startswith(("t_embedder.", "y_embedder.")):
         return torch.empty(shape).normal_(std=0.02, generator=generator)
-    # Rows and columns of the matrix; the patch convolution counts as a linear map of flattened patches.
+    # Sum of rows and columns. The patch convolution counts as a linear map of flattened patches.
     bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

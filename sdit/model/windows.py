@@ -11,7 +11,7 @@ from sdit.config import ModelConfig
 
 @dataclass(frozen=True)
 class TaskWindows:
-    """Task t uses units `starts[t] .. starts[t] + active` of `units`; `starts` (T,) int64 never falls."""
+    """Task t uses units `starts[t] .. starts[t] + active - 1` of `units`. `starts` (T,) int64 never decreases."""
 
     starts: np.ndarray
     active: int
@@ -19,26 +19,29 @@ class TaskWindows:
 
     @property
     def mask(self) -> np.ndarray:
-        """(T, units) bool, true where the task uses the unit."""
+        """(T, units) bool, True where the task uses the unit."""
         unit = np.arange(self.units)
         start = self.starts[:, None]
         return (unit >= start) & (unit < start + self.active)
 
 
 def task_windows(timesteps: int, units: int, active: int, alpha: float) -> TaskWindows:
-    """Windows that slide from the first unit at t = 0 to the last at t = T - 1, as (t / (T - 1))^alpha."""
+    """Return windows that slide from the first unit at t = 0 to the last at t = T - 1, by (t / (T - 1))^alpha."""
     progress = (np.arange(timesteps) / (timesteps - 1)) ** alpha
     return TaskWindows(np.round(progress * (units - active)).astype(np.int64), active, units)
 
 
 def channel_windows(config: ModelConfig) -> TaskWindows:
-    """The windows over the width that mask every block of DTR; int(U beta) channels are active."""
-    # 100 * 0.29 is 28.999999999999996 in binary floats: round away the representation error before truncating.
+    """Return DTR's windows over the width, which mask each block. int(width * beta) channels are active."""
+    # 100 * 0.29 is 28.999999999999996 in binary floats. Round before truncating.
     active = int(round(config.width * config.dtr.beta, 6))
     return task_windows(config.timesteps, config.width, active, config.dtr.alpha)
 
 
 def expert_windows(config: ModelConfig) -> TaskWindows:
-    """The diffusion prior's windows over the depth * M experts of all blocks; depth * k are active (beta = k/M)."""
+    """Return the diffusion prior's windows over the depth * M experts of all blocks.
+
+    depth * k of them are active (beta = k/M).
+    """
     units, active = config.depth * config.experts.count, config.depth * config.experts.top_k
     return task_windows(config.timesteps, units, active, config.dtr.alpha)

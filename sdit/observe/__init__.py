@@ -1,1 +1,1 @@
-"""What people see of a run: metrics, progress, pictures."""
+"""Output of a run for people: metrics, progress, logs and images."""

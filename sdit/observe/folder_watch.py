@@ -1,4 +1,4 @@
-"""Stops a run whose folder was renamed, so that the last checkpoint is the last thing written to it."""
+"""Stops a run whose folder was renamed, so that nothing is written to it after the last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from sdit.train.record import StepRecord
 
 
 class FolderWatch(Observer):
-    """Asks for a stop after the step in which the run folder is no longer at its path. Raises: ConfigError if it is deleted."""
+    """Requests a stop after the step in which the run folder is no longer at its path.
+
+    Raises: ConfigError: if the folder was deleted.
+    """
 
     def __init__(self, folder: RunFolder, heartbeat: Heartbeat) -> None:
         self._folder, self._heartbeat = folder, heartbeat

@@ -1,4 +1,4 @@
-"""Files of drawn images: a PNG grid, an npz for evaluation code, raw floats, an npz of latents."""
+"""Files of sampled images: a PNG grid, an npz for evaluation code, raw floats, an npz of latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_GRID_IMAGES = 400
 
 
 class ImageFiles:
-    """Takes images in order and leaves whole files; a context manager. After an error no file appears."""
+    """Collects images in order and writes complete files. A context manager. After an error no file is created."""
 
     def __init__(
         self, grid: Path | None, npz: Path | None, raw: Path | None, labels: np.ndarray, columns: int,
@@ -32,12 +32,15 @@ class ImageFiles:
         self._floats: np.ndarray | None = None
         self._count = 0
         for path in (grid, npz, raw, latents):
-            if path is not None:  # before hours of sampling, not after
+            if path is not None:  # fail before hours of sampling, not after
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _partial(path).touch()
 
     def add(self, images: np.ndarray) -> None:
-        """Take the next images (n, C, H, W) float32. Raises: ConfigError for an npz of images that are no pixels."""
+        """Add the next images (n, C, H, W) float32.
+
+        Raises: ConfigError: if an npz is wanted and the images are latents.
+        """
         end = self._count + len(images)
         if self._grid is not None and self._count < MAX_GRID_IMAGES:
             self._shown.append(images[: MAX_GRID_IMAGES - self._count])
@@ -88,5 +91,5 @@ class ImageFiles:
 
 
 def _partial(path: Path) -> Path:
-    """The hidden name a file has while it is written; it keeps the suffix, which says the format."""
+    """Return the hidden name of a file while it is written. The suffix is kept because it selects the format."""
     return path.with_name(f".partial-{path.name}")

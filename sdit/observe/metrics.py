@@ -1,4 +1,4 @@
-"""Write the numbers of each step to the rank's shared metrics file, which sdit.metrics.exporter serves."""
+"""Writes the numbers of each step to the rank's shared metrics file, which sdit.metrics.exporter serves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdit.metrics.specs import RANK_METRICS
 from sdit.train.events import Observer
 from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
 
-PARTS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
+LOSS_TERMS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
 PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
 BINS = tuple(f"{number:02d}" for number in range(20))
 REASONS = (*get_args(ShardReason), *get_args(SampleReason))
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class PrometheusObserver(Observer):
-    """Writes a rank's numbers to its shared metrics file. Never raises: a full /dev/shm is logged once."""
+    """Writes a rank's numbers to its shared metrics file. It never raises. A full /dev/shm is logged once."""
 
     every_rank = True
 
@@ -49,7 +49,7 @@ class PrometheusObserver(Observer):
         try:
             self._writer = SharedMetricsWriter(self._path, list(self._series(labels)))
         except (OSError, ValueError) as error:
-            _log.warning("no metrics of this rank: %s", error)
+            _log.warning("this rank writes no metrics: %s", error)
             return
         if self._is_first:
             self._writer.set("sdit_build_info", 1.0, *labels)
@@ -80,7 +80,9 @@ class PrometheusObserver(Observer):
             return
         self._writer.observe("sdit_checkpoint_seconds", seconds)
         self._writer.set("sdit_checkpoint_last_success_timestamp_seconds", time.time())
-        images_seen = int(folder.name.removeprefix("images-"))  # a background save is older than the clock
+        images_seen = int(
+            folder.name.removeprefix("images-")
+        )  # a checkpoint written in the background is older than the clock
         self._writer.set("sdit_checkpoint_images_seen", images_seen)
         self._publish()
 
@@ -111,13 +113,13 @@ class PrometheusObserver(Observer):
         writer.set("sdit_images_seen", clock.images_seen)
         writer.set("sdit_last_step_timestamp_seconds", time.time())
         writer.observe("sdit_step_seconds", record.step_seconds or 0.0)
-        for part, key in PARTS.items():
+        for term, key in LOSS_TERMS.items():
             value = getattr(record, key)
-            writer.set("sdit_loss", math.nan if value is None else value, part)
+            writer.set("sdit_loss", math.nan if value is None else value, term)
         self._write_values(writer, record)
         tokens, weights = record.exchange_bytes_tokens or 0.0, record.exchange_bytes_weights or 0.0
-        seats = (record.exchange_bytes or 0.0) - tokens - weights
-        for mode, sent in {"tokens": tokens, "weights": weights, "seats": seats}.items():
+        samples = (record.exchange_bytes or 0.0) - tokens - weights
+        for mode, sent in {"tokens": tokens, "weights": weights, "seats": samples}.items():
             writer.add("sdit_exchange_bytes_total", sent, mode)
         writer.observe("sdit_exchange_seconds", record.exchange_wait_seconds or 0.0)
 
@@ -144,18 +146,18 @@ class PrometheusObserver(Observer):
         try:
             self._writer.publish()
         except OSError as error:
-            _log.warning("metrics of this rank are off from now on: %s", error)
+            _log.warning("this rank writes no more metrics: %s", error)
             self.close()
 
     def _series(self, build: Sequence[str]) -> Iterable[Series]:
-        """Yield each series of this rank. The config defines them all, so that a counter exists before it first counts."""
+        """Yield each series of this rank. The config defines all of them, so a counter exists before its first increment."""
         depth = self._config.model.depth if self._config.model.variant == "switch" else 0
         blocks = [(str(block),) for block in range(depth)]
         experts = [str(expert) for expert in range(self._config.model.experts.count)]
         labels: dict[tuple[str, ...], Sequence[tuple[str, ...]]] = {
             (): [()],
             ("version", "git", "torch", "deepspeed"): [tuple(build)],
-            ("part",): [(part,) for part in PARTS],
+            ("part",): [(term,) for term in LOSS_TERMS],
             ("bin",): [(number,) for number in BINS],
             ("phase",): [(phase,) for phase in PHASES],
             ("mode",): [("tokens",), ("weights",), ("seats",)],
@@ -166,11 +168,14 @@ class PrometheusObserver(Observer):
         }
         for spec in RANK_METRICS:
             if spec.by_rank or self._is_first:
-                yield from ((spec.name, own) for own in labels[spec.labels])
+                yield from ((spec.name, values) for values in labels[spec.labels])
 
 
 def shown_blocks(config: Config) -> list[int]:
-    """Return the blocks whose experts have their own series: evenly spaced, as many as `observe.metrics_experts` allows."""
+    """Return the blocks whose experts have their own series.
+
+    They are evenly spaced, as many as `observe.metrics_experts` allows.
+    """
     model = config.model
     if model.variant != "switch":
         return []
@@ -181,7 +186,7 @@ def shown_blocks(config: Config) -> list[int]:
 
 
 def checkpoint_interval_images(config: Config) -> float:
-    """Return the images between two checkpoints; NaN if the only checkpoint is at the end."""
+    """Return the images between two checkpoints, or NaN if the only checkpoint is at the end."""
     if config.checkpoint.every_images is not None:
         return config.checkpoint.every_images
     if config.checkpoint.every_steps is not None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step, and nothing after the point a run was resumed from."""
+"""Writes metrics.jsonl, one JSON object per logged step. Lines after the point of resumption are removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MetricsFile(Observer):
     def __init__(self, run_dir: Path | RunFolder) -> None:
         self._run_dir = run_dir
         self._spent = dict.fromkeys(SPENT, 0.0)
-        self._lost: dict[str, int] = {}  # lines of a file in a row that could not be written
+        self._lost: dict[str, int] = {}  # consecutive lines of a file that could not be written
 
     @property
     def _metrics(self) -> Path:
@@ -52,25 +52,27 @@ class MetricsFile(Observer):
         for key in SPENT:
             self._spent[key] += getattr(record, key) or 0.0
         if record.logged:
-            # Most periodic tasks fall between two logged steps: only the sums show their time.
+            # Most periodic tasks run between two logged steps, so only the sums include their time.
             self._append(self._metrics, replace(record, spent_since_logged=self._spent).as_dict())
             self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_validation(self, clock: Clock, validation: Validation) -> None:
-        """Add the held-out loss to the line of its step; on a full disk it is missing until the next start."""
+        """Add the held-out loss to the line of its step. If the disk is full, it is missing until the next start."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
         if not lines or _images(lines[-1]) != clock.images_seen:
             return
         try:
             _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **validation.as_dict()})])
         except OSError as error:
-            _log.warning("%s: the held-out loss is not in it (%s); training continues", self._metrics, error.strerror)
+            _log.warning(
+                "%s: the held-out loss could not be written (%s); training continues", self._metrics, error.strerror
+            )
 
     def missing(self, clock: Clock) -> set[str]:
-        """The held-out loss, where the last line is the step's and lacks it."""
+        """Return VALIDATION if the last line is of this step and has no held-out loss, else an empty set."""
         last = read_metrics(self._metrics.parent)[-1:]
-        lacks = [record for record in last if record["images_seen"] == clock.images_seen and KEY not in record]
-        return {VALIDATION} if lacks else set()
+        incomplete = [record for record in last if record["images_seen"] == clock.images_seen and KEY not in record]
+        return {VALIDATION} if incomplete else set()
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
         self.on_event(clock, "checkpoint", f"{folder.name} in {seconds:.2f} s")
@@ -81,14 +83,14 @@ class MetricsFile(Observer):
         self._append(self._events, {**where, "event": kind, "text": redact(text)})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
-        """Add a line. On a full disk it is lost, which is reported once, and the run continues."""
+        """Append a line. If the disk is full, the line is lost, which is logged once, and the run continues."""
         line = json.dumps(record) + "\n"
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(
                     f"\n{line}" if self._lost.get(path.name) else line
-                )  # what was lost may have left half a line
-        except FileNotFoundError:  # the run folder is deleted: whoever watches it ends the run
+                )  # a failed write may have left an incomplete line
+        except FileNotFoundError:  # the run folder was deleted, and FolderWatch ends the run
             return
         except OSError as error:
             self._lost[path.name] = self._lost.get(path.name, 0) + 1
@@ -100,7 +102,7 @@ class MetricsFile(Observer):
 
 
 def _keep_up_to(path: Path, images_seen: int) -> None:
-    """Drop lines that the resumed run will write again, and a last line that a crash cut."""
+    """Remove lines that the resumed run writes again, and an incomplete last line."""
     if not path.exists():
         return
     _rewrite(path, [line for line in path.read_text(encoding="utf-8").splitlines() if _images(line) <= images_seen])
@@ -118,13 +120,16 @@ def _images(line: str) -> float:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All logged steps of a run, in order; a last line that a crash cut is left out."""
+    """Return all logged steps of a run, in order. An incomplete last line is ignored."""
     return read_records(run_dir / "metrics.jsonl")[0]
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file of JSON lines, and how many of its lines are none. Raises: OSError."""
-    records, torn = [], 0
+    """Return the objects in a file of JSON lines, and the number of invalid lines.
+
+    Raises: OSError: if the file cannot be read.
+    """
+    records, invalid = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -133,5 +138,5 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         if isinstance(record, dict):
             records.append(record)
         else:
-            torn += bool(line.strip())
-    return records, torn
+            invalid += bool(line.strip())
+    return records, invalid

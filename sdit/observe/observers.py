@@ -21,20 +21,24 @@ _log = logging.getLogger(__name__)
 
 
 def build_observers(
-    config: Config, run_dir: Path | RunFolder, info: RankInfo, page: Observer | None = None, *more: Observer
+    config: Config, run_dir: Path | RunFolder, info: RankInfo, metrics: Observer | None = None, *more: Observer
 ) -> Observers:
-    """Return the observers of this rank in the order of their calls, `more` last; `page` is what the node's exporter reads.
+    """Return the observers of this rank in the order of their calls, `more` last.
 
-    Raises: ConfigError, on every rank, for an optional sink whose package is missing.
+    `metrics` writes the shared metrics file that the node's exporter reads.
+
+    Raises: ConfigError: on all ranks, if the package of an optional sink is missing.
     """
     require_packages(config.observe)
     latent_scale = config.data.latent_scale if draws_latents(config) and not config.sample.vae else None
     observers: list[Observer] = [RankLog(run_dir, info)]
-    if page is not None:
-        observers.append(page)
+    if metrics is not None:
+        observers.append(metrics)
     if info.rank == 0:
         if latent_scale is not None:
-            _log.warning("sample.vae: is not set: the model draws latents, kept in samples/latents-N.npz; no pictures")
+            _log.warning(
+                "sample.vae: is not set; the model samples latents, written to samples/latents-N.npz; no images"
+            )
         observers += [MetricsFile(run_dir), Progress(), SampleGrids(run_dir, latent_scale)]
         if config.model.variant == "switch":
             observers.append(RoutingMaps(run_dir, config.model))

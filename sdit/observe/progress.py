@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, one line per interval elsewhere; both are also lines of the rank's log."""
+"""Progress of a run: a bar on a terminal, or one line per interval. Both are also written to the rank's log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Progress(Observer):
-    """What the run is worth and costs, and the time left; on rank 0 only, on stderr."""
+    """Prints loss, speed and remaining time. On rank 0 only, to stderr."""
 
     def __init__(self, stream: TextIO | None = None, line_every_seconds: float = LINE_EVERY_SECONDS) -> None:
         self._stream = stream or sys.stderr
@@ -32,7 +32,7 @@ class Progress(Observer):
         self._rate_from: tuple[float, int] | None = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
-        self._say(message)
+        self._print(message)
         self._total = total_images
         if self._stream.isatty():
             self._bar = tqdm(
@@ -43,9 +43,9 @@ class Progress(Observer):
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         now = time.monotonic()
         self._interval.add(record)
-        if self._rate_from is None:  # the first step warms libraries up: it says nothing of the others
+        if self._rate_from is None:  # the first step initialises libraries, so its time is not typical
             self._rate_from = (now, clock.images_seen)
-        if self._bar is not None and not self._stream.isatty():  # the terminal is gone: lines from here on
+        if self._bar is not None and not self._stream.isatty():  # the terminal is closed, so print lines from now on
             self._bar.close()
             self._bar = None
         if self._bar is not None:
@@ -63,24 +63,24 @@ class Progress(Observer):
         self._interval.begin()
 
     def on_checkpoint(self, clock: Clock, folder: Path, seconds: float) -> None:
-        self._say(f"checkpoint {folder} ({seconds:.2f} s)")
+        self._print(f"checkpoint {folder} ({seconds:.2f} s)")
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
-        self._say(f"{kind} at step {clock.steps}: {text}")
+        self._print(f"{kind} at step {clock.steps}: {text}")
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def _time_left(self, now: float, images_seen: int) -> str:
-        """By the clock on the wall, so that checkpoints, samples and validation count."""
+        """Return the remaining time by wall-clock time, which includes checkpoints, sampling and validation."""
         assert self._rate_from is not None
         since, first_images = self._rate_from
         if images_seen == first_images:
             return "ETA unknown"
         return f"ETA {duration((self._total - images_seen) * (now - since) / (images_seen - first_images))}"
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         _log.info("%s", text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
@@ -89,7 +89,7 @@ class Progress(Observer):
 
 
 class Interval:
-    """The steps since the last line, in the words of that line."""
+    """Sums over the steps since the last printed line."""
 
     def __init__(self) -> None:
         self._last: StepRecord | None = None
@@ -97,12 +97,12 @@ class Interval:
         self.begin()
 
     def begin(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self._seconds = self._waited = self._exchanged = 0.0
         self._images = 0.0
 
     def add(self, record: StepRecord) -> None:
-        """Count a step."""
+        """Add a step."""
         self._last = record
         if record.expert_load_max_over_mean is not None:
             self._load = record.expert_load_max_over_mean
@@ -113,7 +113,7 @@ class Interval:
         self._exchanged += record.exchange_wait_seconds or 0.0
 
     def describe(self, short: bool = False) -> str:
-        """`loss 0.1234  lr 1.0e-04  812 images/s  data 2 %  exchange 5 %  load 1.42 x mean`."""
+        """Return `loss 0.1234  lr 1.0e-04  812 images/s  data 2 %  exchange 5 %  load 1.42 x mean`."""
         record, seconds = self._last, max(self._seconds, 1e-9)
         assert record is not None and record.loss is not None
         words = [f"loss {record.loss:.4f}"]
@@ -137,7 +137,7 @@ class Interval:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, or `3d 04:05:06`."""
+    """Return seconds as `1:02:03` or `3d 04:05:06`."""
     days, rest = divmod(round(max(0.0, seconds)), 86_400)
     hours, rest = divmod(rest, 3600)
     minutes, left = divmod(rest, 60)

@@ -1,4 +1,7 @@
-"""RUN/logs/rank-000.log: what each rank's logging says, with time and rank; warnings go to stderr as well. Secrets stay out."""
+"""RUN/logs/rank-000.log: the log of each rank, with time and rank.
+
+Warnings are also printed to stderr. Secrets are redacted.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from sdit.train.events import Observer
 
 
 class RankLog(Observer):
-    """Takes the process's logging from its making to `close()`; a rank that fails leaves its traceback."""
+    """Writes the log of the process from construction to `close()`.
+
+    If the rank fails, its traceback is logged.
+    """
 
     every_rank = True
 
@@ -28,11 +34,11 @@ class RankLog(Observer):
             path.parent.mkdir(exist_ok=True)
             self._handlers.append(_File(path, info.rank))
         except OSError as error:
-            print(f"{path}: {error.strerror}; rank {info.rank} keeps no log", file=sys.stderr)
+            print(f"{path}: {error.strerror}; rank {info.rank} writes no log", file=sys.stderr)
         self._level = logging.getLogger("sdit").level
         logging.getLogger("sdit").setLevel(logging.INFO)
         self._attached = [(logging.getLogger(), handler) for handler in self._handlers]
-        # Libraries with a terminal of their own do not pass their records on: only the file is for them.
+        # Libraries that print their own records do not propagate them. Their records go only to the file.
         closed = [
             logger for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)) if not logger.propagate
         ]
@@ -43,9 +49,9 @@ class RankLog(Observer):
 
     def close(self) -> None:
         if sys.exc_info()[0] is not None:
-            # The terminal gets one line from the launcher; the traceback is for the file.
+            # The launcher prints one line to the terminal. The traceback goes only to the file.
             logging.getLogger().removeHandler(self._handlers[0])
-            logging.getLogger(__name__).error("this rank fails", exc_info=True)
+            logging.getLogger(__name__).error("this rank failed", exc_info=True)
         for logger, handler in self._attached:
             logger.removeHandler(handler)
         for handler in self._handlers:
@@ -54,7 +60,7 @@ class RankLog(Observer):
 
 
 class _Lines(logging.Formatter):
-    """`2026-01-31T12:00:00Z rank 0 WARNING sdit.data.ledger: text`, in UTC so that ranks can be compared."""
+    """Formats `2026-01-31T12:00:00Z rank 0 WARNING sdit.data.bad_samples: text`, in UTC so that ranks can be compared."""
 
     converter = staticmethod(time.gmtime)  # type: ignore[assignment]
 
@@ -66,7 +72,7 @@ class _Lines(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A file on a disk that may be full: that is reported once, and the run continues."""
+    """A log file. A failed write, for example on a full disk, is reported once, and the run continues."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8")
@@ -80,7 +86,7 @@ class _File(logging.FileHandler):
 
 
 class _Terminal(logging.Handler):
-    """Warnings on stderr, above the progress bar if there is one; all ranks but the first say who they are."""
+    """Prints warnings to stderr, above the progress bar if there is one. All ranks but rank 0 add their rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(logging.WARNING)

@@ -1,6 +1,7 @@
-"""Which experts the tasks take: affinity, overlap of paths, agreement with the prior, load. T tasks, M experts, k used.
+"""Statistics of the routes: affinity, overlap of paths, agreement with the prior, load.
 
-A unit is one expert of one block, depth * M of them in block order; the path of a task is the set of units it uses.
+T tasks, M experts of a block, k experts used. A unit is one expert of one block, depth * M of them in block order. The
+path of a task is the set of units that it uses.
 """
 
 from __future__ import annotations
@@ -22,42 +23,48 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def chosen_experts(probs: np.ndarray, top_k: int) -> np.ndarray:
-    """(depth, T, k) int64 experts of highest probability; probs (depth, T, M)."""
+    """Return the experts (depth, T, k) int64 of highest probability, for probs (depth, T, M)."""
     return np.argsort(-probs, axis=-1, kind="stable")[..., :top_k]
 
 
 def task_paths(probs: np.ndarray, top_k: int) -> np.ndarray:
-    """(T, depth * M) bool, true where the task uses the unit; each row holds depth * k."""
+    """Return (T, depth * M) bool, True where the task uses the unit. Each row has depth * k True values."""
     used = np.zeros(probs.shape, dtype=bool)
     np.put_along_axis(used, chosen_experts(probs, top_k), True, axis=-1)
     return used.transpose(1, 0, 2).reshape(probs.shape[1], -1)
 
 
 def path_overlap(paths: np.ndarray) -> np.ndarray:
-    """(T, T) share of the units that two tasks have in common; 1 on the diagonal. paths: (T, units) bool."""
-    counts = paths.astype(np.float32)  # exact: counts stay far below 2^24
+    """Return (T, T), the fraction of units that two tasks share, for paths (T, units) bool. It is 1 on the diagonal."""
+    counts = paths.astype(np.float32)  # exact, because counts are far below 2^24
     return counts @ counts.T / paths[0].sum()
 
 
 def task_affinity(probs: np.ndarray) -> np.ndarray:
-    """(T, T) cosine of two tasks' gate probabilities over all units; 1 on the diagonal. probs: (depth, T, M)."""
+    """Return (T, T), the cosine between the gate probabilities of two tasks over all units.
+
+    It is 1 on the diagonal. `probs` is (depth, T, M).
+    """
     units = probs.transpose(1, 0, 2).reshape(probs.shape[1], -1).astype(np.float32)
     units = units / np.linalg.norm(units, axis=1, keepdims=True)
     return units @ units.T
 
 
 def prior_mask(assignment: Assignment) -> np.ndarray:
-    """(T, units) bool, true where the prior has the task use the unit."""
+    """Return (T, units) bool, True where the prior assigns the unit to the task."""
     return assignment.windows.mask[:, assignment.columns]
 
 
 def prior_agreement(paths: np.ndarray, assignment: Assignment) -> float:
-    """Share of all tasks' units that lie in the prior's window under the assignment; 1: the prior is followed."""
+    """Return the fraction of all tasks' units that are in the prior's window under the assignment. 1 is full agreement."""
     return float((paths & prior_mask(assignment)).sum() / paths.sum())
 
 
 def gate_entropy(probs: np.ndarray) -> np.ndarray:
-    """(T,) mean over the blocks of the gates' entropy over ln M; 1: no expert is preferred. probs: (depth, T, M)."""
+    """Return (T,), the entropy of the gates over ln M, averaged over the blocks, for probs (depth, T, M).
+
+    1 means that no expert is preferred.
+    """
     if probs.shape[2] == 1:
         return np.zeros(probs.shape[1])
     logs = np.log(np.maximum(probs, 1e-12))
@@ -66,10 +73,11 @@ def gate_entropy(probs: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The gates at one moment: `probs` (depth, T, M) and `paths` (T, units) bool, which are exact where rounded probs tie.
+    """The gates at one point of the run: `probs` (depth, T, M) and `paths` (T, units) bool.
 
-    `prior` (T, units) bool and `columns` (units,), the prior's column of each unit, are None without a prior;
-    `dropped` (depth,) samples that full experts dropped in one step, None where nothing limits them.
+    `paths` are exact where rounded probs tie. `prior` (T, units) bool and `columns` (units,), the prior's column of each
+    unit, are None without a prior. `dropped` (depth,) are the samples that experts at capacity dropped in one step. It is
+    None if capacity is not limited.
     """
 
     images_seen: int
@@ -85,7 +93,7 @@ class Snapshot:
         cls, images_seen: int, probs: np.ndarray, top_k: int, assignment: Assignment | None,
         dropped: np.ndarray | None = None,
     ) -> Snapshot:  # fmt: skip
-        """A snapshot of gate probabilities (depth, T, M)."""
+        """Return a snapshot of gate probabilities (depth, T, M)."""
         paths = task_paths(probs, top_k)
         if assignment is None:
             return cls(images_seen, top_k, probs, paths, dropped=dropped)
@@ -93,16 +101,19 @@ class Snapshot:
 
     @property
     def loads(self) -> np.ndarray:
-        """(depth, M) share of the tasks that use each expert; each row sums to k."""
+        """(depth, M), the fraction of the tasks that use each expert. Each row sums to k."""
         return self.paths.mean(0).reshape(self.probs.shape[0], -1)
 
     @property
     def agreement(self) -> float | None:
-        """Share of the paths that the prior has, too."""
+        """The fraction of the paths that is also in the prior, or None without a prior."""
         return None if self.prior is None else float((self.paths & self.prior).sum() / self.paths.sum())
 
     def save(self, path: Path) -> None:
-        """Write a compressed npz, atomically; probabilities are stored in half precision. Raises: OSError."""
+        """Write a compressed npz atomically. Probabilities are stored in half precision.
+
+        Raises: OSError: if the file cannot be written.
+        """
         depth, _, count = self.probs.shape
         arrays: dict[str, np.ndarray] = {
             "shape": np.array([self.images_seen, self.top_k, depth, count]),
@@ -118,7 +129,10 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read what `save` wrote. Raises: one of UNREADABLE for another or a damaged file."""
+        """Read a file that `save` wrote.
+
+        Raises: one of UNREADABLE: if the file is damaged or not a snapshot.
+        """
         with np.load(path, allow_pickle=False) as stored:
             images_seen, top_k, depth, count = stored["shape"].tolist()
             units = depth * count
@@ -139,7 +153,7 @@ def snapshot_files(folder: Path) -> list[Path]:
 
 
 def read_snapshots(files: Sequence[Path], report: Callable[[str], None]) -> list[Snapshot]:
-    """Return the snapshots that can be read; `report` gets one line about each of the others."""
+    """Return the readable snapshots. `report` is called with one line about each other file."""
     found = []
     for path in files:
         try:
@@ -150,7 +164,7 @@ def read_snapshots(files: Sequence[Path], report: Callable[[str], None]) -> list
 
 
 def evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """Return at most `number` of the items, evenly spaced, with the first and the last."""
+    """Return at most `number` of the items, evenly spaced, including the first and the last."""
     if len(items) <= number:
         return list(items)
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, number)]
+    return [items[round(position)] for position in np.linspace(0, len(items) - 1, number)]

@@ -1,6 +1,6 @@
-"""Images of routing snapshots: one map of six panels, and the change of the routes as a row of frames and an animation.
+"""Images of routing snapshots: one map of six panels, a row of frames over time, and an animation.
 
-Imported only to draw: matplotlib takes half a second to import.
+This module is imported only when images are drawn, because importing matplotlib takes half a second.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from sdit.model import Assignment
 
-CELLS_WITH_NUMBERS = 128  # beyond, numbers in the load map could not be read
-SHARP_UNITS = 256  # up to here each unit has pixels of its own; smoothing would blur it, and beyond it is needed
+CELLS_WITH_NUMBERS = 128  # above this, the numbers in the load map would be too small to read
+SHARP_UNITS = 256  # up to this number each unit has its own pixels; above it, the image is smoothed
 MAX_BLOCK_TICKS = 14
 PATH_COLOURS = {"neither": "#e9ecf0", "prior only": "#f2b134", "path only": "#c8413b", "path and prior": "#2f6690"}
 MAP_PIXELS = (1950, 1100)
@@ -53,9 +53,9 @@ def routing_map(
 
 
 def draw_run(folder: Path, report: Callable[[str], None]) -> None:
-    """Draw the newest snapshot of RUN/routing as images-N.png, and all of them as training.png and training.gif.
+    """Draw the newest snapshot of RUN/routing as images-N.png, and all snapshots as training.png and training.gif.
 
-    Nothing is drawn if the newest image exists. `report` gets one line about each snapshot that cannot be read.
+    If the newest image exists, nothing is drawn. `report` is called with one line about each unreadable snapshot.
     """
     files = snapshot_files(folder)
     if not files or files[-1].with_suffix(".png").exists():
@@ -68,7 +68,7 @@ def draw_run(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def draw_map(snapshot: Snapshot, path: Path, title: str = "") -> None:
-    """Write the PNG of six panels, atomically."""
+    """Write the PNG of six panels atomically."""
     depth, tasks, count = snapshot.probs.shape
     figure = Figure(figsize=(MAP_PIXELS[0] / 100, MAP_PIXELS[1] / 100), dpi=100, layout="constrained")
     axes = figure.subplots(2, 3)
@@ -147,7 +147,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
             axes.text(expert, block, f"{load:.2f}", ha="center", va="center", color=colour)
     ratio = float((loads.max(1) / loads.mean(1)).max())
     axes.set(
-        title=f"Load of the experts: fullest {ratio:.2f} x its block's mean",
+        title=f"Load of the experts: largest {ratio:.2f} x its block's mean",
         xlabel="expert", ylabel="block",
     )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -161,7 +161,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
 
 
 def _tasks_down(axes: Axes, values: np.ndarray, **style: Any) -> Any:
-    """Draw (T, units) with the tasks downwards, and return the image."""
+    """Draw (T, units) with one row per task, and return the image."""
     axes.set_ylabel("timestep (0: least noise)")
     return axes.imshow(values, aspect="auto", **style)
 
@@ -173,29 +173,32 @@ def _colour_bar(axes: Axes, image: Any, label: str) -> None:
 
 
 def _mean_tasks(paths: np.ndarray) -> np.ndarray:
-    """Return the mean timestep (units,) of the tasks that use each unit; infinite for unused units."""
+    """Return (units,), the mean timestep of the tasks that use each unit. It is infinite for unused units."""
     counts = paths.sum(0)
     weighted = np.arange(len(paths)) @ paths
     return np.where(counts > 0, weighted / np.maximum(counts, 1), np.inf)
 
 
 def heat(values: np.ndarray, colours: str, top: float = 1.0) -> np.ndarray:
-    """Return pixels (rows, columns, 3) uint8 of values (rows, columns) from 0 to `top`, in a colour map of matplotlib."""
+    """Return pixels (rows, columns, 3) uint8 of values (rows, columns) from 0 to `top`, in one of matplotlib's colour maps."""
     rgb = matplotlib.colormaps[colours](np.clip(values / top, 0, 1))[..., :3]
     return (rgb * 255).round().astype(np.uint8)
 
 
 def frame(snapshot: Snapshot, top: float, tall: bool) -> Image.Image:
-    """Return affinity (tasks down, experts across) and overlap of the paths: side by side, or one above the other if `tall`."""
+    """Return an image with two maps: affinity (one row per task) and overlap of the paths.
+
+    They are side by side, or one above the other if `tall`.
+    """
     units = snapshot.probs.transpose(1, 0, 2).reshape(snapshot.probs.shape[1], -1)
     side, step = FRAME_PIXELS, FRAME_PIXELS + MARGIN_PIXELS
     maps = [heat(units, "viridis", top), heat(path_overlap(snapshot.paths), "magma")]
     width, height = (step, 2 * step) if tall else (2 * step, step)
     image = Image.new("RGB", (width + MARGIN_PIXELS, height + CAPTION_PIXELS), "white")
-    for number, part in enumerate(maps):
+    for number, pixels in enumerate(maps):
         across, down = (0, number) if tall else (number, 0)
-        place = (MARGIN_PIXELS + across * step, CAPTION_PIXELS + down * step)
-        image.paste(Image.fromarray(part).resize((side, side), Image.Resampling.NEAREST), place)
+        corner = (MARGIN_PIXELS + across * step, CAPTION_PIXELS + down * step)
+        image.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), corner)
     caption = f"{snapshot.images_seen:,} images"
     if snapshot.agreement is not None:
         caption += f", prior {snapshot.agreement:.0%}"
@@ -205,7 +208,7 @@ def frame(snapshot: Snapshot, top: float, tall: bool) -> Image.Image:
 
 
 def draw_training(snapshots: Sequence[Snapshot], row_path: Path, animation_path: Path) -> None:
-    """Write the change of the routes, atomically: a PNG of up to ROW_FRAMES moments side by side, and a GIF."""
+    """Write the routes over time, atomically: a PNG with up to ROW_FRAMES frames side by side, and a GIF."""
     top = max(float(snapshot.probs.max()) for snapshot in snapshots)
     columns = [frame(snapshot, top, tall=True) for snapshot in evenly(snapshots, ROW_FRAMES)]
     row = Image.new("RGB", (sum(column.width for column in columns), columns[0].height), "white")

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class RoutingMaps(Observer):
-    """Writes RUN/routing/images-N.npz whenever a map is due, which takes milliseconds. No image is drawn during training."""
+    """Writes RUN/routing/images-N.npz when a map is due, which takes milliseconds. Nothing is drawn during training."""
 
     name, on_failure = "routing maps", OnFailure.RETRY
 
@@ -63,7 +63,7 @@ class RoutingMaps(Observer):
         return set() if self._path(clock).exists() else {ROUTING}
 
     def close(self) -> None:
-        """Draw the maps of a complete run. A run that stops or fails must end at once and draws nothing."""
+        """Draw the maps of a complete run. A run that was stopped or failed must exit at once, so it draws nothing."""
         if self._is_complete and self._may_draw:
             from sdit.observe.routing_figures import draw_run  # imports matplotlib
 

@@ -1,4 +1,4 @@
-"""Sample grids of a run, as PNG."""
+"""Writes the sample grids of a run as PNG."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sdit.files import replacing
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import SAMPLES, Observer, OnFailure
 
-MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor, so that a person sees them
+MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor so that they are visible
 GAP_PIXELS = 2
 GAP_GREY = 96
 
 
 class SampleGrids(Observer):
-    """Writes RUN/samples/images-N.png whenever samples were drawn; of latents, which are no pictures, latents-N.npz."""
+    """Writes RUN/samples/images-N.png after each sampling. Latents are written to latents-N.npz instead."""
 
     name, on_failure = "sample grids", OnFailure.RETRY
 
@@ -54,7 +54,7 @@ class SampleGrids(Observer):
 
 
 def remove_after(folder: Path, images_seen: int) -> None:
-    """Delete the files images-N.* and latents-N.* with N > images_seen: the run went back and will write them again."""
+    """Delete the files images-N.* and latents-N.* with N > images_seen, which the resumed run writes again."""
     for path in (*folder.glob("images-*.*"), *folder.glob("latents-*.*")):
         number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) > images_seen:
@@ -62,17 +62,17 @@ def remove_after(folder: Path, images_seen: int) -> None:
 
 
 def shown_channels(images: np.ndarray) -> np.ndarray:
-    """Of images (n, C, H, W) with more than 3 channels the first three, of those with two the first."""
+    """Return the first three channels of images (n, C, H, W) with C >= 3, else the first channel."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
 
 
 def latents_name(name: str) -> str:
-    """The name of a file of latents that takes the place of a picture's."""
+    """Return the name of the latents file that replaces an image file."""
     return Path(name.replace("images-", "latents-")).with_suffix(".npz").name
 
 
 def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, latent_scale: float) -> None:
-    """Write `latents` (n, C, H, W) float32, as the model draws them, with `labels` (n,) and `latent_scale`."""
+    """Write `latents` (n, C, H, W) float32 as the model samples them, with `labels` (n,) and `latent_scale`."""
     with replacing(path) as file:
         np.savez(file, latents=latents, labels=labels, latent_scale=np.float64(latent_scale))
 
@@ -80,13 +80,13 @@ def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, latent_sca
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:
     """Write images (n, C, H, W) in [-1, 1] as one PNG of `columns` columns, with `facts` in its text chunks.
 
-    Of more than 3 channels the first three are shown, of two the first.
+    If there are more than 3 channels, the first three are shown. If there are two, the first is shown.
     """
     save_pixels(path, to_pixels(shown_channels(images)), columns, facts)
 
 
 def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:
-    """The same for pixels (n, H, W, 1 or 3) uint8."""
+    """Write pixels (n, H, W, 1 or 3) uint8 as one image of `columns` columns, with `facts` in its text chunks."""
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
@@ -96,7 +96,10 @@ def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str
 
 
 def grid_pixels(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """The grid (height, width) or (height, width, 3) uint8 of pixels (n, H, W, 1 or 3), enlarged by a whole factor."""
+    """Return the grid (height, width) or (height, width, 3) uint8 of pixels (n, H, W, 1 or 3).
+
+    Small images are enlarged by a whole factor.
+    """
     n, height, width, channels = pixels.shape
     factor = -(-MIN_TILE_PIXELS // max(height, width))
     tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

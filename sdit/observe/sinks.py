@@ -1,4 +1,4 @@
-"""Optional places that a run's numbers and pictures go to; none of them can stop the run."""
+"""Optional sinks for a run's numbers and images. A failing sink cannot stop the run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from sdit.redact import redact
 from sdit.train.events import Observer, OnFailure
 from sdit.train.record import StepRecord, Validation
 
-FINISH_SECONDS = 20.0  # that W&B may take to send the rest: a run that was asked to stop has to leave
-MAX_SERIES = 256  # of one key: beyond, nobody finds the curve
+FINISH_SECONDS = 20.0  # limit for W&B to send the rest, because a run that must stop cannot wait longer
+MAX_SERIES = 256  # of one key; more curves are not useful
 _log = logging.getLogger(__name__)
 
 
 def require_packages(config: ObserveConfig) -> None:
-    """Raises: ConfigError naming the pip extra, when a sink is wanted whose package is not installed."""
+    """Check that the packages of the configured sinks are installed.
+
+    Raises: ConfigError: if one is missing. The message names the pip extra.
+    """
     wanted = (
         (config.tensorboard, "observe.tensorboard: true", "tensorboardX", "false"),
         (config.wandb != "off", f"observe.wandb: {config.wandb}", "wandb", "off"),
@@ -37,18 +40,18 @@ def require_packages(config: ObserveConfig) -> None:
 
 
 class TensorBoard(Observer):
-    """Event files in RUN/tensorboard; the horizontal axis is images seen."""
+    """Writes event files to RUN/tensorboard. The horizontal axis is images seen."""
 
     name, on_failure = "TensorBoard", OnFailure.DROP
 
-    def __init__(self, run_dir: Path, has_pictures: bool = True) -> None:
-        self._folder, self._has_pictures = run_dir / "tensorboard", has_pictures
+    def __init__(self, run_dir: Path, has_images: bool = True) -> None:
+        self._folder, self._has_images = run_dir / "tensorboard", has_images
         self._writer: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         from tensorboardX import SummaryWriter  # an optional package
 
-        # What the resumed run writes again is hidden in the older files.
+        # Values in older files that the resumed run writes again are hidden.
         self._writer = SummaryWriter(str(self._folder), purge_step=clock.images_seen + 1)
         self.on_event(clock, "start", message)
 
@@ -64,7 +67,7 @@ class TensorBoard(Observer):
             self._writer.add_scalar(key, value, clock.images_seen)
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        if not self._has_pictures:
+        if not self._has_images:
             return
         pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
         self._writer.add_image("samples", pixels, clock.images_seen, dataformats="HWC" if pixels.ndim == 3 else "HW")
@@ -78,15 +81,16 @@ class TensorBoard(Observer):
 
 
 class WeightsAndBiases(Observer):
-    """A W&B run of the folder's name, over images seen; offline runs lie in RUN/wandb until `wandb sync` sends them."""
+    """A W&B run with the name of the run folder, over images seen.
+
+    Offline runs are in RUN/wandb until `wandb sync` uploads them.
+    """
 
     name, on_failure = "Weights & Biases", OnFailure.DROP
 
-    def __init__(
-        self, run_dir: Path, config: ObserveConfig, facts: Mapping[str, Any], has_pictures: bool = True
-    ) -> None:
-        """`facts` is the run's whole config, as W&B shows it."""
-        self._run_dir, self._config, self._facts, self._has_pictures = run_dir, config, facts, has_pictures
+    def __init__(self, run_dir: Path, config: ObserveConfig, facts: Mapping[str, Any], has_images: bool = True) -> None:
+        """Take the whole config of the run as `facts`, which W&B shows."""
+        self._run_dir, self._config, self._facts, self._has_images = run_dir, config, facts, has_images
         self._run: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
@@ -104,7 +108,7 @@ class WeightsAndBiases(Observer):
                 console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
             ),
         )  # fmt: skip
-        # W&B throws away what comes late for a step of its own; a value of an earlier image is made up for, or trained again.
+        # W&B drops values that are late for its step counter. A value may be late or be logged again, so the axis is images_seen.
         self._run.define_metric("images_seen")
         self._run.define_metric("*", step_metric="images_seen")
 
@@ -116,7 +120,7 @@ class WeightsAndBiases(Observer):
         self._log(clock, dict(scalars(validation.as_dict())))
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        if not self._has_pictures:
+        if not self._has_images:
             return
         import wandb
 
@@ -132,27 +136,30 @@ class WeightsAndBiases(Observer):
 
 
 def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, number) of everything in a record: lists and dicts give `key/part`, at most MAX_SERIES of a key."""
+    """Yield (name, number) of all numbers in a record. Lists and dicts give `key/index` or `key/name`.
+
+    A key with more than MAX_SERIES numbers is skipped.
+    """
     for key, value in metrics.items():
-        parts = list(_parts(key, value))
-        if len(parts) <= MAX_SERIES:
-            yield from parts
+        numbers = list(_flattened(key, value))
+        if len(numbers) <= MAX_SERIES:
+            yield from numbers
 
 
-def _parts(name: str, value: Any) -> Iterator[tuple[str, float]]:
+def _flattened(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _parts(f"{name}/{key}", part)
+        for key, item in value.items():
+            yield from _flattened(f"{name}/{key}", item)
     elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            yield from _parts(f"{name}/{number:02}", part)
+        for number, item in enumerate(value):
+            yield from _flattened(f"{name}/{number:02}", item)
     elif isinstance(value, int | float):
         yield name, float(value)
 
 
 def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _redacted(part) for key, part in value.items()}
+        return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_redacted(part) for part in value]
+        return [_redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value

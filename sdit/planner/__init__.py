@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: arithmetic on the config and on the model's shapes, held against measurements."""
+"""Estimates the resources of a run before it starts, from the config and the model's shapes. Tests compare with measurements."""

@@ -1,4 +1,4 @@
-"""How a run's parameters are cut over ranks: the groups that DeepSpeed flattens and partitions, from the meta-device model."""
+"""The partition of a run's parameters over ranks: the groups that DeepSpeed flattens, from the model on the meta device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from sdit.model.moe.experts import Experts
 from sdit.topology import BatchPlan
 
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
-ALIGNMENT = 2  # DeepSpeed rounds a flattened group up to a multiple of this x the ranks that share it
+ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this x the ranks that share it
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, `numels` in order, whose optimizer state `ranks` ranks share; `experts` marks sharded experts."""
+    """Parameters whose optimizer state is partitioned over `ranks` ranks. `numels` are their sizes, in order.
+
+    `experts` is True for sharded experts.
+    """
 
     numels: tuple[int, ...]
     ranks: int
@@ -30,31 +33,34 @@ class Group:
 
     @property
     def padded(self) -> int:
-        """Elements of the flattened group."""
+        """The number of elements of the flattened group, with padding."""
         step = ALIGNMENT * self.ranks
         return -(-self.numel // step) * step
 
     @property
-    def part(self) -> int:
-        """Elements of one rank's partition."""
+    def partition_numel(self) -> int:
+        """The number of elements of one rank's partition."""
         return self.padded // self.ranks
 
-    def touched(self, place: int) -> int:
-        """Elements of all parameters that a partition has a piece of: their gradients are kept whole."""
-        low, high, start, total = place * self.part, (place + 1) * self.part, 0, 0
+    def overlapping(self, index: int) -> int:
+        """Return the elements of all parameters that overlap partition `index`.
+
+        Their gradients are kept whole.
+        """
+        low, high, start, total = index * self.partition_numel, (index + 1) * self.partition_numel, 0, 0
         for numel in self.numels:
             total += numel if start < high and start + numel > low else 0
             start += numel
         return total
 
-    def held(self, place: int) -> int:
-        """Elements of a partition that are not padding."""
-        return max(0, min(self.numel, (place + 1) * self.part) - place * self.part)
+    def unpadded(self, index: int) -> int:
+        """Return the elements of partition `index` without padding."""
+        return max(0, min(self.numel, (index + 1) * self.partition_numel) - index * self.partition_numel)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A config on `world` ranks, `per_node` of them a node, under a ZeRO stage; all that the other modules count with."""
+    """A config on `world` ranks with `per_node` ranks per node under a ZeRO stage: the input of all estimates."""
 
     config: Config
     world: int
@@ -70,19 +76,19 @@ class Job:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a compute weight."""
+        """The bytes of one compute weight."""
         return 2 if self.config.train.precision == "bf16" else 4
 
     @property
     def numel(self) -> int:
-        """Parameters that one rank computes with."""
+        """The number of parameters that one rank computes with."""
         return sum(group.numel for group in self.groups)
 
 
 def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int, per_node: int) -> Job:
-    """The job's layout.
+    """Return the job of a config.
 
-    Raises: ConfigError where the config cannot run on so many ranks, or the JSON disagrees with it.
+    Raises: ConfigError: if the config cannot run on this number of ranks, or the JSON contradicts it.
     """
     run = resolve_run(config, deepspeed, source, world, per_node)
     zero = run.deepspeed["zero_optimization"]
@@ -106,7 +112,7 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
 
 
 def _model_groups(model: DiffusionTransformer, world: int, expert_parallel: int) -> Iterator[Group]:
-    """The dense group and, if experts are spread, that of the local experts (shared by fewer ranks)."""
+    """Yield the group of dense parameters and, if experts are sharded, that of the local experts, shared by fewer ranks."""
     dense, local = [], []
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])

@@ -1,6 +1,6 @@
-"""Bytes that a rank holds, by kind, and the largest sum of them that is there at one time.
+"""The memory of a rank in bytes, by kind, and the peak of their sum during a step.
 
-B images of a micro-batch, L tokens, D width, H hidden width, M experts, k used per image and block.
+B images of a micro-batch, L tokens, D width, H hidden width, M experts of a block, k experts used per image and block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DeviceKind = Literal["cuda", "cpu"]
 
 
 class State(NamedTuple):
-    """Bytes of a rank that last for the whole run; with `offloaded` those that lie in the host's memory."""
+    """The bytes of a rank that are allocated for the whole run. `offloaded` of them are in host memory."""
 
     weights: int
     masters: int
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `phases` are the moments of a step at which most is held; `peak` is the largest."""
+    """The bytes of one rank. `phases` are the moments of a step with the highest use, and `peak` is their maximum."""
 
     state: State
     gradients: int
@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """State that stays on the device for the whole run."""
+        """The bytes of state that stay on the device for the whole run."""
         state = self.state
         return state.weights + state.masters + state.moments + state.ema - state.offloaded
 
@@ -54,83 +54,95 @@ class Memory:
 
 
 def plan_memory(job: Job, exchange: Exchange | None, device: DeviceKind, rank: int = 0) -> Memory:
-    """The memory of a rank (0 is among the fullest). On a CPU, memory that is allocated but never touched does not count."""
+    """Return the memory of a rank. Rank 0 is among those with the highest use.
+
+    On a CPU, memory that is allocated but never written does not count.
+    """
     state = state_bytes(job, rank)
     activations, working = activation_bytes(job), working_bytes(job)
     gradients = gradient_bytes(job, rank)
     bucket, flattened = bucket_bytes(job, device), flattened_bytes(job)
-    travelling = 0 if exchange is None else exchange.buffer_bytes
+    exchanged = 0 if exchange is None else exchange.buffer_bytes
     lasting = lasting_gradient_bytes(job)
     base = state.weights + state.masters + state.moments + state.ema - state.offloaded + lasting
     accumulated = accumulated_bytes(job, gradients - lasting)
-    held = sum(4 * (group.part if job.stage else group.numel) for group in job.groups)
-    # DeepSpeed takes its bucket when backward begins, and it fills while activations go.
+    saved = sum(4 * (group.partition_numel if job.stage else group.numel) for group in job.groups)
+    # DeepSpeed allocates its bucket at the start of backward and fills it while activations are freed.
     early = bucket if device == "cuda" else 0
     phases = {
-        "start of backward": base + accumulated + activations + travelling + working + early,
+        "start of backward": base + accumulated + activations + exchanged + working + early,
         "end of backward": base + max(accumulated + flattened, gradients - lasting) + bucket + working // 2,
         "optimizer step": base + gradients - lasting + update_bytes(job),
-        "sampling": base + (0 if job.offload else held) + working,
+        "sampling": base + (0 if job.offload else saved) + working,
     }
-    return Memory(state, gradients, bucket, activations, working, travelling, phases)
+    return Memory(state, gradients, bucket, activations, working, exchanged, phases)
 
 
-def place_of(group: Group, job: Job, rank: int) -> int:
-    """The rank's place among those that share the group's state."""
+def index_of(group: Group, job: Job, rank: int) -> int:
+    """Return the rank's index among the ranks that share the group's state."""
     return rank // job.expert_parallel if group.experts else rank
 
 
 def state_bytes(job: Job, rank: int) -> State:
-    """What parallel/engine.py and parallel/state.py keep: masters and moments padded as DeepSpeed pads them, EMA not."""
+    """Return the bytes that sdit/distributed/engine.py and sdit/train/state.py keep.
+
+    Masters and moments have DeepSpeed's padding, the EMA has none.
+    """
     moments = 4 * MOMENTS[job.config.optimizer.kind]
-    weights = masters = moving = ema = 0
+    weights = masters = moment_bytes = ema = 0
     for group in job.groups:
-        place = place_of(group, job, rank)
+        index = index_of(group, job, rank)
         if job.stage:
             weights += group.padded * job.element_bytes
-            masters += 4 * group.part
-            moving += moments * group.part
-            ema += 4 * group.held(place)
+            masters += 4 * group.partition_numel
+            moment_bytes += moments * group.partition_numel
+            ema += 4 * group.unpadded(index)
             continue
         weights += group.numel * job.element_bytes
         masters += 0 if job.element_bytes == 4 else 4 * group.numel
-        moving += moments * group.numel
-        shares = [-(-numel // group.ranks) for numel in group.numels]
-        parts = (min(share, max(0, n - place * share)) for share, n in zip(shares, group.numels, strict=True))
-        ema += 4 * sum(parts)
-    return State(weights, masters, moving, ema, masters + moving + ema if job.offload else 0)
+        moment_bytes += moments * group.numel
+        shard_numels = [-(-numel // group.ranks) for numel in group.numels]
+        owned = (min(shard, max(0, n - index * shard)) for shard, n in zip(shard_numels, group.numels, strict=True))
+        ema += 4 * sum(owned)
+    return State(weights, masters, moment_bytes, ema, masters + moment_bytes + ema if job.offload else 0)
 
 
 def _keeps_gradients(job: Job) -> bool:
-    """bf16 under ZeRO 1: DeepSpeed's BF16_Optimizer, with all gradients in float32 for the whole run and no bucket."""
+    """Return True for bf16 under ZeRO 1 without offload.
+
+    DeepSpeed's BF16_Optimizer then keeps all gradients in float32 for the whole run, and has no bucket.
+    """
     return job.element_bytes == 2 and job.stage == 1 and not job.offload
 
 
 def lasting_gradient_bytes(job: Job) -> int:
-    """Gradients that are held even where there are none."""
+    """Return the bytes of gradient buffers that are allocated for the whole run."""
     return 4 * sum(group.padded for group in job.groups) if _keeps_gradients(job) else 0
 
 
 def gradient_bytes(job: Job, rank: int) -> int:
-    """Gradients between backward and step: all of them under ZeRO 0, else those of parameters with a piece here."""
+    """Return the bytes of gradients between backward and step.
+
+    Under ZeRO 0 these are all gradients, otherwise those of parameters that overlap the rank's partition.
+    """
     if job.stage == 0:
         return (
             job.element_bytes + (4 if job.element_bytes == 2 else 0)
-        ) * job.numel  # bf16: float32 ones for the masters
+        ) * job.numel  # bf16 also has float32 gradients for the masters
     if _keeps_gradients(job):
         return lasting_gradient_bytes(job) + job.element_bytes * job.numel
-    return 4 * sum(group.touched(place_of(group, job, rank)) for group in job.groups)
+    return 4 * sum(group.overlapping(index_of(group, job, rank)) for group in job.groups)
 
 
 def accumulated_bytes(job: Job, gradients: int) -> int:
-    """Gradients of the micro-steps before: whole under ZeRO 0 and 1, partitioned under 2."""
+    """Return the bytes of gradients of previous micro-steps: whole under ZeRO 0 and 1, partitioned under 2."""
     if job.batch.accumulation == 1 or _keeps_gradients(job):
         return 0
     return gradients if job.stage != 1 else 4 * job.numel
 
 
 def bucket_bytes(job: Job, device: DeviceKind) -> int:
-    """The buffer that gradients are reduced from."""
+    """Return the bytes of the buffer from which gradients are reduced."""
     if job.stage == 0 or _keeps_gradients(job):
         return 0
     filled = job.bucket_numel if device == "cuda" else min(job.bucket_numel, job.numel)
@@ -138,7 +150,10 @@ def bucket_bytes(job: Job, device: DeviceKind) -> int:
 
 
 def flattened_bytes(job: Job) -> int:
-    """ZeRO with several ranks copies what a process group reduces out of the bucket, before it keeps its own part."""
+    """Return the bytes of the copy that ZeRO makes of the gradients in the bucket.
+
+    It makes one copy per process group with several ranks, before a rank keeps its own partition.
+    """
     if job.stage == 0 or _keeps_gradients(job):
         return 0
     shared = [min(job.bucket_numel, group.numel) for group in job.groups if group.ranks > 1]
@@ -146,15 +161,18 @@ def flattened_bytes(job: Job) -> int:
 
 
 def update_bytes(job: Job) -> int:
-    """Temporaries of the update: AdamW makes two of its largest tensor, and ZeRO flattens the gradients once more."""
+    """Return the bytes of temporaries of the update.
+
+    AdamW makes two of its largest tensor, and ZeRO flattens the gradients once more.
+    """
     if job.stage == 0:
         return 4 * 2 * max(max(group.numels) for group in job.groups)
     copies = min(2, MOMENTS[job.config.optimizer.kind]) + (0 if _keeps_gradients(job) else 1)
-    return 4 * copies * max(group.part for group in job.groups)
+    return 4 * copies * max(group.partition_numel for group in job.groups)
 
 
 def activation_bytes(job: Job) -> int:
-    """What a micro-batch's forward pass leaves for backward on the device."""
+    """Return the bytes of activations that the forward pass of a micro-batch keeps on the device for backward."""
     config, batch = job.config.model, job.batch.micro_batch
     size, kind = job.element_bytes, job.config.parallel.activation_checkpointing
     block = block_activations(config, size)
@@ -167,15 +185,16 @@ def activation_bytes(job: Job) -> int:
 
 
 def block_activations(config: ModelConfig, size: int) -> int:
-    """Bytes of one image in one block. Read off the tensors that autograd saves; tests hold it against them.
+    """Return the bytes of one image in one block. Tests compare them with the tensors that autograd saves.
 
-    Rows (L, D): the block's input, per branch its norm, its scaled norm and its result, the residual between them, q, k, v and
-    the attention's output; H twice in the MLP. A switch adds its mixture and the sum, DTR the sum.
+    Rows of (L, D): the block's input; per branch its norm, its scaled norm and its result; the residual between the
+    branches; q, k, v and the attention's output. The MLP adds 2 rows of H. A switch adds its mixture and the sum, DTR adds
+    the sum.
     """
     length, width, hidden = config.tokens, config.width, int(config.width * config.mlp_ratio)
     rows = length * (12 * width + 2 * hidden)
     vectors = 10 * width
-    stats = 4 * (4 * length + config.heads * length)  # of the norms, and the softmax's log-sums: always float32
+    stats = 4 * (4 * length + config.heads * length)  # of the norms and the softmax, always float32
     if config.variant == "dit":
         return size * (rows + vectors) + stats
     if config.variant == "dtr":
@@ -189,14 +208,17 @@ def block_activations(config: ModelConfig, size: int) -> int:
 
 
 def outer_activations(config: ModelConfig, size: int) -> int:
-    """Bytes of one image outside the blocks: embeddings, the output layer, and the objective's tables and errors."""
+    """Return the bytes of one image outside the blocks: embeddings, output layer, and the objective's tables and errors."""
     length, width, image = config.tokens, config.width, config.channels * config.input_size**2
     output = size * (3 * length * width + 4 * width)
     return output + 4 * (256 + 4 * width) + 4 * image * (17 if config.learn_variance else 6)
 
 
 def working_bytes(job: Job) -> int:
-    """Tensors that live for a moment while one block is computed backward: gradients of its rows, and merged experts."""
+    """Return the bytes of temporary tensors while the backward pass computes one block.
+
+    They are the gradients of its rows, and the merged experts.
+    """
     config, size = job.config.model, job.element_bytes
     hidden = int(config.width * config.mlp_ratio)
     rows = config.tokens * (4 * config.width + hidden)
@@ -205,7 +227,10 @@ def working_bytes(job: Job) -> int:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """State in one checkpoint over all ranks: masters, EMA and moments in float32; names and manifest come on top."""
-    spread = sum(group.numel for group in job.groups if group.experts)
-    numel = job.numel + spread * (job.expert_parallel - 1)
+    """Return the bytes of state in one checkpoint over all ranks: masters, EMA and moments in float32.
+
+    Names and manifest are not included.
+    """
+    expert_numel = sum(group.numel for group in job.groups if group.experts)
+    numel = job.numel + expert_numel * (job.expert_parallel - 1)
     return 4 * (2 + MOMENTS[job.config.optimizer.kind]) * numel

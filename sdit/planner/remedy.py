@@ -1,4 +1,4 @@
-"""The remedy if a run does not fit into memory: the run is planned with each change, the cheapest change first."""
+"""Finds a remedy if a run does not fit into memory. Each change is planned, the cheapest change first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sdit.errors import ConfigError
 from sdit.planner.layout import Job
 from sdit.topology import divisors, legal_expert_sizes
 
-Peak = Callable[[Config, dict[str, Any]], int]  # of the run with another config or DeepSpeed JSON, in bytes
+Peak = Callable[[Config, dict[str, Any]], int]  # peak bytes of the run with another config or DeepSpeed JSON
 
 
 class Remedy(NamedTuple):
-    """A change (`text` says which and at what price), and the peak bytes of a rank after it."""
+    """A change and its price as `text`, and the peak bytes of a rank after it."""
 
     text: str
     peak_bytes: int
@@ -24,7 +24,7 @@ class Remedy(NamedTuple):
 def find_remedy(job: Job, deepspeed: dict[str, Any], peak: Peak, limit_bytes: float) -> tuple[Remedy | None, bool]:
     """Return the first remedy that makes the run fit, and True.
 
-    Otherwise return the one that saves most (None: there is none), and False.
+    If none does, return the one that saves most (None if there is none), and False.
     """
     best: Remedy | None = None
     for text, config, values in _remedies(job, deepspeed):
@@ -70,8 +70,8 @@ def _remedies(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:
-    part = getattr(config, section).model_copy(update=values)
-    return config.model_copy(update={section: part})
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
 
 
 def _with_zero(deepspeed: dict[str, Any], **values: Any) -> dict[str, Any]:

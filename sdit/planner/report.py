@@ -1,4 +1,4 @@
-"""A plan as a table for people and as JSON for programs."""
+"""Formats a plan as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was found; `room_bytes` is what a rank may use (None: not asked), `advice` the remedy if it does not fit."""
+    """The result of planning.
+
+    `room_bytes` is the memory that a rank may use (None: not given). `advice` is the remedy if the run does not fit.
+    """
 
     job: Job
     memory: Memory
@@ -28,7 +31,7 @@ class Plan:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes throughout; `memory` is of one rank."""
+    """Return the plan as JSON types. All sizes are bytes, and `memory` is that of one rank."""
     job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
     state = memory.state
     return {
@@ -70,7 +73,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_table(plan: Plan) -> str:
-    """One line a quantity, memory in GiB of one rank."""
+    """Return the plan with one line per quantity. Memory is in GiB of one rank."""
     job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
     model, state = job.config.model, memory.state
     lines = [
@@ -95,14 +98,14 @@ def as_table(plan: Plan) -> str:
     kinds += [("exchange buffers", memory.exchange), ("working set", memory.working)]
     lines += [_row(f"  {name}", _gib(size)) for name, size in kinds]
     lines += [_row("  on the host", f"-{_gib(state.offloaded)}")] if state.offloaded else []
-    lines += ["most at one time"]
+    lines += ["peak memory by phase"]
     lines += [
         _row(f"  {name}", _gib(size) + ("  <- peak" if name == memory.peak_phase else ""))
         for name, size in memory.phases.items()
     ]
     lines += ["", "bytes sent per step, all ranks together"]
     if plan.exchange is None:
-        lines.append(_row("  experts", "none: every rank has all it needs"))
+        lines.append(_row("  experts", "none: each rank has all experts"))
     else:
         chosen = job.config.parallel.exchange
         for mode, size in plan.exchange.step_bytes.items():
@@ -111,7 +114,7 @@ def as_table(plan: Plan) -> str:
     lines.append(_row("  gradients", _gib(gradient_traffic_bytes(job))))
     kept = job.config.checkpoint.keep_last + 1
     size = checkpoint_bytes(job)
-    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} at one time")]
+    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} checkpoints")]
     if plan.room_bytes is not None:
         result = "fits" if plan.fits else "DOES NOT FIT"
         lines.append(_row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))

@@ -1,4 +1,4 @@
-"""Bytes on the wire of a step: the experts' exchange by mode, and the gradients. EP ranks per group, M experts."""
+"""Bytes that a step sends: the experts' exchange by mode, and the gradients. EP ranks per group, M experts of a block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ RouteKind = Literal["prior", "random"]
 
 @dataclass(frozen=True)
 class Exchange:
-    """Expected bytes per optimizer step over all ranks, by mode; and those a rank keeps for backward under the config's."""
+    """The expected exchange of experts.
+
+    `step_bytes` are the bytes per optimizer step over all ranks, by mode. `buffer_bytes` are those that a rank keeps for
+    backward in the config's mode.
+    """
 
     step_bytes: dict[str, float]
     buffer_bytes: int
@@ -28,7 +32,10 @@ class Exchange:
 
 
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
-    """The exchange for routes as the diffusion prior asks for them, or without structure; None where nothing travels."""
+    """Return the exchange for the routes of the diffusion prior, or for random routes.
+
+    Return None if experts are not sharded.
+    """
     if job.expert_parallel == 1:
         return None
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
@@ -43,24 +50,31 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     choices = {mode: decide_placement(parallel.placement, mode, traffic, costs) for mode in MODES}
     chosen = choices[parallel.exchange]
     transfers = traffic.transfers(chosen.placement) / ranks
-    foreign = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
-    # Rows are kept where they arrive. Replicas are kept as they came and concatenated with the rank's own experts.
+    replicas_received = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
+    # Received rows are kept. Replicas are kept as received, and once more concatenated with the local experts.
     kept = (
         transfers * row_bytes
-        + (2 * foreign + (model.depth * model.experts.count / ranks if foreign else 0)) * expert_bytes
+        + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
+        * expert_bytes
     )
     return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
 
 
 def gradient_traffic_bytes(job: Job) -> float:
-    """Bytes that all ranks send per step to reduce gradients and, under ZeRO, to gather weights (ring algorithms)."""
+    """Return the bytes that all ranks send per step to reduce gradients and, under ZeRO, to gather weights.
+
+    Ring algorithms are assumed.
+    """
     return sum(
         2.0 * (group.ranks - 1) * group.numel * job.element_bytes * (job.world / group.ranks) for group in job.groups
     )
 
 
 def prior_routes(job: Job) -> RoutingTable:
-    """The routing table that the prior's windows ask for; column c of its mask is expert c // depth of block c % depth."""
+    """Return the routing table that follows the prior's windows.
+
+    Column c of the prior's mask is expert c // depth of block c % depth.
+    """
     model = job.config.model
     mask = expert_windows(model).mask
     by_block = mask.reshape(model.timesteps, model.experts.count, model.depth).transpose(2, 0, 1)
@@ -70,9 +84,9 @@ def prior_routes(job: Job) -> RoutingTable:
 
 
 def random_routes(job: Job) -> RoutingTable:
-    """A random routing table, always the same."""
+    """Return a random routing table with a fixed seed."""
     model = job.config.model
-    drawn = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
-    experts = np.argsort(drawn, axis=2)[:, :, : model.experts.top_k]
+    scores = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
+    experts = np.argsort(scores, axis=2)[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
     return RoutingTable(experts, gates, model.experts.count)

@@ -1,4 +1,4 @@
-"""The experts: loads over training, dropped samples, and maps of which task uses which."""
+"""The report's section on experts: loads over training, dropped samples, and maps of tasks and experts."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import numpy as np
 
 from sdit.observe.routing import Snapshot, evenly, path_overlap, task_affinity
 from sdit.observe.routing_figures import PATH_COLOURS, heat
+from sdit.report.elements import Card, Chart, Element, Frames, Grid, Section, colour_of, rows, side_by_side
 from sdit.report.figures import Series, heat_map, line_chart, together
 from sdit.report.images import file_uri, pixels_uri
-from sdit.report.parts import Card, Chart, Frames, Grid, Part, Section, colour_of, rows, side_by_side
 from sdit.report.record import RunRecord
 from sdit.report.values import curve
 
 FRAMES = 6
-MAX_COLUMNS = 200  # moments of the load map
-MAX_ROWS = 250  # of a heat map: more cannot be distinguished at the size it is shown
+MAX_COLUMNS = 200  # logged steps in the load map
+MAX_ROWS = 250  # of a heat map; more are not visible at its size
 MAP_BYTES = 400_000
 TIMESTEP = "timestep (0: least noise)"
 CURVES = (
-    ("expert_load_max_over_mean", "Fullest expert", "load / mean of its block"),
-    ("rank_work_max_over_mean", "Fullest rank", "work / mean of the ranks"),
-    ("dropped_fraction", "Dropped by full experts", "share of the expert uses"),
+    ("expert_load_max_over_mean", "Most loaded expert", "load / mean of its block"),
+    ("rank_work_max_over_mean", "Most loaded rank", "work / mean of the ranks"),
+    ("dropped_fraction", "Dropped samples", "fraction of (sample, expert) pairs"),
 )
 FRAME_NOTE = (
-    "Above: gate probability, timesteps downwards from 0 (least noise), across the experts, in the order of the blocks. "
-    "Below: share of experts that two timesteps have in common."
+    "Above: gate probability. Rows are timesteps from 0 (least noise), columns are experts in the order of the blocks. "
+    "Below: fraction of experts that two timesteps share."
 )
 
 
 def experts_section(runs: Sequence[RunRecord]) -> Section:
-    """Return everything about gates; empty for models without them."""
+    """Return the section on experts. It is empty for models without gates."""
     gated = [run for run in runs if run.routing or any(_is_table(record.get("expert_load")) for record in run.metrics)]
     charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if gated]
     charts.append(("Agreement with the diffusion prior", _agreement(runs)))
@@ -47,12 +47,12 @@ def experts_section(runs: Sequence[RunRecord]) -> Section:
             ("Overlap of paths, now", lambda run: _pairs(run, affinity=False)),
         )
     ]
-    moving = side_by_side(runs, "How the routes moved", _frames, FRAME_NOTE, gated)
+    moving = side_by_side(runs, "Routes over training", _frames, FRAME_NOTE, gated)
     grids = [*rows(gated, curves, *groups), *(Grid([card], "wide") for card in moving)]
     return Section("experts", "Experts", "Experts and routes", grids)
 
 
-def _agreement(runs: Sequence[RunRecord]) -> Part | None:
+def _agreement(runs: Sequence[RunRecord]) -> Element | None:
     series = []
     for number, run in enumerate(runs):
         points = [(float(shot.images_seen), 100 * shot.agreement) for shot in run.routing if shot.agreement is not None]
@@ -60,8 +60,8 @@ def _agreement(runs: Sequence[RunRecord]) -> Part | None:
     return line_chart(series, "% of the paths", top=100.0) if any(one.xs for one in series) else None
 
 
-def _loads(run: RunRecord) -> Part | None:
-    """Return the load over the mean of the block, an expert in a row, over images."""
+def _loads(run: RunRecord) -> Element | None:
+    """Return the load over the mean of the block, with one row per expert, over images."""
     records = [record for record in run.metrics if _is_table(record.get("expert_load"))]
     shapes = {np.shape(record["expert_load"]) for record in records[-1:]}
     records = evenly([record for record in records if np.shape(record["expert_load"]) in shapes], MAX_COLUMNS)
@@ -78,7 +78,7 @@ def _loads(run: RunRecord) -> Part | None:
     return heat_map(rgb, "images seen", f"block ({count} experts each)", images, _centres(depth), scale)
 
 
-def _dropped(run: RunRecord) -> Part | None:
+def _dropped(run: RunRecord) -> Element | None:
     records = [record for record in run.metrics if isinstance(record.get("dropped_by_block"), list)]
     if not any(any(record["dropped_by_block"]) for record in records):
         return None
@@ -89,7 +89,7 @@ def _dropped(run: RunRecord) -> Part | None:
     return line_chart(series, "samples per step")
 
 
-def _affinity(run: RunRecord) -> Part | None:
+def _affinity(run: RunRecord) -> Element | None:
     if not run.routing:
         return _drawn(run)
     shot = run.routing[-1]
@@ -100,8 +100,8 @@ def _affinity(run: RunRecord) -> Part | None:
     return heat_map(rgb, f"block ({count} experts each)", TIMESTEP, _centres(depth), _centres(tasks), scale)
 
 
-def _paths(run: RunRecord) -> Part | None:
-    """Return which experts a task uses, and which the prior wants it to use, by the prior's columns."""
+def _paths(run: RunRecord) -> Element | None:
+    """Return the experts that a task uses and those that the prior assigns to it, ordered by the prior's columns."""
     shot = run.routing[-1] if run.routing else None
     if shot is None or shot.prior is None or shot.columns is None:
         return None
@@ -114,7 +114,7 @@ def _paths(run: RunRecord) -> Part | None:
     return Chart(chart.svg, [("prior only", "p1"), ("path only", "p2"), ("path and prior", "p3")])
 
 
-def _pairs(run: RunRecord, affinity: bool) -> Part | None:
+def _pairs(run: RunRecord, affinity: bool) -> Element | None:
     if not run.routing:
         return None
     shot = run.routing[-1]
@@ -124,7 +124,7 @@ def _pairs(run: RunRecord, affinity: bool) -> Part | None:
     return heat_map(heat(values[::step, ::step], "magma"), "timestep", "timestep", tasks, tasks, scale)
 
 
-def _frames(run: RunRecord) -> Part | None:
+def _frames(run: RunRecord) -> Element | None:
     if len(run.routing) < 2:
         return None
     top = max(float(shot.probs.max()) for shot in run.routing)
@@ -139,14 +139,14 @@ def _frames(run: RunRecord) -> Part | None:
     return Frames(frames, "map")
 
 
-def _drawn(run: RunRecord) -> Part | None:
-    """Return the newest map that an older version drew, for a run whose arrays are gone."""
+def _drawn(run: RunRecord) -> Element | None:
+    """Return the newest map that an older version drew, for a run without arrays."""
     uri = file_uri(run.maps[-1], MAP_BYTES) if run.maps else None
     return Frames([("", [(uri, "routing map")])]) if uri else None
 
 
 def _units(shot: Snapshot) -> np.ndarray:
-    """Return gate probabilities (T, units)."""
+    """Return the gate probabilities (T, units)."""
     return shot.probs.transpose(1, 0, 2).reshape(shot.probs.shape[1], -1)
 
 
@@ -160,7 +160,7 @@ def _centres(count: int) -> tuple[float, float]:
 
 
 def _is_table(value: object) -> bool:
-    """Return whether it is a list of equally long lists of numbers."""
+    """Return True for a list of lists of numbers with equal lengths."""
     try:
         return np.asarray(value, dtype=np.float64).ndim == 2
     except (TypeError, ValueError):

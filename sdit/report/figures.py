@@ -1,4 +1,4 @@
-"""Charts and heat maps as inline SVG, drawn by matplotlib in the colours of the page's style sheet."""
+"""Draws charts and heat maps as inline SVG with matplotlib, in the colours of the page's style sheet."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sdit.report.parts import Chart, Part, RunRecord, Text, colour_of
+from sdit.report.elements import Chart, Element, RunRecord, Text, colour_of
 from sdit.report.values import curve, short
 
 WIDTH, HEIGHT, MAP_HEIGHT = 420, 250, 280  # of the view box; one unit is one point of matplotlib
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 42
 IMAGES = "images seen"
 MAX_POINTS = 240  # of a curve
-SMOOTH_POINTS = 40  # longer curves are noisy: they get a smooth line of means on top of a faint one
-# matplotlib draws in marker colours #fe00NN; in the page, marker NN becomes the style sheet's variable NN of this list.
+SMOOTH_POINTS = 40  # longer curves are noisy, so a line of means is drawn over a faint line
+# matplotlib draws in marker colours #fe00NN. In the page, marker NN is replaced by variable NN of this list.
 VARIABLES = ("text", "soft", "line", "grid", "bad", "warn", *(f"c{n}" for n in range(8)), *(f"s{n}" for n in range(5)))
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "sdit", "text.parse_math": False, "path.simplify": False}
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -33,7 +33,7 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Series:
-    """A curve; `colour` names a variable of the style sheet."""
+    """A curve. `colour` is the name of a variable of the style sheet."""
 
     label: str
     xs: Sequence[float]
@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at a moment, such as a restart; `text` is its tooltip, `kind` its name in the legend."""
+    """A vertical line at an event, such as a restart. `text` is its tooltip, `kind` its name in the legend."""
 
     x: float
     kind: str
@@ -54,8 +54,8 @@ class Mark:
 def line_chart(
     series: Sequence[Series], y_label: str, x_label: str = IMAGES, log_y: bool = False, marks: Sequence[Mark] = (),
     top: float | None = None,
-) -> Part:  # fmt: skip
-    """Return curves over each other; a sentence if there is nothing to draw. Without `log_y` the axis starts at 0."""
+) -> Element:  # fmt: skip
+    """Return curves in one chart, or a sentence if there are no values. Without `log_y` the axis starts at 0."""
     shown = []
     for one in series:
         points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y > 0 or not log_y]
@@ -85,8 +85,11 @@ def line_chart(
 
 def together(
     runs: Sequence[RunRecord], key: str, y_label: str, log_y: bool = False, constant: bool = True
-) -> Part | None:
-    """Return one curve per run of a key of metrics.jsonl. None if no run has it, or if all are constant and may not be."""
+) -> Element | None:
+    """Return one curve per run for a key of metrics.jsonl.
+
+    Return None if no run has the key, or if `constant` is False and all curves are constant.
+    """
     series = [Series(run.name, *curve(run.metrics, key), colour_of(number)) for number, run in enumerate(runs)]
     is_shown = any(one.ys if constant else len(set(one.ys)) > 1 for one in series)
     return line_chart(series, y_label, log_y=log_y) if is_shown else None
@@ -95,8 +98,11 @@ def together(
 def lines_of(
     run: RunRecord, keys: Sequence[tuple[str, str]], y_label: str, scale: float = 1.0, log_y: bool = False,
     marks: Sequence[Mark] = (),
-) -> Part | None:  # fmt: skip
-    """Return one curve per (key of metrics.jsonl, label) that has values other than 0, times `scale`; None if none has."""
+) -> Element | None:  # fmt: skip
+    """Return one curve, times `scale`, per (key of metrics.jsonl, label) with values other than 0.
+
+    Return None if there is none.
+    """
     series = []
     for number, (key, label) in enumerate(keys):
         xs, ys = curve(run.metrics, key)
@@ -108,9 +114,9 @@ def heat_map(
     rgb: np.ndarray, x_label: str, y_label: str, x_range: tuple[float, float] | None, y_range: tuple[float, float],
     scale: tuple[str, str, str] | None = None,
 ) -> Chart:  # fmt: skip
-    """Return an image (rows, columns, 3) uint8 with axes. The ranges are from the first to the last column or row.
+    """Return an image (rows, columns, 3) uint8 with axes. The ranges go from the first to the last column or row.
 
-    `scale`: the text for the lowest value, the colour map of matplotlib, the text for the highest value.
+    `scale`: the text of the lowest value, the colour map of matplotlib, the text of the highest value.
     """
     with style.context(["default", STYLE]):
         figure, axes = _axes(MAP_HEIGHT, x_label, y_label)
@@ -122,14 +128,14 @@ def heat_map(
         svg = _inline(figure, f"{y_label} against {x_label}", {})
     if scale is None:
         return Chart(svg)
-    stops = ",".join(to_hex(matplotlib.colormaps[scale[1]](place)) for place in np.linspace(0, 1, 5))
+    stops = ",".join(to_hex(matplotlib.colormaps[scale[1]](position)) for position in np.linspace(0, 1, 5))
     return Chart(svg, scale=(scale[0], f"linear-gradient(90deg,{stops})", scale[2]))
 
 
 def thin(
     xs: Sequence[float], ys: Sequence[float] | np.ndarray, points: int = MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `points` points: means of neighbours; the last point stays as it is."""
+    """Return at most `points` points. Each is the mean of neighbouring points, except the last point, which is kept."""
     curves = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
     if len(xs) <= points:
         return curves
@@ -139,7 +145,7 @@ def thin(
 
 
 def _limits(series: Sequence[Series], log_y: bool, top: float | None) -> tuple[float, float]:
-    """Return what the vertical axis shows: nearly everything. A few wild values of long curves may be cut off."""
+    """Return the limits of the vertical axis. A few extreme values of long curves may be outside."""
     ordered = [sorted(one.ys) for one in series]
     bottom = min(ys[0] for ys in ordered)
     peak = max(ys[-1 - len(ys) // (100 if log_y else 50)] for ys in ordered)
@@ -165,7 +171,7 @@ def _axes(height: int, x_label: str, y_label: str) -> tuple[Figure, Any]:
 
 
 def _ticks(axes: Any, ratio: float | None) -> None:
-    """Set round ticks and the grid; `ratio`: highest over lowest value of a logarithmic axis."""
+    """Set round ticks and the grid. `ratio` is the highest over the lowest value of a logarithmic axis."""
     steps = [1, 2, 2.5, 5, 10]
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=steps))
     if ratio is None or ratio < 3:
@@ -183,7 +189,7 @@ def _plot(axes: Any, one: Series, low: float, high: float) -> None:
     colour = _marker(one.colour)
     line = {"color": colour, "clip_on": False, "solid_joinstyle": "round", "solid_capstyle": "round"}
     xs, ys = thin(one.xs, np.clip(one.ys, low, high))
-    if len(xs) == 1:  # a line without length is a dot
+    if len(xs) == 1:  # a line of zero length is drawn as a dot
         axes.plot([xs[0], xs[0]], [ys[0], ys[0]], linewidth=6, **line)
     elif len(xs) <= SMOOTH_POINTS:
         axes.plot(xs, ys, linewidth=2, **line)
@@ -197,7 +203,7 @@ def _marker(name: str) -> str:
 
 
 def _inline(figure: Figure, label: str, tooltips: dict[str, str]) -> Markup:
-    """Return the SVG element of a figure without ids, fonts and fixed colours; `tooltips`: texts of groups, by their id."""
+    """Return the SVG element of a figure without ids, fonts and fixed colours. `tooltips` are texts of groups, by id."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(text.getvalue())
@@ -221,7 +227,7 @@ def _inline(figure: Figure, label: str, tooltips: dict[str, str]) -> Markup:
 
 
 def _adapt(attributes: dict[str, str]) -> None:
-    """Replace marker colours by variables, leave fonts to the page, and round coordinates."""
+    """Replace marker colours by variables, remove fonts, and round coordinates."""
     _change(attributes, "style", lambda css: re.sub(r"font-(size|family): [^;]*(; )?", "", css))
     _change(attributes, "style", lambda css: re.sub(r"#fe00(..)", lambda m: f"var(--{VARIABLES[int(m[1], 16)]})", css))
     for name in ("d", "x", "y", "transform"):

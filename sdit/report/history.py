@@ -1,4 +1,4 @@
-"""What became of a run: its state in a few numbers, samples, evaluations, checkpoints, starts and faults."""
+"""The report's sections on the history of a run: state, samples, evaluations, checkpoints, starts and faults."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 from markupsafe import Markup
 
 from sdit.observe.routing import evenly
+from sdit.report.elements import Card, Element, Frames, Section, Table, Text, badge, list_grid
 from sdit.report.images import file_uri
-from sdit.report.parts import Card, Frames, Part, Section, Table, Text, badge, list_grid
 from sdit.report.record import RunRecord
-from sdit.report.speed import speed_of, time_parts
+from sdit.report.speed import speed_of, time_by_task
 from sdit.report.values import curve, is_number, mean, seconds, short, size
 
 GRIDS = 6
 GRIDS_BYTES = 2_000_000  # of all runs together
 MAX_NAMES = 1000  # classes that are named
-QUIET = ("checkpoint", "experts")  # events that are no faults
+QUIET = ("checkpoint", "experts")  # events that are not faults
 SCORES = {"fid": "FID", "kid": "KID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
-NEEDED = 10_000  # images of each set, for files that do not say themselves what is biased
+NEEDED = 10_000  # images of each set, for files without the field `biased`
 BIASED = (
-    "* depends on the number of images: fewer than 10,000 drawn or of the reference (KID: 1,000). "
+    "* depends on the number of images: fewer than 10,000 sampled images or reference images (KID: 1,000). "
     "Compare such a score only with scores of the same numbers of images and the same reference."
 )
 
 
 def state_of(run: RunRecord) -> Markup:
-    """Return a badge: finished, or the finished share of the run."""
+    """Return a badge: finished, or the percentage done."""
     images, total = run.last.get("images_seen"), run.total_images
     if not is_number(images):
         return badge("no steps logged", "warn")
@@ -37,11 +37,11 @@ def state_of(run: RunRecord) -> Markup:
 
 
 def tiles_of(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Return the figures of a run: (name, value, detail)."""
+    """Return the summary of a run: (name, value, detail)."""
     images, total = run.last.get("images_seen"), run.total_images
     losses, held_out = curve(run.metrics, "loss")[1], curve(run.metrics, "validation_loss")[1]
     loss = mean(losses[-max(1, len(losses) // 10) :])
-    spent = sum(amount for _, amount, _ in time_parts(run))
+    spent = sum(amount for _, amount, _ in time_by_task(run))
     kept = [checkpoint.bytes for checkpoint in run.checkpoints if checkpoint.bytes is not None]
     skipped, failed = run.count("skipped_step"), run.count("checkpoint_failed")
     faults = f"{skipped} skipped step{'s' * (skipped != 1)}"
@@ -60,7 +60,7 @@ def tiles_of(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def samples_section(runs: Sequence[RunRecord]) -> Section:
-    """Return up to GRIDS grids of each run, evenly over training. A file that is no image is noted as missing."""
+    """Return up to GRIDS grids of each run, evenly spaced. A file that is not an image is listed as missing."""
     number_of_grids = sum(min(GRIDS, len(run.samples)) for run in runs)
     cards = []
     for number, run in enumerate(runs):
@@ -73,13 +73,13 @@ def samples_section(runs: Sequence[RunRecord]) -> Section:
             caption = f"{int(path.stem[7:]):,} images" if path.stem[7:].isdecimal() else path.stem
             frames.append((caption, [(uri, f"samples after {caption}")]))
         if frames:
-            note = f"{len(frames)} of {len(run.samples)} grids; a row is a class, noise and labels are the same in all."
+            note = f"{len(frames)} of {len(run.samples)} grids. Each row is one class. All grids have the same noise and labels."
             if run.shows_latents:
-                note += " The images show three channels of latents, which no VAE decoded."
+                note += " The images show three channels of latents that were not decoded."
             rows = run.environment.get("sample_rows")
             if isinstance(rows, list) and rows:
                 note += f" Rows from the top: {', '.join(map(str, rows[:MAX_NAMES]))}."
-            cards.append(Card("Drawn from the averaged weights", [Frames(frames), Text(note)], number))
+            cards.append(Card("Sampled from the averaged weights", [Frames(frames), Text(note)], number))
     return Section("samples", "Samples", "Samples over time", list_grid(runs, cards))
 
 
@@ -97,13 +97,13 @@ def scores_section(runs: Sequence[RunRecord]) -> Section:
 def _score(name: str, body: dict[str, Any]) -> list[str]:
     reference = body.get("reference")
     reference = reference if isinstance(reference, dict) else {}
-    drawn, held = body["images"].get("count"), reference.get("images")
+    sampled, in_reference = body["images"].get("count"), reference.get("images")
     biased = body.get("biased")
-    if not isinstance(biased, dict):  # an older version wrote the file
-        is_few = any(count < NEEDED for count in (drawn, held) if isinstance(count, int))
+    if not isinstance(biased, dict):  # the file was written by an older version
+        is_few = any(count < NEEDED for count in (sampled, in_reference) if isinstance(count, int))
         biased = dict.fromkeys(SCORES, "") if is_few else {}
     cells = [f"{body[key]:.4g}{'*' if key in biased else ''}" if is_number(body.get(key)) else "—" for key in SCORES]
-    counts = [f"{count:,}" if is_number(count) else "—" for count in (drawn, held)]
+    counts = [f"{count:,}" if is_number(count) else "—" for count in (sampled, in_reference)]
     return [name, counts[0], str(reference.get("name", "—")), counts[1], *cells]
 
 
@@ -122,7 +122,7 @@ def checkpoints_section(runs: Sequence[RunRecord]) -> Section:
             for checkpoint in reversed(run.checkpoints)
         ]
         rows += [
-            (checkpoint.name, "—", "put aside", size(checkpoint.bytes or 0), checkpoint.written or "—")
+            (checkpoint.name, "—", "set aside", size(checkpoint.bytes or 0), checkpoint.written or "—")
             for checkpoint in reversed(run.aside)
         ]
         head = ("images", "step", "write", "size", "written")
@@ -131,21 +131,26 @@ def checkpoints_section(runs: Sequence[RunRecord]) -> Section:
 
 
 def faults_section(runs: Sequence[RunRecord]) -> Section:
-    """Return what failed, and how the run continued."""
+    """Return the faults of each run and the actions after them."""
     cards = []
     for number, run in enumerate(runs):
         rows = [_event(run, event) for event in run.events if event.get("event") not in QUIET]
-        parts: list[Part] = [Table(rows, ("when (UTC)", "step", "what", "")) if rows else Text("no events", "empty")]
+        elements: list[Element] = [
+            Table(rows, ("when (UTC)", "step", "what", "")) if rows else Text("no events", "empty")
+        ]
         ended = [
             (_when(end), end.get("attempt", "—"), _end(end), end["text"]) for end in run.attempts if end.get("text")
         ]
         if ended:
-            parts += [Text("Attempts that ended early", "h3"), Table(ended, ("when (UTC)", "attempt", "outcome", ""))]
+            elements += [
+                Text("Attempts that ended early", "h3"),
+                Table(ended, ("when (UTC)", "attempt", "outcome", "")),
+            ]
         bad = run.last.get("bad_samples")
         if is_number(bad) and bad:
-            parts.append(Text(f"{bad:.0f} unreadable samples were replaced in the last epoch."))
-        cards.append(Card("Starts and faults", parts, number))
-    return Section("faults", "Faults", "Faults survived", list_grid(runs, cards))
+            elements.append(Text(f"{bad:.0f} unreadable samples were replaced in the last epoch."))
+        cards.append(Card("Starts and faults", elements, number))
+    return Section("faults", "Faults", "Faults and restarts", list_grid(runs, cards))
 
 
 def _event(run: RunRecord, event: Mapping[str, object]) -> tuple[object, ...]:
@@ -158,7 +163,7 @@ def _event(run: RunRecord, event: Mapping[str, object]) -> tuple[object, ...]:
 
 
 def _when(record: Mapping[str, object]) -> str:
-    """Return date and time to the minute; runs of older versions did not store it."""
+    """Return date and time to the minute. Older versions did not store it."""
     return str(record.get("time", "—"))[:16].replace("T", " ")
 
 

@@ -1,4 +1,4 @@
-"""Images inside the page, as data URIs of bounded size."""
+"""Images in the page, as data URIs of limited size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from PIL import Image, UnidentifiedImageError
 
 
 def data_uri(body: bytes, kind: str) -> str:
-    """Return an image file as a URI."""
+    """Return an image file as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(body).decode('ascii')}"
 
 
 def pixels_uri(rgb: np.ndarray) -> str:
-    """Return a PNG of pixels (height, width, 3) uint8 with a palette, which takes a third of the bytes."""
+    """Return a PNG of pixels (height, width, 3) uint8 with a palette, which needs a third of the bytes."""
     file = io.BytesIO()
     Image.fromarray(rgb).quantize(256).save(file, format="PNG", optimize=True)
     return data_uri(file.getvalue(), "png")
 
 
 def file_uri(path: Path, max_bytes: int) -> str | None:
-    """Return the image in a file, made smaller until it takes at most `max_bytes`; None if it cannot be read."""
+    """Return the image in a file, reduced to at most `max_bytes`, or None if it cannot be read."""
     try:
         with Image.open(path) as opened:
             opened.load()

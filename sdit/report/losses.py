@@ -1,21 +1,21 @@
-"""The losses: by term, by timestep, in training and on held-out images."""
+"""The report's section on losses: by loss term, by timestep, in training and on held-out images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sdit.report.elements import Card, Element, Section, rows, side_by_side
 from sdit.report.figures import Mark, Series, line_chart, lines_of, together
-from sdit.report.parts import Card, Part, Section, rows, side_by_side
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean
 
 TERMS = (("loss", "total"), ("mse", "mse"), ("vlb", "vlb"), ("prior_loss", "prior"), ("balance_loss", "balance"))
-BANDS = 5  # curves over the timestep's bins; twenty cannot be distinguished
+BANDS = 5  # number of curves; twenty could not be distinguished
 MARKS = {"start": ("restart", "bad"), "skipped_step": ("skipped step", "warn"), "loss_spike": ("loss spike", "warn")}
 
 
 def loss_section(runs: Sequence[RunRecord]) -> Section:
-    """Return curves over images, and the profile over timesteps at the end."""
+    """Return curves over images, and the final profile over timesteps."""
     shared = []
     for key, title in (("loss", "Training loss"), ("validation_loss", "Held-out loss")):
         chart = together(runs, key, f"{title.lower()} (log)", log_y=True)
@@ -32,7 +32,7 @@ def loss_section(runs: Sequence[RunRecord]) -> Section:
 
 
 def marks_of(run: RunRecord) -> list[Mark]:
-    """Return restarts and skipped steps on the axis of images."""
+    """Return restarts, skipped steps and loss spikes on the axis of images."""
     found = []
     for event in run.events:
         kind, colour = MARKS.get(str(event.get("event")), ("", ""))
@@ -42,8 +42,8 @@ def marks_of(run: RunRecord) -> list[Mark]:
     return found
 
 
-def _bands(run: RunRecord, key: str) -> Part | None:
-    """Return means of neighbouring bins over images; the lowest band is the least noise."""
+def _bands(run: RunRecord, key: str) -> Element | None:
+    """Return means of neighbouring bins over images. The lowest band has the least noise."""
     records = [record for record in run.metrics if isinstance(record.get(key), list)]
     if not records:
         return None
@@ -57,7 +57,7 @@ def _bands(run: RunRecord, key: str) -> Part | None:
     return line_chart(series, "mean squared error (log)", log_y=True)
 
 
-def _profile(run: RunRecord) -> Part | None:
+def _profile(run: RunRecord) -> Element | None:
     """Return the error of the last records in each bin of the timestep."""
     series = []
     for key, label, colour, count in (
@@ -65,8 +65,8 @@ def _profile(run: RunRecord) -> Part | None:
     ):  # fmt: skip
         recent = [record[key] for record in run.metrics if isinstance(record.get(key), list)][-count:]
         bins = max(map(len, recent), default=0)
-        means = [mean([record[place] for record in recent if place < len(record)]) for place in range(bins)]
-        points = [(100 * (place + 0.5) / bins, value) for place, value in enumerate(means) if value is not None]
+        means = [mean([record[position] for record in recent if position < len(record)]) for position in range(bins)]
+        points = [(100 * (position + 0.5) / bins, value) for position, value in enumerate(means) if value is not None]
         series += [Series(label, [x for x, _ in points], [y for _, y in points], colour)] if recent else []
     if not series:
         return None

@@ -1,4 +1,4 @@
-"""The page: one file without scripts that requests nothing."""
+"""The page: one file without scripts that loads nothing from a server."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sdit import __version__
+from sdit.report.elements import colour_of
 from sdit.report.experts import experts_section
 from sdit.report.history import checkpoints_section, faults_section, samples_section, scores_section, state_of, tiles_of
 from sdit.report.losses import loss_section
-from sdit.report.parts import colour_of
 from sdit.report.record import RunRecord
 from sdit.report.setup import config_section, data_section, environment_section, topology_section
 from sdit.report.speed import speed_section
@@ -20,13 +20,13 @@ SECTIONS = (
     loss_section, samples_section, scores_section, speed_section, experts_section, faults_section, checkpoints_section,
     data_section, topology_section, config_section, environment_section,
 )  # fmt: skip
-ROWS = 40  # of a table before the rest is folded
-MAX_ROWS = 400  # of a table; the rest is only counted
+ROWS = 40  # of a table; further rows are folded
+MAX_ROWS = 400  # of a table; further rows are only counted
 VARIANTS = {"switch": "Switch-DiT", "dit": "DiT", "dtr": "DTR"}
 
 
 def build_page(runs: Sequence[RunRecord]) -> str:
-    """Return the HTML of a report about one run or several. The same files give the same text."""
+    """Return the HTML of a report about one or several runs. Equal files give equal text."""
     sections = [section for build in SECTIONS if (section := build(runs)).grids]
     environment = Environment(
         loader=PackageLoader("sdit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -39,7 +39,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
 
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
-    """Return what was trained, for one run; the number of runs, for several."""
+    """Return a description of the model for one run, or the number of runs for several."""
     if len(runs) > 1:
         return f"{len(runs)} runs side by side"
     run = runs[0]

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read as far as it can be: files that are missing or torn are named, and the rest is used."""
+"""Reads the folder of a run for the report. Missing or damaged files are listed, and the others are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAVED = re.compile(r"(images-\d+) in ([\d.]+) s")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was committed; `bytes` and `written` are None for one that retention has removed."""
+    """A committed checkpoint. `bytes` and `written` are None if retention has removed it."""
 
     name: str
     images_seen: int
@@ -36,7 +36,10 @@ class Checkpoint:
 
 @dataclass(eq=False)
 class RunRecord:
-    """Everything the report says of a run. Values are as the files have them: anything may be missing or of a wrong type."""
+    """The data of a run for the report.
+
+    Values are used as the files contain them, so any value may be missing or have a wrong type.
+    """
 
     folder: Path
     name: str
@@ -47,24 +50,22 @@ class RunRecord:
     events: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    aside: list[Checkpoint] = field(
-        default_factory=list
-    )  # damaged, or later than the point that a start continued from
+    aside: list[Checkpoint] = field(default_factory=list)  # set aside because a start continued from an earlier point
     samples: list[Path] = field(default_factory=list)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # file name -> result of evaluate
     routing: list[Snapshot] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    ended_early: str = ""  # how the last launch ended, while the run is not complete
+    ended_early: str = ""  # the end of the last launch, if the run is not complete
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last logged step; empty if there is none."""
+        """The last logged step, empty if there is none."""
         return self.metrics[-1] if self.metrics else {}
 
     @property
     def total_images(self) -> int | None:
-        """The length of the run: as its start fixed it, else as its config gives it."""
+        """The length of the run: the one fixed at its start, else the one in its config."""
         fixed = self.environment.get("length_images")
         if is_number(fixed):
             return int(fixed)  # type: ignore[arg-type]
@@ -74,27 +75,30 @@ class RunRecord:
         return int(steps * batch) if is_number(steps) and is_number(batch) else None  # type: ignore[operator]
 
     def changed(self) -> dict[str, Any]:
-        """The keys of the config whose values are not the defaults."""
+        """Return the keys of the config whose values are not the defaults."""
         defaults = {key: default for key, _, default in config_keys()}
         return {key: value for key, value in self.config.items() if key not in defaults or value != defaults[key]}
 
     def count(self, event: str) -> int:
-        """How many events of a kind there were."""
+        """Return the number of events of a kind."""
         return sum(record.get("event") == event for record in self.events)
 
     @property
     def shows_latents(self) -> bool:
-        """Whether the grids are latent channels: older versions drew them as if they were pictures."""
+        """True if the grids show latent channels, because older versions drew latents as images."""
         return self.config.get("model.channels") not in (None, 1, 3) and not self.config.get("sample.vae")
 
     @property
     def restarts(self) -> int:
-        """Times the run was started again, by its supervisor or by a person."""
+        """The number of restarts of the run, by its supervisor or by a user."""
         return max(0, self.count("start") - 1)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read the runs. Raises: ConfigError for a folder that holds no run at all."""
+    """Read the runs.
+
+    Raises: ConfigError: if a folder does not hold a run.
+    """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
@@ -105,7 +109,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def _read_run(folder: Path, name: str) -> RunRecord:
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: is no folder; legal: the folder of a run (train.py --run-dir)")
+        raise ConfigError(f"{folder}: is not a folder; legal: the folder of a run (sdit train --run-dir)")
     if not any((folder / file).exists() for file in FILES):
         raise ConfigError(f"{folder}: holds none of {', '.join(FILES)}; legal: the folder of a run")
     run = RunRecord(folder, name)
@@ -156,7 +160,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _scores(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """The results of evaluate that lie in the run's folder or in its folder `scores`, by name."""
+    """Return the results of `sdit evaluate` in the run's folder and in its subfolder `scores`, by name."""
     found = {}
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("scores/*.json")]):
         name = str(path.relative_to(run.folder))
@@ -167,9 +171,9 @@ def _scores(run: RunRecord) -> dict[str, dict[str, Any]]:
 
 
 def _records(run: RunRecord, name: str) -> list[dict[str, Any]]:
-    records, torn = _try(run, name, read_records) or ([], 0)
-    if torn:
-        run.missing.append(f"{name}: {torn} torn line{'s' if torn > 1 else ''} left out")
+    records, damaged = _try(run, name, read_records) or ([], 0)
+    if damaged:
+        run.missing.append(f"{name}: {damaged} damaged line{'s' if damaged > 1 else ''} ignored")
     elif not records and (run.folder / name).exists():
         run.missing.append(f"{name}: empty")
     return records
@@ -183,7 +187,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _checkpoints(run: RunRecord) -> list[Checkpoint]:
-    """Those of the events, and those that lie in the folder; the folder knows sizes, the events how long writing took."""
+    """Return the checkpoints of the events and those in the folder.
+
+    The sizes come from the folder, the write times from the events.
+    """
     found: dict[str, Checkpoint] = {}
     for event in run.events:
         match = _SAVED.match(str(event.get("text", ""))) if event.get("event") == "checkpoint" else None
@@ -201,7 +208,7 @@ def _checkpoints(run: RunRecord) -> list[Checkpoint]:
 
 
 def _stored(folder: Path) -> Checkpoint:
-    """A checkpoint's folder, as it is now."""
+    """Return the checkpoint that is stored in a folder."""
     files = [path.stat() for path in folder.iterdir() if path.is_file()]
     written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0.0), tz=UTC)
     number = folder.name.rpartition("-")[2]
@@ -219,4 +226,4 @@ def _read_routing(run: RunRecord) -> None:
     run.routing = found
     has_gates = run.config.get("model.variant", "switch") == "switch"
     if not run.routing and has_gates:
-        run.missing.append("routing/: no snapshots of the gates" + (", only drawn maps" if run.maps else ""))
+        run.missing.append("routing/: no snapshots of the gates" + (", only images of maps" if run.maps else ""))

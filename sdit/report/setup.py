@@ -1,4 +1,4 @@
-"""How a run was set up: data, ranks, config with what differs from the defaults, environment."""
+"""The report's sections on the setup of a run: data, ranks, config, environment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from markupsafe import Markup
 
 from sdit.config import config_keys
 from sdit.redact import redact
+from sdit.report.elements import Card, Element, Grid, Section, Table, Text
 from sdit.report.history import MAX_NAMES
-from sdit.report.parts import Card, Grid, Part, Section, Table, Text
 from sdit.report.record import RunRecord
 from sdit.report.values import is_number
 
 SETS = (("data", "Training images", "data.path"), ("held_out_data", "Held-out images", "validation.path"))
-MAX_GROUPS = 16  # that are named one by one
+MAX_GROUPS = 16  # that are listed individually
 IN_OTHER_SECTIONS = (
     "ranks", "ranks_found_by", "device", "expert_parallel", "micro_batch", "accumulation", "data", "held_out_data",
     "sample_rows",
@@ -23,7 +23,7 @@ IN_OTHER_SECTIONS = (
 
 
 def data_section(runs: Sequence[RunRecord]) -> Section:
-    """Return a card for each data set of each run, as the last start found them."""
+    """Return a card for each data set of each run, as recorded at the last start."""
     cards = []
     for number, run in enumerate(runs):
         for name, title, key in SETS:
@@ -33,7 +33,7 @@ def data_section(runs: Sequence[RunRecord]) -> Section:
     return Section("data", "Data", "Data", [Grid(cards)] if cards else [])
 
 
-def _data(run: RunRecord, data: Mapping[str, object], key: str) -> list[Part]:
+def _data(run: RunRecord, data: Mapping[str, object], key: str) -> list[Element]:
     is_embedded = key == "data.path" and run.config.get("data.source") == "digits"
     facts = {
         "where": "the embedded digits" if is_embedded else redact(str(run.config.get(key, "—"))),
@@ -41,16 +41,16 @@ def _data(run: RunRecord, data: Mapping[str, object], key: str) -> list[Part]:
         "classes": data.get("classes", "?"),
         "fingerprint": str(data.get("fingerprint", "—"))[:16],
     }
-    parts: list[Part] = [Table(list(facts.items()))]
+    elements: list[Element] = [Table(list(facts.items()))]
     names = data.get("class_names")
     if isinstance(names, list) and names:
-        parts.append(Table(list(enumerate(names[:MAX_NAMES])), ("label", "class"), summary="class names"))
-        parts += [Text(f"and {len(names) - MAX_NAMES} more")] if len(names) > MAX_NAMES else []
-    return parts
+        elements.append(Table(list(enumerate(names[:MAX_NAMES])), ("label", "class"), summary="class names"))
+        elements += [Text(f"and {len(names) - MAX_NAMES} more")] if len(names) > MAX_NAMES else []
+    return elements
 
 
 def topology_section(runs: Sequence[RunRecord]) -> Section:
-    """Return the ranks in their groups, and how the batch is divided."""
+    """Return the ranks with their groups, and the division of the batch."""
     cards = []
     for number, run in enumerate(runs):
         facts = _facts(run)
@@ -80,18 +80,18 @@ def _facts(run: RunRecord) -> dict[str, object]:
 
 
 def _groups(environment: Mapping[str, Any]) -> str:
-    """Return the expert-parallel groups, which are consecutive ranks; empty if the file does not say them."""
+    """Return the expert-parallel groups, which are consecutive ranks. Empty if the file does not contain them."""
     ranks, size = environment.get("ranks"), environment.get("expert_parallel")
     if not isinstance(ranks, int) or not isinstance(size, int) or not 1 <= size <= ranks:
         return ""
     if size == 1:
-        return "every rank has all experts"
+        return "each rank has all experts"
     groups = [f"{first} to {min(first + size, ranks) - 1}" for first in range(0, ranks, size)]
     return f"shared by ranks {', '.join(groups[:MAX_GROUPS])}{', ...' if len(groups) > MAX_GROUPS else ''}"
 
 
 def config_section(runs: Sequence[RunRecord]) -> Section:
-    """Return what differs from the defaults, and between the runs; all keys below."""
+    """Return the keys that differ from the defaults and between the runs, and a folded table of all keys."""
     defaults = {key: default for key, _, default in config_keys()}
     keys = list(dict.fromkeys([*defaults, *(key for run in runs for key in run.config)]))
     changed = [run.changed() for run in runs]
@@ -104,9 +104,9 @@ def config_section(runs: Sequence[RunRecord]) -> Section:
     if len(runs) > 1:
         different = [key for key in keys if len({_shown(run.config.get(key)) for run in runs}) > 1 and key != "run_dir"]
         same = Text("The runs differ only in their folders.", "empty")
-        cards.append(Card("Where the runs differ", [table(different) if different else same]))
+        cards.append(Card("Keys that differ between the runs", [table(different) if different else same]))
     set_keys = [key for key in keys if any(key in found for found in changed)]
-    cards.append(Card("What differs from the defaults", [table(set_keys), table(keys, f"all {len(keys)} keys")]))
+    cards.append(Card("Keys that differ from the defaults", [table(set_keys), table(keys, f"all {len(keys)} keys")]))
     return Section("config", "Config", "Config", [Grid(cards, "wide")] if any(run.config for run in runs) else [])
 
 
@@ -125,12 +125,12 @@ def _cell(text: str, css: str) -> Markup:
 
 
 def environment_section(runs: Sequence[RunRecord]) -> Section:
-    """Return versions, command, machine."""
+    """Return versions, command and machine."""
     values = [_flat(run.environment) for run in runs]
     names = list(dict.fromkeys(name for flat in values for name in flat))
     head = ["", *[run.name for run in runs]] if len(runs) > 1 else []
     table = Table([[name, *[flat.get(name, "—") for flat in values]] for name in names], head, "keys")
-    grids = [Grid([Card("As the last start found it", [table])], "wide")] if names else []
+    grids = [Grid([Card("Recorded at the last start", [table])], "wide")] if names else []
     return Section("environment", "Environment", "Environment", grids)
 
 
@@ -140,7 +140,7 @@ def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
         if name in IN_OTHER_SECTIONS:
             continue
         if isinstance(value, Mapping):
-            found |= {str(key): _shown(part) for key, part in value.items()}
+            found |= {str(key): _shown(item) for key, item in value.items()}
         else:
             found[name] = redact(" ".join(map(str, value))) if isinstance(value, list) else _shown(value)
     return found

@@ -1,12 +1,12 @@
-"""Throughput, and what the time was spent on."""
+"""The report's section on speed: throughput, and the time spent on each task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from sdit.report.elements import Bar, Card, Section, rows, side_by_side
 from sdit.report.figures import lines_of, together
-from sdit.report.parts import Bar, Card, Section, rows, side_by_side
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean, seconds, short
 
@@ -15,12 +15,12 @@ CURVES = (
     ("images_per_second", "Throughput", "images / s"),
     ("learning_rate", "Learning rate", "learning rate"),
     ("grad_norm", "Gradient norm", "global gradient norm"),
-    ("model_flops_utilization", "Model FLOP/s utilization", "share of the peak"),
+    ("model_flops_utilization", "Model FLOP/s utilization", "fraction of the peak"),
 )
 BY_RUN = (  # title, axis, factor, curves
     ("Time of a step", "seconds", 1.0, (
-        ("step_seconds", "whole step"), ("rank_step_seconds_p99", "own work, p99 of the ranks"),
-        ("rank_step_seconds_p50", "own work, median rank"),
+        ("step_seconds", "whole step"), ("rank_step_seconds_p99", "work of a rank, p99"),
+        ("rank_step_seconds_p50", "work of a rank, median"),
     )),
     ("Bytes exchanged per step", "MB, all ranks", 1e-6, (
         ("exchange_bytes_tokens", "samples"), ("exchange_bytes_weights", "weights"),
@@ -30,10 +30,10 @@ BY_RUN = (  # title, axis, factor, curves
 
 
 def speed_section(runs: Sequence[RunRecord]) -> Section:
-    """Return curves of speed, and a bar of what the time was spent on."""
+    """Return curves of speed, and a bar with the time spent on each task."""
     charts = [(title, together(runs, key, label)) for key, title, label in CURVES]
     curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
-    split = side_by_side(runs, "Where the time went", _split)
+    split = side_by_side(runs, "Time by task", _split)
     lines = [
         side_by_side(runs, title, partial(lines_of, keys=keys, y_label=label, scale=scale))
         for title, label, scale, keys in BY_RUN
@@ -41,8 +41,8 @@ def speed_section(runs: Sequence[RunRecord]) -> Section:
     return Section("speed", "Speed", "Speed", rows(runs, split, curves, *lines))
 
 
-def time_parts(run: RunRecord) -> list[tuple[str, float, str]]:
-    """Return (name, seconds, colour) of what rank 0 spent its time on, over all logged intervals."""
+def time_by_task(run: RunRecord) -> list[tuple[str, float, str]]:
+    """Return (name, seconds, colour) of each task of rank 0, over all logged intervals."""
     records = [record[SPENT] for record in run.metrics if isinstance(record.get(SPENT), Mapping)] or run.metrics
 
     def total(key: str) -> float:
@@ -50,7 +50,7 @@ def time_parts(run: RunRecord) -> list[tuple[str, float, str]]:
 
     waiting, working, exchanging, updating = map(total, ("data_wait", "forward_backward", "exchange_wait", "optimizer"))
     rest = total("step") - waiting - max(working, exchanging) - updating
-    parts = [
+    tasks = [
         ("waiting for data", waiting, "c1"),
         ("forward and backward", max(0.0, working - exchanging), "c0"),
         ("waiting for the exchange of experts", exchanging, "c4"),
@@ -60,7 +60,7 @@ def time_parts(run: RunRecord) -> list[tuple[str, float, str]]:
         ("sample grids", total("sample"), "c5"),
         ("held-out loss", total("validation"), "c6"),
     ]
-    return [part for part in parts if part[1] > 0]
+    return [task for task in tasks if task[1] > 0]
 
 
 def speed_of(run: RunRecord) -> str:
@@ -71,9 +71,9 @@ def speed_of(run: RunRecord) -> str:
 
 
 def _split(run: RunRecord) -> Bar | None:
-    parts = time_parts(run)
-    total = sum(amount for _, amount, _ in parts)
+    tasks = time_by_task(run)
+    total = sum(amount for _, amount, _ in tasks)
     whole = any(isinstance(record.get(SPENT), Mapping) for record in run.metrics)
     note = "Rank 0, all steps up to the last logged one." if whole else "Rank 0, only the logged steps."
-    pieces = [(name, seconds(amount), amount / total, colour) for name, amount, colour in parts]
-    return Bar(pieces, note) if pieces else None
+    segments = [(name, seconds(amount), amount / total, colour) for name, amount, colour in tasks]
+    return Bar(segments, note) if segments else None

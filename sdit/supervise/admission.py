@@ -1,4 +1,4 @@
-"""Which waiting ranks belong to the launch that holds the lock, and how the ranks of a refused launch learn of it."""
+"""Selects the waiting ranks of the launch that holds the lock, and notifies the ranks of a refused launch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import owner_of
 from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
 
-SILENT_SECONDS = 30.0  # a waiting rank that reports nothing for so long is lost; NFS shows a change after a few seconds
-UNSURE_SECONDS = 5.0  # by then a rank of another launch, which only its own rank 0 recognises, has been refused
-REFUSE_SECONDS = 10.0  # how long a refused rank 0 waits for ranks of its launch that start later
+SILENT_SECONDS = (
+    30.0  # a waiting rank that reports nothing for this long is lost; NFS shows a change after a few seconds
+)
+UNSURE_SECONDS = 5.0  # by then the rank 0 of another launch has refused its ranks
+REFUSE_SECONDS = 10.0  # a refused rank 0 waits this long for ranks of its launch that start later
 _log = logging.getLogger(__name__)
 
 
@@ -25,7 +27,7 @@ class Attendance:
         self._first_seen: dict[str, float] = {}
 
     def update(self, members: Iterable[Member], now: float) -> list[Member]:
-        """Add the members announced at time `now` (seconds); return those that seem alive."""
+        """Add the members announced at time `now` (seconds), and return those that seem alive."""
         present = {member.nonce: member for member in members}
         for nonce, member in present.items():
             before = self._last_seen.get(nonce)
@@ -49,8 +51,8 @@ def admit(
 ) -> dict[int, Member]:
     """Return the members of a launch of `world` ranks: the present ones, then candidates for the free ranks.
 
-    A candidate must agree with every member about the launch, and surely unless its nonce is among the `settled` ones.
-    Rank 0 is a member already.
+    A candidate must agree with each member about the launch. If its nonce is not among the `settled` ones, it must surely
+    agree. Rank 0 is already a member.
     """
     there = list(candidates)
     kept = {
@@ -67,7 +69,7 @@ def admit(
 def refuse_own(registry: MemberRegistry, me: Member, world: int, run_dir: Path, code: int) -> None:
     """Ask the other ranks of a launch whose rank 0 (`me`) was refused to exit with `code`.
 
-    Ranks that the attempt spec of the lock's holder lists are not of this launch.
+    Ranks in the attempt spec of the lock's holder are not of this launch.
     """
     deadline, notified = time.monotonic() + REFUSE_SECONDS, set[str]()
     while len(notified) < world - 1 and time.monotonic() < deadline:

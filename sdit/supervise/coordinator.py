@@ -1,4 +1,4 @@
-"""The coordinator: rank 0's supervisor collects the members, starts attempts and decides what follows each attempt."""
+"""The coordinator: rank 0's supervisor collects the members, starts attempts and decides the next action after each."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sdit.supervise.restart_policy import REFUSED, Decision, ExitReport, Restart
 from sdit.supervise.unfinished import Unfinished, clear
 
 HEARTBEAT_SECONDS = 2.0
-LOST_SECONDS = 30.0  # a supervisor that reports nothing for so long is lost; NFS shows a change after a few seconds
+LOST_SECONDS = 30.0  # a supervisor that reports nothing for this long is lost; NFS shows a change after a few seconds
 _log = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"images-\d{12}")
 
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """The address, and the port if the launcher sets one, at which the ranks of an attempt connect."""
+    """The address at which the ranks of an attempt connect, and the port if the launcher sets one."""
 
     address: str
     port: int | None
@@ -43,7 +43,10 @@ class RendezvousEndpoint:
 
 
 class Coordinator:
-    """Publishes attempt specs. `largest_world(n)`: the largest number of ranks, up to n, that the config can run on (0: none)."""
+    """Publishes attempt specs.
+
+    `largest_world(n)` returns the largest number of ranks, up to n, that the config can run on (0: none).
+    """
 
     def __init__(
         self, store: RendezvousStore, registry: MemberRegistry, member: Member, config: SuperviseConfig,
@@ -60,7 +63,7 @@ class Coordinator:
         self._reached_first_step = False
         self._is_published = True
         self.stopping = False
-        self.problem = ""  # why the run folder is no longer at its path; empty if it is there
+        self.problem = ""  # the reason why the run folder is no longer at its path, else empty
 
     def poll(self) -> None:
         """Read the store once and take the next action."""
@@ -85,15 +88,15 @@ class Coordinator:
         self.finish(code, text)
 
     def _write_outcome(self, exit_reports: Mapping[int, ExitReport], decision: Decision) -> None:
-        """Write to the run directory whether the run is complete, or why it is not."""
+        """Write to the run directory that the run is complete, or the reason why it is not."""
         if all(report.is_clean and report.code == ExitCode.DONE for report in exit_reports.values()):
             clear(self._run_dir)
             return
-        why = decision.text or _stop_reason(exit_reports) or "a stop was asked for"
+        why = decision.text or _stop_reason(exit_reports) or "a stop was requested"
         self._unfinished.end(decision.code, why, max(report.step for report in exit_reports.values()))
 
     def _collect_members(self) -> None:
-        """Wait for every rank's supervisor, then start the first attempt."""
+        """Wait for the supervisor of each rank, then start the first attempt."""
         now = time.monotonic()
         there = self._attendance.update(self._registry.members(), now)
         self._members = admit(self._members, there, self._world, self._attendance.settled(now))
@@ -104,9 +107,9 @@ class Coordinator:
             if time.monotonic() - self._since > self._config.start_seconds:
                 missing = [str(rank) for rank in range(self._world) if rank not in self._members]
                 text = f"rank {', '.join(missing)} of {self._world} did not start within {self._config.start_seconds} s"
-                self._end_incomplete(ExitCode.CRASH, f"{text}; next: none, look at the launcher's log of it")
+                self._end_incomplete(ExitCode.CRASH, f"{text}; next: none, see the launcher's log of this rank")
             elif self.stopping:
-                self._end_incomplete(ExitCode.CRASH, "stopped before all ranks were there")
+                self._end_incomplete(ExitCode.CRASH, "stopped before all ranks were present")
             return
         different = [member for member in self._members.values() if member.digest != self._members[0].digest]
         if different:
@@ -134,7 +137,7 @@ class Coordinator:
             }
         self._reached_first_step |= any(report.step > 0 or report.phase > 0 for report in exit_reports.values())
         decision = self._policy.decide(exit_reports, self._newest_checkpoint(), self.stopping)
-        if self.problem:  # another attempt would begin a new run at the old path
+        if self.problem:  # another attempt would start a new run at the old path
             decision = Decision(False, ExitCode.CONFIG, self.problem)
         self._log_attempt(exit_reports, decision)
         if not decision.restart:
@@ -152,7 +155,9 @@ class Coordinator:
         world = self._largest_world(len(left)) if self._config.elastic else 0
         if world == 0:
             need = (
-                "supervise.elastic: true would continue without it" if not self._config.elastic else "too few are left"
+                "supervise.elastic: true would continue without them"
+                if not self._config.elastic
+                else "too few ranks remain"
             )
             lost = f"{len(self._spec.order) - len(left)} of {len(self._spec.order)} ranks are lost"
             self._end_incomplete(ExitCode.CRASH, f"{lost}; {need}; next: none")
@@ -180,7 +185,7 @@ class Coordinator:
         self._spec = replace(self._spec, **changes)  # type: ignore[arg-type]
         try:
             self._store.publish(self._spec)
-        except OSError as error:  # a full disk: the next poll tries again
+        except OSError as error:  # a full disk; the next poll tries again
             if self._is_published:
                 _log.warning("the attempt spec cannot be written (%s); the run continues", error.strerror)
             self._is_published = False
@@ -191,7 +196,10 @@ class Coordinator:
         self._is_published = True
 
     def _lost_report(self, rank: int, others: Mapping[int, ExitReport]) -> ExitReport:
-        """Return an exit report for a rank that sent none. All ranks take the same steps, so the others give its step."""
+        """Return an exit report for a rank that sent none.
+
+        All ranks take the same steps, so its step is that of the other ranks.
+        """
         known = max(others.values(), key=lambda report: report.step, default=None)
         step, phase = (known.step, known.phase) if known is not None else (0, 0)
         return ExitReport(rank, self._members[rank].host, "lost", ExitCode.CRASH, phase, step)
@@ -222,12 +230,15 @@ class Coordinator:
 
 
 def _stop_reason(exit_reports: Mapping[int, ExitReport]) -> str:
-    """Return why the ranks stopped; empty if no rank reported a reason."""
+    """Return the reason why the ranks stopped, or an empty string if no rank reported one."""
     return next((report.text for report in exit_reports.values() if report.text), "")
 
 
 def free_port(wanted: int | None) -> int:
-    """Return `wanted` if it is free on this host, else any free port. Raises: OSError."""
+    """Return `wanted` if it is free on this host, else any free port.
+
+    Raises: OSError: if there is no free port.
+    """
     for port in (wanted, 0):
         if port is None:
             continue

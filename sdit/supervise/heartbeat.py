@@ -1,4 +1,7 @@
-"""The heartbeat of a rank: memory that it shares with its supervisor, which can always read it, also if the rank hangs."""
+"""The heartbeat of a rank: memory that it shares with its supervisor.
+
+The supervisor can always read it, even if the rank hangs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _TEXT_AT = 256
 
 
 class Phase(enum.IntEnum):
-    """What a rank is doing. Each phase has its own deadline."""
+    """The current activity of a rank. Each phase has a deadline."""
 
     START = 0
     FIRST_STEP = 1
@@ -50,7 +53,7 @@ class HeartbeatState:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended, in its own words; `secondary` if it only lost the other ranks."""
+    """The error that ended a rank. `secondary` is True if the rank only lost the other ranks."""
 
     text: str
     secondary: bool
@@ -66,7 +69,10 @@ class Heartbeat:
 
     @classmethod
     def create(cls) -> Heartbeat:
-        """Create shared memory whose descriptor a worker inherits. The kernel frees it with the last process that holds it."""
+        """Create shared memory whose descriptor a worker inherits.
+
+        The kernel frees it when the last process closes it.
+        """
         if hasattr(os, "memfd_create"):
             descriptor = os.memfd_create("sdit-heartbeat")
         else:
@@ -92,7 +98,10 @@ class Heartbeat:
         _PROGRESS.pack_into(self._memory, _PROGRESS_AT, self._phase, self._step, self._progress_count)
 
     def keep_alive(self) -> None:
-        """Show from a thread that Python runs. It does not if the process is stopped or something holds the interpreter lock."""
+        """Start a thread that counts while Python runs.
+
+        It does not count if the process is stopped or C code holds the interpreter lock.
+        """
         threading.Thread(target=self._count_alive, name="sdit-heartbeat", daemon=True).start()
 
     def _count_alive(self) -> None:
@@ -115,12 +124,12 @@ class Heartbeat:
 
     @property
     def stop_reason(self) -> str:
-        """Return why a stop was requested, such as `SIGTERM`; empty if none was."""
+        """The reason of a stop request, such as `SIGTERM`, or an empty string."""
         reason = _STOP.unpack_from(self._memory, _STOP_AT)[0]
         return (REASONS.get(reason) or signal.Signals(reason).name) if reason else ""
 
     def fail(self, text: str, secondary: bool) -> None:
-        """Report to the supervisor why the rank ends."""
+        """Report the error that ends the rank to the supervisor."""
         data = " ".join(text.split()).encode()[: MEMORY_BYTES - _TEXT_AT]
         self._memory[_TEXT_AT : _TEXT_AT + len(data)] = data
         _ERROR.pack_into(self._memory, _ERROR_AT, 2 if secondary else 1, len(data))

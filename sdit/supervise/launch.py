@@ -1,4 +1,4 @@
-"""The launch that started this process: the launcher's processes above it, and what its ranks have in common."""
+"""The launch that started this process: the launcher's processes above it, and the properties that its ranks share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LAUNCHERS = frozenset((
     "hydra_bstrap_proxy", "srun", "slurmstepd",
 ))  # fmt: skip
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
-INTERPRETERS = ("python", "pypy", *SHELLS)  # their first word that is no option names the program
-LAUNCH_VARIABLES = (  # what ranks of one launch share and two launches at one time seldom do
+INTERPRETERS = ("python", "pypy", *SHELLS)  # their first argument that is not an option is the program
+LAUNCH_VARIABLES = (  # ranks of one launch share them; two launches at the same time rarely do
     "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -27,11 +27,11 @@ NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # several nodes o
 
 @dataclass(frozen=True)
 class LaunchIdentity:
-    """What a rank knows about its launch. Ranks of one launch agree. Ranks of two launches mostly differ.
+    """The properties by which a rank recognises other ranks of its launch.
 
-    `variables` is a hash of the launcher's variables. `launcher` is the known launcher's process that started this rank
-    ("": none), which all ranks of a node have in common; `parent` is this rank's parent, which they may have in common.
-    Both mean something on the same `node` only.
+    Ranks of one launch agree. Ranks of two launches usually differ. `variables` is a hash of the launcher's variables.
+    `launcher` is the process of the known launcher that started this rank ("": none). All ranks of a node share it. `parent`
+    is this rank's parent, which they may share. `launcher` and `parent` are comparable only on the same `node`.
     """
 
     variables: str
@@ -49,11 +49,14 @@ class LaunchIdentity:
         return cls(variables, node, str(nearest or ""), str(parent))
 
     def agrees_with(self, other: LaunchIdentity) -> bool:
-        """Return whether both ranks can be of one launch."""
+        """Return True if both ranks can belong to one launch."""
         return self.variables == other.variables and (self.node != other.node or self.launcher == other.launcher)
 
     def surely_agrees_with(self, other: LaunchIdentity) -> bool:
-        """Return whether both are of one launch beyond doubt: ranks of an unknown launcher mostly have one parent."""
+        """Return True if both ranks certainly belong to one launch.
+
+        Ranks of an unknown launcher usually have the same parent.
+        """
         is_known = self.node != other.node or bool(self.launcher) or self.parent == other.parent
         return is_known and self.agrees_with(other)
 
@@ -61,8 +64,8 @@ class LaunchIdentity:
 def launcher_processes() -> list[Process]:
     """Return the processes above this one that belong to its launch: the parent first, the outermost launcher last.
 
-    Scripts between two of them are included. What is above the outermost one (a login shell, sshd, init) is not: it may end
-    while the run continues. Empty if no process above is a known launcher.
+    Scripts between them are included. Processes above the outermost launcher (a login shell, sshd, init) are not, because
+    they may end while the run continues. The list is empty if no process above is a known launcher.
     """
     above: list[Process] = []
     outermost, pid = 0, os.getppid()
@@ -75,9 +78,9 @@ def launcher_processes() -> list[Process]:
 
 
 def processes_to_watch(world: int) -> list[Process]:
-    """Return the processes above this one without which a launch of `world` ranks is over.
+    """Return the processes above this one whose end also ends a launch of `world` ranks.
 
-    Without a known launcher that is the parent, unless it is a shell or starts a single process.
+    Without a known launcher this is the parent, unless it is a shell or starts a single process.
     """
     found, parent = launcher_processes(), os.getppid()
     if found or world == 1 or name_of(parent) in SHELLS:
@@ -86,7 +89,7 @@ def processes_to_watch(world: int) -> list[Process]:
 
 
 def is_launcher(pid: int) -> bool:
-    """Return whether a process runs one of `LAUNCHERS`."""
+    """Return True if a process runs one of `LAUNCHERS`."""
     return program_of(command_of(pid)) in LAUNCHERS
 
 
@@ -94,7 +97,7 @@ def program_of(command: list[str]) -> str:
     """Return the program of a command line, as a file or module name: `python -u -m torch.distributed.run` is the module."""
     if not command:
         return ""
-    name = PurePath(command[0].split(":")[0]).name  # a SLURM daemon calls itself `slurmstepd: [17.0]`
+    name = PurePath(command[0].split(":")[0]).name  # a SLURM daemon has the name `slurmstepd: [17.0]`
     if name.rstrip("0123456789.").lstrip("-") not in INTERPRETERS:
         return name
     words = iter(command[1:])

@@ -1,8 +1,8 @@
-"""One run directory, one writer: a lock file with host, pid and a heartbeat that compares no clocks.
+"""The lock of a run directory: a file with host, pid and a heartbeat. It allows one writer and compares no clocks.
 
-The file appears with its whole content (a hard link is exclusive), so that it is never empty. A dead holder's lock is replaced
-only by the process that holds the right to replace it, which is a second lock file, named after the first one's content. Of any
-number of processes that start at once, one holds the lock; the others are refused.
+The file is created with its whole content (a hard link is exclusive), so it is never empty. Only one process may replace
+the lock of a dead holder: the one that holds a second lock file, named after the first one's content. If several
+processes start at the same time, one gets the lock and the others are refused.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from sdit.json_files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
 
 HEARTBEAT_SECONDS = 5.0
-WATCH_SECONDS = 20.0  # a remote holder without a heartbeat for so long is dead; four heartbeats, for slow file systems
+WATCH_SECONDS = (
+    20.0  # a remote holder without a heartbeat for this long is dead; four heartbeats, for slow file systems
+)
 HEAL_SECONDS = HEARTBEAT_SECONDS + 1.0  # by then a live holder has replaced content that was damaged
-LOCK_BYTES = 65_536  # read at most; a lock has a few hundred
+LOCK_BYTES = 65_536  # limit of a read; a lock has a few hundred bytes
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds RUN/lock.json; `token` is the unguessable id of this launch.
+    """Holds RUN/lock.json. `token` is the unguessable id of this launch.
 
-    Raises: ConfigError, naming host and pid, when a live process holds it. Nothing else was written then.
+    Raises: ConfigError: if a live process holds the lock. Nothing else was written then. The message names host and pid.
     """
 
     def __init__(
@@ -56,12 +58,15 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Return whether the file still holds this launch's token."""
+        """True if the file still holds this launch's token."""
         body = read_json(self._path)
         return body is None or body.get("token") == self.token
 
     def beat(self) -> bool:
-        """Show every `HEARTBEAT_SECONDS` that the holder is alive; call it more often. False: another launch took the lock."""
+        """Update the heartbeat every `HEARTBEAT_SECONDS`. The caller calls it more often.
+
+        Return False if another launch took the lock.
+        """
         if time.monotonic() - self._published_at < HEARTBEAT_SECONDS:
             return True
         self._published_at = time.monotonic()
@@ -73,11 +78,11 @@ class RunLock:
         return True
 
     def follow(self, run_dir: Path) -> None:
-        """Use another path to the same folder: one that holds after a rename."""
+        """Use another path to the same folder, one that stays valid after a rename."""
         self._path = run_dir / self._path.name
 
     def keep_beating(self) -> None:
-        """HeartbeatState from a thread, for a process without a loop of its own."""
+        """Update the heartbeat from a thread, for a process without a loop."""
 
         def beat() -> None:
             while not self._ended.wait(HEARTBEAT_SECONDS / 2):
@@ -97,19 +102,22 @@ class RunLock:
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock file says. `body` is empty if it is damaged; `stamp` changes with the file."""
+    """The content of a lock file. `body` is empty if it is damaged. `stamp` changes with the file."""
 
     body: dict[str, Any]
     stamp: str
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """Return what the file says; None if there is no file. Raises: ConfigError for anything that is no readable file."""
+        """Return the content of the file, or None if there is no file.
+
+        Raises: ConfigError: if the path is not a readable regular file.
+        """
         try:
             status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(
-                    f"run_dir: {path}: is not a regular file; legal: remove it, a lock file takes its place"
+                    f"run_dir: {path}: is not a regular file; legal: remove it, so that a lock file can be created"
                 )
             with path.open("rb") as file:
                 data = file.read(LOCK_BYTES)
@@ -128,21 +136,21 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether the holder is, or was, a process of this machine."""
+        """True if the holder is, or was, a process of this machine."""
         return bool(self.body) and self.body.get("machine") == machine()
 
     @property
     def is_running(self) -> bool:
-        """Whether the holder, a process of this machine, still runs."""
+        """True if the holder, a process of this machine, still runs."""
         return is_running(self.body["pid"], self.body.get("started"))
 
     def describe(self) -> str:
-        """`process 7 on host n17`."""
+        """Return `process 7 on host n17`."""
         return f"process {self.body.get('pid')} on host {self.body.get('host')}"
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """Return the body of a lock; empty if the data are not one."""
+    """Return the body of a lock, or an empty dict if the data are not one."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -152,21 +160,24 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _acquire(path: Path, body: dict[str, Any], watch_seconds: float) -> None:
-    """Make the file hold `body`, which one process at a time can. Raises: ConfigError if a live process holds it."""
+    """Write `body` to the file. Only one process at a time can do so.
+
+    Raises: ConfigError: if a live process holds the lock.
+    """
     while not _create(path, body):
         holder = Holder.read(path)
         if holder is None:
             continue  # it was released in the meantime
         if _is_live(path, holder, watch_seconds):
             raise in_use(path.parent, Holder.read(path) or holder)
-        right = path.with_name(f".lock.{holder.stamp}")  # whoever holds this may replace that lock
+        right = path.with_name(f".lock.{holder.stamp}")  # the holder of this lock file may replace the other one
         _acquire(right, body, watch_seconds)
         try:
             now = Holder.read(path)
             if now is not None and now.stamp == holder.stamp:
                 write_json(path, body)
                 what = "damaged lock" if holder.is_damaged else f"lock of {holder.describe()}"
-                _log.warning("took over the %s: it is gone", what)
+                _log.warning("took over the %s, which has ended", what)
                 return
         finally:
             with contextlib.suppress(OSError):
@@ -174,7 +185,7 @@ def _acquire(path: Path, body: dict[str, Any], watch_seconds: float) -> None:
 
 
 def _create(path: Path, body: dict[str, Any]) -> bool:
-    """Create the file with its whole content; False if it exists."""
+    """Create the file with its whole content. Return False if it exists."""
     temporary = path.with_name(f".lock.{body['token']}.tmp")
     temporary.write_text(json.dumps(body) + "\n", encoding="utf-8")
     try:
@@ -191,7 +202,10 @@ def _create(path: Path, body: dict[str, Any]) -> bool:
 
 
 def _create_without_links(path: Path, body: dict[str, Any]) -> bool:
-    """The same on a file system without hard links, where others see the file empty for an instant."""
+    """Create the file on a file system without hard links. Return False if it exists.
+
+    Other processes may see the file empty for an instant.
+    """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -202,7 +216,7 @@ def _create_without_links(path: Path, body: dict[str, Any]) -> bool:
 
 
 def owner_of(run_dir: Path) -> Holder | None:
-    """Return who holds the run's lock; None if nobody does or the file cannot be read."""
+    """Return the holder of the run's lock, or None if there is none or the file cannot be read."""
     try:
         holder = Holder.read(run_dir / "lock.json")
     except (ConfigError, OSError):
@@ -223,7 +237,10 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 
 def _is_live(path: Path, holder: Holder, watch_seconds: float) -> bool:
-    """On this machine the process table answers at once; elsewhere a live holder's file changes while we look."""
+    """Return True if the holder is alive.
+
+    On this machine the process table gives the answer at once. On another machine a live holder changes its file.
+    """
     if holder.is_here:
         return holder.is_running
     deadline = time.monotonic() + (min(HEAL_SECONDS, watch_seconds) if holder.is_damaged else watch_seconds)

@@ -1,4 +1,4 @@
-"""How a supervisor finds the attempt spec of its own launch, and how it learns that its launch was refused."""
+"""Finds the attempt spec of a supervisor's launch, or learns that the launch was refused."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from sdit.supervise.rendezvous import AttemptSpec, Member, MemberRegistry, Rende
 from sdit.supervise.restart_policy import ExitReport
 
 HEARTBEAT_SECONDS = 2.0
-DOUBT_SECONDS = 2.0  # within it the lock's holder lists its own ranks, even one that another launch refused by mistake
-FOREIGN_SECONDS = 30.0  # if another launch holds the lock for longer, this rank's own rank 0 was refused
+DOUBT_SECONDS = (
+    2.0  # during this time the lock's holder lists its ranks, even one that another launch refused by mistake
+)
+FOREIGN_SECONDS = 30.0  # if another launch holds the lock for longer, rank 0 of this launch was refused
 _log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Rank 0's supervisor knows its own `store`. Others announce themselves until the lock holder's spec lists them."""
+    """Connects a supervisor to its launch.
+
+    Rank 0's supervisor has the `store`. Other supervisors announce themselves until the lock holder's spec lists them.
+    """
 
     def __init__(
         self, run_dir: Path, shown: Path, member: Member, registry: MemberRegistry, store: RendezvousStore | None = None
     ) -> None:
-        """`shown` is the run folder's path in messages; `run_dir` may lead to it by a descriptor."""
+        """Take the run folder. `shown` is its path in messages, and `run_dir` may use a descriptor."""
         self._shown = shown
         self._run_dir, self._member, self._registry, self._store = run_dir, member, registry, store
         self._announced_at = 0.0
@@ -33,9 +38,12 @@ class Membership:
         self._foreign: tuple[Holder, float] | None = None
 
     def attempt_spec(self) -> AttemptSpec | None:
-        """Return the attempt spec that lists this rank; None while there is none. Raises: OSError."""
+        """Return the attempt spec that lists this rank, or None if there is none yet.
+
+        Raises: OSError: if the file system fails.
+        """
         spec = self._named_by(self._store)
-        if spec is None:  # also when a new holder of the lock has removed the store
+        if spec is None:  # also if a new holder of the lock has removed the store
             found = ((store, self._named_by(store)) for store in RendezvousStore.all_of(self._run_dir))
             self._store, spec = next(((store, spec) for store, spec in found if spec is not None), (self._store, None))
         if spec is None or spec.attempt == 0:
@@ -50,16 +58,19 @@ class Membership:
         return spec if spec is not None and spec.names(self._member.rank, self._member.nonce) else None
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
-        """Report how this rank's attempt ended. Raises: OSError."""
+        """Report the end of this rank's attempt.
+
+        Raises: OSError: if it cannot be written.
+        """
         if self._store is not None:
             self._store.report_exit(attempt, report)
 
     def problem(self) -> str:
-        """Return why this rank cannot write to the folder of its launch; empty if it can, or has none."""
+        """Return the reason why this rank cannot write to the folder of its launch, or an empty string."""
         return "" if self._store is None else self._store.problem(self._member)
 
     def refusal(self) -> tuple[int, str] | None:
-        """Return exit code and message if no spec lists this rank because its launch was refused; None if it must wait.
+        """Return exit code and message if the launch of this rank was refused, or None if the rank must wait.
 
         The message is empty if rank 0 prints it.
         """

@@ -1,6 +1,6 @@
-"""The metrics publisher of a supervisor: it writes the rank's status, and on the first rank of a node it runs the exporter.
+"""The metrics publisher of a supervisor. It writes the rank's status. On the first rank of a node it runs the exporter.
 
-Nothing here raises. If metrics cannot be published, the supervisor logs it once and the run continues.
+It never raises. If metrics cannot be published, the supervisor logs it once and the run continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsPublisher:
-    """Creates the rank's shared metrics file, before the rank announces itself, so that all files exist at the first attempt."""
+    """Writes the rank's shared metrics file.
+
+    The file is created before the rank announces itself, so that all files exist at the first attempt.
+    """
 
     def __init__(self, config: ObserveConfig | None, run_dir: Path, member: Member) -> None:
         self._run_dir, self._member = run_dir, member
@@ -55,7 +58,7 @@ class MetricsPublisher:
 
     @property
     def path(self) -> str:
-        """Return the path of the rank's shared metrics file; empty if metrics are off."""
+        """The path of the rank's shared metrics file. It is empty if metrics are off."""
         return str(self._file.path) if self._file is not None else ""
 
     def count_end(self, report: ExitReport) -> None:
@@ -72,7 +75,10 @@ class MetricsPublisher:
     def publish(
         self, spec: AttemptSpec | None, attempt: int, worker: WorkerProcess | None, deadline_seconds: float, stops: int
     ) -> None:
-        """Write the rank's status; `stops` counts the requests to stop. Restart the exporter's threads if they died."""
+        """Write the rank's status, and restart the exporter's threads if they have ended.
+
+        `stops` counts the stop requests.
+        """
         if self._file is None:
             return
         now = time.monotonic()
@@ -88,8 +94,8 @@ class MetricsPublisher:
             self._file.write_status(self._status)
             if spec is not None and spec.order:
                 self._serve(spec)
-        except (OSError, RuntimeError) as error:  # shared memory is full; the system has no more threads
-            _log.warning("rank %d: metrics are off from now on: %s", self._member.rank, error)
+        except (OSError, RuntimeError) as error:  # shared memory is full, or the system has no more threads
+            _log.warning("rank %d: writes no more metrics: %s", self._member.rank, error)
             self._remove_file()
 
     def close(self) -> None:
@@ -104,7 +110,10 @@ class MetricsPublisher:
         self._remove_file()
 
     def _serve(self, spec: AttemptSpec) -> None:
-        """Run the exporter if this rank is the first local one. That may change with each attempt, because ranks can be lost."""
+        """Run the exporter if this rank is the first local one.
+
+        That may change with each attempt, because ranks can be lost.
+        """
         is_new = self._spec is None or spec.attempt > self._spec.attempt
         self._spec = spec
         if self._exporter is not None:

@@ -1,4 +1,4 @@
-"""Processes of this machine, distinguished also if the kernel uses a process id again (Linux)."""
+"""Processes of this machine. They are distinguished even if the kernel reuses a process id (Linux)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Process:
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """Return what identifies a process, also against a later one with the same pid."""
+    """Return the properties that identify a process, even if a later process has the same pid."""
     return {"host": socket.gethostname(), "pid": pid, "started": start_ticks(pid), "machine": machine()}
 
 
 def machine() -> str:
-    """Return the boot and the process namespace that this process is in: process ids have one meaning within them."""
+    """Return the boot id and the process namespace of this process. Process ids are unique within them."""
     return f"{_read('/proc/sys/kernel/random/boot_id')} {_namespace()}"
 
 
 def is_running(pid: int, started: object) -> bool:
-    """Return whether the process with this start time runs on this machine; a zombie does not."""
+    """Return True if the process with this start time runs on this machine. A zombie does not run."""
     if isinstance(pid, bool) or not 0 < pid < 2**31:
         return False
     alive = start_ticks(pid)
@@ -53,24 +53,24 @@ def is_running(pid: int, started: object) -> bool:
 
 
 def start_ticks(pid: int) -> str | None:
-    """Return a process's start time in clock ticks since boot; None if there is none, or only a zombie."""
+    """Return the start time of a process in clock ticks since boot, or None if it does not exist or is a zombie."""
     fields = _stat(pid)
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
 
 
 def parent_of(pid: int) -> int:
-    """Return the id of a process's parent; 0 if there is none."""
+    """Return the id of a process's parent, or 0 if there is none."""
     fields = _stat(pid)
     return int(fields[1]) if len(fields) > 1 else 0
 
 
 def name_of(pid: int) -> str:
-    """Return the kernel's name of a process; empty if it cannot be read."""
+    """Return the kernel's name of a process, or an empty string if it cannot be read."""
     return _read(f"/proc/{pid}/comm")
 
 
 def command_of(pid: int) -> list[str]:
-    """Return the words of a process's command line; empty if they cannot be read."""
+    """Return the words of a process's command line, or an empty list if they cannot be read."""
     try:
         data = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

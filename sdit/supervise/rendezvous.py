@@ -1,12 +1,12 @@
-"""The rendezvous store: small files in RUN/supervise by which the supervisors of one launch agree.
+"""The rendezvous store: small files in RUN/supervise that the supervisors of one launch exchange.
 
     waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config
-    waiting/00001-NONCE.refused  rank 0 of its launch was refused: exit
+    waiting/00001-NONCE.refused  rank 0 of its launch was refused, so the rank must exit
     TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port, exit code
     TOKEN/end-0002-00001.json    the exit report of rank 1 in attempt 2
 
 The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
-token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. Every supervisor
+token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. Each supervisor
 polls one file. Only rank 0's supervisor, and ranks that no attempt spec lists, list folders.
 """
 
@@ -46,7 +46,7 @@ class Member:
 
     @classmethod
     def parse(cls, body: dict[str, Any] | None) -> Member | None:
-        """Return the member in a file; None if it is of another version or damaged."""
+        """Return the member in a file, or None if the file is damaged or of another version."""
         try:
             member = cls(**{**(body or {}), "launch": LaunchIdentity(**(body or {})["launch"])})
         except (KeyError, TypeError):
@@ -56,16 +56,16 @@ class Member:
 
     @property
     def is_dead(self) -> bool:
-        """Return whether its process has ended. Other machines cannot know, so False there."""
+        """True if its process has ended. Other machines cannot know, so it is False there."""
         return self.machine == machine() and not is_running(self.pid, self.started)
 
 
 @dataclass(frozen=True)
 class AttemptSpec:
-    """What rank 0's supervisor asks of all: run attempt `attempt`, end it (`ending`), or exit with `code`.
+    """An instruction of rank 0's supervisor to all: run attempt `attempt`, end it (`ending`), or exit with `code`.
 
-    `order` lists the launch ranks that take part, in the order of their ranks in this attempt; `beats` grows while the
-    supervisor lives. Attempt 0 names the ranks that have come so far.
+    `order` lists the participating launch ranks, in the order of their ranks in this attempt. `beats` increases while the
+    supervisor is alive. Attempt 0 lists the ranks that are present so far.
     """
 
     attempt: int
@@ -90,24 +90,33 @@ class MemberRegistry:
         self._folder = run_dir / "supervise" / WAITING
 
     def open(self) -> None:
-        """Create the folder, in a run directory that may be new. Raises: OSError."""
+        """Create the folder, in a run directory that may be new.
+
+        Raises: OSError: if it cannot be created.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def wipe(self) -> None:
-        """Remove all entries; waiting ranks announce themselves again. Only the lock's holder may call it. Raises: OSError."""
+        """Remove all entries. Waiting ranks announce themselves again. Only the lock's holder may call it.
+
+        Raises: OSError: if the file system fails.
+        """
         self.open()
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
     def post(self, member: Member) -> None:
-        """Announce a rank. No effect if the folder is wiped at the same time or the run is deleted. Raises: OSError."""
+        """Announce a rank. It has no effect if the folder is wiped at the same time or the run is deleted.
+
+        Raises: OSError: if the file system fails.
+        """
         with contextlib.suppress(FileNotFoundError):
             _make(self._folder)
             write_json(self._path(member, "json"), asdict(member))
 
     def holds(self, member: Member) -> bool:
-        """Return whether the rank is announced."""
+        """Return True if the rank is announced."""
         return self._path(member, "json").exists()
 
     def members(self) -> list[Member]:
@@ -116,12 +125,15 @@ class MemberRegistry:
         return [member for member in found if member is not None and not member.is_dead]
 
     def refuse(self, member: Member, code: int) -> None:
-        """Ask a rank of the same launch to exit. No effect if the folder is being wiped or is deleted. Raises: OSError."""
+        """Ask a rank of the same launch to exit. It has no effect if the folder is being wiped or is deleted.
+
+        Raises: OSError: if the file system fails.
+        """
         with contextlib.suppress(FileNotFoundError):
             write_json(self._path(member, "refused"), {"code": code})
 
     def refusal(self, member: Member) -> int | None:
-        """Return the exit code that rank 0 of the same launch left for a rank; None if there is none."""
+        """Return the exit code that rank 0 of the same launch wrote for a rank, or None if there is none."""
         code = (read_json(self._path(member, "refused")) or {}).get("code")
         return code if isinstance(code, int) else None
 
@@ -145,7 +157,7 @@ class RendezvousStore:
 
     @classmethod
     def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:
-        """Return the store of a lock's token; None if `token` is not one."""
+        """Return the store of a lock's token, or None if `token` is not one."""
         return cls(run_dir, token) if TOKEN.fullmatch(token) else None
 
     @classmethod
@@ -158,7 +170,10 @@ class RendezvousStore:
         return [cls(run_dir, name) for name in names if TOKEN.fullmatch(name)]
 
     def open(self) -> None:
-        """Create the folder and remove those of earlier launches. Only the lock's holder may do so. Raises: OSError."""
+        """Create the folder and remove those of earlier launches. Only the lock's holder may do so.
+
+        Raises: OSError: if it cannot be created.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.parent.iterdir():
             if other not in (self._folder, self._folder.with_name(WAITING)):
@@ -171,15 +186,21 @@ class RendezvousStore:
 
     @property
     def has_attempt_spec(self) -> bool:
-        """Return whether the attempt spec is there: a user may have deleted the folder."""
+        """True if the attempt spec exists. A user may have deleted the folder."""
         return self._spec.exists()
 
     def beat(self) -> None:
-        """Show that rank 0's supervisor is alive if a full disk prevents writing the attempt spec. Raises: OSError."""
+        """Show that rank 0's supervisor is alive if a full disk prevents writing the attempt spec.
+
+        Raises: OSError: if the file system fails.
+        """
         os.utime(self._spec)
 
     def problem(self, member: Member) -> str:
-        """Return why nothing can be written here, such as `Read-only file system`; empty if it can, or the folder is gone."""
+        """Return the reason why nothing can be written here, such as `Read-only file system`.
+
+        It is empty if writing works or the folder is deleted.
+        """
         try:
             write_json(self._folder / f".writable-{member.rank:05d}.json", asdict(member))
         except FileNotFoundError:
@@ -189,7 +210,7 @@ class RendezvousStore:
         return ""
 
     def attempt_spec(self) -> AttemptSpec | None:
-        """Return the attempt spec; None if there is none. `beats` is the file's time, which `beat` also changes."""
+        """Return the attempt spec, or None if there is none. `beats` is the file's time, which `beat` also changes."""
         body = read_json(self._spec)
         if body is None:
             return None
@@ -198,10 +219,12 @@ class RendezvousStore:
         return replace(AttemptSpec(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
-        """Write the exit report of a rank unless it is there. The caller repeats this at each poll.
+        """Write the exit report of a rank unless it exists. The caller repeats this at each poll.
 
-        If the folder is missing, nothing is written: rank 0 creates it again, or a new holder of the lock has removed the launch.
-        Raises: OSError.
+        If the folder is missing, nothing is written. Either rank 0 creates it again, or a new holder of the lock has removed
+        the launch.
+
+        Raises: OSError: if the file system fails.
         """
         path = self._folder / f"end-{attempt:04d}-{report.rank:05d}.json"
         if not path.exists():
@@ -215,6 +238,9 @@ class RendezvousStore:
 
 
 def _make(folder: Path) -> None:
-    """Create RUN/supervise and a folder in it, but never RUN itself. Raises: OSError."""
+    """Create RUN/supervise and a folder in it, but never RUN itself.
+
+    Raises: OSError: if the file system fails.
+    """
     folder.parent.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How ranks ended, the root cause, and the decision what follows: pure functions of the exit reports."""
+"""The restart policy: it finds the root cause in the exit reports of an attempt and decides the next action."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sdit.supervise.heartbeat import Phase
 
 REFUSED = {ExitCode.USAGE, ExitCode.CONFIG}  # the user must fix it
 TEXT_CHARACTERS = 600
-REFUSED_CHARACTERS = 2000  # a refusal lists what is legal
-FINAL = {ExitCode.DATA, ExitCode.IO}  # another attempt would end the same way
+REFUSED_CHARACTERS = 2000  # a refusal lists the legal values
+FINAL = {ExitCode.DATA, ExitCode.IO}  # another attempt would end in the same way
 
 
 @dataclass(frozen=True)
 class ExitReport:
-    """How one rank's attempt ended. `cause`: exit, stall (a deadline), peer (another rank ended) or lost."""
+    """The end of one rank's attempt. `cause`: exit, stall (a deadline), peer (another rank ended) or lost."""
 
     rank: int
     host: str
@@ -36,9 +36,9 @@ class ExitReport:
         return self.cause == "exit" and self.code in (ExitCode.DONE, ExitCode.REQUEUE)
 
     def describe(self) -> str:
-        """`rank 1, host n7, step 12, phase step: killed by SIGKILL`."""
+        """Return `rank 1, host n7, step 12, phase step: killed by SIGKILL`."""
         where = f"rank {self.rank}, host {self.host}, step {self.step}, phase {Phase(self.phase).label}"
-        # A stalled rank that wakes up while it is ended reports that the others are gone: that is not the cause.
+        # A stalled rank that continues while it is ended reports that it lost the others. That is not the cause.
         text = "" if self.cause == "stall" and self.secondary else one_line(self.text, TEXT_CHARACTERS)
         return f"{where}: {self._what()}" + (f" ({text})" if text else "")
 
@@ -51,13 +51,13 @@ class ExitReport:
 
 
 def _signal_name(number: int) -> str:
-    """`SIGKILL`; real-time signals have no names."""
+    """Return a name such as `SIGKILL`. Real-time signals have no names."""
     return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows an attempt: a restart, or the end of the run with `code`."""
+    """The action after an attempt: a restart, or the end of the run with `code`."""
 
     restart: bool
     code: int
@@ -65,7 +65,7 @@ class Decision:
 
 
 def root_cause(exit_reports: Sequence[ExitReport]) -> ExitReport:
-    """Return the exit report of the rank that made the attempt fail; the other ranks failed or waited because of it.
+    """Return the exit report of the rank that made the attempt fail. The other ranks failed or waited because of it.
 
     The order is: a rank that ended by itself, a frozen rank, the stalled rank with the least progress, and last the rank with
     the least progress among those that only lost the others.
@@ -96,7 +96,7 @@ class RestartPolicy:
         self._newest = newest_checkpoint
 
     def decide(self, exit_reports: Mapping[int, ExitReport], newest_checkpoint: str, stopping: bool) -> Decision:
-        """Return what follows an attempt that has ended on every rank."""
+        """Return the decision after an attempt that has ended on all ranks."""
         if all(report.is_clean for report in exit_reports.values()):
             stopped = any(report.code == ExitCode.REQUEUE for report in exit_reports.values())
             return Decision(False, self._stop_code if stopped else ExitCode.DONE, "")
@@ -104,9 +104,9 @@ class RestartPolicy:
         if fault.cause == "exit" and fault.code in REFUSED:
             return Decision(False, fault.code, one_line(fault.text, REFUSED_CHARACTERS) or fault.describe())
         if fault.cause == "exit" and fault.code in FINAL:
-            return Decision(False, fault.code, f"{fault.describe()}; next: none, a retry would end alike")
+            return Decision(False, fault.code, f"{fault.describe()}; next: none, a retry would fail in the same way")
         if stopping or any(report.stopping for report in exit_reports.values()):
-            return Decision(False, ExitCode.CRASH, f"{fault.describe()}; next: none, a stop was asked for")
+            return Decision(False, ExitCode.CRASH, f"{fault.describe()}; next: none, a stop was requested")
         if newest_checkpoint != self._newest:
             self._newest, self._faults = newest_checkpoint, []
         self._faults.append((fault.rank, fault.step, fault.cause, fault.code, fault.text))
@@ -114,7 +114,7 @@ class RestartPolicy:
         if made >= self._allowed:
             same = self._allowed > 0 and len(set(self._faults)) == 1 and fault.cause == "exit" and fault.code > 0
             code = ExitCode.DATA if same else ExitCode.CRASH
-            why = "the same error every time" if same else "no newer checkpoint since"
+            why = "the same error each time" if same else "no newer checkpoint since then"
             next_step = f"next: none, {made} restarts made, {why} (exit {int(code)})"
             return Decision(False, code, f"{fault.describe()}; {next_step}")
         start = f"from {self._newest}" if self._newest else "from the start"

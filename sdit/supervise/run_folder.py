@@ -1,4 +1,4 @@
-"""The open folder of a run. A process notices if its folder is renamed, deleted or replaced."""
+"""The open folder of a run. A process detects if its folder is renamed, deleted or replaced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from sdit.supervise.lock import unwritable
 
 
 class RunFolder:
-    """An existing folder. `folder / "name"` is a path in it, wherever the folder was renamed to since.
+    """An existing folder. `folder / "name"` is a path in it, even after the folder was renamed.
 
-    Who writes by such paths, and creates no parents, never creates a lost run folder again.
-    Raises: ConfigError if the folder does not exist, or cannot be opened.
+    Code that writes to such paths and creates no parents cannot recreate a lost run folder.
+
+    Raises: ConfigError: if the folder does not exist or cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +27,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """Create the folder unless it exists. Only the start of a run does so. Raises: ConfigError."""
+        """Create the folder unless it exists. Only the start of a run does so.
+
+        Raises: ConfigError: if it cannot be created.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -41,14 +45,17 @@ class RunFolder:
     ) -> None:
         os.close(self._descriptor)
 
-    def __truediv__(self, part: str) -> Path:
-        return (self.now or self.path) / part
+    def __truediv__(self, name: str) -> Path:
+        return (self.now or self.path) / name
 
     def __str__(self) -> str:
         return str(self.path)
 
     def make(self, *names: str) -> Path:
-        """Create the folder names[0]/names[1]/... inside unless it exists; return its path. Raises: OSError."""
+        """Create the folder names[0]/names[1]/... inside unless it exists, and return its path.
+
+        Raises: OSError: if it cannot be created.
+        """
         path = self / names[0]
         path.mkdir(exist_ok=True)
         for name in names[1:]:
@@ -58,45 +65,48 @@ class RunFolder:
 
     @property
     def anchor(self) -> Path:
-        """Return a path to the folder that stays valid after a rename. Without /proc: `path`."""
+        """A path to the folder that stays valid after a rename. Without /proc it is `path`."""
         anchor = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
         return anchor if self._is_at(anchor) else self.path
 
     @property
     def now(self) -> Path | None:
-        """Return the folder's path now: `path` or a new one; None if it is deleted. Takes microseconds."""
+        """The current path of the folder: `path`, a new one, or None if it is deleted. It takes microseconds."""
         if self._is_at(self.path):
             return self.path
         name = self._name()
         try:
             if name is not None and os.path.realpath(self.path, strict=True) == name:
-                return self.path  # its inode number changes: some network file systems make them up
+                return self.path  # some network file systems change inode numbers
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError:
-            return self.path  # a file system that does not answer for a while is no rename
+            return self.path  # a file system that does not respond is not a rename
         if not self._is_alive():
             return None
-        # A rename on another host is not known here by name, but the descriptor still leads to the folder.
+        # The new name after a rename on another host is unknown here, but the descriptor still refers to the folder.
         found = Path(name) if name is not None and self._is_at(Path(name)) else self.anchor
         return found if found != self.path else None
 
     @property
     def problem(self) -> str:
-        """Return one sentence that says what happened to the folder; empty if it is at its path."""
+        """The change of the folder in one sentence, or an empty string if it is at its path."""
         now = self.now
         if now == self.path:
             return ""
         if now is None:
             return (
                 f"run_dir: {self.path}: was deleted, or moved to another file system, while the run wrote to it; "
-                "the steps since its last checkpoint are lost; legal: a folder that stays"
+                "the steps since its last checkpoint are lost; legal: a folder that is not moved during the run"
             )
         where = now if not now.is_relative_to("/proc") else "a path that this host does not know"
         return f"run_dir: {self.path}: was renamed to {where} while the run wrote to it; the run continues with --run-dir there"
 
     def check(self) -> None:
-        """Raises: ConfigError if the folder is no longer at its path: another start there would begin a new run."""
+        """Check that the folder is at its path. Otherwise another start there would create a new run.
+
+        Raises: ConfigError: if it is not.
+        """
         if self.problem:
             raise ConfigError(self.problem)
 
@@ -109,11 +119,11 @@ class RunFolder:
     def _is_alive(self) -> bool:
         try:
             return os.fstat(self._descriptor).st_nlink > 0
-        except OSError:  # a network file system knows it no longer
+        except OSError:  # a network file system has removed it
             return False
 
     def _name(self) -> str | None:
-        """Return the path that the kernel (Linux) knows for the open folder."""
+        """Return the path of the open folder according to the kernel (Linux)."""
         try:
             return os.readlink(f"/proc/self/fd/{self._descriptor}")
         except OSError:

@@ -1,6 +1,6 @@
-"""RUN/unfinished.json exists while a run is not complete. It says how the last launch ended.
+"""RUN/unfinished.json exists while a run is not complete. It contains the end of the last launch.
 
-Launchers hide how a run ended: `deepspeed` returns 0 when its child is killed. A launch writes the file when it begins,
+Launchers hide the end of a run: `deepspeed` returns 0 if its child is killed. A launch writes the file when it begins,
 adds the reason when it ends, and removes it when the run is complete.
 """
 
@@ -17,14 +17,14 @@ from sdit.json_files import read_json, write_json
 from sdit.supervise.lock import HEARTBEAT_SECONDS, Holder, owner_of
 
 NAME = "unfinished.json"
-SILENT_SECONDS = 12 * HEARTBEAT_SECONDS  # a lock of another machine that is older than this is dead
+SILENT_SECONDS = 12 * HEARTBEAT_SECONDS  # the holder of an older lock of another machine is dead
 REFUSED = (ExitCode.USAGE, ExitCode.CONFIG)  # such a launch did not touch the run
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LastLaunch:
-    """How the last launch of a run that is not complete ended; `code` is None if it left no reason."""
+    """The end of the last launch of an incomplete run. `code` is None if it wrote no reason."""
 
     token: str
     started: str
@@ -41,13 +41,13 @@ class LastLaunch:
             what = f"{where}, all its processes were killed"
         else:
             of = f" of {self.steps}" if self.steps else ""
-            place = f"step {self.step}{of}, " if self.step is not None else ""
-            what = f"{place}{self.why} (exit {self.code})"
+            position = f"step {self.step}{of}, " if self.step is not None else ""
+            what = f"{position}{self.why} (exit {self.code})"
         return f"the last launch ended before the run was complete: {what}"
 
 
 def last_launch(run_dir: Path) -> LastLaunch | None:
-    """Return how the last launch ended; None if the run is complete, was never started, or is running."""
+    """Return the end of the last launch, or None if the run is complete, was never started, or is running."""
     found = _read(run_dir)
     if found is not None and found.code is None:
         holder = owner_of(run_dir)
@@ -57,7 +57,7 @@ def last_launch(run_dir: Path) -> LastLaunch | None:
 
 
 def _may_run(run_dir: Path, holder: Holder) -> bool:
-    """Return whether the lock's holder seems alive."""
+    """Return True if the lock's holder seems alive."""
     if holder.is_here:
         return holder.is_running
     try:
@@ -77,7 +77,7 @@ class Unfinished:
     """The file, written by the launch that holds the run's lock. If the disk is full, the reason is lost."""
 
     def __init__(self, run_dir: Path, token: str, steps: int | None) -> None:
-        """Report how the launch before this one ended and write that this one has begun."""
+        """Log the end of the previous launch and write that this one has begun."""
         self._run_dir, self._before = run_dir, _read(run_dir)
         self._mine = LastLaunch(token, datetime.now(UTC).isoformat(timespec="seconds"), steps)
         if self._before is not None:
@@ -85,7 +85,7 @@ class Unfinished:
         self._write(self._mine)
 
     def end(self, code: int, why: str, step: int | None = None) -> None:
-        """Write why the launch ended before the run was complete. A refused launch leaves the file as it was."""
+        """Write the reason why the launch ended before the run was complete. A refused launch does not change the file."""
         if code not in REFUSED:
             self._write(replace(self._mine, code=int(code), why=why, step=step))
         elif self._before is not None:
@@ -101,7 +101,7 @@ class Unfinished:
 
 
 def clear(run_dir: Path) -> None:
-    """Remove the file: the run is complete."""
+    """Remove the file, because the run is complete."""
     try:
         (run_dir / NAME).unlink(missing_ok=True)
     except OSError as error:

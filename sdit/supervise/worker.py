@@ -1,4 +1,4 @@
-"""The worker process: the training rank, in its own session. It cannot outlive its supervisor."""
+"""The worker process: the training rank in a separate session. It cannot outlive its supervisor."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask a run to save and stop. SIGHUP is one of them unless it is ignored, as under `nohup`."""
+    """Return the signals that ask a run to save and stop.
+
+    SIGHUP is one of them unless it is ignored, as under `nohup`.
+    """
     return STOP_SIGNALS if signal.getsignal(HANGUP) == signal.SIG_IGN else (*STOP_SIGNALS, HANGUP)
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a supervisor passes to its worker.
+    """The data that a supervisor passes to its worker.
 
     `heartbeat` is a file descriptor, `parent` the supervisor's process id, `stacks` the file of stack dumps.
-    `metrics_path` is the shared metrics file; empty if metrics are off.
+    `metrics_path` is the shared metrics file, or empty if metrics are off.
     """
 
     heartbeat: int
@@ -51,7 +54,7 @@ class WorkerSpec:
 
 @dataclass
 class WorkerContext:
-    """The worker's view of supervision. An unsupervised process also has one, with a private heartbeat."""
+    """The supervision state of a worker. A process without a supervisor also has one, with a private heartbeat."""
 
     heartbeat: Heartbeat
     attempt: int = 1
@@ -62,9 +65,9 @@ class WorkerContext:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> WorkerContext:
-        """Connect to the supervisor, if there is one. Call it first in a rank.
+        """Connect to the supervisor, if there is one. A rank calls it first.
 
-        From then on the process ends with its supervisor, dumps its stacks on request, and shows that it is alive.
+        After this the process ends with its supervisor, dumps its stacks on request, and updates its heartbeat.
         """
         if VARIABLE not in environment:
             return cls(Heartbeat())
@@ -73,7 +76,7 @@ class WorkerContext:
         # A launcher may signal the whole process tree while this rank starts. The supervisor also gets the signal.
         for number in stop_signals():
             signal.signal(number, _ignore_signal)
-        stacks = open(worker_spec.stacks, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler keeps its descriptor for good
+        stacks = open(worker_spec.stacks, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler keeps its descriptor open
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         heartbeat = Heartbeat(worker_spec.heartbeat)
         heartbeat.keep_alive()
@@ -92,7 +95,7 @@ def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel (Linux) end this process when its supervisor dies."""
+    """Ask the kernel (Linux) to end this process when its supervisor ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above
@@ -118,7 +121,7 @@ class WorkerProcess:
     def poll(self, seconds: float) -> int | None:
         """Read the heartbeat, `seconds` after the last read. Return the exit code of a worker that has ended, else None.
 
-        Idle time is the time that this process saw pass, so a suspended machine or a clock change causes no timeout.
+        Idle time is the sum of `seconds`, so a suspended machine or a clock change causes no timeout.
         """
         state = self.heartbeat.read()
         self.idle_seconds = 0.0 if state.progress != self.state.progress else self.idle_seconds + seconds
@@ -141,7 +144,7 @@ class WorkerProcess:
             self._await_stacks(size)
 
     def _await_stacks(self, size: int) -> None:
-        """Wait until the dump that begins at byte `size` is complete: it ends with a newline and stops growing."""
+        """Wait until the dump that begins at byte `size` is complete. It then ends with a newline and stops growing."""
         deadline, seen, quiet = time.monotonic() + DUMP_SECONDS, size, 0
         while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -151,7 +154,7 @@ class WorkerProcess:
             seen, quiet = now, quiet + 1 if whole else 0
 
     def kill(self) -> int:
-        """Kill the worker and its process group; return its exit code."""
+        """Kill the worker and its process group. Return its exit code."""
         self._signal(signal.SIGKILL)
         return self._process.wait()
 
@@ -159,5 +162,5 @@ class WorkerProcess:
         if self._process.poll() is None:
             try:
                 os.killpg(self._process.pid, number)
-            except (ProcessLookupError, PermissionError):  # the instant before its session exists
+            except (ProcessLookupError, PermissionError):  # its session does not exist yet
                 self._process.send_signal(number)

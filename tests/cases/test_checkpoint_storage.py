@@ -303,7 +303,7 @@ def test_the_report_lists_what_was_put_aside(tmp_path: Path) -> None:
     store.begin(10)
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     text = build_page(read_runs([tmp_path]))
-    assert "aside-images-000000000020" in text and "put aside" in text
+    assert "aside-images-000000000020" in text and "set aside" in text
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_anchors_and_aliases_still_work(tmp_path: Path) -> None:
         ("seed: " + "{a: " * 5000, ":1: is nested more than 16 levels deep"),
         ("- " * 3000, ":1: is nested more than 16 levels deep"),
         ("".join(f"{' ' * depth}a:\n" for depth in range(200)), ":18: is nested more than 16 levels deep"),
-        ("seed: &a [*a]\n", ":1: an alias stands inside its own anchor"),
+        ("seed: &a [*a]\n", ":1: an alias is inside its anchor"),
         ("seed: *nothing\n", ":1: an alias has no anchor"),
         ("train: {steps: " + "9" * 5000 + "}\n", "a value is longer than 4096 characters"),
         ("train: {steps: " + "9" * 50 + "}\n", "a number is longer than 40 characters"),

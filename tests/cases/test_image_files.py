@@ -148,13 +148,13 @@ def test_a_folder_of_images_scores_as_their_npz(evaluate: Any, classes: int) -> 
 
 def test_a_tree_as_reference_is_cropped_to_the_samples(evaluate: Any) -> None:
     """R9: `--reference IMAGE_TREE` is prepared as `prepare folder` does, to the size of the samples; the result says so."""
-    from sdit.data.folders import read_picture
+    from sdit.data.folders import read_image
 
     rng = np.random.default_rng(2)
     for number, shape in enumerate([(40, 20, 3), (8, 8, 3), (9, 30, 3), (16, 16, 3), (64, 17, 3)]):
         write_images(Path("tree") / f"n{number % 2}" / str(number), rng.integers(0, 256, (1, *shape), dtype=np.uint8))
     files = sorted(Path("tree").rglob("*.png"))
-    np.savez("real.npz", arr_0=np.stack([read_picture(path, 8, 3).transpose(1, 2, 0) for path in files]))
+    np.savez("real.npz", arr_0=np.stack([read_image(path, 8, 3).transpose(1, 2, 0) for path in files]))
     np.savez("a.npz", arr_0=RGB)
     tree = evaluate("--samples a.npz --reference tree --out out.json")
     npz = evaluate("--samples a.npz --reference real.npz --out out.json")

@@ -496,7 +496,9 @@ def test_a_folder_with_skipped_images_is_not_called_whole(prepare: Prepare, tree
     assert prepare(tree, out, "--skip-bad") == ExitCode.DONE
     before = shards(out)
     assert prepare(tree, out) == ExitCode.DATA
-    assert prepare.err.count("\n") == 1 and "lacks 1 of its 2 pictures" in prepare.err and "--skip-bad" in prepare.err
+    assert (
+        prepare.err.count("\n") == 1 and "1 of its 2 images are missing" in prepare.err and "--skip-bad" in prepare.err
+    )
     assert shards(out) == before and verify(out)[1] == []
 
 

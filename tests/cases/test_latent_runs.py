@@ -211,7 +211,7 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
         assert names == ["images-000000000008.png"] and 'alt="samples after 8 images"' in page
     else:
         assert names == ["latents-000000000008.npz"] and "only latents" in page
-        assert "the model draws latents" in done.stdout + done.stderr
+        assert "the model samples latents" in done.stdout + done.stderr
         with np.load(tmp_path / "run" / "samples" / names[0]) as stored:
             assert stored["latents"].shape == (4, 3, 4, 4)
 

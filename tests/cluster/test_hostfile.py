@@ -55,6 +55,6 @@ def test_two_hosts_train_what_one_does(reference: Path, tmp_path: Path, ssh: dic
     (port,) = free_ports(1)
     launcher = ("deepspeed", "--hostfile", str(hostfile), "--master_addr", HOSTS[0], "--master_port", str(port))
     output = launch(*launcher, str(ROOT / "launcher" / "train.py"), "--run-dir", str(run_dir), *ARGUMENTS, **ssh)
-    assert f"ranks: rank 0 of {RANKS}, 0 of 2 on this node; found by deepspeed; meeting at {HOSTS[0]}:" in output
+    assert f"ranks: rank 0 of {RANKS}, 0 of 2 on this node; found by deepspeed; rendezvous at {HOSTS[0]}:" in output
     assert json.loads((run_dir / "environment.json").read_text())["ranks_found_by"] == "deepspeed"
     assert_same_curve(run_dir, reference)

@@ -19,7 +19,7 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n")
 def test_mpirun_trains_what_deepspeed_trains(reference: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     output = launch(*MPIRUN, str(RANKS), sys.executable, "launcher/train.py", "--run-dir", str(run_dir), *ARGUMENTS)
-    assert f"ranks: rank 0 of {RANKS}, 0 of {RANKS} on this node; found by Open MPI; meeting at 127.0.0.1:" in output
+    assert f"ranks: rank 0 of {RANKS}, 0 of {RANKS} on this node; found by Open MPI; rendezvous at 127.0.0.1:" in output
     assert json.loads((run_dir / "environment.json").read_text())["ranks_found_by"] == "Open MPI"
     assert_same_curve(run_dir, reference)
 

@@ -106,7 +106,7 @@ def test_container_and_settings_file_are_used(tmp_path: Path) -> None:
     )
     (tmp_path / "env.sh").write_text("\n".join(settings))
     code, output, calls = run_batch_script(tmp_path, {"train.py": 0}, SDIT_ENV="{folder}/env.sh", SDIT_DOCTOR="0")
-    assert code == 0 and "meeting at 10.1.2.3:15007" in output
+    assert code == 0 and "rendezvous at 10.1.2.3:15007" in output
     assert "OMP_NUM_THREADS,A,B,NCCL_SOCKET_IFNAME --cpu-bind=cores apptainer exec --nv" in calls
     assert f"an image.sif python3 {ROOT}/launcher/train.py" in calls
 

@@ -94,7 +94,9 @@ def straight(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_four_nodes_train_what_deepspeed_trains(straight: Job, reference: Path) -> None:
-    assert f"0: ranks: rank 0 of {RANKS}, 0 of 1 on this node; found by SLURM; meeting at 127.0.0.1:" in straight.output
+    assert (
+        f"0: ranks: rank 0 of {RANKS}, 0 of 1 on this node; found by SLURM; rendezvous at 127.0.0.1:" in straight.output
+    )
     assert json.loads((straight.run_dir / "environment.json").read_text())["ranks_found_by"] == "SLURM"
     assert_same_curve(straight.run_dir, reference)
 

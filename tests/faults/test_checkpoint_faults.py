@@ -129,7 +129,7 @@ def test_what_a_killed_writer_left_is_never_taken_for_a_checkpoint(tmp_path: Pat
     store = store_in(tmp_path)
     store.save(snapshot(10))
     records: list = []
-    assert store.write_part(snapshot(20), records) is None  # every part is written, the commit never comes
+    assert store.write_shard(snapshot(20), records) is None  # every part is written, the commit never comes
     found = store.find()
     assert found is not None and found.folder.name == "images-000000000010"
     store.begin(10)

@@ -82,7 +82,7 @@ def test_second_signal_is_obeyed_at_once(tmp_path: Path) -> None:
         ranks.send(1, signal.SIGINT)
         assert ranks.codes(seconds=10) == [ExitCode.CRASH] * 2
     assert all(map(is_gone, children)) and newest_step(tmp_path / "run") == 4
-    assert "a stop was asked for" in ranks.fatal[0]
+    assert "a stop was requested" in ranks.fatal[0]
 
 
 def test_rank_that_does_not_stop_within_its_grace_is_ended(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_restarts_without_a_newer_checkpoint_are_bounded(tmp_path: Path) -> None
 def test_crash_loop_with_one_error_is_not_retried_by_the_scheduler(tmp_path: Path) -> None:
     with start_fake(2, tmp_path / "run", faults=["exception@1:6!"], config={"restarts": 2}) as ranks:
         assert ranks.codes() == [ExitCode.DATA] * 2
-    assert "the same error every time" in ranks.fatal[-1]
+    assert "the same error each time" in ranks.fatal[-1]
 
 
 def test_newer_checkpoints_renew_the_restarts(tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_export_holds_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     def noted(target: Tensor, *rest: Any) -> None:
         nonlocal largest
         largest = max(largest, target.numel())
-        fill_part(target, *rest)
+        fill_tensor(target, *rest)
 
-    fill_part = module.fill_part
-    monkeypatch.setattr(module, "fill_part", noted)
+    fill_tensor = module.fill_tensor
+    monkeypatch.setattr(module, "fill_tensor", noted)
     export_safetensors(tmp_path, tmp_path / "run.safetensors", "ema", torch.float32)
     dense = max(p.numel() for name, p in random_model(tiny_config(), 0).named_parameters() if ".experts." not in name)
     assert largest == dense
@@ -130,7 +130,7 @@ def test_a_path_that_holds_no_model_is_named(tmp_path: Path) -> None:
     write_run(tmp_path, config)
     with pytest.raises(CheckpointError, match="nowhere: holds no checkpoint"):
         load_trained(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"--config: .* has a config of its own"):
+    with pytest.raises(ConfigError, match=r"--config: .* already has a config"):
         load_trained(tmp_path, config=tmp_path / "run.yaml")
     export_pickle(tmp_path, tmp_path / "run.pt", "ema", torch.float32)
     with pytest.raises(ConfigError, match="--config: is not set"):
@@ -148,5 +148,5 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
     body = json.loads(text)["body"]
     body["config"]["model"]["depth"] = 3
     write_manifest(folder, body)
-    with pytest.raises(CheckpointError, match=r"ema/model\.blocks\.2\..*: the model needs shape .*, it is not there"):
+    with pytest.raises(CheckpointError, match=r"ema/model\.blocks\.2\..*: the model needs shape .*, it is missing"):
         load_trained(tmp_path)

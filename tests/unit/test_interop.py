@@ -97,7 +97,7 @@ def _broken(change: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", r"lacks blocks\.1\.attn\.qkv\.bias"),
+        ("missing", r"does not contain blocks\.1\.attn\.qkv\.bias"),
         ("unexpected", r"also has blocks\.2\.attn\.qkv\.bias"),
         ("shape", r"final_layer\.linear\.weight has shape \(12, 16\), not \(24, 16\)"),
         ("positions", r"pos_embed"),

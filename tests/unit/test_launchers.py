@@ -208,7 +208,7 @@ def test_a_routing_map_is_drawn_on_demand(sdit: Command, drawn_from: SimpleNames
         (
             ("sample", "--checkpoint", "{folder}/alien.pt", "--config", "{folder}/tiny.yaml", "--out", "x.png"),
             ExitCode.CONFIG,
-            "the checkpoint lacks",
+            "the checkpoint does not contain",
         ),
         (("sample", "--checkpoint", "{switch}", "--out", "/dev/null/x.png"), ExitCode.IO, "/dev/null"),
         (("export", "--checkpoint", "{switch}", "--out", "model.bin"), ExitCode.USAGE, "does not end in"),

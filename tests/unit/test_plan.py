@@ -105,9 +105,9 @@ def test_checkpointing_keeps_one_block_and_the_entries_of_the_others() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 96])
 def test_parts_of_a_group_cover_it_once(world: int) -> None:
     group = Group((7, 1000, 3, 64, 1), world, False)
-    assert sum(group.held(place) for place in range(world)) == group.numel == 1075
+    assert sum(group.unpadded(place) for place in range(world)) == group.numel == 1075
     assert group.padded % (2 * world) == 0 and 0 <= group.padded - group.numel < 2 * world
-    assert all(group.touched(place) >= group.held(place) for place in range(world))
+    assert all(group.overlapping(place) >= group.unpadded(place) for place in range(world))
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (4, 0), (4, 1), (6, 2)])

@@ -1,4 +1,4 @@
-"""Sampling: from noise to images along either path."""
+"""Samplers that turn noise into images, for the diffusion path and the flow path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdit.diffusion.samplers.discrete import (
     ddim_step,
     ddpm_step,
     dpm_solver_2m,
-    one_step_after_another,
+    single_steps,
 )
 from sdit.diffusion.samplers.flow import euler, heun, velocity_of
 from sdit.diffusion.samplers.settings import SamplerSettings
@@ -33,11 +33,12 @@ def sample(
     indices: Indices | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images x0 (B, C, H, W) from `noise` (B, C, H, W).
+    """Return images x0 (B, C, H, W) from `noise` (B, C, H, W).
 
     Args:
-        predict: (x, t, y) -> (B, C_out, H, W), guidance included; t is an int timestep, or a float in (0, 1] for flow.
-        seed: key, with `indices` (B,) (default 0..B-1), of the noise that ddpm and ddim with eta > 0 add on the way.
+        predict: (x, t, y) -> (B, C_out, H, W), guidance included. t is an int timestep, or a float in (0, 1] for flow.
+        seed: ddpm, and ddim with eta > 0, add noise in each step. It is a function of `seed`, sample index and step.
+        indices: sample indices (B,), default 0..B-1.
         progress: called with (steps done, all steps) after each step.
     """
     x = noise
@@ -51,7 +52,7 @@ def sample(
 def trajectory(
     predict: Predict, noise: Tensor, y: Tensor, settings: SamplerSettings, seed: int = 0, indices: Indices | None = None
 ) -> Iterator[Tensor]:
-    """x (B, C, H, W) after every step, the last one being x0; run it under `torch.no_grad()`."""
+    """Yield x (B, C, H, W) after each step. The last one is x0. Call it under `torch.no_grad()`."""
     x = noise if noise.dtype == torch.float64 else noise.float()
     keys: Indices = np.arange(len(x)) if indices is None else indices
     assert len(keys) == len(x), f"{len(keys)} indices for {len(x)} images"
@@ -61,4 +62,4 @@ def trajectory(
     process = ReverseProcess(predict, y, settings, seed, keys)
     if settings.sampler == "dpm++2m":
         return dpm_solver_2m(process, x)
-    return one_step_after_another(ddpm_step if settings.sampler == "ddpm" else ddim_step, process, x)
+    return single_steps(ddpm_step if settings.sampler == "ddpm" else ddim_step, process, x)

@@ -1,4 +1,7 @@
-"""Bounds on the predicted x0; without them epsilon-prediction drowns pixels in noise under the cosine schedule."""
+"""Bounds on the predicted x0.
+
+Without them, epsilon-prediction gives very noisy pixels with the cosine schedule.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sdit.diffusion.samplers.settings import SamplerSettings
 
 
 def clip_x0(x0: Tensor, settings: SamplerSettings) -> Tensor:
-    """`x0` (B, C, H, W) within +-clip_range, as `settings.clip_x0` says."""
+    """Return `x0` (B, C, H, W) limited to +-clip_range in the way that `settings.clip_x0` selects."""
     if settings.clip_x0 == "none":
         return x0
     if settings.clip_x0 == "fixed":
@@ -20,8 +23,10 @@ def clip_x0(x0: Tensor, settings: SamplerSettings) -> Tensor:
 
 
 def _clip_to_percentile(x0: Tensor, bound: float, percentile: float) -> Tensor:
-    """Each image cut at its own percentile of |x0|, at `bound` at least, and shrunk to `bound` (Imagen, sec. 2.3)."""
+    """Clip each image at its percentile of |x0|, but not below `bound`, then scale it to `bound` (Imagen, sec. 2.3)."""
     magnitude = x0.abs().flatten(1)
     rank = max(1, math.ceil(percentile * magnitude.shape[1]))
-    cut = magnitude.kthvalue(rank, dim=1).values.clamp(min=bound)[:, None, None, None]  # quantile() ends at 2^24 values
+    cut = magnitude.kthvalue(rank, dim=1).values.clamp(min=bound)[
+        :, None, None, None
+    ]  # quantile() is limited to 2^24 values
     return torch.minimum(torch.maximum(x0, -cut), cut) * (bound / cut)

@@ -21,7 +21,7 @@ Predict = Callable[[Tensor, int | float, Tensor], Tensor]  # (x, t, y) -> (B, C_
 
 @dataclass(frozen=True)
 class Denoised:
-    """The network's view of x_t: `x0` (clipped), the `epsilon` that agrees with it, the variance's logit if learned."""
+    """The network's estimate at x_t: `x0` (clipped), the `epsilon` that is consistent with it, the variance's logit."""
 
     x0: Tensor
     epsilon: Tensor
@@ -29,7 +29,7 @@ class Denoised:
 
 
 class ReverseProcess:
-    """A network bound to a thinned schedule; coefficients are Python floats, since all samples share the step."""
+    """A network with a thinned schedule. The coefficients are Python floats, because all samples share the step."""
 
     def __init__(self, predict: Predict, y: Tensor, settings: SamplerSettings, seed: int, indices: Indices) -> None:
         self.predict, self.y, self.settings = predict, y, settings
@@ -38,7 +38,7 @@ class ReverseProcess:
 
     @property
     def steps(self) -> range:
-        """From the noisiest step down to 0."""
+        """The steps from the noisiest one down to 0."""
         return range(self.settings.steps - 1, -1, -1)
 
     def denoise(self, x: Tensor, step: int) -> Denoised:
@@ -50,7 +50,7 @@ class ReverseProcess:
         return Denoised(x0, (x - alpha * x0) / sigma, variance)
 
     def posterior(self, x: Tensor, step: int) -> tuple[Tensor, Tensor | float]:
-        """Mean (B, C, H, W) and log variance of the reverse step (DDPM, eq. 7; IDDPM, eq. 15)."""
+        """Return mean (B, C, H, W) and log variance of the reverse step (DDPM, eq. 7; IDDPM, eq. 15)."""
         denoised, schedule = self.denoise(x, step), self.schedule
         mean = float(schedule.posterior_x0[step]) * denoised.x0 + float(schedule.posterior_x_t[step]) * x
         low, high = float(schedule.log_variance_low[step]), float(schedule.log_variance_high[step])
@@ -59,13 +59,13 @@ class ReverseProcess:
         return mean, low if self.settings.fixed_variance == "small" else high
 
     def noise(self, x: Tensor, step: int) -> Tensor:
-        """Fresh noise like `x`, keyed by seed, sample index and step."""
+        """Return normal noise like `x`, a function of seed, sample index and step."""
         noise = normal_noise(self.seed, self.indices, tuple(x.shape[1:]), Purpose.SAMPLE_STEP, step)
         return torch.from_numpy(noise).to(x)
 
 
 def ddpm_step(process: ReverseProcess, x: Tensor, step: int) -> Tensor:
-    """One ancestral step (DDPM, algorithm 2); the last one, step 0, adds no noise."""
+    """Return x after one ancestral step (DDPM, algorithm 2). The last step, step 0, adds no noise."""
     mean, log_variance = process.posterior(x, step)
     if step == 0:
         return mean
@@ -74,7 +74,10 @@ def ddpm_step(process: ReverseProcess, x: Tensor, step: int) -> Tensor:
 
 
 def ddim_step(process: ReverseProcess, x: Tensor, step: int) -> Tensor:
-    """One step that is deterministic at eta = 0 and has ddpm's small variance at eta = 1 (DDIM, eq. 12 and 16)."""
+    """Return x after one DDIM step (DDIM, eq. 12 and 16).
+
+    It is deterministic at eta = 0 and has the small variance of ddpm at eta = 1.
+    """
     schedule = process.schedule
     denoised = process.denoise(x, step)
     kept = float(schedule.alpha_bar_previous[step])
@@ -83,17 +86,17 @@ def ddim_step(process: ReverseProcess, x: Tensor, step: int) -> Tensor:
     return mean + math.sqrt(variance) * process.noise(x, step) if variance > 0 else mean
 
 
-def one_step_after_another(
+def single_steps(
     advance: Callable[[ReverseProcess, Tensor, int], Tensor], process: ReverseProcess, x: Tensor
 ) -> Iterator[Tensor]:
-    """x after each step of a sampler without memory."""
+    """Yield x after each step of a one-step sampler."""
     for step in process.steps:
         x = advance(process, x, step)
         yield x
 
 
 def dpm_solver_2m(process: ReverseProcess, x: Tensor) -> Iterator[Tensor]:
-    """x after each step of the two-step solver in x0 over half the log-SNR (DPM-Solver++, algorithm 2), of order 2."""
+    """Yield x after each step of the second-order two-step solver over half the log-SNR (DPM-Solver++, algorithm 2)."""
     alpha, sigma = process.schedule.alpha, process.schedule.sigma
     half_log_snr = 0.5 * np.log(process.schedule.snr)
     previous_x0: Tensor | None = None
@@ -101,7 +104,7 @@ def dpm_solver_2m(process: ReverseProcess, x: Tensor) -> Iterator[Tensor]:
     for step in process.steps:
         x0 = process.denoise(x, step).x0
         if step == 0:
-            # The log-SNR of clean data is infinite: the exact step ends at x0 itself, with no slope to extrapolate.
+            # The log-SNR of clean data is infinite. The exact step ends at x0, and no slope is extrapolated.
             yield x0
             return
         h = float(half_log_snr[step - 1] - half_log_snr[step])

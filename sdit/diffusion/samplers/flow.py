@@ -1,4 +1,4 @@
-"""Samplers of the flow path, from noise at t = 1 to data at t = 0; each yields x after every step."""
+"""Samplers of the flow path, from noise at t = 1 to data at t = 0. Each yields x after each step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 def velocity_of(
     predict: Callable[[Tensor, int | float, Tensor], Tensor], y: Tensor, settings: SamplerSettings
 ) -> Velocity:
-    """The network as dx/dt, for t > 0, pointing at a clipped x0 if `settings` ask for it."""
+    """Return the network as a function dx/dt for t > 0. If `settings` clip x0, the velocity points to the clipped x0."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         prediction, variance = split_variance(predict(x, t, y).to(x.dtype), x.shape[1])
@@ -31,14 +31,14 @@ def velocity_of(
 
 
 def euler(velocity: Velocity, x: Tensor, steps: int) -> Iterator[Tensor]:
-    """Equal steps along the velocity, of order 1."""
+    """Yield x after each of `steps` equal Euler steps (order 1)."""
     for step in range(steps, 0, -1):
         x = x - velocity(x, step / steps) / steps
         yield x
 
 
 def heun(velocity: Velocity, x: Tensor, steps: int) -> Iterator[Tensor]:
-    """Steps along the mean of the velocities at both ends, of order 2, with 2 * steps - 1 evaluations."""
+    """Yield x after each of `steps` Heun steps (order 2). They take 2 * steps - 1 evaluations."""
     for step in range(steps, 0, -1):
         first = velocity(x, step / steps)
         ahead = x - first / steps
@@ -46,5 +46,5 @@ def heun(velocity: Velocity, x: Tensor, steps: int) -> Iterator[Tensor]:
             second = velocity(ahead, (step - 1) / steps)
             x = x - (first + second) / (2 * steps)
         else:
-            x = ahead  # at t = 0 the network was never trained; one first-order step leaves the order at 2
+            x = ahead  # the network is not trained at t = 0, and one first-order step keeps order 2
         yield x

@@ -1,4 +1,4 @@
-"""What a sampler needs to know, checked before the first step."""
+"""Settings of a sampler, checked before the first step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "ddim", "dpm++
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """A sampler, its path and its clipping; the fields mean what they mean in the run's config.
+    """A sampler with its path and its clipping. Fields with the name of a config key have its meaning.
 
-    `eta` scales the noise of ddim (0: none, 1: ddpm's). `fixed_variance` is ddpm's where the network learns none: the
-    posterior's (small) or beta (large). `spacing` picks the timesteps; None: what suits the sampler, see below.
+    `eta` scales the noise of ddim (0: none, 1: as ddpm). `fixed_variance` is the variance of ddpm if the network does not
+    learn it: that of the posterior (small) or beta (large). `spacing` selects the timesteps. None: the best spacing for
+    the sampler, see `thinned_schedule`.
+
+    Raises: ConfigError: if sampler, steps or eta are illegal.
     """
 
     sampler: Sampler = "ddim"
@@ -48,7 +51,7 @@ class SamplerSettings:
 
     @classmethod
     def from_config(cls, diffusion: DiffusionConfig, sample: SampleConfig, timesteps: int) -> SamplerSettings:
-        """The settings of a run whose model knows T `timesteps`."""
+        """Return the settings of a run whose model was trained with T `timesteps`."""
         return cls(
             sampler=sample.sampler,
             steps=sample.steps,
@@ -62,9 +65,9 @@ class SamplerSettings:
         )
 
     def thinned_schedule(self) -> Schedule:
-        """The diffusion path's schedule at the timesteps that are visited."""
+        """Return the schedule of the diffusion path at the visited timesteps."""
         # Distance to the exact ODE solution on a 3-mode mixture, linear schedule, 20 steps of dpm++2m: even 0.22,
         # leading 0.20, log_snr 0.01; of ddim: even 0.08, leading 0.08, log_snr 0.10.
-        suited: dict[str, Spacing] = {"ddpm": "even", "ddim": "leading", "dpm++2m": "log_snr"}
-        spacing = self.spacing or suited[self.sampler]
+        defaults: dict[str, Spacing] = {"ddpm": "even", "ddim": "leading", "dpm++2m": "log_snr"}
+        spacing = self.spacing or defaults[self.sampler]
         return make_schedule(self.schedule, self.timesteps).thinned(self.steps, spacing)

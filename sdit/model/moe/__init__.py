@@ -1,1 +1,1 @@
-"""Sparse experts whose routes depend on the timestep only: gates, experts, and where both meet in one process."""
+"""Sparse experts that are selected by the timestep only: gates, experts, and their computation in one process."""

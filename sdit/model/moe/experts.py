@@ -1,4 +1,4 @@
-"""The experts of one block. B samples, L tokens, D width, H hidden width, M experts of the block, M_local held here."""
+"""The experts of one block. B samples, L tokens, D width, H hidden width, M experts of the block, M_local local ones."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NONE: Mapping[str, Tensor] = {}
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Which rows of a batch use which experts.
+    """The rows of a batch that use each expert.
 
-    `used` (U,) are the rows that use any expert (None: all rows). `by_expert` lists (column of the weights, rows) for each
-    expert that some row uses.
+    `used` (U,) are the rows that use any expert (None: all rows). `by_expert` lists (column of the weights, rows) for
+    each expert that some row uses.
     """
 
     used: Tensor | None
@@ -31,7 +31,7 @@ class ExpertRows:
 
 
 class Experts(nn.Module):
-    """M_local experts. Row j of every parameter belongs to expert `ids[j]` of the whole model."""
+    """M_local experts. Row j of each parameter belongs to expert `ids[j]` of the whole model."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__()
@@ -43,31 +43,37 @@ class Experts(nn.Module):
         return self
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        """(B, L, D) sum of expert outputs for z (B, L, D), weighted by gates (B, M_local), or (1, M_local) for all samples."""
+        """Return the sum of expert outputs (B, L, D) for z (B, L, D).
+
+        The outputs are weighted by gates (B, M_local), or (1, M_local) for all samples.
+        """
         raise NotImplementedError
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
-        """(B, L, D) sum of expert outputs for z (B, L, D), on planned rows only.
+        """Return the weighted sum of expert outputs (B, L, D) for z (B, L, D), computed on the planned rows only.
 
-        `replicas` are parameters (n, ...) by name of n experts of other ranks. `weights` (B, M_local + n) are the gates of the
-        local experts, then of the replicas.
+        `replicas` are parameters (n, ...) by name of n experts of other ranks. `weights` (B, M_local + n) are the gates of
+        the local experts, then of the replicas.
         """
         raise NotImplementedError
 
     def merge(self, gates: Tensor) -> Tensor | None:
-        """(F,) parameters of the one expert that equals the sum weighted by gates (1, M_local). None: there is none."""
+        """Return the parameters (F,) of the one expert that equals the sum weighted by gates (1, M_local).
+
+        Return None if these experts cannot be merged.
+        """
         return None
 
     def apply_merged(self, z: Tensor, merged: Tensor) -> Tensor:
-        """(B, L, D) output for z (B, L, D) of the expert that `merge` returned."""
+        """Return the output (B, L, D) for z (B, L, D) of the expert that `merge` returned."""
         raise NotImplementedError
 
     def flat_rows(self, rows: Tensor) -> Tensor:
-        """(n, F) parameters of the experts in `rows` (n,), one expert a row. Differentiable."""
+        """Return the parameters (n, F) of the experts in `rows` (n,), one expert per row. Differentiable."""
         return torch.cat([p.index_select(0, rows).flatten(1) for _, p in self._sorted()], dim=1)
 
     def unflatten_rows(self, flat: Tensor) -> dict[str, Tensor]:
-        """Parameters (n, ...) by name of experts (n, F) that `flat_rows` returned."""
+        """Return the parameters (n, ...) by name of experts (n, F) that `flat_rows` returned."""
         split = flat.split([p[0].numel() for _, p in self._sorted()], dim=1)
         return {
             name: values.reshape(len(flat), *p.shape[1:])
@@ -79,7 +85,7 @@ class Experts(nn.Module):
 
 
 class LinearExperts(Experts):
-    """The paper's experts: one linear map each, merged into a single product per sample."""
+    """The experts of the paper. Each is one linear map, and they are merged into a single product per sample."""
 
     def __init__(self, width: int, ids: Sequence[int]) -> None:
         super().__init__(ids)
@@ -91,7 +97,7 @@ class LinearExperts(Experts):
         return merged_linear(z, gates, self.w, self.b)
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
-        """Return the mixture like z (n, L, D) of the experts that `rows` name, local ones and `replicas`."""
+        """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
         w = torch.cat([self.w, replicas["w"]]) if replicas else self.w
         b = torch.cat([self.b, replicas["b"]]) if replicas else self.b
         if rows.used is None:
@@ -111,7 +117,7 @@ class LinearExperts(Experts):
 
 
 class MlpExperts(Experts):
-    """Two-layer GELU experts, each run on the samples that use it."""
+    """Two-layer GELU experts. Each runs on the samples that use it."""
 
     def __init__(self, width: int, hidden: int, ids: Sequence[int]) -> None:
         super().__init__(ids)
@@ -121,9 +127,9 @@ class MlpExperts(Experts):
         self.b2 = nn.Parameter(torch.empty(len(ids), width))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        """Every expert runs once, on the samples that use it."""
+        """Return the mixture (B, L, D) of z (B, L, D). Each expert runs once, on the samples that use it."""
         z = z.to(self.w1.dtype)
-        used = (gates.detach() != 0).expand(len(z), -1).cpu()  # the only wait for the device
+        used = (gates.detach() != 0).expand(len(z), -1).cpu()  # the only synchronisation with the device
         gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
         out = torch.zeros_like(z)
         for expert, gate, row in zip(self._functions(NONE), gate_of, used.unbind(1), strict=True):
@@ -133,21 +139,21 @@ class MlpExperts(Experts):
         return out
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
-        """Return the mixture like z (n, L, D) of the experts that `rows` name, local ones and `replicas`."""
-        own = self._functions(NONE)
-        functions = own + (self._functions(replicas) if replicas else [])
+        """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
+        local = self._functions(NONE)
+        functions = local + (self._functions(replicas) if replicas else [])
         tokens = z.to(self.w1.dtype)
         mixed = torch.zeros_like(tokens)
         for column, users in rows.by_expert:
             gate = weights[:, column].index_select(0, users).to(tokens.dtype)
             mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
-        unused = _unused_inputs(rows, (tokens, weights), own, list(replicas.values()))
+        unused = _unused_inputs(rows, (tokens, weights), local, list(replicas.values()))
         return _Depend.apply(mixed, *unused) if unused else mixed
 
     def _functions(self, replicas: Mapping[str, Tensor]) -> list[partial[Tensor]]:
-        """The experts as functions of tokens (n, L, D), without gates.
+        """Return the experts as functions of tokens (n, L, D), without gates.
 
-        They take their row from `unbind`: the gradient of an index such as w1[j] would be M matrices for each expert.
+        The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
         """
         names = ("w1", "b1", "w2", "b2")
         stacks = [replicas.get(name, getattr(self, name)).unbind() for name in names]
@@ -159,22 +165,25 @@ def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 
 def _unused_inputs(
-    rows: ExpertRows, inputs: Sequence[Tensor], own: Sequence[partial[Tensor]], replicas: Sequence[Tensor]
+    rows: ExpertRows, inputs: Sequence[Tensor], local: Sequence[partial[Tensor]], replicas: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The inputs that a mixture does not use: tokens and weights, own experts (one stands for all), or replicas."""
+    """Return the inputs that a mixture does not use: tokens and weights, local experts, or replicas.
+
+    One local expert is enough, because its rows belong to the same parameters as those of the others.
+    """
     used = [column for column, _ in rows.by_expert]
     unused = [] if used else list(inputs)
-    if not any(column < len(own) for column in used):
-        unused += own[0].keywords.values()
-    return unused if any(column >= len(own) for column in used) else [*unused, *replicas]
+    if not any(column < len(local) for column in used):
+        unused += local[0].keywords.values()
+    return unused if any(column >= len(local) for column in used) else [*unused, *replicas]
 
 
 class _Depend(torch.autograd.Function):
     """Returns `result`. The unused inputs get zero gradients.
 
-    Backward must meet the same transfers and reduce the same gradients, in the same order, on every rank. If no sample uses
-    an expert, a rank would otherwise leave out a send that others wait for, or fill ZeRO's bucket with gradients in another
-    order, and they would be added to those of other parameters.
+    Backward must run the same transfers and reduce the same gradients, in the same order, on each rank. If no sample
+    uses an expert, a rank would otherwise skip a send that other ranks wait for. Or it would fill ZeRO's bucket in
+    another order, and gradients of different parameters would be added.
     """
 
     @staticmethod
@@ -188,7 +197,7 @@ class _Depend(torch.autograd.Function):
 
 
 def build_experts(config: ExpertsConfig, width: int, ids: Sequence[int] | None = None) -> Experts:
-    """The experts of one block; `ids` restricts them to a subset of the M experts (None: all)."""
+    """Return the experts of one block. `ids` restricts them to a subset of the M experts (None: all)."""
     ids = range(config.count) if ids is None else ids
     if config.kind == "linear":
         return LinearExperts(width, ids)

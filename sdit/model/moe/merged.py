@@ -1,4 +1,4 @@
-"""Linear experts as one product: sum_j g_j (z W_j + b_j) = z (sum_j g_j W_j) + sum_j g_j b_j, exactly."""
+"""Linear experts as one product: sum_j g_j (z W_j + b_j) = z (sum_j g_j W_j) + sum_j g_j b_j."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 
 def _merge(gates: Tensor, w: Tensor) -> Tensor:
-    """(G, D_in, D_out) sum_j gates[:, j] w[j]."""
+    """Return the matrices sum_j gates[:, j] w[j], (G, D_in, D_out)."""
     return (gates @ w.flatten(1)).view(len(gates), *w.shape[1:])
 
 
 class _MergedLinear(torch.autograd.Function):
-    """Saves its inputs only: the merged matrices, G D² numbers a block, are made again in backward."""
+    """The merged product. It saves only its inputs and recomputes the merged matrices (G D² numbers) in backward."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -37,8 +37,11 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def merged_linear(z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """(B, L, D_out) of z (B, L, D_in), gates (B, M) or (1, M) for all samples, w (M, D_in, D_out), b (M, D_out)."""
-    # Autocast would cast inside forward only and leave backward with two dtypes.
+    """Return the mixture (B, L, D_out) of z (B, L, D_in).
+
+    gates: (B, M), or (1, M) for all samples. w: (M, D_in, D_out). b: (M, D_out).
+    """
+    # Autocast would cast only inside forward, and backward would then mix two dtypes.
     autocast = torch.is_autocast_enabled(z.device.type)
     dtype = torch.get_autocast_dtype(z.device.type) if autocast else w.dtype
     tokens = z if len(gates) == len(z) else z.reshape(1, -1, z.shape[-1])

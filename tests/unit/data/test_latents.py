@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.data.encoders import LatentEncoder, latent_encoder
-from sdit.data.folders import folder_source, read_picture
+from sdit.data.folders import folder_source, read_image
 from sdit.data.loader import build_loader
 from sdit.data.prepare import prepare, verify
 from sdit.data.shards import read_shard
@@ -69,7 +69,7 @@ def test_stored_moments_are_those_of_the_vae(vae: Path, images: Path, tmp_path: 
     for member, (name, label) in enumerate(source.files[:4]):
         sample = shard.sample(member)
         assert sample.label == label
-        pixels = read_picture(images / name, SIZE, 3)
+        pixels = read_image(images / name, SIZE, 3)
         for orientation, view in enumerate((pixels, pixels[..., ::-1])):
             with torch.no_grad():
                 image = torch.from_numpy(view.copy())[None] / 127.5 - 1

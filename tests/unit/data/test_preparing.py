@@ -14,7 +14,7 @@ import pytest
 from sdit.data.encoders import png_encoder
 from sdit.data.index import DatasetFacts, read_index
 from sdit.data.prepare import prepare, verify
-from sdit.data.sources import ArraySource, Picture
+from sdit.data.sources import ArraySource, SourceImage
 from sdit.errors import ConfigError, DataError
 
 TOTAL, PER_SHARD = 23, 5
@@ -26,12 +26,12 @@ class FragileSource(ArraySource):
 
     faults: tuple[int, ...] = ()
 
-    def part(self, first: int, last: int) -> FragileSource:
-        part = super().part(first, last)
+    def subset(self, first: int, last: int) -> FragileSource:
+        part = super().subset(first, last)
         return FragileSource(part.facts, part.recipe, part.pixels, part.labels, part.start, self.faults)
 
-    def pictures(self) -> Iterator[Picture]:
-        for picture in super().pictures():
+    def images(self) -> Iterator[SourceImage]:
+        for picture in super().images():
             bad = int(picture.key) in self.faults
             yield picture._replace(pixels=DataError(f"{picture.key}.png: cannot be decoded")) if bad else picture
 

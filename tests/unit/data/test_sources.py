@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdit.data.folders import center_crop, folder_source, read_picture
-from sdit.data.sources import Picture, PictureSource, fashion_mnist_source, read_idx
+from sdit.data.folders import center_crop, folder_source, read_image
+from sdit.data.sources import ImageSource, SourceImage, fashion_mnist_source, read_idx
 from sdit.errors import ConfigError, DataError
 
 
@@ -43,13 +43,13 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def pixels_of(picture: Picture) -> np.ndarray:
+def pixels_of(picture: SourceImage) -> np.ndarray:
     assert isinstance(picture.pixels, np.ndarray)
     return picture.pixels
 
 
-def levels_of(source: PictureSource) -> list[tuple[int, int]]:
-    return [(int(pixels_of(picture).mean().round()), picture.label) for picture in source.pictures()]
+def levels_of(source: ImageSource) -> list[tuple[int, int]]:
+    return [(int(pixels_of(picture).mean().round()), picture.label) for picture in source.images()]
 
 
 def cropped(pixels: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def cropped(pixels: np.ndarray) -> np.ndarray:
 def test_fashion_mnist_is_read_as_written(fashion: tuple[Path, np.ndarray]) -> None:
     source = fashion_mnist_source(fashion[0], "train", pad_to=None)
     assert (source.facts.total, source.facts.size, source.facts.channels, source.facts.classes) == (12, 28, 1, 10)
-    pictures = list(source.pictures())
+    pictures = list(source.images())
     assert [picture.key for picture in pictures][:2] == ["000000000", "000000001"]
     assert [picture.label for picture in pictures] == [*range(10), 0, 1]
     assert all(np.array_equal(pixels_of(picture), fashion[1][i : i + 1]) for i, picture in enumerate(pictures))
@@ -72,7 +72,7 @@ def test_padding_adds_a_black_border_and_nothing_else(fashion: tuple[Path, np.nd
 
 
 def test_padding_to_less_is_refused(fashion: tuple[Path, np.ndarray]) -> None:
-    with pytest.raises(ConfigError, match="--pad: 20 is less than the pictures' 28"):
+    with pytest.raises(ConfigError, match="--pad: 20 is less than the images' 28"):
         fashion_mnist_source(fashion[0], "train", pad_to=20)
 
 
@@ -121,13 +121,13 @@ def test_every_shard_holds_all_classes(tmp_path: Path) -> None:
     for name in (f"{label}/{number:03d}.png" for label in range(2) for number in range(200)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    labels = [label for _, label in folder_source(tmp_path, 4, 3).part(0, 100).files]
+    labels = [label for _, label in folder_source(tmp_path, 4, 3).subset(0, 100).files]
     assert abs(np.mean(labels) - 0.5) < 5 * 0.5 / np.sqrt(100)
 
 
 def test_a_part_holds_the_same_pictures_under_the_same_keys(tree: Path) -> None:
     source = folder_source(tree, 4, 3)
-    whole, part = list(source.pictures()), list(source.part(1, 4).part(1, 3).pictures())
+    whole, part = list(source.images()), list(source.subset(1, 4).subset(1, 3).images())
     assert [picture.key for picture in part] == [picture.key for picture in whole[2:4]]
     assert all(np.array_equal(pixels_of(a), pixels_of(b)) for a, b in zip(part, whole[2:4], strict=True))
 
@@ -144,20 +144,20 @@ def test_a_folder_without_images_is_refused(tree: Path, tmp_path: Path, path: st
 
 
 def test_pictures_become_grey_or_rgb_as_asked(tree: Path) -> None:
-    assert read_picture(tree / "dog/2.png", 4, channels=1).shape == (1, 4, 4)
-    assert read_picture(tree / "dog/2.png", 4, channels=3).shape == (3, 4, 4)
+    assert read_image(tree / "dog/2.png", 4, channels=1).shape == (1, 4, 4)
+    assert read_image(tree / "dog/2.png", 4, channels=3).shape == (3, 4, 4)
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
-        read_picture(tmp_path / "a.png", 4, 3)
+        read_image(tmp_path / "a.png", 4, 3)
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_decoding(tmp_path: Path) -> None:
     Image.new("1", (8193, 8192)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: 8193 x 8192 pixels; legal: up to 67108864"):
-        read_picture(tmp_path / "a.png", 4, 3)
+        read_image(tmp_path / "a.png", 4, 3)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 30), (31, 64), (5, 7), (1000, 9), (16, 17)])

@@ -22,10 +22,10 @@ def test_each_rank_writes_its_own_file_and_says_who_it_is_on_stderr(
 ) -> None:
     for rank in (0, 3):
         log = RankLog(tmp_path, info(rank))
-        logging.getLogger("sdit.data.ledger").warning("shard %d is torn", rank)
-        logging.getLogger("sdit.data.ledger").info("only for the file")
+        logging.getLogger("sdit.data.bad_samples").warning("shard %d is torn", rank)
+        logging.getLogger("sdit.data.bad_samples").info("only for the file")
         log.close()
-        logging.getLogger("sdit.data.ledger").warning("after its end")
+        logging.getLogger("sdit.data.bad_samples").warning("after its end")
     assert capsys.readouterr().err.splitlines() == ["shard 0 is torn", "rank 3: shard 3 is torn"]
     lines = (tmp_path / "logs" / "rank-003.log").read_text().splitlines()
     pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ rank 3 (INFO|WARNING) sdit\.[\w.]+: .*"
@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_written_costs_the_log_not_the_run(
     log = RankLog(tmp_path, info(0))
     logging.getLogger("sdit").warning("still told")
     log.close()
-    assert "keeps no log" in (said := capsys.readouterr().err) and "still told" in said
+    assert "writes no log" in (said := capsys.readouterr().err) and "still told" in said
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_full_shared_memory_is_told_once_and_stops_nothing(
             observer.on_step(Clock(32 * step, step), record(LOGGED, logged=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["metrics of this rank are off from now on"]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["this rank writes no more metrics"]
 
 
 def test_files_of_dead_supervisors_are_removed_and_those_of_living_ones_stay(shared_file: SharedMetricsFile) -> None:

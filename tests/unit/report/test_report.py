@@ -15,10 +15,10 @@ from PIL import Image
 from sdit.cli.report import main
 from sdit.errors import ExitCode
 from sdit.report import build_page, read_runs
+from sdit.report.elements import Chart, Text
 from sdit.report.figures import BOTTOM, HEIGHT, TOP, Mark, Series, heat_map, line_chart, thin
 from sdit.report.images import file_uri
-from sdit.report.parts import Chart, Text
-from sdit.report.speed import time_parts
+from sdit.report.speed import time_by_task
 from sdit.report.values import curve, seconds, short
 from tests.unit.report.report_run import record, write_folder
 
@@ -103,7 +103,7 @@ def test_runs_are_shown_side_by_side(folder: Path, tmp_path: Path) -> None:
     other = write_folder(tmp_path / "second", "dit")
     page = page_of(folder, other)
     assert [name for name in page.ids if name != "summary"] == SECTIONS
-    assert "2 runs side by side" in page.words and "Where the runs differ" in page.words
+    assert "2 runs side by side" in page.words and "Keys that differ between the runs" in page.words
     assert page.words.count("second") > 5
     same_name = shutil.copytree(folder, tmp_path / "copy" / "first")
     assert [run.name for run in read_runs([folder, same_name])] == [f"{tmp_path.name}/first", "copy/first"]
@@ -195,7 +195,7 @@ def test_the_time_split_adds_up_to_the_time(folder: Path) -> None:
     (run,) = read_runs([folder])
     spent = [step["spent_since_logged"] for step in run.metrics]
     total = sum(part["step_seconds"] + part["checkpoint_seconds"] for part in spent)
-    assert sum(amount for _, amount, _ in time_parts(run)) == pytest.approx(total)
+    assert sum(amount for _, amount, _ in time_by_task(run)) == pytest.approx(total)
 
 
 def test_command_writes_the_page_or_says_why_not(
@@ -295,7 +295,7 @@ def test_a_run_that_has_only_drawn_maps_shows_the_newest(folder: Path) -> None:
         path.unlink()
     Image.new("RGB", (64, 64), "red").save(folder / "routing" / "images-000000000960.png")
     text = build_page(read_runs([folder]))
-    assert 'alt="routing map"' in text and "only drawn maps" in text
+    assert 'alt="routing map"' in text and "only images of maps" in text
 
 
 def test_long_tables_are_folded_and_counted(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Counts the samples that could not be used, and stops the run when there are too many."""
+"""A counter of samples that cannot be used. It stops the run if there are too many."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sdit.errors import DataError
 _log = logging.getLogger(__name__)
 
 
-class BadSampleLedger:
-    """Bad samples `by_reason`, of the whole run so far, and per epoch against what is allowed.
+class BadSampleCounter:
+    """Counts bad samples `by_reason` since the start of this process, and per epoch.
 
-    Ranks meet bad shards unevenly, so a single rank is stopped only by what the whole run is allowed; the trainer sums
-    `in_latest_epoch` over the ranks. A run that resumes begins to count anew.
+    Ranks have unequal numbers of bad shards. A rank therefore stops only if it alone exceeds the limit of the whole run.
+    The trainer also sums `in_latest_epoch` over all ranks. The counts are not stored in checkpoints.
     """
 
     def __init__(self, max_bad_fraction: float, samples_per_epoch: int) -> None:
@@ -31,11 +31,14 @@ class BadSampleLedger:
 
     @property
     def in_latest_epoch(self) -> int:
-        """Bad samples met here in the newest epoch that had any."""
+        """The number of bad samples that this rank found in the newest epoch that had any."""
         return self._in_epoch[max(self._in_epoch, default=0)]
 
     def record(self, key: SampleKey, fault: BadShard | BadSample) -> None:
-        """Count one sample; DataError, naming it, when the epoch now has more than the allowed number."""
+        """Count one bad sample.
+
+        Raises: DataError: if the epoch now has more bad samples than allowed. The message names the sample.
+        """
         with self._lock:
             self.by_reason[fault.reason] += 1
             self.newest_fault = str(fault)
@@ -43,8 +46,8 @@ class BadSampleLedger:
             bad = self._in_epoch[key.epoch]
             named = isinstance(fault, BadShard) and fault.shard in self._named_shards
             self._named_shards.add(fault.shard)
-        if not named:  # one line per bad shard suffices: each of its samples fails
-            _log.warning("%s%s", fault, "" if bad > self.allowed else "; another sample takes its place")
+        if not named:  # log a bad shard once, because each of its samples fails
+            _log.warning("%s%s", fault, "" if bad > self.allowed else "; another sample replaces it")
         if bad > self.allowed:
             raise DataError(
                 f"{fault}; {bad} bad samples in epoch {key.epoch}, "

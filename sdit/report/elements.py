@@ -1,4 +1,4 @@
-"""What a page consists of. The template has one macro for each kind of part and escapes every text."""
+"""The elements of a page. The template has one macro for each kind of element and escapes all text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from sdit.report.record import RunRecord
 
-COLOURS = 8  # c0 to c7 of the style sheet; the ninth run has the colour of the first
+COLOURS = 8  # c0 to c7 of the style sheet, then c0 again
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with the colours that its legend names; `scale`: lowest value, CSS gradient, highest value."""
+    """A figure with a legend. `scale`: lowest value, CSS gradient, highest value."""
 
     kind: ClassVar = "chart"
     svg: Markup
@@ -25,7 +25,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. The template folds rows after the fortieth; `summary` folds the whole table."""
+    """Rows of cells. The template folds rows after the fortieth. If `summary` is set, the whole table is folded."""
 
     kind: ClassVar = "table"
     rows: Sequence[Sequence[object]]
@@ -36,16 +36,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, cut into (name, amount, share in 0 to 1, colour)."""
+    """One bar with segments (name, amount, fraction in 0 to 1, colour)."""
 
     kind: ClassVar = "bar"
-    pieces: Sequence[tuple[str, str, float, str]]
+    segments: Sequence[tuple[str, str, float, str]]
     note: str
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Figures in a row: (caption, images as (data URI, alternative text)); `css` is `map` for heat maps."""
+    """Figures in a row: (caption, images as (data URI, alternative text)). `css` is `map` for heat maps."""
 
     kind: ClassVar = "frames"
     frames: Sequence[tuple[str, Sequence[tuple[str, str]]]]
@@ -54,28 +54,28 @@ class Frames:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph (`note`, `empty`) or a heading inside a card (`h3`)."""
+    """A paragraph (`note`, `empty`) or a heading in a card (`h3`)."""
 
     kind: ClassVar = "text"
     text: str
     css: str = "note"
 
 
-Part = Chart | Table | Bar | Frames | Text
+Element = Chart | Table | Bar | Frames | Text
 
 
 @dataclass(frozen=True)
 class Card:
-    """A titled box; `run`: the number of the run that it shows, None if it shows all runs."""
+    """A titled box. `run` is the number of the run that it shows, None if it shows all runs."""
 
     title: str
-    parts: Sequence[Part]
+    elements: Sequence[Element]
     run: int | None = None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cards that share rows: as many as fit, two (`two`), or one (`wide`)."""
+    """Cards in rows: as many per row as fit, two (`two`), or one (`wide`)."""
 
     cards: Sequence[Card]
     css: str = ""
@@ -83,7 +83,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that the navigation links to; it is left out if it has no grids."""
+    """A section of the page with a link in the navigation. It is omitted if it has no grids."""
 
     name: str
     link: str
@@ -102,10 +102,10 @@ def badge(text: str, kind: str) -> Markup:
 
 
 def side_by_side(
-    runs: Sequence[RunRecord], title: str, draw: Callable[[RunRecord], Part | None], note: str = "",
+    runs: Sequence[RunRecord], title: str, draw: Callable[[RunRecord], Element | None], note: str = "",
     among: Sequence[RunRecord] | None = None,
 ) -> list[Card]:  # fmt: skip
-    """Return one card per run (of those `among` them), so that columns stay whole; none if no run has a value."""
+    """Return one card per run (of those `among` them), so that columns stay aligned. Return no card if no run has a value."""
     bodies = {number: draw(run) for number, run in enumerate(runs) if among is None or run in among}
     if all(body is None for body in bodies.values()):
         return []
@@ -117,7 +117,7 @@ def side_by_side(
 
 
 def rows(runs: Sequence[RunRecord], *groups: list[Card]) -> list[Grid]:
-    """Return one grid for one run. For several runs, each group has a grid of its own."""
+    """Return one grid for one run. For several runs, return one grid for each group."""
     if len(runs) == 1:
         cards = [card for group in groups for card in group]
         return [Grid(cards)] if cards else []
@@ -125,5 +125,5 @@ def rows(runs: Sequence[RunRecord], *groups: list[Card]) -> list[Grid]:
 
 
 def list_grid(runs: Sequence[RunRecord], cards: Sequence[Card]) -> list[Grid]:
-    """Return a grid of lists: one run has the whole width."""
+    """Return a grid of lists. A single run gets the full width."""
     return [Grid(cards, "" if len(runs) > 1 else "wide")] if cards else []

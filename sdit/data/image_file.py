@@ -1,4 +1,4 @@
-"""One image file -> pixels (C, size, size) uint8: converted to 8 bits by its depth, cropped as ADM does."""
+"""Reads one image file as pixels (C, size, size) uint8: converted to 8 bits by its depth, then cropped like ADM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdit.data.decode import MODES
 from sdit.data.names import shown
 from sdit.errors import DataError
 
-MAX_PIXELS = 2**26  # a 200 MB RGB image; a small file can claim far more
+MAX_PIXELS = 2**26  # a 200 MB RGB image; the header of a small file can claim far more
 FILE_FORMATS = {
     "png": "PNG",
     "jpg": "JPEG",
@@ -37,7 +37,7 @@ _PILLOW_FORMATS = sorted(set(FILE_FORMATS.values()))
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
-# Errors of one file. Any other error number means that the file system failed, and that no file is to blame.
+# Errors of one file. Any other error number means that the file system failed, not the file.
 FILE_ERRORS = frozenset(
     {
         errno.ENOENT,
@@ -55,10 +55,10 @@ FILE_ERRORS = frozenset(
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files become pixels; the defaults are ADM's.
+    """How image files are converted to pixels. The defaults are ADM's.
 
-    `background`: (R, G, B) behind transparent pixels; None: the colours that they hide are shown.
-    `exif`: turn the image as its EXIF orientation says. Pillow turns TIFF images in any case.
+    `background`: (R, G, B) behind transparent pixels. None: the colours of transparent pixels are used as they are.
+    `exif`: rotate the image by its EXIF orientation. Pillow rotates TIFF images in any case.
     """
 
     background: tuple[int, int, int] | None = None
@@ -68,12 +68,13 @@ class Reading:
 AS_ADM = Reading()
 
 
-def read_picture(path: Path, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
-    """Return the central square of an image file, the first frame if it has several, (C, size, size) uint8.
+def read_image(path: Path, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
+    """Return the central square of an image file, (C, size, size) uint8. Of several frames the first is read.
 
     Raises:
-        DataError: the file is no regular file, cannot be opened or decoded, is too large, or has values of no known range.
-        OSError: the file system failed.
+        DataError: if the file is not a regular file, cannot be opened or decoded, is too large, or has values of an
+            unknown range.
+        OSError: if the file system fails.
     """
     with _opened(path) as image:
         _refuse_too_large(path, image.size, size)
@@ -82,10 +83,9 @@ def read_picture(path: Path, size: int, channels: int, reading: Reading = AS_ADM
 
 
 def eight_bits(image: Image.Image, channels: int, reading: Reading = AS_ADM) -> Image.Image:
-    """Return an image of any mode as grey ("L", 1 channel) or colours ("RGB", 3 channels).
+    """Return an image of any mode as grey ("L", 1 channel) or colour ("RGB", 3 channels).
 
-    Raises:
-        ValueError: the values have no known range.
+    Raises: ValueError: if the range of the values is unknown.
     """
     depth, white_is_zero = _depth(image), _white_is_zero(image)
     if reading.exif:
@@ -97,7 +97,7 @@ def eight_bits(image: Image.Image, channels: int, reading: Reading = AS_ADM) -> 
     if reading.background is not None and image.has_transparency_data:
         solid = Image.new("RGBA", image.size, (*reading.background, 255))
         image = Image.alpha_composite(solid, image.convert("RGBA"))
-    image.info.pop("transparency", None)  # Pillow would convert it too, and fails on values above 255
+    image.info.pop("transparency", None)  # Pillow would also convert it, and fails on values above 255
     if image.mode == "LAB":
         image = image.convert("RGB")
     return image.convert(MODES[channels])
@@ -106,8 +106,9 @@ def eight_bits(image: Image.Image, channels: int, reading: Reading = AS_ADM) -> 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Return the central square of an image, `size` pixels wide.
 
-    The image is halved with a box filter while both sides are at least twice too long, then resized (bicubic) until the
-    short side fits, then cropped: the preprocessing of ADM (Dhariwal and Nichol 2021), which published FIDs use.
+    The image is halved with a box filter while both sides are at least 2 x size. It is then resized (bicubic) until the
+    short side is `size`, then cropped. This is the preprocessing of ADM (Dhariwal and Nichol 2021), which published FIDs
+    use.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -117,7 +118,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _fitted(sides: tuple[int, int], size: int) -> tuple[int, int]:
-    """Width and height of an image whose short side is resized to `size`."""
+    """Return width and height of an image after its short side is resized to `size`."""
     scale = size / min(sides)
     return round(sides[0] * scale), round(sides[1] * scale)
 
@@ -136,12 +137,17 @@ def _refuse_too_large(path: Path, sides: tuple[int, int], size: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image in a regular file; what its bytes or its file cause is a DataError."""
+    """Open the image in a regular file.
+
+    Raises:
+        DataError: if the file or its bytes cause an error.
+        OSError: if the file system fails.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
             raise DataError(f"{shown(path)}: cannot be read: it is no regular file")
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are bounded here, and of metadata
+            warnings.simplefilter("ignore")  # warnings about sizes, which are bounded here, and about metadata
             with Image.open(file, formats=_PILLOW_FORMATS) as image:
                 yield image
     except DataError:
@@ -154,7 +160,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except MemoryError as error:
         raise DataError(f"{shown(path)}: cannot be decoded: not enough memory (MemoryError)") from error
     except OSError as error:
-        if error.errno is None:  # Pillow's own
+        if error.errno is None:  # raised by Pillow, not by the file system
             raise DataError(f"{shown(path)}: cannot be decoded: {error}") from error
         if error.errno not in FILE_ERRORS:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -165,7 +171,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _depth(image: Image.Image) -> int | None:
-    """Bits that a grey value of a mode with more than 8 bits has in its file; None if its range is not known."""
+    """Return the bits of a grey value in the file, for modes with more than 8 bits. Return None if the range is unknown."""
     if image.mode == "F":
         return None
     tags = getattr(image, "tag_v2", None)
@@ -181,7 +187,10 @@ def _white_is_zero(image: Image.Image) -> bool:
 
 
 def _scaled_grey(image: Image.Image, depth: int | None, white_is_zero: bool) -> Image.Image:
-    """The "L" or "LA" image whose 255 is the largest value of `depth` bits; Pillow's own conversion clips at 255."""
+    """Return the "L" or "LA" image in which 255 is the largest value of `depth` bits. Pillow's conversion clips at 255.
+
+    Raises: ValueError: if `depth` is None.
+    """
     if depth is None:
         raise ValueError(
             f"its values (mode {image.mode}) are signed or floating-point and have no known range; "
