@@ -32,10 +32,11 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two workers share what needs one process or a few; groups of ranks, which use all cores, run one after another.
+# More workers than cores: the tests of faults wait. Files with long runs come first, so that no worker ends with one of them.
+# Byte code is written, because hundreds of processes import it.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/cases tests/faults
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	  tests/distributed tests/faults tests/cases tests/unit
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"

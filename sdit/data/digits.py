@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
@@ -16,10 +18,10 @@ DIGITS_FACTS = DatasetFacts(
 @lru_cache(maxsize=1)
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """Return read-only images (1797, 1, 8, 8) uint8 and labels (1797,) int64. Values 0..16 are stretched to 0..255."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import, rarely needed
-
-    images, labels = load_digits(return_X_y=True)
-    pixels = np.round(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    labels = labels.astype(np.int64)
+    sklearn = find_spec("sklearn")  # only its folder: importing `load_digits` takes a second of every rank
+    assert sklearn is not None and sklearn.origin is not None
+    rows = np.loadtxt(Path(sklearn.origin).with_name("datasets") / "data" / "digits.csv.gz", delimiter=",")
+    pixels = np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = rows[:, -1].astype(np.int64)
     pixels.flags.writeable = labels.flags.writeable = False
     return pixels, labels

@@ -148,6 +148,20 @@ def optimizer_backend(engine: Any) -> OptimizerBackend:
     return NoZero(engine)
 
 
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer, of which ZeRO asks the type, without torch.compile.
+
+    Its decorators would import the whole compiler: 2 s of CPU in every rank. No run computes with this optimizer.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_kernels, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_kernels
+
+
 def make_expert_groups(ranks: int) -> Any:
     """Create DeepSpeed's expert groups of `ranks` consecutive ranks, if they do not exist. Return this rank's group."""
     from deepspeed.utils import groups

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sdit.distributed.comm import Comm
-from sdit.distributed.deepspeed_internals import create_moments, optimizer_backend, replica_group, set_optimizer_steps
+from sdit.distributed.deepspeed_internals import (
+    create_moments,
+    import_muon_uncompiled,
+    optimizer_backend,
+    replica_group,
+    set_optimizer_steps,
+)
 from sdit.distributed.shards import MOMENTS, owned_shards
 
 
@@ -33,6 +39,7 @@ class Engine:
         import deepspeed
 
         _quiet_deepspeed()
+        import_muon_uncompiled()
         self.comm = comm
         exact = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         self.deepspeed, *_ = deepspeed.initialize(

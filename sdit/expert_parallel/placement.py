@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from sdit.expert_parallel.assignment import assign_samples
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, expert_counts, hottest
@@ -211,6 +210,8 @@ def relabel(old: np.ndarray, new: np.ndarray, ranks: int) -> np.ndarray:
 
     The renaming is the same in all blocks.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import: not for runs whose experts stay
+
     overlap = np.zeros((ranks, ranks), dtype=np.int64)
     np.add.at(overlap, (new, old), 1)
     return linear_sum_assignment(-overlap)[1][new]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
 from sdit.config import ModelConfig
@@ -39,6 +38,8 @@ def solve_assignment(gate_probs: Tensor, config: ModelConfig) -> Assignment:
 
 def match_units(experts: np.ndarray, config: ModelConfig) -> Assignment:
     """Return the same matching as `solve_assignment`, given the chosen experts (depth, T, k) in host memory."""
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import: not for sampling
+
     windows = expert_windows(config)
     depth, tasks, _ = experts.shape
     used = np.zeros((depth, tasks, config.experts.count), dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from sdit.diffusion import SamplerSettings, sample
 from sdit.model import DiffusionTransformer, forward_with_guidance
 from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
-from sdit.train.context import TrainContext
 from sdit.train.decode import LatentDecoder
+
+if TYPE_CHECKING:  # `sdit sample` and `sdit evaluate` need no trainer
+    from sdit.train.context import TrainContext
 
 SAMPLE_BATCH = 64  # images per rank and model call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, li
 from sdit.config import CheckpointConfig, Config
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ExitCode
+from tests.distributed.forks import run_script
 from tests.distributed.harness import ROOT
 from tests.faults.test_checkpoint_faults import OneRank
 from tests.unit.written_run import tiny_config, write_run
@@ -319,11 +321,11 @@ def unbounded(bounded: None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1:] * 2)
 
 
-def launched(reader: str, checkpoint: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launcher" / f"{reader}.py"), "--checkpoint", str(checkpoint)]
-    return subprocess.run(
-        [*command, *READERS[reader]], cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
-    )
+def launched(reader: str, checkpoint: Path, folder: Path) -> tuple[int | None, str]:
+    """Exit status (None: it hangs) and output of a command that runs in `folder`."""
+    words = ["--checkpoint", checkpoint, *READERS[reader]]
+    with contextlib.chdir(folder):
+        return run_script(ROOT / "launcher" / f"{reader}.py", words, os.environ, folder / "log", HANG_SECONDS)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -331,9 +333,9 @@ def launched(reader: str, checkpoint: Path, folder: Path) -> subprocess.Complete
 def test_every_reader_refuses_a_fifo_in_one_line(run: Path, tmp_path: Path, reader: str) -> None:
     """S8: A FIFO in a checkpoint is refused with 74 and does not hang any command."""
     SHARDS["shard is a FIFO"](checkpoint_of(run))
-    result = launched(reader, run, tmp_path)
-    assert result.returncode == ExitCode.IO, result.stderr
-    assert result.stderr.count("\n") == 1 and "FIFO" in result.stderr and not (tmp_path / READERS[reader][-1]).exists()
+    status, output = launched(reader, run, tmp_path)
+    assert status == ExitCode.IO, output
+    assert output.count("\n") == 1 and "FIFO" in output and not (tmp_path / READERS[reader][-1]).exists()
 
 
 def overwrite(folder: Path, kind: str, value: float) -> str:
@@ -352,9 +354,9 @@ def overwrite(folder: Path, kind: str, value: float) -> str:
 def test_every_reader_refuses_weights_that_hold_nan(run: Path, tmp_path: Path, reader: str) -> None:
     """R11: Weights that hold a NaN are refused with 74, and the tensor is named."""
     name = overwrite(checkpoint_of(run), "ema", float("nan"))
-    result = launched(reader, run, tmp_path)
-    assert result.returncode == ExitCode.IO and f"{name} holds NaN" in result.stderr, result.stderr
-    assert result.stderr.count("\n") == 1 and not (tmp_path / READERS[reader][-1]).exists()
+    status, output = launched(reader, run, tmp_path)
+    assert status == ExitCode.IO and f"{name} holds NaN" in output, output
+    assert output.count("\n") == 1 and not (tmp_path / READERS[reader][-1]).exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +24,7 @@ from sdit.config import Config, load_config
 from sdit.errors import ConfigError, DataError, ExitCode
 from sdit.evaluate.generate import Generator
 from sdit.evaluate.sample_cache import SampleSet
+from tests.distributed.forks import run_script
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -70,15 +69,15 @@ def prepare_tree(out: Path, names: tuple[str, ...], first: int = 0, images: int 
 
 
 def train(run: Path, data: Path, *words: object, classes: int = 3, steps: int = 1) -> SimpleNamespace:
-    """`launcher/train.py` as a user runs it: exit status, lines of errors, all it printed, kinds of its events."""
+    """`launcher/train.py`: exit status, lines of errors, and all it printed."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_WORDS}
     settings = (f"train.steps={steps}", f"model.classes={classes}", "data.source=shards", f"data.path={data}", *SHORT)
     options = ("--config", TINY, "--run-dir", run, *settings, *words)
-    command = [sys.executable, ROOT / "launcher" / "train.py", *options]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    return SimpleNamespace(status=done.returncode, errors=errors, text=done.stderr)
+    log = run.with_name(f"{run.name}-{len(list(run.parent.iterdir()))}.log")
+    status, text = run_script(ROOT / "launcher" / "train.py", options, environment, log)
+    assert "Traceback" not in text, text
+    errors = [line for line in text.splitlines() if line.startswith("error")]
+    return SimpleNamespace(status=status, errors=errors, text=text)
 
 
 def events(run: Path) -> dict[str, str]:

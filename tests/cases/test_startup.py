@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -68,12 +69,14 @@ def test_a_refused_config_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout == "78 []\n"
 
 
-def test_the_parent_of_a_rank_imports_no_torch(tmp_path: Path) -> None:
-    """Start-up: while its rank trains, the supervisor has not loaded torch, numpy or DeepSpeed."""
+def test_a_rank_and_its_parent_import_what_they_need(tmp_path: Path) -> None:
+    """Start-up: the supervisor of a training rank loads no torch, numpy or DeepSpeed; the rank loads no compiler."""
     command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(TINY), "train.steps=100000"]
-    supervisor = subprocess.Popen(
-        [*command, "--run-dir", str(tmp_path / "run")], stderr=subprocess.DEVNULL, cwd=tmp_path
-    )
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # both list their imports on stderr
+    with (tmp_path / "imports").open("w") as imports:
+        supervisor = subprocess.Popen(
+            [*command, "--run-dir", str(tmp_path / "run")], stderr=imports, cwd=tmp_path, env=environment
+        )
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists():
@@ -86,3 +89,12 @@ def test_the_parent_of_a_rank_imports_no_torch(tmp_path: Path) -> None:
         status = supervisor.wait(120)
     assert status == 75
     assert [[name in maps for name in ("libtorch", "numpy")] for maps in loaded] == [[False, False], [True, True]]
+    imported = (tmp_path / "imports").read_text().split()
+    assert "deepspeed.runtime.zero.muon.original_muon" in imported and "torch._inductor.compile_fx" not in imported
+
+
+def test_sampling_imports_no_trainer() -> None:
+    """Start-up: `sdit sample` and `sdit evaluate` load neither DeepSpeed nor torch's compiler."""
+    code = "import sys, sdit.evaluate.drawing; print([x for x in ('deepspeed', 'torch._dynamo') if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr

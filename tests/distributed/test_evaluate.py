@@ -17,11 +17,12 @@ import pytest
 
 from sdit.checkpoint.load import load_trained
 from sdit.evaluate.generate import Generator
-from tests.distributed.harness import ROOT, rank_environments, run_ranks
+from tests.distributed.harness import ROOT, fork_ranks, rank_environments
 from tests.unit.written_run import tiny_config, write_run
 
 pytestmark = pytest.mark.slow  # seconds of imports for every rank
 
+EVALUATE = ROOT / "launcher" / "evaluate.py"
 IMAGES = 50  # blocks of 16 do not divide it
 DEADLINE_SECONDS = 240
 
@@ -34,21 +35,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(place: Path, name: str, script: str, *more: object) -> list[str]:
-    words: Sequence[object] = (
-        ROOT / "launcher" / script, "--checkpoint", place / "run", "--images", IMAGES, "--batch", 3, "--threads", 1,
-    )  # fmt: skip
-    return [sys.executable, *map(str, (*words, "--npz", place / f"{name}.npz", *more))]
+def drawing(place: Path, name: str, *more: object) -> Sequence[object]:
+    words = ("--checkpoint", place / "run", "--images", IMAGES, "--batch", 3, "--threads", 1)
+    return (*words, "--npz", place / f"{name}.npz", *more)
 
 
-def evaluation(place: Path, name: str, *more: object) -> list[str]:
+def evaluation(place: Path, name: str, *more: object) -> Sequence[object]:
     out = ("--out", place / f"{name}.json", "--reference", "digits", "--cache", place / "cache", "--block", 16)
-    return command(place, name, "evaluate.py", *out, *more)
+    return drawing(place, name, *out, *more)
 
 
 def evaluate(place: Path, world: int, name: str) -> tuple[dict[str, Any], np.ndarray]:
     """The result and the images of an evaluation on `world` ranks."""
-    for result in run_ranks(world, evaluation(place, name)):
+    for result in fork_ranks(world, EVALUATE, evaluation(place, name)):
         assert result.returncode == 0, result.stdout[-3000:]
     assert not (place / f"{name}.parts").exists()
     with np.load(place / f"{name}.npz") as stored:
@@ -79,7 +78,7 @@ def test_images_and_scores_do_not_depend_on_the_ranks(
 
 def test_floats_do_not_depend_on_the_ranks(place: Path) -> None:
     raw = place / "raw.npy"  # two ranks: test_sample.py
-    for result in run_ranks(4, command(place, "raw", "sample.py", "--raw", raw)):
+    for result in fork_ranks(4, ROOT / "launcher" / "sample.py", drawing(place, "raw", "--raw", raw)):
         assert result.returncode == 0, result.stdout[-3000:]
     trained = load_trained(place / "run")
     labels = np.arange(IMAGES, dtype=np.int64) % 10
@@ -89,7 +88,7 @@ def test_floats_do_not_depend_on_the_ranks(place: Path) -> None:
 
 def test_a_killed_evaluation_goes_on(place: Path, alone: tuple[dict[str, Any], np.ndarray]) -> None:
     parts = place / "killed.parts"
-    words = evaluation(place, "killed")
+    words = [sys.executable, EVALUATE, *map(str, evaluation(place, "killed"))]
     with (place / "killed.log").open("w") as log:
         process = subprocess.Popen(words, env=rank_environments(1)[0], stdout=log, stderr=log, start_new_session=True)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pytest
 from sdit.config import load_config
 from sdit.model import build_model
 from tests.distributed.exchange_worker import ROUTINGS, SCENARIOS
-from tests.distributed.harness import run_ranks
-from tests.unit.expert_parallel.learned_gates import learned_routes
+from tests.distributed.harness import fork_ranks
+from tests.unit.expert_parallel.learned_gates import shared_learned_routes
 
 WORKER = Path(__file__).with_name("exchange_worker.py")
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -27,7 +26,7 @@ LONGEST_SUM = (
 
 def work(world: int, folder: Path, *jobs: str, limit_seconds: float = 240) -> None:
     """Let `world` ranks do the jobs; a hang ends at the time limit as a failure."""
-    for result in run_ranks(world, [sys.executable, str(WORKER), str(folder), *jobs], limit_seconds):
+    for result in fork_ranks(world, WORKER, [folder, *jobs], limit_seconds):
         assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -35,7 +34,7 @@ def work(world: int, folder: Path, *jobs: str, limit_seconds: float = 240) -> No
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What four ranks found, by job."""
     folder = tmp_path_factory.mktemp("exchange")
-    routes = learned_routes(12, 16, 2, steps=600, width=384)
+    routes = shared_learned_routes(tmp_path_factory)
     np.savez(folder / "learned.npz", experts=routes.experts, gates=routes.gates)
     jobs = ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes")
     work(4, folder, *jobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 
 from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.store import find_checkpoint
-from tests.distributed.harness import case, run_ranks, train_together
+from tests.distributed.harness import case, fork_ranks, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")
 WORKER = Path(__file__).with_name("round_trip.py")
@@ -67,7 +66,7 @@ def trip(folder: Path, sources: list[Path]) -> dict[Layout, list[Path]]:
         ]
         listing = folder / f"tasks-{world}.json"
         listing.write_text(json.dumps(tasks))
-        for result in run_ranks(world, [sys.executable, str(WORKER), str(listing)], timeout_seconds=900):
+        for result in fork_ranks(world, WORKER, [listing], timeout_seconds=900):
             assert result.returncode == 0, result.stdout[-3000:]
     return {
         layout: [next((folder / "out" / layout.name / str(n)).glob("images-*")) for n in range(len(sources))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from sdit.checkpoint.load import load_trained
 from sdit.evaluate.generate import Generator
-from tests.distributed.harness import ROOT, run_ranks
+from tests.distributed.harness import ROOT, fork_ranks
 from tests.unit.written_run import tiny_config, write_run
 
 IMAGES = 7  # not a multiple of the ranks
@@ -22,7 +21,7 @@ def test_images_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
     alone = np.concatenate(list(Generator(trained, trained.config.sample).images(labels)))
     files = ["--raw", str(tmp_path / "two.npy"), "--npz", str(tmp_path / "two.npz"), "--out", str(tmp_path / "two.png")]
     words = ["--checkpoint", str(tmp_path / "run"), "--images", str(IMAGES), "--batch", "2", "--threads", "1", *files]
-    for result in run_ranks(2, [sys.executable, str(ROOT / "launcher" / "sample.py"), *words]):
+    for result in fork_ranks(2, ROOT / "launcher" / "sample.py", words):
         assert result.returncode == 0, result.stdout[-3000:]
     together = np.load(tmp_path / "two.npy")
     assert together.shape == alone.shape and np.abs(together - alone).max() <= 1e-5

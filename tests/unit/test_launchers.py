@@ -21,6 +21,7 @@ from written_run import tiny_config, write_run
 from sdit import cli
 from sdit.config import config_keys, dump_config
 from sdit.errors import ExitCode
+from tests.distributed.forks import run_script
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -296,18 +297,18 @@ def test_an_unreadable_config_is_refused(sdit: Command, tmp_path: Path) -> None:
 
 # DeepSpeed keeps process groups for good: what builds an engine has a process of its own.
 def train_process(run_dir: Path, *words: object) -> SimpleNamespace:
-    """`launcher/train.py` as a user runs it, for two steps of the tiny model."""
+    """`launcher/train.py` for two steps of the tiny model, without a supervisor."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_WORDS}
-    options = ("--config", TINY, "--run-dir", run_dir, "train.steps=2", *words)
-    command = [sys.executable, str(ROOT / "launcher" / "train.py"), *map(str, options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    return SimpleNamespace(status=done.returncode, errors=errors, text=done.stderr)
+    options = ("--config", TINY, "--run-dir", run_dir, "train.steps=2", ALONE, *words)
+    log = run_dir.with_name(f"{len(list(run_dir.parent.iterdir()))}.log")
+    status, text = run_script(ROOT / "launcher" / "train.py", options, environment, log)
+    assert "Traceback" not in text, text
+    errors = [line for line in text.splitlines() if line.startswith("error")]
+    return SimpleNamespace(status=status, errors=errors, text=text)
 
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:
-    result = train_process(tmp_path / "run", "data.source=shards", f"data.path={tmp_path / 'none'}", ALONE)
+    result = train_process(tmp_path / "run", "data.source=shards", f"data.path={tmp_path / 'none'}")
     refused(result, ExitCode.DATA, "none/index.json: no such file", "sdit prepare")
 
 
@@ -317,13 +318,13 @@ def test_a_shard_that_fails_its_checksum_is_refused(sdit: Command, tmp_path: Pat
         content = bytearray(shard.read_bytes())
         content[700] ^= 1
         shard.write_bytes(content)
-    result = train_process(tmp_path / "run", "data.source=shards", f"data.path={tmp_path / 'digits'}", ALONE)
+    result = train_process(tmp_path / "run", "data.source=shards", f"data.path={tmp_path / 'digits'}")
     refused(result, ExitCode.DATA, "shard-00000", "checksum")
 
 
 def test_a_run_is_trained_then_refused_as_another_model_then_drawn(sdit: Command, tmp_path: Path) -> None:
-    assert train_process(tmp_path / "run", ALONE).status == ExitCode.DONE
-    result = train_process(tmp_path / "run", "model.width=64", ALONE)
+    assert train_process(tmp_path / "run").status == ExitCode.DONE
+    result = train_process(tmp_path / "run", "model.width=64")
     refused(result, ExitCode.CONFIG, "model.width: 64 disagrees with 32 of the checkpoint")
     # The map's picture is drawn by a process of its own, for which a busy machine may have no time before the run ends.
     names = ["routing/images-000000000064.npz", "samples/images-000000000064.png"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdit.data.digits import digits
 from sdit.data.folders import center_crop, folder_source, read_image
 from sdit.data.sources import ImageSource, SourceImage, fashion_mnist_source, read_idx
 from sdit.errors import ConfigError, DataError
@@ -185,3 +186,12 @@ def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
         expected = expected.reshape(len(expected) // 2, 2, -1, 2).mean((1, 3))
     # Both halvings round columns, then rows, each by up to a half, and a mean does not enlarge the errors it is given.
     assert np.abs(cropped(pixels) - expected).max() <= 4 * 0.5
+
+
+def test_digits_are_those_that_scikit_learn_loads() -> None:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = digits()
+    images, targets = load_digits(return_X_y=True)
+    assert np.array_equal(pixels.reshape(1797, 64), np.round(images * (255 / 16))) and pixels.dtype == np.uint8
+    assert np.array_equal(labels, targets) and labels.dtype == np.int64

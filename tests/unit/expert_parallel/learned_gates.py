@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -49,6 +52,18 @@ def learned_routes(depth: int, count: int, top_k: int, steps: int = 600, width: 
         optimizer.step()
     chosen = gates.all_tasks().transpose(0, 1).topk(top_k)
     return RoutingTable(chosen.indices.numpy(), chosen.values.numpy(), count)
+
+
+def shared_learned_routes(factory: pytest.TempPathFactory) -> RoutingTable:
+    """Depth 12, M 16, k 2, the width of S/2: gates after 600 steps on the prior, trained once for all test workers."""
+    base = factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "learned.npz"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            routes = learned_routes(12, 16, 2, steps=600, width=384)
+            np.savez(path, experts=routes.experts, gates=routes.gates)
+        with np.load(path) as stored:
+            return RoutingTable(stored["experts"], stored["gates"], 16)
 
 
 class _GateStack(nn.Module):
