@@ -184,7 +184,7 @@ NO_EFFECT = [
     ({"disable_allgather": True}, "disable_allgather: true"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last: true"),
     ({"aio": {"block_size": 5}}, "aio.block_size: 5"),
-    ({"autotuning": ENABLED}, "plan.py"),
+    ({"autotuning": ENABLED}, "sdit plan"),
 ]
 
 
