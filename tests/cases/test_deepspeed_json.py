@@ -208,7 +208,7 @@ ILLEGAL = [
     (zero(1, offload_optimizer="cpu"), 'offload_optimizer: "cpu" is not legal; legal: an object'),
     ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: true is not supported; legal: 0, 1, 2"),
     ({"zero_optimization": {"stage": "1"}}, 'zero_optimization.stage: "1" is not supported; legal: 0, 1, 2'),
-    ({"zero_optimization": {"stage": 3}}, "stage: 3 is not supported; legal: 0, 1, 2 (stage 3 cannot hold"),
+    ({"zero_optimization": {"stage": 3}}, "stage: 3 is not supported; legal: 0, 1, 2 (stage 3 does not support"),
     ({"zero_optimization": {"stage": None}}, "zero_optimization.stage: null is not supported; legal: 0, 1, 2"),
     ({"zero_optimization": True}, "zero_optimization: true is not legal; legal: an object"),
     ({"zero_optimization": 3}, "zero_optimization: 3 is not legal; legal: an object"),
