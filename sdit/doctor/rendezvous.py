@@ -27,13 +27,6 @@ ALL_PAIRS_RANKS = 16  # up to this number each rank tries all others
 Addressed = tuple[str, int]  # address and port of a rank's PeerListener
 
 
-def read_clock(environment: Mapping[str, str], rank: int) -> float:
-    """Seconds since the epoch by this rank's clock; tests may set it wrong (SDIT_FAULTS=1, SDIT_FAULT_CLOCK=RANK:SECONDS)."""
-    fault = environment.get("SDIT_FAULT_CLOCK") if environment.get("SDIT_FAULTS") == "1" else None
-    who, _, seconds = (fault or "").partition(":")
-    return time.time() + (float(seconds) if who == str(rank) else 0.0)
-
-
 def peers_of(rank: int, world: int) -> list[int]:
     """The ranks that `rank` tries to reach: all others up to 16 ranks, beyond those 1, 2, 4, ... places further."""
     if world <= ALL_PAIRS_RANKS:
@@ -125,8 +118,8 @@ class Rendezvous:
         found = []
         for _ in range(CLOCK_PROBES):
             self.gather(None)  # so that each rank waits for rank 0's time, or is about to
-            there = float(self.from_first(read_clock(os.environ, 0)))
-            found.append(read_clock(os.environ, self.info.rank) - there)
+            there = float(self.from_first(time.time()))
+            found.append(time.time() - there)
         return min(found)
 
     def try_peers(self, listeners: Mapping[int, Addressed]) -> list[tuple[int, str]]:

@@ -257,5 +257,5 @@ def test_messages_about_paths_are_true(tmp_path: Path) -> None:
         load_trained(tmp_path / "weights.onnx", "ema", config)
     write_run(tmp_path / "run.pt", CONFIG)  # a folder may have any name
     assert load_trained(tmp_path / "run.pt").clock.images_seen == 28
-    with pytest.raises(ConfigError, match=r"run\.pt has a config of its own"):
+    with pytest.raises(ConfigError, match=r"run\.pt already has a config"):
         load_trained(tmp_path / "run.pt", "ema", config)

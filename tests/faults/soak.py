@@ -3,7 +3,7 @@
     make soak MINUTES=25              (or: python -m tests.faults.soak --minutes 25 --seed 0)
 
 A round is one run on two ranks. The faults of `FAULTS` strike it at random instants. The same command starts it again after
-each end, until the run is complete. The time between two faults is random, between 0.2 s and the length of an undisturbed run,
+each end, until the run is complete. The time between two faults is random, up to a third of the length of an undisturbed run,
 which is measured first. Rounds alternate between synchronous and asynchronous checkpoints, and between a folder, a small
 tmpfs (full disk, read-only remount) and a small btrfs subvolume (quota). The last two need root and `mkfs.btrfs`.
 The table at the end counts faults, launches, processes that outlived a launch, and values that differ from the undisturbed run.
@@ -47,6 +47,7 @@ LEGAL = {ExitCode.DONE, ExitCode.REQUEUE, ExitCode.CRASH, ExitCode.IO, -signal.S
 LAUNCHER_SECONDS = (2.0, 40.0)  # when one process has failed, a launcher sends the others SIGTERM, and later SIGKILL
 MAX_LAUNCHES = 60
 FIRST_SECONDS = 300.0
+FAULT_SPACING = 1 / 3  # longest time between two faults, in lengths of the undisturbed run
 LAUNCH_LENGTHS = 10  # longest launch, in lengths of the undisturbed run
 SECOND_SECONDS = 60.0
 DISK_MIB = 6  # room for about eight checkpoints of the tiny model
@@ -363,7 +364,7 @@ class Soak:
             if time.monotonic() > deadline:
                 raise Broken(f"{target.run_dir.name}: a launch did not end:\n{target.ranks.output[-2000:]}")
             pending = self._act_as_launcher(target.ranks, pending)
-            self._wait(target.ranks, self._random.uniform(0.2, self._length_seconds))
+            self._wait(target.ranks, self._random.uniform(0.2, self._length_seconds * FAULT_SPACING))
             kind = self._random.choice(list(FAULTS))
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 if all(process.poll() is None for process in target.ranks.processes) and FAULTS[kind](target):

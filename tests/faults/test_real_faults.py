@@ -28,7 +28,7 @@ SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep
 DEADLINES = ("supervise.step_seconds=20.0", "supervise.first_step_seconds=60.0")
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
 PRODUCT, SOURCES = ("sdit", "launcher", "docker", "cluster", "configs"), (".py", ".sh", ".sbatch", ".yaml", ".json")
-FAULTS = re.compile(r"--fault|FaultyEngine", re.IGNORECASE)
+FAULTS = re.compile(r"--fault|FaultyEngine|SDIT_FAULT", re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from sdit.distributed.fabric import rounds_of_pairs
 from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, exit_code_of
-from sdit.doctor.rendezvous import peers_of, read_clock
+from sdit.doctor.rendezvous import peers_of
 from sdit.errors import ExitCode
 
 LIMITS = Limits(disk_bytes=GIB, shm_bytes=GIB / 16, clock_skew_seconds=1.0)
@@ -103,9 +103,3 @@ def test_what_no_retry_mends_decides_the_exit_code() -> None:
     checks = [Check("a", "", "x", ExitCode.CRASH), Check("b", "", "y", ExitCode.CONFIG), Check("c", "")]
     assert exit_code_of(checks) == ExitCode.CONFIG
     assert exit_code_of(checks[2:]) == ExitCode.DONE
-
-
-def test_clocks_are_set_wrong_on_request_of_tests_alone() -> None:
-    wrong = {"SDIT_FAULT_CLOCK": "1:1e6"}
-    assert read_clock(wrong, 1) < read_clock(wrong | {"SDIT_FAULTS": "1"}, 1) - 9e5
-    assert abs(read_clock(wrong | {"SDIT_FAULTS": "1"}, 0) - read_clock({}, 0)) < 1e5
