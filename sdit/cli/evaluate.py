@@ -26,7 +26,6 @@ def run(options: argparse.Namespace) -> int:
     from sdit.evaluate.inputs import EvaluationInputs  # slow imports: not for --help
     from sdit.evaluate.network import check_cache, check_features, feature_network
     from sdit.evaluate.reference import save_reference
-    from sdit.evaluate.score import score
 
     info, request = find_launch(options), request_of(options)
     inputs = EvaluationInputs(request)
@@ -49,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         save_reference(request.save_reference, reference)
         print(request.save_reference)
     if samples is not None:
+        from sdit.evaluate.score import score  # imports matplotlib, whose folder `check_cache` sets
+
         with progress_bar("img", "features") as show:
             count = samples.count
             scores = score(samples.batches(), reference, network, request.metric_seed, lambda done: show(done, count))

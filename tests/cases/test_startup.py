@@ -95,6 +95,9 @@ def test_a_rank_and_its_parent_import_what_they_need(tmp_path: Path) -> None:
 
 def test_sampling_imports_no_trainer() -> None:
     """Start-up: `sdit sample` and `sdit evaluate` load neither DeepSpeed nor torch's compiler."""
-    code = "import sys, sdit.evaluate.sample_cache, sdit.evaluate.generate; print([x for x in ('deepspeed', 'torch._dynamo') if x in sys.modules])"
+    code = (
+        "import sys, sdit.evaluate.sample_cache, sdit.evaluate.generate\n"
+        "print([x for x in ('deepspeed', 'torch._dynamo') if x in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
