@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 import traceback
@@ -68,16 +69,18 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
     """Join the process group, observe the run and train it; return the exit status."""
     config = resolved.config
     use_cache([Path(config.run_dir) / "cache"])
+    gc.disable()  # what imports create stays: searching it for garbage takes 0.6 s of 4.4 s of CPU time
     from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
-    from sdit.train.engine_setup import check_run
-    from sdit.train.setup import open_trainer
-
-    check_run(resolved)
-    set_threads(info, config.parallel.threads)
     from sdit.observe.folder_watch import FolderWatch
     from sdit.observe.metrics import PrometheusObserver
     from sdit.observe.observers import build_observers
+    from sdit.train.engine_setup import check_run
+    from sdit.train.setup import open_trainer
 
+    gc.freeze()
+    gc.enable()
+    check_run(resolved)
+    set_threads(info, config.parallel.threads)
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if worker.is_supervised else RunFolder.create(run_dir)
     metrics = None if worker.metrics_path is None else PrometheusObserver(config, run_dir, info, worker.metrics_path)

@@ -16,8 +16,7 @@ from sdit.contracts import LossParts
 from sdit.diffusion.bound import decoder_bits, kl_bits
 from sdit.diffusion.draws import TimestepMode, draw_timesteps
 from sdit.diffusion.prediction import learned_log_variance, split_variance, target_of, x0_slope
-from sdit.diffusion.schedule import make_schedule
-from sdit.diffusion.tables import DeviceTables
+from sdit.diffusion.schedule import DeviceTables, make_schedule
 from sdit.diffusion.weighting import ConstantWeight, UncertaintyWeight, make_weighting
 from sdit.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Discrete noise schedules as float64 tables, and their reduction to fewer sampling steps."""
+"""Discrete noise schedules as float64 tables, on host and device, and their reduction to fewer sampling steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sdit.errors import ConfigError
 
@@ -131,3 +133,18 @@ def _cosine_betas(timesteps: int) -> np.ndarray:
     position = np.arange(timesteps + 1) / timesteps
     alpha_bar = np.cos((position + offset) / (1 + offset) * (math.pi / 2)) ** 2
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+
+
+class DeviceTables:
+    """Rows of float64 (T,), copied to a device once. They are not module buffers, which `.bfloat16()` would round."""
+
+    def __init__(self, *rows: np.ndarray) -> None:
+        self._rows = torch.from_numpy(np.stack(rows))
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def at(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Return the float32 values (B,) of each row at timesteps `t` (B,) int64, without a device synchronisation."""
+        rows = self._on_device.get(t.device)
+        if rows is None:
+            rows = self._on_device[t.device] = self._rows.to(t.device)
+        return rows[:, t].float().unbind()

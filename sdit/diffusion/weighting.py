@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdit.config import DiffusionConfig
 from sdit.diffusion.prediction import Prediction
-from sdit.diffusion.tables import DeviceTables
+from sdit.diffusion.schedule import DeviceTables
 from sdit.errors import ConfigError
 
 

@@ -1,13 +1,16 @@
-"""The micro-batches of this rank, step by step, from the clock to the end of the run."""
+"""The micro-batches of this rank, step by step. Noise, times and label drop depend on seed and sample index only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
-from sdit.contracts import RawBatch
+from sdit.contracts import Batch, RawBatch
 from sdit.data.order import rank_indices
+from sdit.diffusion import draw_label_drop
+from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
 from sdit.train.context import TrainContext
@@ -50,3 +53,23 @@ def rank_requests(plan: BatchPlan, first_sample: int, rank: int, world: int) -> 
     """Yield the sample indices (micro_batch,) of each micro-step of a rank, for the step that begins at `first_sample`."""
     for micro_step in range(plan.accumulation):
         yield rank_indices(first_sample, plan.global_batch, rank, world, micro_step, plan.accumulation)
+
+
+def draw_batch(
+    samples: RawBatch, times: np.ndarray, seed: int, classes: int, label_drop: float, device: torch.device
+) -> Batch:
+    """Return the batch of `samples` (B) on the device, with their times (B,).
+
+    `label_drop` is the probability that a label becomes the null label, which is `classes`.
+    """
+    labels = samples.y
+    if classes and label_drop:
+        labels = np.where(draw_label_drop(seed, samples.index, label_drop), classes, labels)
+    noise = normal_noise(seed, samples.index, samples.x0.shape[1:], Purpose.NOISE)
+    return Batch(
+        index=torch.from_numpy(samples.index),
+        x0=torch.from_numpy(samples.x0).to(device, non_blocking=True),
+        noise=torch.from_numpy(noise).to(device, non_blocking=True),
+        t=torch.from_numpy(times).to(device, non_blocking=True),
+        y=torch.from_numpy(labels).to(device, non_blocking=True),
+    )

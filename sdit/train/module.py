@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sdit.contracts import Batch, Routing
 from sdit.diffusion import Objective
 from sdit.model import Assignment, DiffusionTransformer, balance_loss, prior_divergence
-from sdit.train.bins import bin_by_timestep
+from sdit.train.sums import bin_by_timestep
 
 
 class Losses(NamedTuple):
@@ -22,9 +22,6 @@ class Losses(NamedTuple):
     total: Tensor
     parts: Tensor
     bins: Tensor
-
-
-PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss")
 
 
 class TrainModule(nn.Module):

@@ -9,11 +9,9 @@ import torch
 
 from sdit.clock import StepSpan
 from sdit.model.flops import flops_per_image
-from sdit.train.bins import BINS, bin_means
 from sdit.train.context import TrainContext
-from sdit.train.module import PARTS
 from sdit.train.record import StepRecord
-from sdit.train.sums import StepSums
+from sdit.train.sums import BINS, PARTS, StepSums, bin_means
 from sdit.train.timing import memory_bytes, rank_report
 
 

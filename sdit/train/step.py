@@ -10,15 +10,13 @@ from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
-from sdit.train.batch import draw_batch
-from sdit.train.bins import BINS
+from sdit.train.batches import draw_batch
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
-from sdit.train.module import PARTS
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
-from sdit.train.sums import StepSums, pack, unpack
+from sdit.train.sums import BINS, PARTS, StepSums, pack, unpack
 
 
 class TrainStep:

@@ -12,11 +12,10 @@ from sdit.config import ValidationConfig
 from sdit.data.loader import Loader
 from sdit.diffusion import draw_timesteps
 from sdit.supervise.heartbeat import Phase
-from sdit.train.batch import draw_batch
-from sdit.train.batches import rank_requests
-from sdit.train.bins import BINS, bin_means
+from sdit.train.batches import draw_batch, rank_requests
 from sdit.train.context import TrainContext
 from sdit.train.record import Validation
+from sdit.train.sums import BINS, bin_means
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, for any two seeds
 

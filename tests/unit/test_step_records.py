@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from sdit.train.bins import BINS, bin_by_timestep, bin_means
-from sdit.train.module import PARTS as LOSSES
-from sdit.train.sums import FLAGS, pack, unpack
+from sdit.train.sums import BINS, FLAGS, bin_by_timestep, bin_means, pack, unpack
+from sdit.train.sums import PARTS as LOSSES
 from sdit.train.timing import PHASES, StepTimer, memory_bytes
 
 
