@@ -80,9 +80,18 @@ class _File(logging.FileHandler):
         self._reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
+        self._report(sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what the last line left in the buffer does not fit, either
+            self._report(error)
+
+    def _report(self, error: BaseException | None) -> None:
         if not self._reported:
             self._reported = True
-            print(f"{self.baseFilename}: {sys.exc_info()[1]}; lines are lost", file=sys.stderr)
+            print(f"{self.baseFilename}: {error}; lines are lost", file=sys.stderr)
 
 
 class _Terminal(logging.Handler):

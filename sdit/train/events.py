@@ -123,9 +123,13 @@ class Observers(Observer):
         return found
 
     def close(self) -> None:
-        """Close all observers, also those that only rank 0 calls."""
+        """Close all observers, also those that only rank 0 calls. A failure is logged: it never replaces the run's own error."""
         for each in self._all:
-            self._call(each, lambda each: each.close())
+            try:
+                each.close()
+            except Exception as error:
+                _log.warning("%s could not be closed (%s: %s)", each.name, type(error).__name__, error)
+                _log.debug("%s", each.name, exc_info=True)
 
     def _notify(self, call: Callable[[Observer], None]) -> None:
         for each in list(self._called):

@@ -65,6 +65,15 @@ def test_a_folder_that_cannot_be_written_costs_the_log_not_the_run(
     assert "writes no log" in (said := capsys.readouterr().err) and "still told" in said
 
 
+def test_a_full_disk_costs_lines_of_the_log_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-000.log").symlink_to("/dev/full")
+    log = RankLog(tmp_path, info(0))
+    logging.getLogger("sdit").info("no room")
+    log.close()
+    assert capsys.readouterr().err.count("No space left on device; lines are lost") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [

@@ -14,7 +14,7 @@ import pytest
 
 from sdit.clock import Clock
 from sdit.config import Config, ObserveConfig
-from sdit.errors import ConfigError
+from sdit.errors import CheckpointError, ConfigError
 from sdit.launch_environment import RankInfo
 from sdit.observe.observers import build_observers
 from sdit.observe.sinks import MAX_SERIES, TensorBoard, WeightsAndBiases, require_packages, scalars
@@ -59,6 +59,23 @@ def test_an_observer_that_fails_is_logged_and_the_run_continues(
 def test_an_observer_that_the_run_needs_ends_it() -> None:
     with pytest.raises(OSError, match="No space left"):
         Observers([Broken()]).on_step(Clock(), StepRecord(step=1, images_seen=1))
+
+
+def test_an_observer_that_cannot_be_closed_replaces_no_error_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk fails the last checkpoint, and then the file of an observer: the run ends with the checkpoint's error."""
+
+    class Unflushed(Observer):
+        name = "the file"
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="checkpoint not written"):
+        try:
+            raise CheckpointError("checkpoint not written")
+        finally:
+            Observers([Unflushed()]).close()
+    assert "the file could not be closed (OSError: [Errno 28] No space left on device)" in caplog.text
 
 
 @pytest.mark.parametrize(
