@@ -16,6 +16,7 @@ from sdit.redact import redact
 from sdit.textfile import text_problem
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.ASCII | re.DOTALL)
+MOST = 100_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,8 +122,8 @@ def add_rank_option(add: Callable[..., Any]) -> None:
 
 
 def positive_int(text: str) -> int:
-    """An argument's type: a whole number from 1."""
+    """An argument's type: return a whole number from 1 to `MOST`, so that no list of so many numbers fills the memory."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; legal: 1 or more")
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not legal; legal: 1 to {MOST}")
     return value
