@@ -187,7 +187,11 @@ def test_a_routing_map_is_drawn_on_demand(sdit: Command, drawn_from: SimpleNames
         (("sample", "--checkpoint", "{switch}"), ExitCode.USAGE, "nothing to write"),
         (("sample", "--checkpoint", "{switch}", "--out", "grid.jpg"), ExitCode.USAGE, "does not end in .png"),
         (("sample", "--checkpoint", "{switch}", "--out", "x.png", "--labels", "3-"), ExitCode.USAGE, "'3-' is no list"),
-        (("sample", "--checkpoint", "{switch}", "--out", "x.png", "--num", "0"), ExitCode.USAGE, "legal: 1 to 100000000"),
+        (
+            ("sample", "--checkpoint", "{switch}", "--out", "x.png", "--num", "0"),
+            ExitCode.USAGE,
+            "legal: 1 to 100000000",
+        ),
         (("sample", "--checkpoint", "{switch}", "--out", "x.png", "--labels", "5"), ExitCode.CONFIG, "legal: 0..4"),
         (("sample", "--checkpoint", "{switch}", "--out", "x.png", "--steps", "0"), ExitCode.CONFIG, "sample.steps: 0"),
         (("sample", "--checkpoint", "{switch}", "--out", "x.png", "--steps", "99"), ExitCode.CONFIG, "legal: 1..50"),
