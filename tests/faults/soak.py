@@ -44,6 +44,7 @@ SETTINGS = (
 )  # fmt: skip
 # A signal may arrive before the supervisor handles signals: then it ends the process as it ends any other one.
 LEGAL = {ExitCode.DONE, ExitCode.REQUEUE, ExitCode.CRASH, ExitCode.IO, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP}
+LENGTH_IMAGES = 240 * 32
 LAUNCHER_SECONDS = (2.0, 40.0)  # when one process has failed, a launcher sends the others SIGTERM, and later SIGKILL
 MAX_LAUNCHES = 60
 FIRST_SECONDS = 300.0
@@ -117,6 +118,7 @@ class Target:
     disk: Disk
     random: random.Random
     damaged_at: int = -1  # images of the newest checkpoint when one was damaged
+    unwritable: bool = False  # at some time of the launch
 
     @property
     def newest(self) -> Path | None:
@@ -207,7 +209,9 @@ def damage(how: Callable[[Path, random.Random], None]) -> Callable[[Target], boo
         if newest is None or len(list_checkpoints(newest.parent)) < 2:
             return False
         images = int(newest.name.removeprefix("images-"))
-        if images <= target.damaged_at:
+        if (
+            images <= target.damaged_at or images >= LENGTH_IMAGES
+        ):  # a complete run does not read its last checkpoint again
             return False
         with contextlib.suppress(FileNotFoundError):  # it was pruned a moment ago
             how(newest, target.random)
@@ -239,6 +243,7 @@ def fill_disk(target: Target) -> bool:
     """Leave no room for a moment: ENOSPC on a tmpfs, EDQUOT under a btrfs quota."""
     if target.disk.size_mib is None:
         return False
+    target.unwritable = True
     with contextlib.suppress(OSError), target.disk.filler.open("wb") as file:
         while True:
             file.write(b"\0" * (1 << 16))
@@ -256,6 +261,7 @@ def make_read_only(target: Target) -> bool:
     folder = str(target.disk.folder)
     if run("btrfs", "property", "set", "-f", folder, "ro", "true"):
         return False
+    target.unwritable = True
     time.sleep(target.random.uniform(0.2, 2.0))
     run("btrfs", "property", "set", "-f", folder, "ro", "false")
     return True
@@ -350,7 +356,10 @@ class Soak:
                 target = Target(ranks, run_dir, disk, self._random, damaged_at)
                 codes = self._launch(target)
                 damaged_at = target.damaged_at
-            if not set(codes) <= LEGAL:
+            refused = (
+                {ExitCode.CONFIG} if target.unwritable else set()
+            )  # a supervisor that starts then cannot write its files
+            if not set(codes) <= LEGAL | refused:
                 raise Broken(f"{run_dir.name}: exit codes {codes}:\n{ranks.output[-2000:]}")
             if codes == [ExitCode.DONE] * 2:
                 return
