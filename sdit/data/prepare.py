@@ -14,7 +14,7 @@ from sdit.data.encoders import Encoder
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_list import write_image_list
 from sdit.data.index import INDEX_NAME, DatasetFacts, DatasetIndex, ShardRecord, read_index, write_index
-from sdit.data.journal import Recipe, opened_journal
+from sdit.data.journal import Journal, Recipe, opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.shards import is_intact, read_shard, write_shard
@@ -67,7 +67,7 @@ def prepare(
 ) -> Summary:
     """Write `source` into the folder `out`. Intact shards of an earlier preparation are kept.
 
-    `jobs` processes are used. Their number does not change a byte.
+    The number of processes, `jobs`, does not change a byte.
 
     Raises:
         DataError: if an image cannot be read and `skip_bad` is False, or if a class has no image left and
@@ -78,20 +78,11 @@ def prepare(
     recipe = {**source.recipe, **encoder.recipe, "samples_per_shard": samples_per_shard, "skip_bad": skip_bad}
     out.mkdir(parents=True, exist_ok=True)
     earlier = () if source.listing is None else source.listing.contents()[:-1]
-    finished: list[_Finished] = []
     with opened_journal(out, recipe, earlier) as journal, _progress_bar(len(source)) as bar:
         if source.listing is not None:
             write_image_list(out, source.listing)
         tasks = _tasks(source, encoder, out, samples_per_shard, journal.finished, facts, skip_bad)
-        for result in run_tasks(_finish, tasks, jobs):
-            for fault in result.skipped:
-                _log.warning("skipped: %s", fault)
-            finished.append(result)
-            if result.record is None:
-                continue
-            if not result.kept:
-                journal.add(result.record)
-            bar.update(result.record.samples)
+        finished = _collect(run_tasks(_finish, tasks, jobs), journal, bar)
         if not allow_empty_classes:
             _refuse_emptied_classes(source, finished)
         present = frozenset[int]().union(*(result.labels for result in finished))
@@ -100,6 +91,20 @@ def prepare(
             write_index(out, index)
     kept = sum(result.kept for result in finished)
     return Summary(len(index.shards) - kept, kept, len(source) - index.facts.total, index)
+
+
+def _collect(results: Iterable[_Finished], journal: Journal, bar: tqdm) -> list[_Finished]:
+    """Return all results. Each is logged, written to the journal and counted by the bar as it arrives."""
+    finished = []
+    for result in results:
+        for fault in result.skipped:
+            _log.warning("skipped: %s", fault)
+        finished.append(result)
+        if result.record is not None:
+            if not result.kept:
+                journal.add(result.record)
+            bar.update(result.record.samples)
+    return finished
 
 
 def verify(folder: Path, jobs: int = 1) -> tuple[DatasetIndex, list[str]]:

@@ -74,9 +74,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def as_table(plan: Plan) -> str:
     """Return the plan with one line per quantity. Memory is in GiB of one rank."""
-    job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
-    model, state = job.config.model, memory.state
-    lines = [
+    lines = [*_model_lines(plan), "", *_memory_lines(plan), "", *_traffic_lines(plan)]
+    kept = plan.job.config.checkpoint.keep_last + 1
+    size = checkpoint_bytes(plan.job)
+    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} checkpoints")]
+    if plan.room_bytes is not None:
+        result = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))
+    return "\n".join(lines)
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    job, model = plan.job, plan.job.config.model
+    flops = flops_per_image(model)
+    return [
         f"{model.variant} depth {model.depth} width {model.width}, {job.world} ranks, EP {job.expert_parallel}, ZeRO {job.stage}"
         f"{' with offload' if job.offload else ''}, {job.config.train.precision}, micro-batch {job.batch.micro_batch} "
         f"x {job.batch.accumulation}",
@@ -85,40 +96,39 @@ def as_table(plan: Plan) -> str:
         _row("parameters, active", f"{job.parameters.active / 1e6:,.1f} M of an image"),
         _row("parameters, a rank", f"{job.numel / 1e6:,.1f} M"),
         _row("FLOPs of an image", f"{flops.forward / 1e9:,.1f} G forward, {flops.train / 1e9:,.1f} G in training"),
-        "",
-        f"memory of one rank ({plan.device})",
     ]
-    kinds = [
-        ("weights", state.weights),
-        ("fp32 masters", state.masters),
-        ("moments", state.moments),
-        ("EMA", state.ema),
-    ]
-    kinds += [("gradients", memory.gradients), ("reduction bucket", memory.bucket), ("activations", memory.activations)]
-    kinds += [("exchange buffers", memory.exchange), ("working set", memory.working)]
-    lines += [_row(f"  {name}", _gib(size)) for name, size in kinds]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory, state = plan.memory, plan.memory.state
+    kinds = {
+        "weights": state.weights,
+        "fp32 masters": state.masters,
+        "moments": state.moments,
+        "EMA": state.ema,
+        "gradients": memory.gradients,
+        "reduction bucket": memory.bucket,
+        "activations": memory.activations,
+        "exchange buffers": memory.exchange,
+        "working set": memory.working,
+    }
+    lines = [f"memory of one rank ({plan.device})", *(_row(f"  {name}", _gib(size)) for name, size in kinds.items())]
     lines += [_row("  on the host", f"-{_gib(state.offloaded)}")] if state.offloaded else []
-    lines += ["peak memory by phase"]
-    lines += [
-        _row(f"  {name}", _gib(size) + ("  <- peak" if name == memory.peak_phase else ""))
-        for name, size in memory.phases.items()
-    ]
-    lines += ["", "bytes sent per step, all ranks together"]
+    peak = {name: "  <- peak" if name == memory.peak_phase else "" for name in memory.phases}
+    phases = [_row(f"  {name}", _gib(size) + peak[name]) for name, size in memory.phases.items()]
+    return [*lines, "peak memory by phase", *phases]
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    lines = ["bytes sent per step, all ranks together"]
     if plan.exchange is None:
         lines.append(_row("  experts", "none: each rank has all experts"))
     else:
-        chosen = job.config.parallel.exchange
+        chosen = plan.job.config.parallel.exchange
         for mode, size in plan.exchange.step_bytes.items():
             mark = f"  <- parallel.exchange, {plan.routes} routes" if mode == chosen else ""
             lines.append(_row(f"  experts, {mode}", _gib(size) + mark))
-    lines.append(_row("  gradients", _gib(gradient_traffic_bytes(job))))
-    kept = job.config.checkpoint.keep_last + 1
-    size = checkpoint_bytes(job)
-    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} checkpoints")]
-    if plan.room_bytes is not None:
-        result = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))
-    return "\n".join(lines)
+    return [*lines, _row("  gradients", _gib(gradient_traffic_bytes(plan.job)))]
 
 
 def _row(name: str, value: str) -> str:
