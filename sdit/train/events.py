@@ -128,7 +128,7 @@ class Observers(Observer):
             try:
                 each.close()
             except Exception as error:
-                _log.warning("%s could not be closed (%s: %s)", each.name, type(error).__name__, error)
+                _log.warning("%s failed while it was closed (%s: %s)", each.name, type(error).__name__, error)
                 _log.debug("%s", each.name, exc_info=True)
 
     def _notify(self, call: Callable[[Observer], None]) -> None:

@@ -75,7 +75,7 @@ def test_an_observer_that_cannot_be_closed_replaces_no_error_of_the_run(caplog: 
             raise CheckpointError("checkpoint not written")
         finally:
             Observers([Unflushed()]).close()
-    assert "the file could not be closed (OSError: [Errno 28] No space left on device)" in caplog.text
+    assert "the file failed while it was closed (OSError: [Errno 28] No space left on device)" in caplog.text
 
 
 @pytest.mark.parametrize(
