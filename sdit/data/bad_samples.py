@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 class BadSampleCounter:
     """Counts bad samples `by_reason` since the start of this process, and per epoch.
 
-    Ranks have unequal numbers of bad shards. A rank therefore stops only if it alone exceeds the limit of the whole run.
+    Ranks have unequal numbers of bad shards. A rank therefore stops only if its own number exceeds the limit of the whole run.
     The trainer also sums `in_latest_epoch` over all ranks. The counts are not stored in checkpoints.
     """
 

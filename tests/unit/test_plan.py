@@ -161,7 +161,7 @@ def test_the_knob_is_one_that_fits() -> None:
     needed = plan_memory(job, None, "cpu").peak
     remedy, enough = find_remedy(job, {}, peak, 0.9 * needed)
     assert enough and remedy is not None and remedy.peak_bytes <= 0.9 * needed
-    assert remedy.text.startswith("train.micro_batch=32")  # gradients are small beside 64 images' activations
+    assert remedy.text.startswith("train.micro_batch=32")  # gradients take little compared with 64 images' activations
     remedy, enough = find_remedy(job, {}, peak, 1.0)
     assert remedy is not None and not enough
 

@@ -60,9 +60,9 @@ def test_a_folder_that_cannot_be_written_costs_the_log_not_the_run(
 ) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
     log = RankLog(tmp_path, info(0))
-    logging.getLogger("sdit").warning("still told")
+    logging.getLogger("sdit").warning("still printed")
     log.close()
-    assert "writes no log" in (said := capsys.readouterr().err) and "still told" in said
+    assert "writes no log" in (said := capsys.readouterr().err) and "still printed" in said
 
 
 def test_a_full_disk_costs_lines_of_the_log_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
