@@ -69,13 +69,14 @@ def admit(
 def refuse_own(registry: MemberRegistry, me: Member, world: int, run_dir: Path, code: int) -> None:
     """Ask the other ranks of a launch whose rank 0 (`me`) was refused to exit with `code`.
 
-    Ranks in the attempt spec of the lock's holder are not of this launch.
+    Ranks in the attempt spec of the lock's holder are not of this launch. A rank that only may be of this launch is not asked
+    either: it can be a replaced rank of the holder's, which the holder does not list yet.
     """
     deadline, notified = time.monotonic() + REFUSE_SECONDS, set[str]()
     while len(notified) < world - 1 and time.monotonic() < deadline:
         taken = named_by_owner(run_dir)
         for member in registry.members():
-            if member.nonce in taken or not member.launch.agrees_with(me.launch):
+            if member.nonce in taken or not member.launch.surely_agrees_with(me.launch):
                 continue
             try:
                 if registry.refusal(member) is None:  # also if a new holder of the lock has removed it

@@ -81,7 +81,7 @@ class Membership:
             if now - self._refused_since > DOUBT_SECONDS:
                 return code, ""
         owner = owner_of(self._run_dir)
-        if owner is None or _mark(owner).agrees_with(self._member.launch):
+        if owner is None or _mark(owner).surely_agrees_with(self._member.launch):
             self._foreign = None
         elif self._foreign is None or _token(self._foreign[0]) != _token(owner):
             self._foreign = owner, now

@@ -19,6 +19,7 @@ from sdit.cli.report import main as report
 from sdit.cli.train import main as train
 from sdit.errors import ExitCode
 from sdit.supervise.lock import identity
+from sdit.supervise.membership import DOUBT_SECONDS
 from tests.cases.launches import Launch, environments
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake
@@ -163,6 +164,21 @@ def test_ranks_of_a_refused_launch_leave_without_its_launcher(tmp_path: Path) ->
         assert all(process.poll() is None for process in first.processes)
         ranks_here = [path.name for path in (run / "supervise" / "waiting").iterdir()]
         assert len(ranks_here) == 2  # the first launch's ranks 1 and 2
+
+
+def test_second_launch_refuses_no_replaced_rank_of_the_first(tmp_path: Path) -> None:
+    """S1: A replaced rank that the holder does not list yet is not a rank of another shell's launch on the same port."""
+    run, same = tmp_path / "run", environments(2)
+    with start_fake(2, run, steps=100_000, step_seconds=0.02, environments=same) as first:
+        eventually(lambda: newest_step(run) >= 4)
+        first.send(1, signal.SIGKILL)
+        first.replace(1)
+        with Launch(run, same, 100_000, inner="helper", outer="my-launcher") as second:
+            assert second.process.wait(60) == ExitCode.CONFIG
+            eventually(lambda: all(map(is_gone, second.ranks)), seconds=20)
+        assert not list((run / "supervise" / "waiting").glob("*.refused"))
+        time.sleep(DOUBT_SECONDS + 1)  # a refused rank waits for so long
+        assert first.processes[1].poll() is None
 
 
 def test_members_are_of_one_launch() -> None:

@@ -24,9 +24,10 @@ class Ranks:
     """The supervisors of one launch, a process per rank, and what they printed."""
 
     def __init__(
-        self, world: int, command: list[str], log: Path, only: tuple[int, ...] | None = None, **environment: str
-    ) -> None:
-        environments = [{**values, **environment} for values in rank_environments(world)]
+        self, world: int, command: list[str], log: Path, only: tuple[int, ...] | None = None,
+        environments: list[dict[str, str]] | None = None, **environment: str,
+    ) -> None:  # fmt: skip
+        environments = [{**values, **environment} for values in environments or rank_environments(world)]
         self._start(command, log, environments, only if only is not None else tuple(range(world)))
 
     def _start(self, command: list[str], log: Path, environments: list[dict[str, str]], only: tuple[int, ...]) -> None:
@@ -85,12 +86,13 @@ class Ranks:
 
 
 def start_fake(
-    world: int, run_dir: Path, steps: int = 12, only: tuple[int, ...] | None = None, **options: object
-) -> Ranks:
+    world: int, run_dir: Path, steps: int = 12, only: tuple[int, ...] | None = None,
+    environments: list[dict[str, str]] | None = None, **options: object,
+) -> Ranks:  # fmt: skip
     """Fake ranks under real supervisors; options as fake_rank.py takes them."""
     run_dir.mkdir(exist_ok=True)
     command = [sys.executable, str(FAKE), str(run_dir), str(steps), json.dumps(options)]
-    return Ranks(world, command, run_dir.with_suffix(".log"), only)
+    return Ranks(world, command, run_dir.with_suffix(".log"), only, environments)
 
 
 def start_real(
