@@ -18,6 +18,12 @@ FAKE = Path(__file__).with_name("fake_rank.py")
 LAUNCHER = ROOT / "launcher" / "train.py"
 FAULTY_LAUNCHER = Path(__file__).with_name("train_with_faults.py")
 WAIT_SECONDS = 120.0
+SECOND_LAUNCH = """
+import json, signal, subprocess, sys
+ranks = [subprocess.Popen(json.loads(sys.argv[1]), env=environment) for environment in json.loads(sys.argv[2])]
+signal.signal(signal.SIGTERM, lambda number, frame: [rank.send_signal(number) for rank in ranks])
+sys.exit(max(rank.wait() for rank in ranks))
+"""
 
 
 class Ranks:
@@ -34,11 +40,14 @@ class Ranks:
         self.log, self._command, self._environments = log, command, environments
         self.processes = [self._launch(rank) for rank in only]
 
-    def again(self, log: Path) -> Ranks:
-        """Launch the same command a second time, in the same environment."""
-        second = object.__new__(Ranks)
-        second._start(self._command, log, self._environments, tuple(range(len(self._environments))))
-        return second
+    def again(self, log: Path) -> subprocess.Popen:
+        """Launch the same command a second time in the same environment, below another process, as another shell does.
+
+        That process passes SIGTERM on and exits with the largest exit code of its ranks.
+        """
+        words = [sys.executable, "-c", SECOND_LAUNCH, json.dumps(self._command), json.dumps(self._environments)]
+        with log.open("a") as file:
+            return subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT)
 
     def _launch(self, rank: int) -> subprocess.Popen:
         with self.log.open("a") as file:

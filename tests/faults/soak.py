@@ -182,21 +182,22 @@ def launch_again(target: Target) -> bool:
     def is_healthy() -> bool:
         return [process.poll() for process in target.ranks.processes] == [None, None]
 
-    deadline = time.monotonic() + SECOND_SECONDS
-    with target.ranks.again(target.ranks.log.with_suffix(".second.log")) as second:
-        while any(process.poll() is None for process in second.processes) and is_healthy():
+    log = target.ranks.log.with_suffix(".second.log")
+    second, deadline = target.ranks.again(log), time.monotonic() + SECOND_SECONDS
+    try:
+        while second.poll() is None and is_healthy():
             if time.monotonic() > deadline:
-                raise Broken(f"{target.run_dir.name}: a second launch was not refused:\n{second.output[-1000:]}")
+                raise Broken(f"{target.run_dir.name}: a second launch was not refused:\n{log.read_text()[-1000:]}")
             time.sleep(0.1)
-        if is_healthy():
-            codes = second.codes()
-            if codes != [ExitCode.CONFIG] * 2:
-                raise Broken(f"{target.run_dir.name}: a second launch ended with {codes}:\n{second.output[-1000:]}")
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in second.processes:
-                process.send_signal(number)
+        if is_healthy() and second.returncode != ExitCode.CONFIG:
+            raise Broken(
+                f"{target.run_dir.name}: a second launch ended with {second.returncode}:\n{log.read_text()[-1000:]}"
+            )
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # if it is killed, its ranks save and leave
+            second.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                second.codes(SECOND_SECONDS)
+                second.wait(SECOND_SECONDS)
                 break
     return True
 
