@@ -60,6 +60,7 @@ class Coordinator:
         self._attendance = Attendance()
         self._spec = AttemptSpec(attempt=0, members={"0": member.nonce})
         self._since = self._published_at = time.monotonic()
+        self._first_report_at: float | None = None  # when rank 0 had the first exit report of the attempt
         self._reached_first_step = False
         self._is_published = True
         self.stopping = False
@@ -130,7 +131,7 @@ class Coordinator:
             self._since = time.monotonic()
             self._publish(ending=True)
         if len(exit_reports) < len(self._spec.order):
-            if not self._spec.ending or time.monotonic() - self._since < LOST_SECONDS:
+            if not self._is_overdue(exit_reports):
                 return
             exit_reports |= {
                 rank: self._lost_report(rank, exit_reports) for rank in self._spec.order if rank not in exit_reports
@@ -146,6 +147,21 @@ class Coordinator:
             return
         print(f"FATAL {decision.text}", file=sys.stderr, flush=True)
         self._restart(tuple(rank for rank in self._spec.order if exit_reports[rank].cause != "lost"))
+
+    def _is_overdue(self, exit_reports: Mapping[int, ExitReport]) -> bool:
+        """Return whether the missing exit reports are lost.
+
+        All ranks end together. After a clean end, each supervisor ends its worker within `grace_seconds`. A supervisor that was
+        killed after its worker had ended reports nothing. Rank 0's own report is never lost: this process writes it.
+        """
+        now = time.monotonic()
+        if self._spec.ending:
+            return now - self._since >= LOST_SECONDS
+        if not exit_reports:
+            return False
+        self._first_report_at = self._first_report_at or now
+        is_own_missing = 0 in self._spec.order and 0 not in exit_reports
+        return not is_own_missing and now - self._first_report_at >= self._config.grace_seconds + LOST_SECONDS
 
     def _restart(self, left: tuple[int, ...]) -> None:
         """Start the next attempt on the remaining ranks, if these are all ranks or the run is elastic."""
@@ -168,7 +184,7 @@ class Coordinator:
     def _start(self, order: tuple[int, ...]) -> None:
         attempt = self._spec.attempt + 1
         newest = self._newest_checkpoint()
-        self._since = time.monotonic()
+        self._since, self._first_report_at = time.monotonic(), None
         self._spec = AttemptSpec(
             attempt=attempt,
             members={str(rank): member.nonce for rank, member in self._members.items()},

@@ -212,6 +212,19 @@ def test_lost_node_ends_the_run_or_is_left_behind(tmp_path: Path, elastic: bool,
     assert "rank 2," in ranks.fatal[0] and "does not answer" in ranks.fatal[0]
 
 
+def test_supervisor_that_is_lost_after_its_worker_had_ended_is_not_awaited_for_ever(tmp_path: Path) -> None:
+    """All workers end with 0, but rank 1's supervisor is killed before it reports that."""
+    run = tmp_path / "run"
+    with start_fake(2, run, steps=40, step_seconds=0.05, config=QUICK) as ranks:
+        eventually(lambda: newest_step(run) >= 4)
+        ranks.send(1, signal.SIGSTOP)
+        eventually(lambda: newest_step(run) == 40)
+        eventually(lambda: list((run / "supervise").glob("*/end-0001-00000.json")))
+        ranks.send(1, signal.SIGKILL)
+        assert ranks.codes(seconds=LOST_SECONDS + 40) == [ExitCode.CRASH, -signal.SIGKILL]
+    assert "rank 1," in ranks.fatal[0] and "does not answer" in ranks.fatal[0]
+
+
 def test_replaced_leader_leads_the_others_on(tmp_path: Path) -> None:
     """Rank 0's pod is lost and replaced within seconds; rank 1's supervisor, whose child is lost as well, lives on."""
     run = tmp_path / "run"
