@@ -157,7 +157,7 @@ def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
         Check("devices", ", ".join(f"{n} x {name}" for name, n in Counter(fabric["devices"]).items())),
         Check(
             "backend",
-            f"{fabric['backend']}, first collective {fabric['first_collective_seconds']:.2f} s after the meeting",
+            f"{fabric['backend']}, first collective {fabric['first_collective_seconds']:.2f} s after the rendezvous",
         ),
     ]
     pairs, world = fabric["pairs"], len(fabric["devices"])

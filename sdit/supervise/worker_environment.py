@@ -15,6 +15,6 @@ def worker_environment(rank: SupervisedRank, spec: AttemptSpec) -> dict[str, str
     local_world = spec.hosts.count(rank.member.host) if world < info.world else info.local_world
     kept = {name: value for name, value in rank.environment.items() if not name.startswith(FOREIGN)}
     place = {"RANK": spec.order.index(info.rank), "WORLD_SIZE": world, "LOCAL_RANK": info.local_rank}
-    meeting = {"MASTER_ADDR": spec.address, "MASTER_PORT": spec.port}
+    rendezvous = {"MASTER_ADDR": spec.address, "MASTER_PORT": spec.port}
     node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: info.source}
-    return {**kept, **{name: str(value) for name, value in {**place, **meeting, **node}.items()}}
+    return {**kept, **{name: str(value) for name, value in {**place, **rendezvous, **node}.items()}}
