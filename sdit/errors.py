@@ -39,10 +39,14 @@ class DataError(SditError):
     exit_code = ExitCode.DATA
 
 
-class CheckpointError(SditError):
-    """A checkpoint that cannot be read or written. The message names the file."""
+class StorageError(SditError):
+    """Storage that cannot be used now, for example a full disk. The message names the path. A retry can succeed."""
 
     exit_code = ExitCode.IO
+
+
+class CheckpointError(StorageError):
+    """A checkpoint that cannot be read or written. The message names the file."""
 
 
 def one_line(text: str, characters: int = MESSAGE_CHARACTERS) -> str:

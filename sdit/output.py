@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from sdit.files import DISK_FULL
+
 PIPE_BYTES = select.PIPE_BUF  # a pipe that poll() reports as ready accepts this many bytes without blocking
 STUCK_SECONDS = 5.0  # a run no longer waits for a reader that reads nothing for this long
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # after these errors a later write may succeed
+FULL = (*DISK_FULL, errno.EFBIG)  # after these errors a later write may succeed
 
 
 def keep_output() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -30,13 +29,12 @@ from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
 from sdit.expert_parallel.logical_tensors import ExpertIds, logical_shards, shards_with_values
-from sdit.files import fsync, replace_text
+from sdit.files import DISK_FULL, fsync, replace_text
 from sdit.supervise.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"images-(\d{12})")
 _ASIDE = re.compile(r"aside-images-(\d{12})")
-FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user, group or project
 PROBLEMS_SHOWN = 4
 
 
@@ -355,7 +353,7 @@ def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
     try:
         action()
     except OSError as error:
-        return Problem(f"{error.filename or path}: {error.strerror or error}", error.errno in FULL)
+        return Problem(f"{error.filename or path}: {error.strerror or error}", error.errno in DISK_FULL)
     return None
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from sdit.errors import CheckpointError, ConfigError, ExitCode, SditError
+from sdit.errors import ConfigError, ExitCode, SditError, StorageError
 from sdit.output import keep_output, output_problem
 from sdit.redact import redact
 
@@ -75,7 +75,7 @@ def exit_status(action: Callable[[], int]) -> int:
     try:
         return int(action())
     except SditError as error:
-        _print_error(error, is_common=isinstance(error, ConfigError | CheckpointError))
+        _print_error(error, is_common=isinstance(error, ConfigError | StorageError))
         return int(error.exit_code)
     except OSError as error:
         if error.filename is None:  # not a file of the user's: a broken connection, for example

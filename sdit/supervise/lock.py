@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdit.errors import ConfigError
+from sdit.errors import ConfigError, StorageError
+from sdit.files import DISK_FULL
 from sdit.json_files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
 
@@ -39,7 +40,9 @@ _log = logging.getLogger(__name__)
 class RunLock:
     """Holds RUN/lock.json. `token` is the unguessable id of this launch.
 
-    Raises: ConfigError: if a live process holds the lock. Nothing else was written then. The message names host and pid.
+    Raises:
+        ConfigError: if a live process holds the lock. Nothing else was written then. The message names host and pid.
+        StorageError: if the disk is full.
     """
 
     def __init__(
@@ -231,8 +234,12 @@ def in_use(run_dir: Path, holder: Holder) -> ConfigError:
     )
 
 
-def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """Return the error for a run directory that cannot be used."""
+def unwritable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
+    """Return the error for a run directory that cannot be used: StorageError if the disk is full."""
+    if error.errno in DISK_FULL:
+        return StorageError(
+            f"run_dir: {run_dir}: cannot be written ({error.strerror}); free space there, then start again"
+        )
     return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 

@@ -29,7 +29,9 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         """Create the folder unless it exists. Only the start of a run does so.
 
-        Raises: ConfigError: if it cannot be created.
+        Raises:
+            ConfigError: if it cannot be created.
+            StorageError: if the disk is full.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)

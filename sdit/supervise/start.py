@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from sdit.config import SuperviseConfig
-from sdit.errors import ConfigError, ExitCode
+from sdit.errors import SditError
 from sdit.launch_environment import RankInfo
 from sdit.supervise.admission import refuse_own
 from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
@@ -29,7 +29,9 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
 
     Rank 0 takes the run's lock before it touches anything that another launch may use.
 
-    Raises: ConfigError when another process uses the run directory, or it cannot be written.
+    Raises:
+        ConfigError: if another process uses the run directory, or it cannot be written.
+        StorageError: if the disk is full.
     """
     folder = RunFolder.create(job.run_dir)
     member = Member(
@@ -59,9 +61,9 @@ def _supervise_first(rank: SupervisedRank, folder: RunFolder) -> int:
     run_dir, registry, job, world = folder.anchor, MemberRegistry(folder.anchor), rank.job, rank.info.world
     try:
         lock = RunLock(job.run_dir, launch=asdict(rank.member.launch))
-    except ConfigError:
+    except SditError as error:
         if world > 1:
-            refuse_own(registry, rank.member, world, job.run_dir, ExitCode.CONFIG)
+            refuse_own(registry, rank.member, world, job.run_dir, error.exit_code)
         raise
     lock.follow(run_dir)
     with lock:

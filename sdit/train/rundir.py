@@ -31,7 +31,12 @@ LEFTOVER_SECONDS = 3600.0  # a younger one may be in use by a process that looks
 
 
 def prepare_run_dir(folder: RunFolder) -> None:
-    """Create the folders of a run, and remove old temporary files. Raises: ConfigError when it cannot be written."""
+    """Create the folders of a run, and remove old temporary files.
+
+    Raises:
+        ConfigError: if it cannot be written.
+        StorageError: if the disk is full.
+    """
     try:
         folder.make("checkpoints")
         folder.make("logs")

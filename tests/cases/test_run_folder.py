@@ -265,3 +265,19 @@ def test_symbolic_link_that_leads_elsewhere_is_noticed(tmp_path: Path) -> None:
         link.unlink()
         link.symlink_to(tmp_path / "two")
         assert folder.now == tmp_path / "one"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("world", [1, 2])
+def test_launch_on_a_full_disk_asks_for_a_retry(tmp_path: Path, disk: Path, world: int) -> None:
+    """All ranks exit with the code of a storage fault, because a retry can succeed, and one line names the folder."""
+    run = disk / "run"
+    run.mkdir()
+    fill(disk)
+    with start_real(world, run, TINY, log=tmp_path / "log") as ranks:
+        assert ranks.codes() == [ExitCode.IO] * world
+    (line,) = ranks.fatal
+    assert line.startswith(f"error: run_dir: {run}: cannot be written (No space left on device); free space")
+    (disk / "fill").unlink()
+    with start_real(world, run, TINY, "train.steps=2", log=tmp_path / "log") as ranks:
+        assert ranks.codes() == [ExitCode.DONE] * world
