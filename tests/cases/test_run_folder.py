@@ -30,6 +30,11 @@ def children(ranks: Ranks) -> list[int]:
     return [ranks.child_pid(rank) for rank in range(len(ranks.processes))]
 
 
+def remove(folder: Path) -> None:
+    """`rm -r`, repeated if a rank writes to the folder meanwhile."""
+    eventually(lambda: shutil.rmtree(folder) is None)
+
+
 def test_renamed_run_is_saved_in_its_folder_and_stops(tmp_path: Path) -> None:
     """R15: `mv RUN MOVED` while two ranks train: one line, all steps are in MOVED, and nothing appears at the old path."""
     run, moved = tmp_path / "run", tmp_path / "moved"
@@ -118,7 +123,7 @@ def test_part_of_a_run_that_is_deleted_is_made_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start_real(1, run, TINY, *ENDLESS) as ranks:
         eventually(lambda: newest_step(run) > 0)
-        shutil.rmtree(run / "supervise")
+        remove(run / "supervise")
         (run / "checkpoints").rename(tmp_path / "kept")
         eventually(lambda: newest_step(run) > 0)
         ranks.send(0, signal.SIGTERM)
@@ -132,7 +137,7 @@ def test_end_is_reported_again_until_the_folder_is_back(tmp_path: Path, world: i
     run = tmp_path / "run"
     with start_fake(world, run, steps=100_000) as ranks:
         eventually(lambda: newest_step(run) >= 4)
-        shutil.rmtree(run / "supervise")
+        remove(run / "supervise")
         ranks.send(0, signal.SIGTERM)
         assert ranks.codes(seconds=30) == [ExitCode.REQUEUE] * world
     assert ranks.fatal == []
@@ -156,7 +161,7 @@ def test_ranks_find_each_other_in_a_folder_that_was_deleted(tmp_path: Path) -> N
     run = tmp_path / "run"
     with start_fake(2, run, steps=100_000, only=(0,)) as ranks:
         eventually(lambda: list((run / "supervise").glob("*/plan.json")))
-        shutil.rmtree(run / "supervise")
+        remove(run / "supervise")
         ranks.join(1)
         for _ in range(10):
             time.sleep(0.1)
