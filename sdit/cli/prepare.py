@@ -17,7 +17,7 @@ from sdit.errors import ExitCode
 if TYPE_CHECKING:
     from sdit.data.folders import FolderSource
 
-IMAGES_PER_PROCESS = 4096  # a process takes seconds to start; on 8 x 8 pictures that is more than its work
+IMAGES_PER_PROCESS = 4096  # a process takes seconds to start; on 8 x 8 images that is more than its work
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def _prepare(options: argparse.Namespace) -> int:
     facts = done.index.facts
     print(
         f"{options.out}: {facts.total} {facts.kind} of {facts.channels} x {facts.size} x {facts.size}, "
-        f"{facts.classes} classes; {done.written} shards written, {done.kept} kept, {done.skipped} pictures skipped"
+        f"{facts.classes} classes; {done.written} shards written, {done.kept} kept, {done.skipped} images skipped"
     )
     return ExitCode.DONE
 

@@ -1,7 +1,7 @@
 """Write training images as verified tar shards that the trainer reads (data.source: shards, data.path: FOLDER).
 
   sdit prepare digits        --out FOLDER                        1,797 digits, 8 x 8 grey, 10 classes
-  sdit prepare fashion-mnist --out FOLDER --pad 32               60,000 pictures, 28 x 28 grey, 10 classes
+  sdit prepare fashion-mnist --out FOLDER --pad 32               60,000 images, 28 x 28 grey, 10 classes
   sdit prepare folder  --images TREE --size 256 --out FOLDER     one subfolder of images for each class
   sdit prepare latents --images TREE --size 256 --vae VAE --flip --out FOLDER
   sdit prepare --verify FOLDER                                   check every shard and every sample

@@ -47,7 +47,7 @@ what comes out:
   --out   a PNG grid of the first 400 images, row by row; how they were drawn is in its text chunks
   --npz   arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64 labels, as evaluation code for ImageNet reads them
   --raw   (N, C, H, W) float32: pixels in [-1, 1], or, of a run on latents without --vae, scaled latents
-  of a run on latents without --vae there is no picture: --out and --npz leave an npz of `latents` (N, C, H, W) float32 as
+  of a run on latents without --vae there is no image: --out and --npz leave an npz of `latents` (N, C, H, W) float32 as
   the model draws them, `labels` (N,) and `latent_scale`, by which they are to be divided before they are decoded
 which labels:
   neither --labels nor --images   the grid of the run's config: sample.classes rows, sample.images_per_class columns
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
             print(path)
         if latents is not None:
             kept = f"latents of {trained.config.model.channels} channels, kept in {latents}"
-            print(f"no picture: the model draws {kept}; --vae FOLDER decodes them")
+            print(f"no image: the model draws {kept}; --vae FOLDER decodes them")
     return ExitCode.DONE
 
 

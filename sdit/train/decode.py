@@ -40,7 +40,7 @@ def latent_decoder(config: Config, vae: Path | None, device: torch.device | str)
         raise ConfigError(str(error) if vae else str(error).replace("--vae", "sample.vae")) from None
     encoder = data_recipe(config.data).get("vae", decoder.digest)
     if encoder != decoder.digest:
-        _log.warning("--vae: %s is not the VAE that encoded %s; pictures may differ", folder, config.data.path)
+        _log.warning("--vae: %s is not the VAE that encoded %s; images may differ", folder, config.data.path)
     return decoder
 
 

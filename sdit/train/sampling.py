@@ -1,4 +1,4 @@
-"""Pictures from a model: the same images for the same seed on any number of ranks."""
+"""Images from a model: the same images for the same seed on any number of ranks."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_features_are_learnt_from_a_tree(evaluate: Any, monkeypatch: pytest.Monk
     assert done.status == 78 and "one folder of images for each class" in done.err
 
 
-def test_grey_pictures_stored_as_rgb(evaluate: Any) -> None:
+def test_grey_images_stored_as_rgb(evaluate: Any) -> None:
     """R9: torchvision's save_image stores grey pictures as RGB; colours against a grey reference are refused."""
     np.savez("real.npz", arr_0=255 - GREY[..., None])
     write_images(Path("grey"), GREY)

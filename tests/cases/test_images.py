@@ -269,7 +269,7 @@ def test_a_folder_that_the_file_system_cannot_list_is_an_error(
 
 
 @pytest.mark.parametrize("words", [(), ("--skip-bad",)])
-def test_an_image_that_the_file_system_cannot_read_is_no_bad_picture(
+def test_an_image_that_the_file_system_cannot_read_is_no_bad_image(
     prepare: Prepare, tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     """I2: --skip-bad does not drop an image because of an input/output error; exit 74."""
@@ -282,7 +282,7 @@ def test_an_image_that_the_file_system_cannot_read_is_no_bad_picture(
     assert "Input/output error" in prepare.refuses(tree, out, *words, status=ExitCode.IO)
 
 
-def test_an_image_that_disappears_is_no_bad_picture(
+def test_an_image_that_disappears_is_no_bad_image(
     prepare: Prepare, tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I2: An image tree that is unmounted on the way is not skipped image by image."""
@@ -444,7 +444,7 @@ def test_names_that_are_not_utf_8_are_stored_escaped(prepare: Prepare, tree: Pat
     assert prepare(tree, out) == ExitCode.DONE and "0 shards written" in prepare.out
 
 
-def test_bad_pictures_with_odd_names_are_named_in_one_line(
+def test_bad_images_with_odd_names_are_named_in_one_line(
     prepare: Prepare, tree: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """I5: Line breaks and bytes that are not UTF-8 in a file name do not break the message."""
@@ -485,8 +485,8 @@ def test_skip_bad_continues_with_what_is_written(prepare: Prepare, tree: Path, o
     before = shards(out)
     assert prepare(tree, out, *words, "--skip-bad") == ExitCode.DONE, prepare.err
     assert before.items() <= shards(out).items() and f"{len(before)} kept" in prepare.out
-    assert "1 pictures skipped" in prepare.out and len(samples(out)) == 16
-    assert prepare(tree, out, *words, "--skip-bad") == ExitCode.DONE and "1 pictures skipped" in prepare.out
+    assert "1 images skipped" in prepare.out and len(samples(out)) == 16
+    assert prepare(tree, out, *words, "--skip-bad") == ExitCode.DONE and "1 images skipped" in prepare.out
 
 
 def test_a_folder_with_skipped_images_is_not_called_whole(prepare: Prepare, tree: Path, out: Path) -> None:
@@ -579,7 +579,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_special_files_are_bad_pictures(prepare: Prepare, tree: Path, out: Path, kind: str) -> None:
+def test_special_files_are_bad_images(prepare: Prepare, tree: Path, out: Path, kind: str) -> None:
     """I8: A link, FIFO, socket, device or empty file with an image's name is a bad picture, and never waited for."""
     write_tree(tree, "a/y.png")
     SPECIAL[kind](tree / "a" / "z.png")
@@ -588,10 +588,10 @@ def test_special_files_are_bad_pictures(prepare: Prepare, tree: Path, out: Path,
         assert re.search(r"a/z\.png: cannot be (read|decoded): \S", line) and "--skip-bad" in line
         assert "<_io" not in line and "hangs" not in line
         assert prepare(tree, out, "--skip-bad") == ExitCode.DONE, prepare.err
-    assert len(samples(out)) == 1 and "1 pictures skipped" in prepare.out
+    assert len(samples(out)) == 1 and "1 images skipped" in prepare.out
 
 
-def test_an_image_without_permission_is_a_bad_picture(prepare: Prepare, public: Path) -> None:
+def test_an_image_without_permission_is_a_bad_image(prepare: Prepare, public: Path) -> None:
     """I8: A single file that this user may not read is named, and skipped if asked."""
     tree = write_tree(public / "tree", "a/x.png", "a/y.png")
     (tree / "a" / "y.png").chmod(0)

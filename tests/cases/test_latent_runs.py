@@ -96,12 +96,12 @@ def test_sampling_decodes_with_a_vae(sdit: Any, place: Path) -> None:
 
 
 @pytest.mark.parametrize(("target", "name"), [("--out a.png", "a.npz"), ("--npz b.npz", "b.npz")])
-def test_without_a_vae_nothing_is_called_a_picture(sdit: Any, place: Path, target: str, name: str) -> None:
+def test_without_a_vae_nothing_is_called_an_image(sdit: Any, place: Path, target: str, name: str) -> None:
     """R10: Without --vae one line says that latents were written instead, and no PNG and no arr_0 appears."""
     done = sdit(f"sample --checkpoint {{place}}/run --images 5 {target}")
     assert done.status == 0, done
     assert done.out.splitlines() == [
-        name, f"no picture: the model draws latents of 4 channels, kept in {name}; --vae FOLDER decodes them",
+        name, f"no image: the model draws latents of 4 channels, kept in {name}; --vae FOLDER decodes them",
     ]  # fmt: skip
     assert [path.name for path in Path().iterdir()] == [name]
     with np.load(name) as stored:
@@ -162,12 +162,12 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_latents_of_three_channels_are_no_pictures(sdit: Any, latents: Path, tmp_path: Path) -> None:
+def test_latents_of_three_channels_are_no_images(sdit: Any, latents: Path, tmp_path: Path) -> None:
     """R10: The index of the training data tells latents of three channels from RGB."""
     data = ("data.source=shards", f"data.path={latents}/set", "data.flip=false")
     write_run(tmp_path / "run", tiny_config("model.channels=3", "model.classes=2", *data))
     done = sdit("sample --checkpoint run --images 2 --out a.png")
-    assert done.status == 0 and "no picture: the model draws latents of 3 channels" in done.out, done
+    assert done.status == 0 and "no image: the model draws latents of 3 channels" in done.out, done
     assert not Path("a.png").exists() and Path("a.npz").exists()
     done = sdit("evaluate --checkpoint run --images 2 --reference digits --out a.json --cache cache")
     assert done.status == 78 and "--vae: is not set" in done.err

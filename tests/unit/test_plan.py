@@ -151,7 +151,7 @@ def test_gradients_travel_once_around_the_ring_and_back() -> None:
     assert gradient_traffic_bytes(job_of(model_config("dit", "linear"))) == 0
 
 
-def test_the_knob_is_one_that_fits() -> None:
+def test_the_remedy_is_one_that_fits() -> None:
     job = job_of(model_config("switch", "linear", depth=12), global_batch=64)
 
     def peak(config: Config, deepspeed: dict[str, Any]) -> int:
@@ -187,7 +187,7 @@ def test_xl2_with_64_experts_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     assert set(found["traffic_per_step"]["exchange_bytes"]) == {"tokens", "weights", "auto"}
 
 
-def test_what_does_not_fit_ends_with_78_and_one_knob(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_ends_with_78_and_one_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = launch(capsys, XL2, "--gpus-per-node", "8", "--memory-gib", "14")
     assert code == 78, out
     assert "DOES NOT FIT; set " in out

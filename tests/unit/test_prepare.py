@@ -55,8 +55,8 @@ def test_digits_are_prepared_then_kept_then_verified(
     assert prepare("digits", "--out", out) == ExitCode.DONE
     assert prepare("--verify", out) == ExitCode.DONE
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first.endswith("1797 images of 1 x 8 x 8, 10 classes; 2 shards written, 0 kept, 0 pictures skipped")
-    assert second.endswith("0 shards written, 2 kept, 0 pictures skipped")
+    assert first.endswith("1797 images of 1 x 8 x 8, 10 classes; 2 shards written, 0 kept, 0 images skipped")
+    assert second.endswith("0 shards written, 2 kept, 0 images skipped")
     assert third.endswith("2 shards, 1797 images, all intact")
 
 
@@ -75,7 +75,7 @@ def test_bad_images_stop_or_are_skipped(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{tree}/a/0.png: cannot be decoded" in error
     assert prepare(*words, tmp_path / "lenient", "--skip-bad") == ExitCode.DONE
-    assert "5 images" in (captured := capsys.readouterr()).out and "1 pictures skipped" in captured.out
+    assert "5 images" in (captured := capsys.readouterr()).out and "1 images skipped" in captured.out
 
 
 def test_verify_reports_damage(

@@ -88,7 +88,7 @@ def test_no_layout_changes_a_bit(
     assert np.array_equal(x0, expected.x0) and np.array_equal(y, expected.y)
 
 
-def test_half_of_the_pictures_are_mirrored_anew_in_each_epoch(open_loader: Any, folder: Path, pictures: Any) -> None:
+def test_half_of_the_images_are_mirrored_anew_in_each_epoch(open_loader: Any, folder: Path, pictures: Any) -> None:
     epochs = 50
     numbers, mirrored = pictures.read_numbers(open_loader(folder, flip=True).read(np.arange(40 * epochs)).x0)
     assert Counter(numbers) == dict.fromkeys(range(40), epochs)
@@ -108,7 +108,7 @@ def test_latents_are_scaled_draws_of_their_posterior(tmp_path: Path, pictures: A
     assert len(np.unique(eps[:, 0, 0, 0])) == 400  # each reading of a sample draws anew
 
 
-def test_mirrored_latents_are_those_of_the_mirrored_picture(tmp_path: Path, pictures: Any, open_loader: Any) -> None:
+def test_mirrored_latents_are_those_of_the_mirrored_image(tmp_path: Path, pictures: Any, open_loader: Any) -> None:
     folder = pictures.write_folder(tmp_path / "latents", [20], kind="latents", mirrored=True, first_number=100)
     means = open_loader(folder, channels=2, flip=True).read(np.arange(200)).x0.mean((1, 2, 3))
     assert abs(np.mean(means < 0) - 0.5) < 5 * 0.5 / np.sqrt(200)
@@ -303,7 +303,7 @@ def test_data_that_do_not_fit_the_model_are_refused(
         build_loader(DataConfig(source="shards", path=str(folder), **data), wanted, seed=0)
 
 
-def test_flip_needs_latents_of_mirrored_pictures(tmp_path: Path, pictures: Any, open_loader: Any) -> None:
+def test_flip_needs_latents_of_mirrored_images(tmp_path: Path, pictures: Any, open_loader: Any) -> None:
     folder = pictures.write_folder(tmp_path / "latents", [3], kind="latents")
     with pytest.raises(DataError, match=r"data\.flip: True, .* prepare them with --flip"):
         open_loader(folder, channels=2, flip=True)

@@ -117,7 +117,7 @@ def test_another_vae_is_another_data_set(vae: Path, images: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("size", "channels", "message"), [(15, 3, "multiples of 2"), (16, 1, "takes 3 channels")])
-def test_pictures_that_do_not_fit_the_vae_are_refused(
+def test_images_that_do_not_fit_the_vae_are_refused(
     vae: Path, images: Path, tmp_path: Path, size: int, channels: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -163,7 +163,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
             run(out)
 
 
-def test_bad_pictures_are_left_out_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_images_are_left_out_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = run(tmp_path / "set", 1, 22, skip_bad=True)
     assert done.skipped == 2 and done.index.facts.total == TOTAL - 2
     assert [record.samples for record in done.index.shards] == [4, 5, 5, 5, 2]
@@ -171,13 +171,13 @@ def test_bad_pictures_are_left_out_if_asked(tmp_path: Path, caplog: pytest.LogCa
     assert verify(tmp_path / "set")[1] == []
 
 
-def test_a_shard_of_nothing_but_bad_pictures_is_left_out(tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_bad_images_is_left_out(tmp_path: Path) -> None:
     done = run(tmp_path / "set", 20, 21, 22, skip_bad=True)
     assert done.skipped == 3 and [record.name for record in done.index.shards][-1] == "shard-000003.tar"
     assert verify(tmp_path / "set")[1] == []
 
 
-def test_a_class_of_nothing_but_bad_pictures_is_an_error(tmp_path: Path) -> None:
+def test_a_class_of_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--skip-bad leaves classes without images: label 9; --allow-empty-classes"):
         run(tmp_path / "set", 9, 19, skip_bad=True)
 

@@ -122,7 +122,7 @@ def test_a_damaged_shard_is_refused_by_name(folder: Path, damage: Callable[[byte
 
 
 @pytest.mark.parametrize("damage", [damage for name, damage in DAMAGE.items() if name != "zero bytes"])
-def test_damage_that_the_checksum_vouches_for_never_gives_a_wrong_picture(
+def test_damage_that_the_checksum_vouches_for_never_gives_a_wrong_image(
     folder: Path, pictures: SimpleNamespace, damage: Callable[[bytes], bytes]
 ) -> None:
     record = forged(folder, damage((folder / "shard-000000.tar").read_bytes()), samples=5)

@@ -126,7 +126,7 @@ def test_every_shard_holds_all_classes(tmp_path: Path) -> None:
     assert abs(np.mean(labels) - 0.5) < 5 * 0.5 / np.sqrt(100)
 
 
-def test_a_part_holds_the_same_pictures_under_the_same_keys(tree: Path) -> None:
+def test_a_part_holds_the_same_images_under_the_same_keys(tree: Path) -> None:
     source = folder_source(tree, 4, 3)
     whole, part = list(source.images()), list(source.subset(1, 4).subset(1, 3).images())
     assert [picture.key for picture in part] == [picture.key for picture in whole[2:4]]
@@ -144,18 +144,18 @@ def test_a_folder_without_images_is_refused(tree: Path, tmp_path: Path, path: st
         folder_source(tmp_path / path, 4, 3)
 
 
-def test_pictures_become_grey_or_rgb_as_asked(tree: Path) -> None:
+def test_images_become_grey_or_rgb_as_asked(tree: Path) -> None:
     assert read_image(tree / "dog/2.png", 4, channels=1).shape == (1, 4, 4)
     assert read_image(tree / "dog/2.png", 4, channels=3).shape == (3, 4, 4)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
         read_image(tmp_path / "a.png", 4, 3)
 
 
-def test_a_picture_with_too_many_pixels_is_refused_before_decoding(tmp_path: Path) -> None:
+def test_an_image_with_too_many_pixels_is_refused_before_decoding(tmp_path: Path) -> None:
     Image.new("1", (8193, 8192)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: 8193 x 8192 pixels; legal: up to 67108864"):
         read_image(tmp_path / "a.png", 4, 3)

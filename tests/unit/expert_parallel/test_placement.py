@@ -112,7 +112,7 @@ def test_balanced_placement_levels_learned_routes(hot: int, learned: RoutingTabl
     assert imbalance["balanced"] == min(imbalance.values()) < imbalance["index"]
 
 
-def test_experts_at_hand_spread_their_load() -> None:
+def test_replicated_experts_spread_their_load() -> None:
     routes = prior_routes(4, 16, 2)
     loads = exact_loads(routes.experts, 16)
     everything = ExpertPlacement(place_experts("index", routes, 4), np.ones((4, 16), dtype=bool), 4)

@@ -113,7 +113,7 @@ def test_travels_says_whether_any_row_of_the_group_does(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_a_sample_travels_once_per_rank_and_never_for_experts_at_hand_or_at_home(seed: int) -> None:
+def test_a_sample_is_sent_once_per_rank_and_never_for_replicated_or_local_experts(seed: int) -> None:
     case = _case(seed)
     per_rank = len(case.x) // case.placement.ranks
     for place in range(case.placement.ranks):
@@ -132,7 +132,7 @@ def test_a_sample_travels_once_per_rank_and_never_for_experts_at_hand_or_at_home
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_counted_hops_work_and_bytes_are_those_of_the_plans(seed: int) -> None:
+def test_counted_transfers_work_and_bytes_are_those_of_the_plans(seed: int) -> None:
     case = _case(seed)
     ranks, replicated = case.placement.ranks, case.placement.replicated
     costs = UnitCosts(row_bytes=7, expert_bytes=11, ranks=ranks)
@@ -189,7 +189,7 @@ def test_the_kept_set_is_the_same_for_every_layout_and_served_once(policy: str |
         assert (served == expected).all(), (world, ranks, micro)
 
 
-def test_hundreds_of_ranks_seat_every_sample_of_the_batch_once_and_agree_in_their_groups() -> None:
+def test_hundreds_of_ranks_assign_every_sample_of_the_batch_once_and_agree_in_their_groups() -> None:
     rng = np.random.default_rng(1)
     routes, world, ranks, micro = prior_routes(4, 64, 4), 512, 8, 4
     tasks = rng.integers(0, 1000, world * micro * 2)
@@ -235,7 +235,7 @@ def test_pairs_come_by_expert_then_row_and_rows_by_sample(seed: int) -> None:
             assert (np.diff(work.samples) > 0).all()
 
 
-def test_nobody_changes_seats_in_order_or_when_all_experts_are_at_hand() -> None:
+def test_no_sample_is_reassigned_in_order_or_when_all_experts_are_replicated() -> None:
     routes, tasks = prior_routes(4, 16, 2), np.random.default_rng(3).integers(0, 1000, 64)
     batch, groups = plan_batch(64, None, 4), ExpertGroups(4, 4)
     place = place_experts("path", routes, 4)

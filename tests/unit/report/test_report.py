@@ -182,7 +182,7 @@ def test_secrets_of_a_command_stay_out(folder: Path) -> None:
     assert "hf_abcdefgh" not in build_page(read_runs([folder]))
 
 
-def test_many_large_pictures_still_make_a_small_page(folder: Path) -> None:
+def test_many_large_images_still_make_a_small_page(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
     for images in range(0, 800, 100):
         Image.fromarray(noise).save(folder / "samples" / f"images-{images:012d}.png", compress_level=1)

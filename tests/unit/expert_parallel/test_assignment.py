@@ -20,7 +20,7 @@ def _optimum(need: np.ndarray, per_rank: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_no_seating_is_better_whatever_the_need(seed: int) -> None:
+def test_no_assignment_is_better_for_any_costs(seed: int) -> None:
     rng = np.random.default_rng(seed)
     ranks, per_rank, tasks = int(rng.integers(1, 9)), int(rng.integers(1, 17)), int(rng.integers(1, 80))
     need = rng.integers(0, int(rng.integers(1, 29)) + 1, (tasks, ranks))
@@ -32,7 +32,7 @@ def test_no_seating_is_better_whatever_the_need(seed: int) -> None:
 
 @pytest.mark.parametrize("hot", [0, 2, 4])
 @pytest.mark.parametrize("kind", ["index", "path"])
-def test_no_seating_is_better_on_the_routes_of_the_prior(kind: str, hot: int, learned: RoutingTable) -> None:
+def test_no_assignment_is_better_on_the_routes_of_the_prior(kind: str, hot: int, learned: RoutingTable) -> None:
     for routes, ranks, per_rank in ((learned, 4, 64), (prior_routes(28, 64, 4), 8, 64)):
         replicated = hottest(exact_loads(routes.experts, routes.count), hot)
         placement = ExpertPlacement(place_experts(kind, routes, ranks, replicated), replicated, ranks)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_among_equal_samples_those_at_home_stay() -> None:
         assert not same.any()
 
 
-def test_seating_is_a_function_of_its_arguments_alone() -> None:
+def test_assignment_is_a_function_of_its_arguments_only() -> None:
     rng = np.random.default_rng(2)
     need, task = rng.integers(0, 9, (50, 8)), rng.integers(0, 50, 256)
     first = assign_samples(task, need, 32)
@@ -68,7 +68,7 @@ def test_seating_is_a_function_of_its_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_swap_brings_every_sample_to_its_seat_in_rising_order(seed: int) -> None:
+def test_the_exchange_brings_each_sample_to_its_assigned_rank_in_rising_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
     ranks, per_rank = int(rng.integers(1, 6)), int(rng.integers(1, 8))
     home = np.arange(ranks * per_rank) % ranks
