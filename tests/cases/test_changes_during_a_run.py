@@ -35,7 +35,7 @@ def settings(folder: Path) -> tuple[str, ...]:
         "data.source=shards",
         f"data.path={folder}",
         "data.workers=1",
-        "train.steps=200",
+        "train.steps=120",
         "checkpoint.every_steps=4",
     )
 

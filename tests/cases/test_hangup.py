@@ -109,7 +109,7 @@ def test_run_without_a_supervisor_saves_on_a_hangup(tmp_path: Path) -> None:
     assert find_checkpoint(run).manifest["clock"]["steps"] == read_metrics(run)[-1]["step"]
 
 
-@pytest.mark.parametrize("supervised", ["true", "false"])
+@pytest.mark.parametrize("supervised", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_run_started_by_nohup_ignores_a_hangup(tmp_path: Path, supervised: str) -> None:
     """R13: `nohup train ...`: SIGHUP at all of its processes changes nothing; SIGTERM still stops it."""
     run = tmp_path / "run"

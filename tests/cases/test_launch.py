@@ -207,8 +207,15 @@ def test_members_are_of_one_launch() -> None:
     assert set(admit({0: zero}, [member(5, "h"), member(0, "i")], 4)) == {0}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("who", ["deepspeed", "helper"])
+@pytest.mark.parametrize(
+    ("who", "number"),
+    [
+        ("deepspeed", signal.SIGTERM),
+        ("helper", signal.SIGKILL),
+        pytest.param("deepspeed", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("helper", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_leave_with_any_process_of_their_launcher(tmp_path: Path, who: str, number: signal.Signals) -> None:
     """S5: SIGTERM or SIGKILL of the outer or the inner launcher: the ranks save and leave; the next look says why."""
     run = tmp_path / "run"
@@ -277,7 +284,14 @@ with Comm(find_rank(os.environ), device="cpu") as comm:
 """
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", socket.gethostname(), "localhost"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        socket.gethostname(),
+        pytest.param("127.0.0.1", marks=pytest.mark.slow),
+        pytest.param("localhost", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_of_one_node_listen_on_loopback_only(tmp_path: Path, address: str) -> None:
     """S10: The rendezvous store, and gloo, of ranks on one node cannot be reached from other machines."""
     with Ranks(2, [sys.executable, "-c", LISTEN], tmp_path / "log", MASTER_ADDR=address) as ranks:

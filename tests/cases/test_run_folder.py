@@ -77,7 +77,7 @@ def test_renamed_parent_is_noticed_without_a_supervisor(tmp_path: Path) -> None:
     assert find_checkpoint(moved).manifest["clock"]["steps"] == read_metrics(moved)[-1]["step"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_deleted_run_stops_in_one_line(tmp_path: Path, world: int) -> None:
     """S11: `rm -r RUN` while ranks train: one line, no restart, and nobody creates the folder again."""
     run = tmp_path / "run"

@@ -30,6 +30,15 @@ SMALL = 4  # width of what really travels in the byte counts; a row is one token
 
 def measured_bytes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     """Bytes of S/2 with 16 experts on all ranks together, sent for random and for learned routes."""
+    return bytes_of_batches(comm, folder, seed=0)
+
+
+def more_measured_bytes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """The same for another batch."""
+    return bytes_of_batches(comm, folder, seed=1)
+
+
+def bytes_of_batches(comm: Comm, folder: Path, seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     order = np.argsort(rng.random((S2_DEPTH, 1000, S2_COUNT)), axis=2)[:, :, :S2_TOP_K]
     stored = np.load(folder / "learned.npz")
@@ -37,12 +46,11 @@ def measured_bytes(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     routes["learned"] = RoutingTable(stored["experts"], stored["gates"], S2_COUNT)
     found = []
     for name, per_rank in (("random", 16), ("learned", 16), ("learned", 64)):
-        for seed in range(2):
-            tasks = np.random.default_rng(seed).integers(0, 1000, per_rank * comm.world)
-            row = {"routes": name, "per_rank": per_rank, "seed": seed, "stock": stock_bytes(comm, routes[name], tasks)}
-            row["tokens"], _ = our_bytes(comm, routes[name], tasks, "tokens", "index", "order")
-            row["auto"], row["load_imbalance"] = our_bytes(comm, routes[name], tasks, "auto", "path", "path")
-            found.append(row)
+        tasks = np.random.default_rng(seed).integers(0, 1000, per_rank * comm.world)
+        row = {"routes": name, "per_rank": per_rank, "seed": seed, "stock": stock_bytes(comm, routes[name], tasks)}
+        row["tokens"], _ = our_bytes(comm, routes[name], tasks, "tokens", "index", "order")
+        row["auto"], row["load_imbalance"] = our_bytes(comm, routes[name], tasks, "auto", "path", "path")
+        found.append(row)
     return found
 
 

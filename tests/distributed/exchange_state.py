@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,17 @@ def resolved(overrides: list[str], stage: int, comm: Comm) -> ResolvedRun:
 
 def moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     """How many tensors of a trained state a random re-placement changes, by placement."""
+    return changed_by_moves(comm, folder, ((2, 0), (2, 2), (4, 1)))
+
+
+def more_moved_experts(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """The same for more layouts."""
+    return changed_by_moves(comm, folder, ((2, 1), (4, 0), (4, 2)))
+
+
+def changed_by_moves(comm: Comm, folder: Path, layouts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     found = []
-    for ranks, stage in ((2, 0), (2, 1), (2, 2), (4, 1)):
+    for ranks, stage in layouts:
         more = [
             f"parallel.expert={ranks}",
             "train.steps=4",

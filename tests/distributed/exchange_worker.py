@@ -33,10 +33,10 @@ from sdit.expert_parallel.traffic_model import UnitCosts, expert_parameters
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
 from sdit.topology import ExpertGroups
-from tests.distributed.exchange_bytes import measured_bytes
-from tests.distributed.exchange_state import error, held_sizes, moved_experts, sampled_images
+from tests.distributed.exchange_bytes import measured_bytes, more_measured_bytes
+from tests.distributed.exchange_state import error, held_sizes, more_moved_experts, moved_experts, sampled_images
 
-ROUTINGS, TOKENS, WIDTH = 500, 2, 6
+ROUTINGS, MORE_ROUTINGS, TOKENS, WIDTH = 180, 320, 2, 6
 SCENARIOS = ("any", "one expert for all", "one sample per rank", "few experts", "capacity drops", "all dropped")
 
 
@@ -186,8 +186,16 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
 
 
 def random_routings(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    return checked_routings(comm, range(ROUTINGS))
+
+
+def more_random_routings(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    return checked_routings(comm, range(ROUTINGS, ROUTINGS + MORE_ROUTINGS))
+
+
+def checked_routings(comm: Comm, seeds: range) -> list[dict[str, Any]]:
     found = []
-    for seed in range(ROUTINGS):
+    for seed in seeds:
         ranks = comm.gather(check_routing(seed, comm))
         drawn = draw(seed, comm.world)
         worst = {key: max(rank["errors"][key] for rank in ranks) for key in ranks[0]["errors"]}
@@ -197,7 +205,13 @@ def random_routings(comm: Comm, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-JOBS = {job.__name__: job for job in (random_routings, sampled_images, moved_experts, held_sizes, measured_bytes)}
+JOBS = {
+    job.__name__: job
+    for job in (
+        random_routings, more_random_routings, sampled_images, moved_experts, more_moved_experts, held_sizes,
+        measured_bytes, more_measured_bytes,
+    )
+}  # fmt: skip
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from sdit.config import load_config
 from sdit.model import build_model
-from tests.distributed.exchange_worker import ROUTINGS, SCENARIOS
+from tests.distributed.exchange_worker import MORE_ROUTINGS, ROUTINGS, SCENARIOS
 from tests.distributed.harness import fork_ranks
 from tests.unit.expert_parallel.learned_gates import shared_learned_routes
 
@@ -30,15 +31,23 @@ def work(world: int, folder: Path, *jobs: str, limit_seconds: float = 240) -> No
         assert result.returncode == 0, result.stdout[-3000:]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What four ranks found, by job."""
+def with_learned_gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exchange")
     routes = shared_learned_routes(tmp_path_factory)
     np.savez(folder / "learned.npz", experts=routes.experts, gates=routes.gates)
-    jobs = ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes")
+    return folder
+
+
+def found_by(folder: Path, jobs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     work(4, folder, *jobs)
     return {job: json.loads((folder / f"{job}-4.json").read_text()) for job in jobs}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What four ranks found, by job."""
+    folder = with_learned_gates(tmp_path_factory)
+    return found_by(folder, ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes"))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -49,6 +58,23 @@ def test_every_routing_equals_the_dense_computation(found: dict, scenario: str, 
     assert len(rows) >= ROUTINGS // (2 * len(SCENARIOS))
     for row in rows:
         assert max(row["errors"].values()) <= LONGEST_SUM * ROUNDING, row
+
+
+@pytest.mark.slow
+def test_more_routings_batches_and_layouts_hold_the_same_laws(tmp_path_factory: pytest.TempPathFactory) -> None:
+    more = ("more_random_routings", "more_moved_experts", "more_measured_bytes")
+    rows = {
+        job.removeprefix("more_"): found for job, found in found_by(with_learned_gates(tmp_path_factory), more).items()
+    }
+    assert len(rows["random_routings"]) == MORE_ROUTINGS
+    for scenario, kind in product(SCENARIOS, ("linear", "mlp")):
+        test_every_routing_equals_the_dense_computation(rows, scenario, kind)
+    test_the_wire_carries_exactly_the_planned_bytes(rows)
+    test_a_replacement_leaves_weights_moments_and_averages_as_they_are_bit_for_bit(rows)
+    test_after_a_replacement_every_rank_computes_with_the_masters(rows)
+    test_tokens_move_at_most_55_percent_of_the_stock_layer_on_random_routes(rows)
+    test_auto_by_path_moves_at_most_6_percent_of_the_stock_layer_on_learned_routes(rows)
+    test_auto_by_path_moves_at_most_a_fifth_of_samples_in_order_on_learned_routes(rows)
 
 
 def test_no_routing_hangs(found: dict) -> None:

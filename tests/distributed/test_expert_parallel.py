@@ -20,18 +20,19 @@ from tests.distributed.harness import case, metrics_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")
 CURVES = ("loss", "mse", "prior_loss", "grad_norm")
-SGD = ("optimizer.kind=sgd", "optimizer.learning_rate=0.5")
+SHORT = "train.steps=12"  # the learning rate is at its full value for the last two steps
+SGD = ("optimizer.kind=sgd", "optimizer.learning_rate=0.5", SHORT)
 # AdamW makes full-size steps of gradients near zero, rounding included; an epsilon above the gradients keeps it smooth.
 ADAMW = ("optimizer.epsilon=1e-2", "optimizer.learning_rate=1e-2")
-MLP = ("model.experts.kind=mlp",)
-MANY = ("model.experts.count=16",)  # 32 images a step and k = 2: most experts see none of a rank's samples
+MLP = ("model.experts.kind=mlp", SHORT)
+MANY = ("model.experts.count=16", SHORT)  # 32 images a step and k = 2: most experts see none of a rank's samples
 KEEP = ("checkpoint.every_steps=5", "checkpoint.keep_last=9")
 # One token per pixel makes samples dear, so that it pays to move experts as soon as the gates have changed.
 MOVING = (
     "model.patch_size=1", "model.experts.count=8", "optimizer.learning_rate=3e-3",
     "parallel.placement_refresh_images=320", "parallel.exchange=tokens",
 )  # fmt: skip
-FULL = ("model.experts.capacity_factor=1.0",)
+FULL = ("model.experts.capacity_factor=1.0", SHORT)
 POLICIES = ("gate", "position", "random")
 BATCH = 32
 
@@ -44,7 +45,7 @@ RUNS = {  # name -> what sets the run's numbers; each is one process's run and t
     "many-adamw": (*MANY, *ADAMW),
     "many-mlp-sgd": (*MANY, *MLP, *SGD),
     "moving": MOVING,
-    "bf16": ("train.precision=bf16",),
+    "bf16": ("train.precision=bf16", SHORT),
     **{policy: (*FULL, f"model.experts.drop_policy={policy}") for policy in POLICIES},
 }
 
@@ -117,13 +118,12 @@ SMALL_BUCKETS = (1, 2)
 STRAIGHT = layout_of("adamw", 3)  # the run that others go on from
 EXACT = [
     *(layout_of("sgd", index) for index in range(len(COVERING))),
-    *(layout_of("adamw", index) for index in (2, 7)),
+    layout_of("adamw", 2),
     STRAIGHT,
-    *(layout_of("mlp-sgd", index) for index in (0, 8)),
+    layout_of("mlp-sgd", 0),
     layout_of("mlp-adamw", 5),
-    layout_of("many-sgd", 3),
     layout_of("many-adamw", 7),
-    *(layout_of("many-mlp-sgd", index) for index in (3, 5)),
+    layout_of("many-mlp-sgd", 3),
     expert_run("adamw", "block", 4, 2, "parallel.activation_checkpointing=block"),
     expert_run("mlp-sgd", "offload", 4, 4, "parallel.activation_checkpointing=offload", "train.micro_batch=4", stage=2),
     *(small_buckets(f"small-buckets-{stage}", stage) for stage in SMALL_BUCKETS),
@@ -132,24 +132,25 @@ EXACT = [
     expert_run("sgd", "2-of-2", 2, 2, stage=2),
     expert_run("many-mlp-sgd", "2-of-2", 2, 2, "train.micro_batch=4"),
     *(expert_run(policy, "2-of-2", 2, 2, "train.micro_batch=8") for policy in POLICIES),
-    *(expert_run(policy, "2-of-4", 4, 2) for policy in POLICIES),
+    expert_run("gate", "2-of-4", 4, 2),
     expert_run("random", "4-of-4", 4, 4, "train.micro_batch=4"),
 ]
 MORE = [
-    *(layout_of("adamw", index) for index in (0, 1, 4, 5, 6, 8)),
-    *(layout_of("mlp-sgd", index) for index in (1, 2, 3, 4, 5, 6, 7)),
+    *(layout_of("adamw", index) for index in (0, 1, 4, 5, 6, 7, 8)),
+    *(layout_of("mlp-sgd", index) for index in (1, 2, 3, 4, 5, 6, 7, 8)),
     *(layout_of("mlp-adamw", index) for index in (0, 3, 4, 8)),
-    *(layout_of("many-sgd", index) for index in (0, 2, 4, 5)),
-    *(layout_of("many-mlp-sgd", index) for index in (0, 2, 4, 8)),
+    *(layout_of("many-sgd", index) for index in (0, 2, 3, 4, 5)),
+    *(layout_of("many-mlp-sgd", index) for index in (0, 2, 4, 5, 8)),
     expert_run("sgd", "block", 4, 4, "parallel.activation_checkpointing=block"),
     expert_run("mlp-sgd", "block", 4, 2, "parallel.activation_checkpointing=block", "parallel.exchange=weights"),
     expert_run("adamw", "offload", 4, 2, "parallel.activation_checkpointing=offload", stage=0),
     expert_run("moving", "2-of-2", 2, 2, stage=0),
     *(expert_run(policy, "1-of-2", 2, 1) for policy in POLICIES),
     *(expert_run(policy, "1-of-4", 4, 1) for policy in POLICIES),
+    *(expert_run(policy, "2-of-4", 4, 2) for policy in POLICIES[1:]),
     *(expert_run(policy, "4-of-4", 4, 4) for policy in POLICIES[:2]),
 ]
-ROUNDED = [expert_run("bf16", "2-of-4", 4, 2), expert_run("bf16", "4-of-4", 4, 4)]
+ROUNDED = [expert_run("bf16", "2-of-4", 4, 2)]
 
 
 def names(run: Trained) -> str:
@@ -212,10 +213,10 @@ def kinds_of(run: Trained) -> tuple[str, ...]:
     )
 
 
-def assert_same_curve(actual: Path, expected: Path, steps: Sequence[int] = range(1, 21)) -> None:
+def assert_same_curve(actual: Path, expected: Path, first_step: int = 1) -> None:
     records = {record["step"]: record for record in metrics_of(expected)}
     got = metrics_of(actual)
-    assert [record["step"] for record in got] == list(steps)
+    assert [record["step"] for record in got] == list(range(first_step, max(records) + 1)) and len(records) >= 12
     for record in got:
         for key in (*CURVES, "dropped_fraction", "expert_load_max_over_mean"):
             assert record[key] == pytest.approx(records[record["step"]][key], rel=1e-5), (key, record["step"])
@@ -266,7 +267,7 @@ def test_training_moves_the_experts(runs: Path, like: str) -> None:
 
 
 def test_experts_without_samples_keep_their_start(runs: Path) -> None:
-    """Some experts of sixteen are never used in twenty steps: the law above covers them, too."""
+    """Some experts of sixteen are never used in these steps: the law above covers them, too."""
     weights = tensors_at(runs / "many-sgd", "weight")
     idle = [name for name in weights if ".experts.w" in name and not weights[name].any()]
     assert idle
@@ -292,13 +293,13 @@ def test_losses_in_bf16_stay_within_its_rounding(runs: Path, run: Trained) -> No
 
 
 def test_checkpoint_goes_on_with_fewer_ranks_and_experts_not_spread(runs: Path) -> None:
-    assert_same_curve(runs / "fewer", runs / "adamw", range(11, 21))
+    assert_same_curve(runs / "fewer", runs / "adamw", first_step=11)
     assert_same_state(runs / "fewer", runs / "adamw", ("weight", "ema", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.slow
 def test_checkpoint_goes_back_to_more_ranks_and_spread_experts(more_runs: Path) -> None:
-    assert_same_curve(more_runs / "back", more_runs / "adamw", range(16, 21))
+    assert_same_curve(more_runs / "back", more_runs / "adamw", first_step=16)
 
 
 def test_resume_at_the_same_layout_is_exact(runs: Path) -> None:

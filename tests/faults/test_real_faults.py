@@ -104,6 +104,7 @@ def test_bad_step_rolls_the_run_back_and_leaves_its_samples_out(tmp_path: Path) 
     assert_same_run(killed, run)
 
 
+@pytest.mark.slow
 def test_run_that_stays_bad_after_its_rollbacks_ends(tmp_path: Path) -> None:
     with run_with(tmp_path / "run", "nan_loss@1:6!", settings=ROLL) as ranks:
         assert ranks.codes() == [ExitCode.DATA] * 2
@@ -123,12 +124,12 @@ def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
 
 
 def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: Path) -> None:
-    """The held-out loss takes 100 batches, the last grid 200 sampler steps: stopped in the middle of both, nothing lacks."""
+    """The held-out loss takes 50 batches, the last grid 100 sampler steps: stopped in the middle of both, nothing lacks."""
     held_out, run = tmp_path / "held-out", tmp_path / "run"
     prepare(digits_source(), png_encoder(), held_out, 256, 1, False)
     settings = (
-        f"validation.every_images={6 * BATCH}", f"validation.path={held_out}", "validation.images=3200", "parallel.expert=2",
-        "sample.sampler=ddpm", "sample.steps=200", "sample.images_per_class=8",
+        f"validation.every_images={6 * BATCH}", f"validation.path={held_out}", "validation.images=1600", "parallel.expert=2",
+        "sample.sampler=ddpm", "sample.steps=100", "sample.images_per_class=8",
     )  # fmt: skip
     with run_with(run, settings=settings) as ranks:
         eventually(lambda: len(metrics_of(run)) >= 5)  # the sixth step is due
