@@ -14,6 +14,7 @@ BLOCK = 512
 Spans = dict[str, slice]  # where the members of a sample are in its archive, by suffix
 _SIZE, _SIZE_END = 124, 135  # eleven octal digits, then a NUL
 _MAGIC = b"ustar\x0000"
+_NUMBERS = np.r_[100:124, 136:148, 329:345]  # mode, owner, group, time, device: octal digits and NULs
 _HEADER = np.dtype(
     {
         "names": ["name", "size_end", "checksum", "checksum_end", "type", "link", "magic", "prefix"],
@@ -74,6 +75,7 @@ def _walk(data: bytes) -> tuple[list[int], list[int]] | None:
 def _are_plain(headers: np.ndarray) -> bool:
     """Return True if all headers (M, 512) uint8 are plain and have the right checksum."""
     fields = headers.view(_HEADER)[:, 0]
+    numbers = headers[:, _NUMBERS]
     digits = fields["checksum"].astype(np.int64) - ord("0")
     stated = digits @ (8 ** np.arange(5, -1, -1))
     # The sum of a header counts the eight bytes of its checksum as blanks.
@@ -82,5 +84,6 @@ def _are_plain(headers: np.ndarray) -> bool:
         fields["type"] == b"0", fields["magic"] == _MAGIC, fields["link"] == b"", fields["prefix"] == b"",
         fields["size_end"] == b"", fields["checksum_end"] == b"\0 ",
         ((digits >= 0) & (digits < 8)).all(axis=1), stated == computed,
+        ((numbers == 0) | ((numbers >= ord("0")) & (numbers < ord("8")))).all(axis=1),
     )  # fmt: skip
     return all(bool(check.all()) for check in checks)
