@@ -5,8 +5,8 @@ usage: python benchmarks/loader.py [--against COMMIT] [--rounds 5]
 
 One thread reads latents of 4 x 32 x 32 (float32 moments, shards of 1,024) and the training thread takes the micro-batches with
 their noise, times and labels, as a training step does. Nothing is trained. With --against, processes of that commit and of the
-present code take turns. Another process samples whether the lock is held (lock_meter.py). "Lock, us per image" is that share times
-the CPU time of an image, so that other load on the machine changes neither. Figures are medians of the rounds.
+present code take turns. Another process samples whether the lock is held (lock_meter.py). "Lock, us per image" is that share
+times the CPU time of an image, so that other load on the machine changes neither. Figures are medians of the rounds.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def exchange_samples(group: ExpertGroup, exchange: SampleExchange, batch: Batch,
         index=torch.from_numpy(index),
         x0=x0.contiguous().view(shape),
         noise=noise.contiguous().view(shape),
-        t=t[:, 0].to(batch.t.dtype),
+        t=t[:, 0].contiguous().to(batch.t.dtype),
         y=y[:, 0].to(batch.y.dtype),
     )
 
