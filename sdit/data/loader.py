@@ -97,10 +97,6 @@ class Loader:
         x0 = self._latents(values, keys) if self.facts.kind == "latents" else _pixels(values, mirrored)
         return RawBatch(index=np.asarray(indices, dtype=np.int64), x0=x0, y=y if self._labelled else np.zeros_like(y))
 
-    def batches(self, requests: Iterator[np.ndarray]) -> Iterator[RawBatch]:
-        """Yield the batch of each request, in order. A request is an array (B,) of run indices."""
-        return self.prefetch(requests, self.read)
-
     def prefetch(self, requests: Iterable[Request], make: Callable[[Request], Made]) -> Iterator[Made]:
         """Yield `make(request)` of each request, in order. The loader's threads call `make`.
 
