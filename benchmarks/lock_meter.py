@@ -1,6 +1,6 @@
 """Measures from outside how much of a process's time its interpreter lock is held, without taking the lock.
 
-The process publishes the address of the lock's state (`lock_address`). The parent process reads it some 100,000 times a second
+The process publishes the address of the lock's state (`lock_address`). The parent process reads it in short bursts
 from the child's memory (/proc/PID/mem; Linux, CPython 3.8 to 3.13). No thread of the child waits for the lock, so that the
 measurement does not change it. A thread that is suspended while it holds the lock counts as holding it.
 """
@@ -11,6 +11,7 @@ import ctypes
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _MARK = 4_321  # microseconds: a switch interval by which the lock's state is fo
 _INTERVAL = struct.Struct("L")
 _LOCKED_OFFSET = struct.calcsize("LP")  # the state begins: interval in microseconds, last holder, locked
 _SEARCHED_BYTES = 1 << 20
+_BURST, _PAUSE_SECONDS = 200, 0.001
 
 
 def lock_address() -> int:
@@ -50,9 +52,10 @@ def held_share(pid: int, address: int, is_running: Callable[[], bool]) -> float:
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
         while is_running():
-            for _ in range(1000):
+            for _ in range(_BURST):
                 held += os.pread(memory, 1, address) != b"\0"
-            samples += 1000
+            samples += _BURST
+            time.sleep(_PAUSE_SECONDS)  # leaves most of a core to the child
     finally:
         os.close(memory)
     return held / samples
