@@ -5,8 +5,9 @@ usage: python benchmarks/loader.py [--against COMMIT] [--rounds 5]
 
 One thread reads latents of 4 x 32 x 32 (float32 moments, shards of 1,024) and the training thread takes the micro-batches with
 their noise, times and labels, as a training step does. Nothing is trained. With --against, processes of that commit and of the
-present code take turns. Another process samples whether the lock is held (lock_meter.py). "Lock, us per image" is that share
-times the CPU time of an image, so that other load on the machine changes neither. Figures are medians of the rounds.
+present code take turns. Another process samples whether the lock is held (lock_meter.py). Samples are weighted by CPU time, so
+that other load on the machine does not change their share. The cost of opening a shard is divided among its images. Figures are
+medians of the rounds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lock_meter import held_share, lock_address
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, SHARD_SAMPLES, SHARDS, CLASSES = (4, 32, 32), 1024, 2, 1000
+WARM_IMAGES, IMAGES, OPENS = 256, 1536, 4
 MICRO_BATCH, SEED, LABEL_DROP = 64, 0, 0.1
 COLUMNS = ("images_per_second", "cpu_us", "main_us", "lock_us", "share", "open_lock_us")
 
@@ -57,30 +59,29 @@ def write_latents(folder: Path) -> None:
 
 
 def measured_process(folder: str) -> None:
-    """Read an epoch, then open shards alone. Report on standard output where each part begins and ends, and its times."""
+    """Read images of open shards, then open shards. Report on standard output where each part begins and ends, and its times."""
     from sdit.config import DataConfig, ModelConfig
     from sdit.data.dataset import open_dataset
     from sdit.data.loader import build_loader
 
     data = DataConfig(source="shards", path=folder, latent_scale=1.0)
     model = ModelConfig(input_size=SHAPE[1], channels=SHAPE[0], classes=CLASSES)
-    total = SHARDS * SHARD_SAMPLES
     with build_loader(data, model, SEED) as loader:
-        batches = _batches(loader, 2 * total)
-        for _ in range(total // MICRO_BATCH):
+        batches = _batches(loader, WARM_IMAGES + IMAGES)
+        for _ in range(WARM_IMAGES // MICRO_BATCH):
             next(batches)
         _report("begin", {"lock": lock_address()})
         clocks = _clocks()
         for _ in batches:
             pass
         wall, cpu, main = (now - before for now, before in zip(_clocks(), clocks, strict=True))
-        _report("end", {"wall": wall / total, "cpu": cpu / total, "main": main / total})
+        _report("end", {"wall": wall / IMAGES, "cpu": cpu / IMAGES, "main": main / IMAGES})
     dataset = open_dataset(data)
     _report("begin", {"lock": lock_address()})
     clocks = _clocks()
-    for shard in range(SHARDS):
-        dataset.open(shard)
-    _report("end", {"cpu": (_clocks()[1] - clocks[1]) / SHARDS})
+    for turn in range(OPENS):
+        dataset.open(turn % SHARDS)
+    _report("end", {"wall": (_clocks()[0] - clocks[0]) / OPENS, "cpu": (_clocks()[1] - clocks[1]) / OPENS})
 
 
 def _batches(loader, images: int) -> Iterator[object]:  # type: ignore[no-untyped-def]
@@ -130,9 +131,12 @@ def measure(code: Path, folder: Path) -> dict[str, float]:
             begin = json.loads(output.readline())
             share = held_share(process.pid, int(begin["lock"]), is_running)
             parts.append((json.loads(output.readline()), share))
-    (reading, share), (opening, opening_share) = parts
-    cpu, main = 1e6 * reading["cpu"], 1e6 * reading["main"]
-    figures = (1 / reading["wall"], cpu, main, share * cpu, share, 1e6 * opening["cpu"] * opening_share)
+    (reading, reading_share), (opening, opening_share) = parts
+    # An epoch opens each shard once.
+    wall, cpu = (reading[clock] + opening[clock] / SHARD_SAMPLES for clock in ("wall", "cpu"))
+    open_lock = opening["cpu"] * opening_share
+    lock = reading["cpu"] * reading_share + open_lock / SHARD_SAMPLES
+    figures = (1 / wall, 1e6 * cpu, 1e6 * reading["main"], 1e6 * lock, lock / cpu, 1e6 * open_lock)
     return dict(zip(COLUMNS, figures, strict=True))
 
 
@@ -163,7 +167,7 @@ def main() -> None:
         rounds = [{name: measure(code, latents) for name, code in codes.items()} for _ in range(options.rounds)]
     print(
         "| code | images/s | CPU, us per image | training thread, CPU us per image | lock, us per image | "
-        "share of time with the lock | lock, ms to open a shard of 1,024 |\n|---|---|---|---|---|---|---|"
+        "share of CPU time with the lock | lock, ms to open a shard of 1,024 |\n|---|---|---|---|---|---|---|"
     )
     for name in codes:
         middle = {column: statistics.median(each[name][column] for each in rounds) for column in COLUMNS}

@@ -1,8 +1,8 @@
-"""Measures from outside how much of a process's time its interpreter lock is held, without taking the lock.
+"""Measures from outside in how much of a process's CPU time its interpreter lock is held, without taking the lock.
 
 The process publishes the address of the lock's state (`lock_address`). The parent process reads it in short bursts
 from the child's memory (/proc/PID/mem; Linux, CPython 3.8 to 3.13). No thread of the child waits for the lock, so that the
-measurement does not change it. A thread that is suspended while it holds the lock counts as holding it.
+measurement does not change it.
 """
 
 from __future__ import annotations
@@ -47,18 +47,24 @@ def lock_address() -> int:
 
 
 def held_share(pid: int, address: int, is_running: Callable[[], bool]) -> float:
-    """Return the share of time in which the lock of a child process is held, sampled while `is_running()`."""
-    held = samples = 0
+    """Return the share of a child's CPU time in which its lock is held, sampled while `is_running()`.
+
+    A sample counts the CPU time of the child since the sample before, so that a suspended child counts nothing.
+    """
+    held = total = 0
+    cpu_clock = (~pid << 3) | 2  # clock_getcpuclockid(3): the CPU time of another process
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
         while is_running():
+            last = time.clock_gettime_ns(cpu_clock)
             for _ in range(_BURST):
-                held += os.pread(memory, 1, address) != b"\0"
-            samples += _BURST
+                is_held = os.pread(memory, 1, address) != b"\0"
+                now = time.clock_gettime_ns(cpu_clock)
+                held, total, last = held + is_held * (now - last), total + now - last, now
             time.sleep(_PAUSE_SECONDS)  # leaves most of a core to the child
     finally:
         os.close(memory)
-    return held / samples
+    return held / total
 
 
 def _read(pid: int, address: int, count: int) -> bytes:
