@@ -18,7 +18,7 @@ from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
-from sdit.contracts import ForwardPass, RawBatch
+from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.expert_parallel.routing_table import RoutingTable
@@ -128,7 +128,8 @@ def sharded_layer(case: Case, comm: Comm, exchange: Literal["auto", "tokens", "w
     local = build_experts(case.config(exchange).model.experts, case.width, ids)
     experts = ShardedExperts(_randomised(local), case.experts, case.ranks)
     index = np.arange(comm.rank, case.ranks * case.batch, case.ranks)
-    loaded = RawBatch(index=index, x0=np.zeros((case.batch, 1, 1, 1), np.float32), y=np.zeros(case.batch, np.int64))
+    image, number = torch.zeros(case.batch, 1, 1, 1), torch.zeros(case.batch, dtype=torch.int64)
+    loaded = Batch(torch.from_numpy(index), image, image, number, number)
 
     def forward(z: Tensor) -> Tensor:
         tasks = gate.draw()

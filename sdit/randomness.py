@@ -111,11 +111,15 @@ def normal_noise(
     It depends on `seed`, the index, the purpose and `step`.
     """
     noise = np.empty((len(indices), *shape), np.float32)
-    key = np.array([seed, purpose.number("philox")], np.uint64)
-    for row, index in zip(noise, indices, strict=True):
-        # A generator per sample takes 9 us. The low word of the counter increases within the sample.
-        counter = np.array([0, step, index, 0], np.uint64)
-        np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(dtype=np.float32, out=row)
+    philox_words = np.random.Philox(key=np.array([seed, purpose.number("philox")], np.uint64))
+    draw = np.random.Generator(philox_words).standard_normal
+    # Setting the state takes 2 us per sample and a new generator 9 us. Both hold the interpreter lock; drawing does not.
+    state = philox_words.state  # its buffer is empty
+    counter = state["state"]["counter"]
+    for row, index in zip(noise, np.asarray(indices).tolist(), strict=True):
+        counter[:] = (0, step, index, 0)  # the low word increases within the sample
+        philox_words.state = state
+        draw(dtype=np.float32, out=row)
     return noise
 
 

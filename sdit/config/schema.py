@@ -143,7 +143,7 @@ class DataConfig(Section):
     flip: bool = field(False, "mirror half of the images, chosen by seed and sample")
     streams: int = field(8, "logical shard streams; memory holds one shard of each; the data order depends on it", ge=1)
     workers: int = field(1, "decoding threads per rank; does not change the order", ge=1)
-    prefetch_batches: int = field(2, "micro-batches decoded ahead, per rank", ge=1)
+    prefetch_batches: int = field(2, "micro-batches made ahead, per rank; at least one for each worker", ge=1)
     latent_scale: float = field(0.18215, "factor on VAE latents (latent shards only)", gt=0)
     max_bad_fraction: float = field(
         0.0, "fraction of an epoch's samples that may be unreadable before the run stops", ge=0, le=1

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from sdit.config import DataConfig, ModelConfig
-from sdit.data.decode import Sample
+from sdit.data.decode import DecodedSamples, Sample
 from sdit.data.digits import DIGITS_FACTS, digits
 from sdit.data.index import DatasetFacts, read_index
 from sdit.data.shards import read_shard
@@ -21,6 +23,11 @@ _log = logging.getLogger(__name__)
 
 class Shard(Protocol):
     """An open shard in memory. It no longer needs its file."""
+
+    @property
+    def decoded(self) -> DecodedSamples | None:
+        """The samples that were decoded when the shard was opened. None: each is decoded when it is read."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -91,15 +98,15 @@ class EmbeddedDigits:
 
 class _DigitsShard:
     def __init__(self, start: int, count: int) -> None:
-        self._start = start
-        self._count = count
+        pixels, labels = digits()
+        samples = slice(start, start + count)
+        self.decoded = DecodedSamples(pixels[samples], labels[samples], np.arange(count))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.decoded.row)
 
     def sample(self, member: int) -> Sample:
-        pixels, labels = digits()
-        return Sample(pixels[self._start + member], int(labels[self._start + member]))
+        return Sample(self.decoded.values[member], int(self.decoded.labels[member]))
 
 
 def open_dataset(data: DataConfig) -> Dataset:

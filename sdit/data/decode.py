@@ -35,6 +35,19 @@ class Sample:
     label: int
 
 
+@dataclass(frozen=True)
+class DecodedSamples:
+    """The N samples of a shard, of which some or all are decoded into one array of n rows.
+
+    `values` are (n, C, H, W) uint8 pixels, or moments (n, O, 2C, H, W), float16 or float32. `row` (N,) int64 is the row of a
+    sample, or -1 if it is not decoded. `labels` (N,) int64 mean nothing for those.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    row: np.ndarray
+
+
 def decode_sample(encoded: Mapping[str, bytes], facts: DatasetFacts, shard: str, key: str) -> Sample:
     """Return the sample whose members are `encoded`, by suffix.
 
@@ -77,11 +90,28 @@ def _decode_image(data: bytes, image_format: str, facts: DatasetFacts, shard: st
 
 
 def _decode_moments(data: bytes, facts: DatasetFacts, shard: str, key: str) -> np.ndarray:
-    """Return moments (O, 2C, H, W) float16 or float32, a view of `data`. The header is checked before memory is allocated.
+    """Return moments (O, 2C, H, W) float16 or float32, a view of `data`.
 
     Raises: BadSample: if the array cannot be decoded, has another shape or type, or is not finite.
     """
-    expected = (2 if facts.mirrored else 1, 2 * facts.channels, facts.size, facts.size)
+    start, dtype = moments_layout(data, facts, shard, key)
+    moments: np.ndarray = np.frombuffer(data, dtype, offset=start).reshape(moments_shape(facts))
+    if not np.isfinite(moments).all():
+        raise BadSample("non_finite", shard, key, "has moments that are not finite")
+    return moments
+
+
+def moments_shape(facts: DatasetFacts) -> tuple[int, int, int, int]:
+    """Return the shape (O, 2C, H, W) of a sample's moments."""
+    return (2 if facts.mirrored else 1, 2 * facts.channels, facts.size, facts.size)
+
+
+def moments_layout(data: bytes, facts: DatasetFacts, shard: str, key: str) -> tuple[int, np.dtype]:
+    """Return where the numbers of an npy file of moments begin, and their type: float16 or float32.
+
+    Raises: BadSample: if the file is not whole, or the moments have another shape or type.
+    """
+    expected = moments_shape(facts)
     start = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     try:
         shape, column_major, dtype = _npy_header(data[:start])
@@ -93,10 +123,7 @@ def _decode_moments(data: bytes, facts: DatasetFacts, shard: str, key: str) -> n
         raise BadSample("undecodable", shard, key, f"has moments of type {dtype}; legal: float32, float16")
     if len(data) - start != dtype.itemsize * math.prod(shape):
         raise BadSample("undecodable", shard, key, "npy is truncated or too long")
-    moments: np.ndarray = np.frombuffer(data, dtype, offset=start).reshape(shape)
-    if not np.isfinite(moments).all():
-        raise BadSample("non_finite", shard, key, "has moments that are not finite")
-    return moments
+    return start, dtype
 
 
 @lru_cache(maxsize=16)  # parsing takes longer than all other steps, and all samples have the same header

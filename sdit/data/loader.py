@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from sdit.data.order import KeyColumns, SampleOrder
 from sdit.data.pixels import from_levels
 from sdit.errors import DataError
 from sdit.randomness import Purpose
+
+Request = TypeVar("Request")
+Made = TypeVar("Made")
 
 
 def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1) -> Loader:
@@ -88,30 +92,27 @@ class Loader:
     def read(self, indices: np.ndarray) -> RawBatch:
         """Return the samples of the run indices (B,) int64. They are decoded in the calling thread."""
         keys = self._order.locate(indices)
-        opened = {shard: self._shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
-        samples = [self._sample(key, opened[key.shard]) for key in keys]
-        values = np.stack([sample.values for sample in samples])
-        x0 = self._latents(values, keys) if self.facts.kind == "latents" else self._pixels(values, keys)
-        y = np.array([sample.label if self._labelled else 0 for sample in samples], dtype=np.int64)
-        return RawBatch(index=np.asarray(indices, dtype=np.int64), x0=x0, y=y)
+        mirrored = self._mirrored(keys)
+        values, y = self._stored(keys, mirrored)
+        x0 = self._latents(values, keys) if self.facts.kind == "latents" else _pixels(values, mirrored)
+        return RawBatch(index=np.asarray(indices, dtype=np.int64), x0=x0, y=y if self._labelled else np.zeros_like(y))
 
-    def batches(self, requests: Iterator[np.ndarray]) -> Iterator[RawBatch]:
-        """Yield the batch of each request, in order. A request is an array (B,) of run indices.
+    def prefetch(self, requests: Iterable[Request], make: Callable[[Request], Made]) -> Iterator[Made]:
+        """Yield `make(request)` of each request, in order. The loader's threads call `make`.
 
-        `data.prefetch_batches` batches are decoded ahead. Requests are taken in the caller's thread. If a decoding thread
-        raises an error, it is raised here in place of its batch.
+        `data.prefetch_batches` requests are made ahead, or one for each thread if that is more. Requests are taken in the
+        caller's thread. If `make` raises an error, it is raised here.
         """
-        ahead: deque[list[Future[RawBatch]]] = deque()
+        ahead: deque[Future[Made]] = deque()
         try:
-            for indices in requests:
-                slices = np.array_split(indices, max(1, min(self._data.workers, len(indices))))
-                ahead.append([self._pool.submit(self.read, each) for each in slices])
-                if len(ahead) > self._data.prefetch_batches:
-                    yield _joined(ahead.popleft())
+            for request in requests:
+                ahead.append(self._pool.submit(make, request))
+                if len(ahead) > max(self._data.prefetch_batches, self._data.workers):
+                    yield ahead.popleft().result()
             while ahead:
-                yield _joined(ahead.popleft())
+                yield ahead.popleft().result()
         finally:
-            for future in chain.from_iterable(ahead):
+            for future in ahead:
                 future.cancel()
 
     def close(self) -> None:
@@ -131,6 +132,35 @@ class Loader:
             return self._dataset.open(shard)
         except BadShard as fault:
             return fault
+
+    def _stored(self, keys: KeyColumns, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the stored values and the labels (B,) int64 of samples.
+
+        Values are pixels (B, C, H, W) uint8, not mirrored yet, or moments (B, 2C, H, W) float32 of the orientation that
+        `mirrored` (B,) selects.
+        """
+        facts, count = self.facts, len(keys.shard)
+        is_latents = facts.kind == "latents"
+        channels = 2 * facts.channels if is_latents else facts.channels
+        values = np.empty((count, channels, facts.size, facts.size), np.float32 if is_latents else np.uint8)
+        labels = np.empty(count, dtype=np.int64)
+        is_read = np.zeros(count, dtype=np.bool_)
+        opened = {shard: self._shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
+        for number, shard in opened.items():
+            if isinstance(shard, BadShard) or shard.decoded is None:
+                continue
+            at = np.flatnonzero(keys.shard == number)
+            at = at[shard.decoded.row[keys.member[at]] >= 0]
+            row = shard.decoded.row[keys.member[at]]
+            chosen = (row, mirrored[at].astype(np.int64)) if is_latents else row
+            values[at], labels[at] = shard.decoded.values[chosen], shard.decoded.labels[keys.member[at]]
+            is_read[at] = True
+        rest = np.flatnonzero(~is_read)
+        for position, key in zip(rest.tolist(), keys[rest], strict=True):
+            sample = self._sample(key, opened[key.shard])
+            values[position] = sample.values[int(mirrored[position])] if is_latents else sample.values
+            labels[position] = sample.label
+        return values, labels
 
     def _sample(self, key: SampleKey, shard: Shard | BadShard) -> Sample:
         """Return the sample of a key. If it cannot be used, return a substitute that is the same on each rank."""
@@ -161,19 +191,11 @@ class Loader:
                     continue  # it is counted when its own run index is read
         raise DataError("no sample of the whole data set can be read")
 
-    def _pixels(self, values: np.ndarray, keys: KeyColumns) -> np.ndarray:
-        """Convert pixels (B, C, H, W) uint8 to float32 in [-1, 1]. If `data.flip` is set, half of them are mirrored."""
-        mirrored = self._mirrored(keys)
-        values[mirrored] = values[mirrored, ..., ::-1]
-        return from_levels(values)
-
-    def _latents(self, values: np.ndarray, keys: KeyColumns) -> np.ndarray:
-        """Return one posterior sample (B, C, H, W) float32 of each of the moments (B, O, 2C, H, W), scaled.
+    def _latents(self, moments: np.ndarray, keys: KeyColumns) -> np.ndarray:
+        """Return one posterior sample (B, C, H, W) float32 of each of the moments (B, 2C, H, W) float32, scaled.
 
         A sample is mean + exp(logvar / 2) eps.
         """
-        orientation = self._mirrored(keys).astype(np.int64)
-        moments = values[np.arange(len(values)), orientation].astype(np.float32)
         mean, log_variance = np.split(moments, 2, axis=1)
         key = randomness.keys(self._seed, Purpose.POSTERIOR, keys.epoch, keys.shard, keys.member)
         eps = randomness.normals(key, mean[0].size).reshape(mean.shape)
@@ -187,12 +209,7 @@ class Loader:
         return randomness.coins(randomness.keys(self._seed, Purpose.FLIP, keys.epoch, keys.shard, keys.member))
 
 
-def _joined(futures: list[Future[RawBatch]]) -> RawBatch:
-    batches = [future.result() for future in futures]
-    if len(batches) == 1:
-        return batches[0]
-    return RawBatch(
-        index=np.concatenate([batch.index for batch in batches]),
-        x0=np.concatenate([batch.x0 for batch in batches]),
-        y=np.concatenate([batch.y for batch in batches]),
-    )
+def _pixels(values: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Convert pixels (B, C, H, W) uint8 to float32 in [-1, 1]. Mirror those with `mirrored` (B,)."""
+    values[mirrored] = values[mirrored, ..., ::-1]
+    return from_levels(values)

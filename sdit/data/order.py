@@ -28,6 +28,10 @@ class KeyColumns:
     shard: np.ndarray
     member: np.ndarray
 
+    def __getitem__(self, rows: np.ndarray) -> KeyColumns:
+        """Return the keys at the positions `rows` (n,)."""
+        return KeyColumns(self.epoch[rows], self.shard[rows], self.member[rows])
+
     def __iter__(self) -> Iterator[SampleKey]:
         columns = (self.epoch.tolist(), self.shard.tolist(), self.member.tolist())
         return (SampleKey(*key) for key in zip(*columns, strict=True))

@@ -6,17 +6,20 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped]
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
 from sdit.checked_files import NotRegularFile, read_regular
-from sdit.data.decode import ALLOWED_SUFFIXES, Sample, decode_sample
+from sdit.data.decode import ALLOWED_SUFFIXES, DecodedSamples, Sample, decode_sample
 from sdit.data.faults import BadShard
 from sdit.data.index import DatasetFacts, ShardRecord
+from sdit.data.latents import decode_latents
+from sdit.data.tar_headers import Spans, plain_members
 from sdit.files import replacing
 
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -25,23 +28,34 @@ Encoded = Mapping[str, bytes]
 
 
 class TarShard:
-    """The encoded samples of one verified shard, in memory."""
+    """The samples of one verified shard, in memory. Latents are decoded when it is opened, images when they are read."""
 
-    def __init__(self, name: str, samples: list[dict[str, bytes]], keys: list[str], facts: DatasetFacts) -> None:
+    def __init__(self, name: str, data: bytes, samples: Sequence[tuple[str, Spans]], facts: DatasetFacts) -> None:
+        """Take the bytes of the archive and, for each sample, its key and where its members are in `data`."""
         self.name = name
-        self._samples = samples
-        self._keys = keys
+        self.decoded: DecodedSamples | None = None
+        self._count = len(samples)
         self._facts = facts
+        self._encoded = dict(enumerate(samples))  # of the samples that are not decoded yet
+        if facts.kind == "latents":
+            self.decoded = decode_latents(data, [spans for _, spans in samples], facts)
+            self._encoded = {member: samples[member] for member in np.flatnonzero(self.decoded.row < 0).tolist()}
+        self._data = memoryview(data if self._encoded else b"")
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._count
 
     def sample(self, member: int) -> Sample:
-        """Return the decoded sample at a position of the shard.
+        """Return the sample at a position of the shard, decoded.
 
         Raises: BadSample: if the sample cannot be used.
         """
-        return decode_sample(self._samples[member], self._facts, self.name, self._keys[member])
+        if member not in self._encoded:
+            assert self.decoded is not None
+            return Sample(self.decoded.values[self.decoded.row[member]], int(self.decoded.labels[member]))
+        key, spans = self._encoded[member]
+        encoded = {suffix: bytes(self._data[span]) for suffix, span in spans.items()}
+        return decode_sample(encoded, self._facts, self.name, key)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Encoded]]) -> ShardRecord | None:
@@ -71,14 +85,12 @@ def read_shard(folder: Path, record: ShardRecord, facts: DatasetFacts) -> TarSha
     """
     data = _read_verified(folder, record)
     try:
-        groups = list(group_by_keys(_members(record.name, data)))
+        samples = _plain_samples(data) or list(_samples(record.name, data))
     except (tarfile.TarError, ValueError) as error:
         raise BadShard("archive", record.name, f"cannot be read as a tar file: {error}") from error
-    if len(groups) != record.samples:
-        raise BadShard("count", record.name, f"holds {len(groups)} samples, the index says {record.samples}")
-    keys = [group["__key__"] for group in groups]
-    samples = [{suffix: value for suffix, value in group.items() if suffix[0] != "_"} for group in groups]
-    return TarShard(record.name, samples, keys, facts)
+    if len(samples) != record.samples:
+        raise BadShard("count", record.name, f"holds {len(samples)} samples, the index says {record.samples}")
+    return TarShard(record.name, data, samples, facts)
 
 
 def is_intact(folder: Path, record: ShardRecord) -> bool:
@@ -120,11 +132,38 @@ def _read_patiently(path: Path) -> bytes:
     raise AssertionError("unreachable")
 
 
-def _members(name: str, data: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the members of a tar file in memory, in the form that webdataset groups.
+def _plain_samples(data: bytes) -> list[tuple[str, Spans]] | None:
+    """Return what `_samples` yields for an archive of the form that `write_shard` writes. Return None for any other form."""
+    samples: list[tuple[str, Spans]] = []
+    last_key, spans = "", Spans()
+    for name, span in plain_members(data) or ():
+        key, _, suffix = name.partition(".")
+        if key != last_key:
+            last_key, spans = key, Spans()
+            samples.append((key, spans))
+        if suffix not in ALLOWED_SUFFIXES or suffix in spans or not key or "/" in name:
+            return None
+        if span.stop - span.start > MAX_MEMBER_BYTES:
+            return None
+        spans[suffix] = span
+    return samples or None
 
-    webdataset's own iterator silently skips links and devices, and unpacks a compressed tar of any size. A separate check
-    before that iterator takes 73 ms instead of 31 ms for 2,048 members.
+
+def _samples(name: str, data: bytes) -> Iterator[tuple[str, Spans]]:
+    """Yield the key of each sample and where its members are in `data`, as webdataset groups the members of a tar file.
+
+    Raises:
+        BadShard: if a member is not a plain, small, named file.
+        TarError, ValueError: if it is not a tar file, or a member occurs twice.
+    """
+    for group in group_by_keys(_members(name, data)):
+        yield group["__key__"], {suffix: span for suffix, span in group.items() if suffix[0] != "_"}
+
+
+def _members(name: str, data: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the members of a tar file in memory, in the form that webdataset groups. "data" is the span of a member.
+
+    webdataset's own iterator silently skips links and devices, and unpacks a compressed tar of any size.
 
     Raises: BadShard: if a member is not a plain, small, named file.
     """
@@ -134,7 +173,7 @@ def _members(name: str, data: bytes) -> Iterator[dict[str, Any]]:
             fault = _fault(member) or ("is cut off" if end > len(data) else None)
             if fault:
                 raise BadShard("forbidden_member", name, f"member {member.name!r} {fault}")
-            yield {"fname": member.name, "data": data[member.offset_data : end], "__url__": name}
+            yield {"fname": member.name, "data": slice(member.offset_data, end), "__url__": name}
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdit.contracts import RawBatch
+from sdit.contracts import Batch
 from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.assignment import SampleExchange
 
@@ -120,18 +120,25 @@ class ExpertGroup:
                 work.wait()
 
 
-def exchange_samples(
-    group: ExpertGroup, exchange: SampleExchange, samples: RawBatch, index: np.ndarray, device: torch.device
-) -> RawBatch:
-    """Send loaded samples (x0, y) to the ranks of the group that compute them. Return those with run indices `index` (B,)."""
-    flat = np.concatenate([samples.x0.reshape(len(index), -1), samples.y[:, None].astype(np.float32)], axis=1)
-    rows = torch.from_numpy(flat[exchange.send_rows]).to(device)
-    splits = exchange.send_splits.tolist(), exchange.receive_splits.tolist()
-    received, work = group.send(rows, *splits, "samples")
+def exchange_samples(group: ExpertGroup, exchange: SampleExchange, batch: Batch, index: np.ndarray) -> Batch:
+    """Send samples with their noise, times and labels to the ranks of the group that compute them.
+
+    Return the batch with the run indices `index` (B,). Times and labels are sent as float32, exact for integers below 2^24.
+    """
+    device, shape = batch.x0.device, batch.x0.shape
+    columns = (batch.x0.flatten(1), batch.noise.flatten(1), batch.t[:, None].float(), batch.y[:, None].float())
+    rows = torch.cat(columns, dim=1)[torch.from_numpy(exchange.send_rows).to(device)]
+    received, work = group.send(rows, exchange.send_splits.tolist(), exchange.receive_splits.tolist(), "samples")
     group.wait(work)
-    values = received.cpu().numpy()[exchange.order]
-    x0 = values[:, :-1].reshape(len(index), *samples.x0.shape[1:])
-    return RawBatch(index=index, x0=np.ascontiguousarray(x0), y=values[:, -1].astype(np.int64))
+    ordered = received[torch.from_numpy(exchange.order).to(device)]
+    x0, noise, t, y = ordered.split([column.shape[1] for column in columns], dim=1)
+    return Batch(
+        index=torch.from_numpy(index),
+        x0=x0.contiguous().view(shape),
+        noise=noise.contiguous().view(shape),
+        t=t[:, 0].contiguous().to(batch.t.dtype),
+        y=y[:, 0].to(batch.y.dtype),
+    )
 
 
 class _Transfer:

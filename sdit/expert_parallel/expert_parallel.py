@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sdit.config import ModelConfig, ParallelConfig
-from sdit.contracts import ForwardPass, RawBatch
+from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
 from sdit.expert_parallel.device_plan import DevicePlan, to_device
@@ -101,18 +101,18 @@ class ExpertParallel:
             self.forget()
             self.group.traffic.forget()
 
-    def begin_micro_step(self, micro_step: int, samples: RawBatch) -> RawBatch:
-        """Plan the micro-step, exchange samples inside the group, and return the samples that this rank computes."""
+    def begin_micro_step(self, micro_step: int, batch: Batch) -> Batch:
+        """Plan the micro-step, exchange samples inside the group, and return the batch that this rank computes."""
         if not self.is_planned:
-            return samples
+            return batch
         placement, device = self.placed.placement, self._comm.device
         plan = self._planner.plan(micro_step, placement)
         self._next_plan = to_device(plan, placement, self.group.ep_rank, device)
         index = self._planner.own_index(plan)
         if plan.sample_exchange is None:
-            assert (samples.index == index).all()
-            return samples
-        return exchange_samples(self.group, plan.sample_exchange, samples, index, device)
+            assert (batch.index.numpy() == index).all()
+            return batch
+        return exchange_samples(self.group, plan.sample_exchange, batch, index)
 
     def forward_pass(self, task: torch.Tensor) -> ForwardPass:
         """Return the pass of the micro-step that was begun. Without one (sampling) all samples share a task."""

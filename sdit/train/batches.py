@@ -1,19 +1,90 @@
-"""The micro-batches of this rank, step by step. Noise, times and label drop depend on seed and sample index only."""
+"""The micro-batches of this rank, step by step. The loader's threads draw all that depends on (seed, sample index) only.
+
+N samples of the global batch, B samples of a micro-batch of this rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sdit.contracts import Batch, RawBatch
+from sdit.contracts import Batch
+from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
 from sdit.diffusion import draw_label_drop
 from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
 from sdit.train.context import TrainContext
+from sdit.train.upload import Upload, Uploader
+
+KEPT_TIMES = 16  # steps whose times are kept for their other micro-batches; those of older steps are drawn again
+
+
+class Request(NamedTuple):
+    """The run indices (B,) of a micro-batch, in the step whose first sample is `first_sample`."""
+
+    first_sample: int
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch whose copy to the device has begun. `times` (N,) are those of all samples of its step."""
+
+    index: np.ndarray
+    times: np.ndarray
+    upload: Upload
+
+    def on_device(self) -> Batch:
+        """Return the batch. The device waits for the copy, the host does not."""
+        x0, noise, t, y = self.upload.wait()
+        return Batch(index=torch.from_numpy(self.index), x0=x0, noise=noise, t=t, y=y)
+
+
+@dataclass(frozen=True)
+class BatchDraws:
+    """What is drawn for samples. It depends on `seed` and the sample index, and on nothing else.
+
+    `times` returns the times (N,) of the step that begins at a sample. `label_drop` is the probability that a label becomes
+    the null label, which is `classes`.
+    """
+
+    seed: int
+    times: Callable[[int], np.ndarray]
+    classes: int
+    label_drop: float
+
+    def labels(self, y: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the labels (B,) after label drop."""
+        if not (self.classes and self.label_drop):
+            return y
+        return np.where(draw_label_drop(self.seed, index, self.label_drop), self.classes, y)
+
+    def noise(self, index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return standard normal noise (B, *shape) float32."""
+        return normal_noise(self.seed, index, shape, Purpose.NOISE)
+
+
+def micro_batches(
+    loader: Loader, draws: BatchDraws, device: torch.device, requests: Iterator[Request]
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batch of each request. The loader's threads read it, draw for it and begin its copy to the device."""
+    uploader = Uploader(device)
+    times_of = lru_cache(maxsize=KEPT_TIMES)(draws.times)
+
+    def make(request: Request) -> MicroBatch:
+        loaded, times = loader.read(request.indices), times_of(request.first_sample)
+        noise = draws.noise(loaded.index, loaded.x0.shape[1:])
+        own_times, labels = times[loaded.index - request.first_sample], draws.labels(loaded.y, loaded.index)
+        return MicroBatch(loaded.index, times, uploader.begin((loaded.x0, noise, own_times, labels)))
+
+    return loader.prefetch(requests, make)
 
 
 class BatchStream:
@@ -22,9 +93,14 @@ class BatchStream:
     def __init__(self, context: TrainContext) -> None:
         self._context = context
         self._first_step = context.state.clock.steps
-        self._loaded: Iterator[RawBatch] | None = None
+        self._loaded: Iterator[MicroBatch] | None = None
+        config, global_batch = context.run.config, context.run.batch.global_batch
+        self._draws = BatchDraws(
+            config.seed, lambda first: context.objective.draw_timesteps(config.seed, first, global_batch),
+            config.model.classes, config.diffusion.label_drop,
+        )  # fmt: skip
 
-    def __iter__(self) -> Iterator[list[RawBatch]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each step until the clock is at the end."""
         context, state = self._context, self._context.state
         while state.clock.images_seen < state.length_images:
@@ -32,44 +108,26 @@ class BatchStream:
             context.heartbeat.enter(phase, state.clock.steps)
             context.timer.begin_step()
             if self._loaded is None:
-                self._loaded = context.loader.batches(self._requests())
+                self._loaded = micro_batches(context.loader, self._draws, context.comm.device, self._requests())
             with context.timer.host_work(), context.timer.phase("data_wait"):
-                micro_batches = [next(self._loaded) for _ in range(context.run.batch.accumulation)]
-            yield micro_batches
+                loaded = [next(self._loaded) for _ in range(context.run.batch.accumulation)]
+            yield loaded
 
     def rewind(self) -> None:
         """Load from the present clock again."""
         self._loaded = None
 
-    def _requests(self) -> Iterator[np.ndarray]:
-        """Sample indices of this rank's micro-batches from the present clock to the end of the run."""
+    def _requests(self) -> Iterator[Request]:
+        """Yield the request of each of this rank's micro-batches from the present clock to the end of the run."""
         state, plan, comm = self._context.state, self._context.run.batch, self._context.comm
         clock = state.clock
         for images_seen in range(clock.images_seen, state.length_images, plan.global_batch):
             yield from rank_requests(plan, clock.sample_at(images_seen), comm.rank, comm.world)
 
 
-def rank_requests(plan: BatchPlan, first_sample: int, rank: int, world: int) -> Iterator[np.ndarray]:
-    """Yield the sample indices (micro_batch,) of each micro-step of a rank, for the step that begins at `first_sample`."""
+def rank_requests(plan: BatchPlan, first_sample: int, rank: int, world: int) -> Iterator[Request]:
+    """Yield the request of each micro-step of a rank, for the step that begins at `first_sample`."""
     for micro_step in range(plan.accumulation):
-        yield rank_indices(first_sample, plan.global_batch, rank, world, micro_step, plan.accumulation)
-
-
-def draw_batch(
-    samples: RawBatch, times: np.ndarray, seed: int, classes: int, label_drop: float, device: torch.device
-) -> Batch:
-    """Return the batch of `samples` (B) on the device, with their times (B,).
-
-    `label_drop` is the probability that a label becomes the null label, which is `classes`.
-    """
-    labels = samples.y
-    if classes and label_drop:
-        labels = np.where(draw_label_drop(seed, samples.index, label_drop), classes, labels)
-    noise = normal_noise(seed, samples.index, samples.x0.shape[1:], Purpose.NOISE)
-    return Batch(
-        index=torch.from_numpy(samples.index),
-        x0=torch.from_numpy(samples.x0).to(device, non_blocking=True),
-        noise=torch.from_numpy(noise).to(device, non_blocking=True),
-        t=torch.from_numpy(times).to(device, non_blocking=True),
-        y=torch.from_numpy(labels).to(device, non_blocking=True),
-    )
+        yield Request(
+            first_sample, rank_indices(first_sample, plan.global_batch, rank, world, micro_step, plan.accumulation)
+        )

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from sdit.clock import StepSpan, ema_decay, learning_rate_factor
-from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
-from sdit.train.batches import draw_batch
+from sdit.train.batches import MicroBatch
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
@@ -31,7 +30,7 @@ class TrainStep:
         self._skipped_steps = 0
         self.log_every_steps = self._config.train.log_every_steps
 
-    def run(self, micro_batches: Sequence[RawBatch], span: StepSpan, logged: bool = False) -> StepRecord:
+    def run(self, micro_batches: Sequence[MicroBatch], span: StepSpan, logged: bool = False) -> StepRecord:
         """Take the step `span` on this rank's micro-batches, again while it is not finite, and return its record.
 
         Raises:
@@ -56,7 +55,7 @@ class TrainStep:
         self._bad_steps.in_a_row = 0
         self._recorder.forget()
 
-    def _finite_sums(self, micro_batches: Sequence[RawBatch]) -> StepSums:
+    def _finite_sums(self, micro_batches: Sequence[MicroBatch]) -> StepSums:
         """The sums over all ranks of the first attempt that is finite. Raises: RollBack."""
         while True:
             with self._context.timer.phase("forward_backward"):
@@ -70,13 +69,12 @@ class TrainStep:
             if self._bad_steps.problem:
                 raise RollBack(self._bad_steps.problem)
 
-    def _accumulate(self, micro_batches: Sequence[RawBatch]) -> StepSums:
+    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> StepSums:
         """Forward and backward of all micro-batches; the sums over all ranks."""
-        context, config = self._context, self._config
+        context = self._context
         state, device = context.state, context.comm.device
         first = state.clock.first_sample
-        times = context.objective.draw_timesteps(config.seed, first, context.run.batch.global_batch)
-        context.experts.begin_step(first, times)
+        context.experts.begin_step(first, micro_batches[0].times)
         assignment = state.prior.at_step(state.clock.steps, lambda: context.experts.table.experts)
         loads = self._balance_loads()
         rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
@@ -84,10 +82,8 @@ class TrainStep:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
-        classes, drop = config.model.classes, config.diffusion.label_drop
-        for micro_step, samples in enumerate(micro_batches):
-            samples = context.experts.begin_micro_step(micro_step, samples)
-            batch = draw_batch(samples, times[samples.index - first], config.seed, classes, drop, device)
+        for micro_step, loaded in enumerate(micro_batches):
+            batch = context.experts.begin_micro_step(micro_step, loaded.on_device())
             with context.timer.device_work():
                 losses = context.engine.forward(batch, assignment, loads)
             context.heartbeat.progress()

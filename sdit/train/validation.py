@@ -12,7 +12,7 @@ from sdit.config import ValidationConfig
 from sdit.data.loader import Loader
 from sdit.diffusion import draw_timesteps
 from sdit.supervise.heartbeat import Phase
-from sdit.train.batches import draw_batch, rank_requests
+from sdit.train.batches import BatchDraws, Request, micro_batches, rank_requests
 from sdit.train.context import TrainContext
 from sdit.train.record import Validation
 from sdit.train.sums import BINS, bin_means
@@ -55,17 +55,17 @@ class Validator:
     def _sums(self, begin_batch: Callable[[int, np.ndarray], None]) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 sums over this rank's images: (2,) of loss and mse, and the bins of mse."""
         context, plan = self._context, self._context.run.batch
-        device, classes = context.comm.device, context.model.config.classes
+        device = context.comm.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         assert self._loader is not None
-        batches = self._loader.batches(self._requests())
+        draws = BatchDraws(self._seed, self._times, context.model.config.classes, label_drop=0.0)
+        batches = micro_batches(self._loader, draws, device, self._requests())
         for first in range(0, self._images, plan.global_batch):
-            times = self._times(first)
-            begin_batch(first, times)
-            for micro_step in range(plan.accumulation):
-                samples = context.experts.begin_micro_step(micro_step, next(batches))
-                batch = draw_batch(samples, times[samples.index - first], self._seed, classes, 0.0, device)
+            loaded = [next(batches) for _ in range(plan.accumulation)]
+            begin_batch(first, loaded[0].times)
+            for micro_step, each in enumerate(loaded):
+                batch = context.experts.begin_micro_step(micro_step, each.on_device())
                 losses = context.engine.module(batch, None, None)
                 mse, vlb = losses.parts[1], losses.parts[2]
                 sums += torch.stack([mse + vlb, mse])
@@ -78,7 +78,7 @@ class Validator:
         global_batch, timesteps = self._context.run.batch.global_batch, self._context.objective.timesteps
         return draw_timesteps(self._seed, first, global_batch, timesteps, mode="stratified")
 
-    def _requests(self) -> Iterator[np.ndarray]:
+    def _requests(self) -> Iterator[Request]:
         plan, comm = self._context.run.batch, self._context.comm
         for first in range(0, self._images, plan.global_batch):
             yield from rank_requests(plan, first, comm.rank, comm.world)

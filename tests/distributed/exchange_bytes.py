@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdit.config import ParallelConfig
-from sdit.contracts import RawBatch
+from sdit.contracts import Batch
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement, place_experts
@@ -69,9 +69,8 @@ def our_bytes(
     experts.placed.placement = placement_for(routes, traffic, costs, exchange, placement)
     experts.begin_step(0, tasks)
     own = np.arange(comm.rank, len(tasks), comm.world)
-    experts.begin_micro_step(
-        0, RawBatch(own, np.zeros((per_rank, *LATENT), dtype=np.float32), np.zeros(per_rank, dtype=np.int64))
-    )
+    image, number = torch.zeros(per_rank, *LATENT), torch.zeros(per_rank, dtype=torch.int64)
+    experts.begin_micro_step(0, Batch(torch.from_numpy(own), image, image, number, number))
     forward_pass = experts.forward_pass(torch.zeros(per_rank, dtype=torch.int64))
     view = forward_pass.view
     assert view.experts is not None

@@ -61,6 +61,16 @@ def test_normals_are_finite_and_float32_for_any_count() -> None:
         assert draws.shape == (3, count) and draws.dtype == np.float32 and np.isfinite(draws).all()
 
 
+def test_noise_is_that_of_a_new_generator_for_each_sample() -> None:
+    indices = np.array([0, 1, 5, 5, 2**40, 2**63 - 1])
+    noise = randomness.normal_noise(2**64 - 1, indices, (3, 5), Purpose.NOISE, step=7)
+    key = np.array([2**64 - 1, 3], np.uint64)
+    for row, index in zip(noise, indices, strict=True):
+        philox = np.random.Philox(key=key, counter=np.array([0, 7, index, 0], np.uint64))
+        plain = np.random.Generator(philox).standard_normal((3, 5), dtype=np.float32)
+        assert row.tobytes() == plain.tobytes()
+
+
 def test_bits_of_every_purpose_are_those_of_the_first_version() -> None:
     """A run that an older version began continues with the same numbers."""
     index, word = np.array([0, 5, 2**40]), np.array([1, 2, 3])

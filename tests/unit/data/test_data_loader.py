@@ -82,7 +82,7 @@ def test_no_layout_changes_a_bit(
         loader = open_loader(
             folder, 0, ranks, channels, flip=True, streams=3, workers=workers, prefetch_batches=prefetch
         )
-        index, values, labels = joined(loader.batches(iter(asked)))
+        index, values, labels = joined(loader.prefetch(iter(asked), loader.read))
         assert np.array_equal(index, np.concatenate(asked))
         x0[index], y[index] = values, labels
     assert np.array_equal(x0, expected.x0) and np.array_equal(y, expected.y)
@@ -151,7 +151,7 @@ def test_an_epoch_reads_each_shard_once_but_for_those_cut_between_streams(
     shards, streams = 20, 4
     folder = pictures.write_folder(tmp_path / "many", [11, 12, 13, 14] * 5)
     loader = open_loader(folder, streams=streams, workers=workers)
-    joined(loader.batches(requests(0, loader.facts.total, 8)))
+    joined(loader.prefetch(requests(0, loader.facts.total, 8), loader.read))
     assert shards <= loader.shard_opens <= shards + streams - 1
 
 
@@ -187,7 +187,9 @@ def test_bad_samples_are_counted_once_an_epoch_and_replaced_alike_on_all_ranks(
     found: Counter[str] = Counter()
     for rank in range(4):
         loader = open_loader(folder, 0, 4, max_bad_fraction=0.9, workers=2)
-        index, x0, _ = joined(loader.batches(iter([rank_indices(first, 24, rank, 4) for first in range(0, 120, 24)])))
+        index, x0, _ = joined(
+            loader.prefetch(iter([rank_indices(first, 24, rank, 4) for first in range(0, 120, 24)]), loader.read)
+        )
         assert np.array_equal(x0, expected.x0[index])
         found += loader.bad_samples
     assert found == whole.bad_samples
@@ -247,7 +249,7 @@ def test_errors_of_the_decoding_threads_reach_the_consumer_in_their_place(
     loader = open_loader(folder, streams=1, workers=workers, prefetch_batches=3)
     read = []
     with pytest.raises(DataError, match=r"shard-000002\.tar"):
-        for batch in loader.batches(requests(0, 40, 2)):
+        for batch in loader.prefetch(requests(0, 40, 2), loader.read):
             read.append(batch)
     one_by_one = open_loader(folder, streams=1)
     for batch in read:
@@ -264,7 +266,8 @@ def test_decoding_runs_ahead_of_use_as_far_as_configured(open_loader: Any, folde
             taken.append(batch)
             yield batch
 
-    batches = open_loader(folder, prefetch_batches=3).batches(asked())
+    loader = open_loader(folder, prefetch_batches=3)
+    batches = loader.prefetch(asked(), loader.read)
     assert taken == []
     for used in range(1, 8):
         next(batches)
@@ -275,7 +278,7 @@ def test_closing_ends_all_threads_even_with_batches_under_way(folder: Path) -> N
     before = threading.active_count()
     config = DataConfig(source="shards", path=str(folder), workers=4, prefetch_batches=4)
     with build_loader(config, ModelConfig(input_size=4, channels=1, classes=10), seed=0) as loader:
-        batches = loader.batches(requests(0, 4000, 8))
+        batches = loader.prefetch(requests(0, 4000, 8), loader.read)
         next(batches)
         assert threading.active_count() > before
     assert threading.active_count() == before
@@ -283,7 +286,7 @@ def test_closing_ends_all_threads_even_with_batches_under_way(folder: Path) -> N
 
 def test_threads_that_want_one_shard_share_one_reading(open_loader: Any, folder: Path) -> None:
     loader = open_loader(folder, workers=4)
-    joined(loader.batches(requests(0, 40, 40)))
+    joined(loader.prefetch(requests(0, 40, 40), loader.read))
     assert loader.shard_opens == 4
 
 

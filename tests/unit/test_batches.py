@@ -1,0 +1,132 @@
+"""Laws of the micro-batches that a loader's threads make: those of drawing in the training thread, copied in order."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdit.config import DataConfig, ModelConfig
+from sdit.data.loader import Loader, build_loader
+from sdit.diffusion import draw_label_drop, draw_timesteps
+from sdit.errors import DataError
+from sdit.randomness import Purpose, normal_noise
+from sdit.topology import plan_batch
+from sdit.train.batches import BatchDraws, micro_batches, rank_requests
+from sdit.train.upload import Upload, Uploader
+
+SEED, GLOBAL_BATCH, CLASSES, DROP = 3, 12, 10, 0.3
+MODEL = ModelConfig(input_size=8, patch_size=2, channels=1, classes=CLASSES)
+CPU = torch.device("cpu")
+
+
+def open_loader(**data: Any) -> Loader:
+    return build_loader(DataConfig(flip=True, **data), MODEL, SEED)
+
+
+@pytest.mark.parametrize("timesteps", [1000, None])
+@pytest.mark.parametrize(("workers", "prefetch", "ranks", "micro_batch"), [(1, 1, 1, 12), (3, 1, 2, 3), (2, 4, 1, 4)])
+def test_the_threads_draw_what_the_training_thread_would_draw(
+    timesteps: int | None, workers: int, prefetch: int, ranks: int, micro_batch: int
+) -> None:
+    def times(first: int) -> np.ndarray:
+        return draw_timesteps(SEED, first, GLOBAL_BATCH, timesteps, "stratified")
+
+    plan = plan_batch(GLOBAL_BATCH, micro_batch, ranks)
+    firsts = range(100, 100 + 20 * GLOBAL_BATCH, GLOBAL_BATCH)  # more steps than times are kept for
+    with open_loader(workers=workers, prefetch_batches=prefetch) as loader:
+        for rank in range(ranks):
+            asked = [request for first in firsts for request in rank_requests(plan, first, rank, ranks)]
+            draws = BatchDraws(SEED, times, CLASSES, DROP)
+            made = list(micro_batches(loader, draws, CPU, iter(asked)))
+            assert len(made) == len(asked) == len(firsts) * plan.accumulation
+            for request, micro_batch_ in zip(asked, made, strict=True):
+                batch, samples = micro_batch_.on_device(), loader.read(request.indices)
+                step_times = times(request.first_sample)
+                dropped = draw_label_drop(SEED, request.indices, DROP)
+                expected = (
+                    request.indices, samples.x0,
+                    normal_noise(SEED, request.indices, samples.x0.shape[1:], Purpose.NOISE),
+                    step_times[request.indices - request.first_sample], np.where(dropped, CLASSES, samples.y),
+                )  # fmt: skip
+                found = (batch.index, batch.x0, batch.noise, batch.t, batch.y)
+                for tensor, array in zip(found, expected, strict=True):
+                    assert tensor.numpy().dtype == array.dtype and tensor.numpy().tobytes() == array.tobytes()
+                assert np.array_equal(micro_batch_.times, step_times)
+
+
+def test_labels_are_kept_without_label_drop() -> None:
+    y = np.arange(10)
+    assert BatchDraws(SEED, np.arange, CLASSES, 0.0).labels(y, y) is y
+    assert BatchDraws(SEED, np.arange, 0, 1.0).labels(y, y) is y
+
+
+def test_an_error_while_drawing_is_raised_in_the_training_thread() -> None:
+    def times(first: int) -> np.ndarray:
+        raise DataError("no times")
+
+    plan = plan_batch(GLOBAL_BATCH, None, 1)
+    with open_loader() as loader, pytest.raises(DataError, match="no times"):
+        next(micro_batches(loader, BatchDraws(SEED, times, CLASSES, DROP), CPU, rank_requests(plan, 0, 0, 1)))
+
+
+class FakeTensor:
+    """Records what an upload does to a tensor of a GPU."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def pin_memory(self) -> FakeTensor:
+        self._log.append("pin")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> FakeTensor:
+        assert device.type == "cuda" and non_blocking
+        self._log.append("copy")
+        return self
+
+    def record_stream(self, stream: Any) -> None:
+        self._log.append(f"keep for {stream.name}")
+
+
+class FakeStream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self._log = name, log
+
+    def record_event(self) -> str:
+        self._log.append(f"event in {self.name}")
+        return "copied"
+
+    def wait_event(self, event: Any) -> None:
+        self._log.append(f"{self.name} waits for {event}")
+
+
+def test_on_a_gpu_the_training_stream_waits_for_the_copy_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    copies, training = FakeStream("copies", log), FakeStream("training", log)
+
+    @contextmanager
+    def stream(chosen: FakeStream) -> Any:
+        log.append(f"enter {chosen.name}")
+        yield
+        log.append(f"leave {chosen.name}")
+
+    fake = SimpleNamespace(Stream=lambda device: copies, stream=stream, current_stream=lambda: training)
+    monkeypatch.setattr("sdit.train.upload.torch.cuda", fake)
+    monkeypatch.setattr("sdit.train.upload.torch.from_numpy", lambda array: FakeTensor(log))
+    upload = Uploader(torch.device("cuda", 1)).begin((np.zeros(1), np.zeros(1)))
+    made = ["enter copies", "pin", "copy", "pin", "copy", "event in copies", "leave copies"]
+    assert log == made
+    assert len(upload.wait()) == 2
+    assert log[len(made) :] == ["training waits for copied", "keep for training", "keep for training"]
+
+
+def test_on_a_cpu_nothing_is_copied_or_waited_for() -> None:
+    array = np.arange(3)
+    upload = Uploader(CPU).begin((array,))
+    assert upload == Upload(upload.tensors, None)
+    assert upload.wait()[0].data_ptr() == array.ctypes.data
