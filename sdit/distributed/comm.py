@@ -72,7 +72,8 @@ class Comm:
 
         NCCL's ranks destroy a group together, and the others wait in another collective.
         """
-        if error is None or dist.get_backend() != "nccl":
+        waits = dist.is_initialized() and dist.get_backend() == "nccl"
+        if error is None or not waits:
             self.close()
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ os.environ.pop("DS_ACCELERATOR", None)
 from sdit.cli.train import main
 code = main(sys.argv[1:])
 from deepspeed.accelerator import get_accelerator
-print(get_accelerator().device_name())
+print(get_accelerator().device_name(), torch.are_deterministic_algorithms_enabled())
 sys.exit(code)
 """
 
@@ -94,15 +94,16 @@ def test_deepspeed_is_told_the_index_of_the_gpu(device: torch.device, monkeypatc
 
 
 def test_cpu_run_on_a_node_with_gpus_trains_on_the_cpu(tmp_path: Path) -> None:
-    """DeepSpeed chooses its accelerator when it is imported, which is before there is a process group."""
+    """DeepSpeed chooses its accelerator when it is imported. The settings of a rank come first."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     words = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "train.steps=1", "parallel.device=cpu"]
+    words += ["train.deterministic=true", "supervise.enabled=false"]
     result = subprocess.run(
-        [sys.executable, "-c", CPU_RANK_ON_A_GPU_NODE, *words, "supervise.enabled=false"],
+        [sys.executable, "-c", CPU_RANK_ON_A_GPU_NODE, *words],
         env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[-1] == "cpu"
+    assert result.stdout.splitlines()[-1] == "cpu True"
 
 
 def test_accelerator_that_disagrees_with_the_device_is_named() -> None:
