@@ -3,7 +3,7 @@
 
 `as trained`: weights, tokens and condition are bf16, as under `train.precision: bf16`. `float32 tokens`: the tokens between
 blocks are float32, and only products are bf16, as under torch.autocast. The error is the norm of the difference over the
-norm. Gates of adaLN are drawn with the size that they have after training.
+norm. Gates of adaLN and experts are drawn so large that each block changes its tokens: at the start of a run they do not.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def model_of(variant: str, depth: int, width: int, seed: int) -> DiffusionTransf
         for name, parameter in model.named_parameters():
             if "adaLN" in name or name.startswith("final_layer.linear"):
                 parameter.normal_(std=GATE_STD if name.endswith("bias") else 0.02, generator=generator)
+            if ".experts.w" in name:
+                parameter.normal_(std=width**-0.5, generator=generator)  # the mixture is as large as the tokens
             parameter.copy_(parameter.bfloat16())
     return model
 
