@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,8 +56,18 @@ def legal_expert_sizes(experts: int, world: int) -> list[int]:
     return divisors(math.gcd(experts, world))
 
 
+def common_ranks_per_node(local_worlds: Sequence[int]) -> int:
+    """Return the largest size of groups of consecutive ranks that are each within one node.
+
+    `local_worlds` has for each rank the number of ranks of its node. Nodes may differ.
+    """
+    return math.gcd(*local_worlds)
+
+
 def choose_expert_parallel(setting: int | Literal["auto"], experts: int, world: int, ranks_per_node: int) -> int:
     """Return EP for `parallel.expert`. auto is the largest legal size whose groups are each within one node.
+
+    `ranks_per_node` is that of `common_ranks_per_node`.
 
     Raises: ConfigError: if the size does not divide both the experts and the ranks.
     """

@@ -67,15 +67,14 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
 
     Raises: CheckpointError, ConfigError.
     """
-    import torch
-
     from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import Comm
+    from sdit.distributed.device import choose_device
     from sdit.evaluate.generate import Generator
     from sdit.train.decode import latent_decoder
 
     with Comm(info) if info.world > 1 else nullcontext() as comm:
-        device = comm.device if comm is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        device = comm.device if comm is not None else choose_device(info, "auto")
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
         settings = chosen_settings(trained.config, options)
         yield Generator(trained, settings, latent_decoder(trained.config, options.vae, device), comm, options.batch)

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from sdit.distributed.comm import RankInfo
     from sdit.train.engine_setup import WrapEngine
 
-LOST_OTHERS = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe", re.IGNORECASE)
+# NCCL also reports errors of this rank, such as a GPU that two ranks use or a wrong interface.
+LOST_OTHERS = re.compile(
+    r"gloo|ncclRemoteError|NCCL communicator was aborted|Watchdog caught collective operation timeout|"
+    r"ncclUniqueId .* got error|Connection (was likely )?(reset|closed|refused)|Broken pipe",
+    re.IGNORECASE,
+)
 
 
 def run_supervised(
@@ -32,7 +37,7 @@ def run_supervised(
 ) -> int:
     """Run the rank of a supervisor. If it fails, report the reason to the supervisor, which reports it to the user.
 
-    A rank that merely lost the others needs no traceback.
+    The traceback of a rank that merely lost the others is not printed, but it is in the file of stack dumps.
     """
     try:
         return run(resolve(), info, worker, wrap_engine)
@@ -40,7 +45,8 @@ def run_supervised(
         worker.heartbeat.fail(redact(str(error)), secondary=False)
         return error.exit_code
     except Exception as error:
-        secondary = LOST_OTHERS.search(str(error)) is not None
+        worker.append_stacks(redact(traceback.format_exc()))
+        secondary = has_lost_others(error)
         text = redact(one_line(f"{type(error).__name__}: {error}"))
         worker.heartbeat.fail(f"lost the other ranks: {text}" if secondary else text, secondary)
         if secondary:
@@ -48,6 +54,11 @@ def run_supervised(
         else:
             traceback.print_exc()
         return ExitCode.CRASH
+
+
+def has_lost_others(error: Exception) -> bool:
+    """Return whether an error only says that another rank is gone, so that this rank is not the root cause."""
+    return LOST_OTHERS.search(str(error)) is not None
 
 
 def run_unsupervised(
@@ -70,7 +81,10 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
     config = resolved.config
     use_cache([Path(config.run_dir) / "cache"])
     gc.disable()  # what imports create stays: searching it for garbage takes 0.6 s of 4.4 s of CPU time
-    from sdit.distributed.comm import Comm, set_threads  # torch is slow to import: not for --help and wrong configs
+    from sdit.distributed.device import prepare_device  # torch is slow to import: not for --help and wrong configs
+
+    prepare_device(config.parallel.device, config.train.deterministic)
+    from sdit.distributed.comm import Comm, set_threads
     from sdit.observe.folder_watch import FolderWatch
     from sdit.observe.metrics import PrometheusObserver
     from sdit.observe.observers import build_observers
@@ -86,8 +100,9 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
     metrics = None if worker.metrics_path is None else PrometheusObserver(config, run_dir, info, worker.metrics_path)
     observers = build_observers(config, folder, info, metrics, FolderWatch(folder, worker.heartbeat))
     try:
-        with Comm(info, device=config.parallel.device) as comm:
+        with Comm(info, config.supervise.collective_seconds, config.parallel.device) as comm:
             try:
+                resolved = resolved.on_nodes(comm.gather(info.local_world))
                 with open_trainer(resolved, comm, observers, worker, wrap_engine) as trainer:
                     code = int(trainer.run())
             finally:

@@ -5,13 +5,14 @@ Each process computes it once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sdit.config.deepspeed_json import merge_deepspeed, zero_stage
 from sdit.config.schema import Config
 from sdit.errors import ConfigError
-from sdit.topology import BatchPlan, choose_expert_parallel, plan_batch
+from sdit.topology import BatchPlan, choose_expert_parallel, common_ranks_per_node, plan_batch
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class ResolvedRun:
         ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
         equation = f"global batch {batch.global_batch} = {ranks} x {batch.micro_batch} x {batch.accumulation}"
         return f"{equation} (ranks x micro-batch x accumulation); {layout}{exchange}"
+
+    def on_nodes(self, local_worlds: Sequence[int]) -> ResolvedRun:
+        """Return the run on nodes that may differ. `local_worlds` has for each rank the number of ranks of its node.
+
+        A rank resolves the run by its own node. The ranks must agree on EP before they make groups.
+        """
+        size = _expert_parallel(self.config, self.world, common_ranks_per_node(local_worlds))
+        return replace(self, expert_parallel=size)
 
 
 def resolve_run(config: Config, deepspeed: dict[str, Any], source: str, world: int, ranks_per_node: int) -> ResolvedRun:

@@ -26,6 +26,9 @@ class TrainConfig(Section):
     global_batch: int = field(256, "images per optimizer step over all ranks", ge=1)
     micro_batch: int | None = field(None, "images per rank and forward pass; null: global_batch / ranks", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "compute precision; masters, moments and EMA are always fp32")
+    deterministic: bool = field(
+        False, "deterministic algorithms, with which a resumed run has the same bits on GPUs too; slower there"
+    )
     log_every_steps: int = field(10, "steps between two lines of metrics.jsonl", ge=1)
     max_bad_steps: int = field(3, "consecutive non-finite steps before the run stops or rolls back", ge=1)
     rollbacks: int = field(
@@ -139,3 +142,16 @@ class SuperviseConfig(Section):
     grace_seconds: float = field(60.0, "time to save and exit after a stop signal", gt=0)
     elastic: bool = field(False, "continue with the remaining ranks if a node is lost")
     stop_code: Literal[75, 0] = field(75, "exit code after a stop signal: 75 asks the scheduler to run the job again")
+
+    @property
+    def collective_seconds(self) -> float:
+        """The longest time that a rank may wait for the others in one collective.
+
+        It exceeds every deadline. A supervisor therefore ends the rank that stalls before NCCL aborts a rank that waits for it,
+        which would count as a crash of the latter.
+        """
+        deadlines = (
+            self.start_seconds, self.first_step_seconds, self.step_seconds, self.checkpoint_seconds,
+            self.sample_seconds, self.grace_seconds,
+        )  # fmt: skip
+        return 2 * max(deadlines) + 60

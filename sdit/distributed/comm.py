@@ -9,32 +9,36 @@ import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from sdit.distributed.device import Device, check_accelerator, choose_device
 from sdit.errors import ConfigError
 from sdit.launch_environment import RankInfo, find_rank, is_loopback
 
 __all__ = ["Comm", "RankInfo", "find_rank", "set_threads"]
-Device = Literal["auto", "cpu", "cuda"]
 LOOPBACK = "127.0.0.1"
 LOOPBACK_CARD = "lo"
+OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 SCHEME = "sdit"  # URL scheme of the rendezvous handler below
 
 
 class Comm:
-    """The run's process group. `close()` (or leaving the `with`) destroys it."""
+    """The run's process group. `close()`, or the end of the `with`, destroys it.
+
+    `timeout_seconds` limits the rendezvous and each collective.
+    """
 
     def __init__(self, info: RankInfo, timeout_seconds: float = 600.0, device: Device = "auto") -> None:
         self.info = info
         self.rank, self.world = info.rank, info.world
-        self.device = _pick_device(info, device)
+        self.device = choose_device(info, device)
         self._init_group(timeout_seconds)
 
     def _init_group(self, timeout_seconds: float) -> None:
-        _set_rendezvous(self.info)
+        _set_rendezvous(self.info, self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if is_loopback(os.environ["MASTER_ADDR"]) and any(name == LOOPBACK_CARD for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_CARD)
@@ -45,6 +49,7 @@ class Comm:
             print(f"ranks: {self.info.describe()}; {rendezvous}{backend}", file=sys.stderr, flush=True)
         from deepspeed import comm as deepspeed_comm
 
+        check_accelerator(self.device)
         # DeepSpeed would compile a shared-memory all-reduce here, which needs a C++ compiler. A process that is killed during
         # the build leaves a lock, and all later runs hang. gloo does the same work.
         # sys.modules is used because the attribute deepspeed.comm.torch is the torch package.
@@ -62,8 +67,14 @@ class Comm:
     def __enter__(self) -> Comm:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Destroy the group. After an error under NCCL, leave that to the end of the process.
+
+        NCCL's ranks destroy a group together, and the others wait in another collective.
+        """
+        waits = dist.is_initialized() and dist.get_backend() == "nccl"
+        if error is None or not waits:
+            self.close()
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -119,36 +130,19 @@ class Comm:
         return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(gathered, sizes.tolist(), strict=True)]
 
 
-def _pick_device(info: RankInfo, wanted: Device) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        build = "which can use none" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
-        raise ConfigError(
-            f"parallel.device: cuda, but torch {torch.__version__} ({build}) sees no GPU on host {socket.gethostname()}; "
-            "legal: auto, cpu, or a node with a GPU and its driver"
-        )
-    if wanted == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed would use the GPUs
-    elif torch.cuda.is_available():
-        if info.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {info.local_rank}: this node has {torch.cuda.device_count()} GPUs; legal: one rank per GPU"
-            )
-        torch.cuda.set_device(info.local_rank)
-        return torch.device("cuda", info.local_rank)
-    return torch.device("cpu")
-
-
-def _set_rendezvous(info: RankInfo) -> None:
+def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
     """Set the environment variables that DeepSpeed reads. A single process uses a free port.
+
+    DeepSpeed takes the local rank as the index of the GPU, and refuses another local rank of Open MPI.
 
     Raises: ConfigError: if there are several ranks and the address or port of rank 0 is not set.
     """
+    index = str(info.local_rank if device.index is None else device.index)
     os.environ.update(
-        RANK=str(info.rank),
-        WORLD_SIZE=str(info.world),
-        LOCAL_RANK=str(info.local_rank),
-        LOCAL_SIZE=str(info.local_world),
+        RANK=str(info.rank), WORLD_SIZE=str(info.world), LOCAL_RANK=index, LOCAL_SIZE=str(info.local_world)
     )
+    if OPEN_MPI_LOCAL_RANK in os.environ:
+        os.environ[OPEN_MPI_LOCAL_RANK] = index
     if info.world > 1:
         on_one_node = info.local_world == info.world and not _has_agent_store()
         if on_one_node and not is_loopback(os.environ.get("MASTER_ADDR", "")):

@@ -129,6 +129,7 @@ class OffloadedZeroPartitions(ZeroPartitions):
     """`DeepSpeedZeroOptimizer` with state on the host. Its gradients are those of the host's partitions."""
 
     def gradients(self) -> list[tuple[Tensor, float]]:
+        self._wrapper._wait_for_offload_copies()  # copies to pinned memory are asynchronous
         flats = self._wrapper.single_partition_of_fp32_groups
         return [(flat.grad, 1.0) for flat in flats if flat.grad is not None]
 

@@ -101,17 +101,24 @@ def _ping(comm: Comm, pair: Pair, size_bytes: int, times: int) -> float:
     """Return the median seconds of a round trip of `size_bytes` between the two ranks of a pair."""
     box = torch.zeros(size_bytes, dtype=torch.uint8, device=comm.device)
     other = pair[1] if comm.rank == pair[0] else pair[0]
+    order = (dist.isend, dist.irecv) if comm.rank == pair[0] else (dist.irecv, dist.isend)
     taken = []
     for _ in range(times + 1):
         started = time.perf_counter()
-        order: tuple[Callable[..., Any], ...] = (
-            (dist.send, dist.recv) if comm.rank == pair[0] else (dist.recv, dist.send)
-        )
         for transfer in order:
-            transfer(box, other)
+            _transfer(transfer, box, other)
         _settle(comm.device)
         taken.append(time.perf_counter() - started)
     return max(statistics.median(taken[1:]), 1e-9)  # the first round trip opens the connection
+
+
+def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> None:
+    """Send `box` to another rank or receive it, over the communicator of all ranks.
+
+    Outside a batch, NCCL would make a communicator for each pair, which takes up to a second and device memory.
+    """
+    for work in dist.batch_isend_irecv([dist.P2POp(transfer, box, other)]):
+        work.wait()
 
 
 def _seconds(comm: Comm, collective: Callable[[], Any]) -> float:

@@ -41,7 +41,8 @@ def reshard(comm: Comm, have: Sequence[Range], want: Sequence[Range]) -> int:
     slices = [
         mine[name, start].values[low - start : high - start] for rank in outgoing for name, start, low, high in rank
     ]
-    sent = torch.cat(slices) if slices else torch.empty(0, device=comm.device)
+    # Offloaded state is in host memory, which NCCL cannot send.
+    sent = torch.cat(slices).to(comm.device) if slices else torch.empty(0, device=comm.device)
     send_splits = [sum(high - low for *_, low, high in rank) for rank in outgoing]
     receive_splits = [sum(high - low for *_, low, high in rank) for rank in incoming]
     received = sent.new_empty(sum(receive_splits))

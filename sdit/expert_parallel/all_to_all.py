@@ -23,20 +23,22 @@ from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.assignment import SampleExchange
 
 MODES = ("tokens", "weights", "samples")
+MEASURED_STEPS = 10  # on a GPU, the waits of one of this many steps are measured
 
 
 class TrafficCounter:
-    """Counts the bytes sent and the seconds of waiting for transfers since the last `take`.
+    """Counts the bytes sent and the seconds of waiting for transfers since the last `take`, which is called once per step.
 
-    On a GPU the host only queues a wait. The device's clock then measures how long its stream waited. A wait that has not
-    ended yet is counted by a later `take`.
+    On a GPU the host only queues a wait. The device's clock then measures how long its stream waited. The events for that cost
+    the host 1 ms per step of XL/2, so that one of `MEASURED_STEPS` steps is measured, and the others repeat its seconds.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._on_gpu = torch.device(device).type == "cuda"
         self._bytes: dict[str, int] = {}  # by mode, see MODES
-        self._wait_seconds = 0.0
-        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._wait_seconds = 0.0  # since the last `take`; on a GPU of the newest measured step
+        self._steps = 0
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of a measured step
 
     def add(self, mode: str, size_bytes: int) -> None:
         """Count bytes that were sent in one of MODES."""
@@ -45,32 +47,36 @@ class TrafficCounter:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside the `with` as waiting for a transfer."""
-        if self._on_gpu:
+        if not self._on_gpu:
+            started = time.perf_counter()
+            yield
+            self._wait_seconds += time.perf_counter() - started
+        elif self._steps % MEASURED_STEPS == 1:  # not the first step, in which NCCL opens connections
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield
             end.record()
             self._stalls.append((begin, end))
         else:
-            started = time.perf_counter()
             yield
-            self._wait_seconds += time.perf_counter() - started
 
     def take(self) -> tuple[dict[str, int], float]:
-        """Return bytes by mode and seconds of waiting, and reset both to zero."""
-        over = [end.query() for _, end in self._stalls]
-        milliseconds = [
-            begin.elapsed_time(end) for (begin, end), is_over in zip(self._stalls, over, strict=True) if is_over
-        ]
-        self._stalls = [stall for stall, is_over in zip(self._stalls, over, strict=True) if not is_over]
-        self._wait_seconds += sum(milliseconds) / 1000
+        """Return bytes by mode and seconds of waiting, and begin the next step."""
+        self._steps += 1
+        if self._stalls and all(end.query() for _, end in self._stalls):
+            self._wait_seconds = sum(begin.elapsed_time(end) for begin, end in self._stalls) / 1000
+            self._stalls = []
         taken = (self._bytes, self._wait_seconds)
-        self._bytes, self._wait_seconds = {}, 0.0
+        self._bytes = {}
+        if not self._on_gpu:
+            self._wait_seconds = 0.0
         return taken
 
     def forget(self) -> None:
-        """Discard the bytes and the waiting time since the last `take`."""
-        self._bytes, self._wait_seconds, self._stalls = {}, 0.0, []
+        """Discard the bytes and the waits since the last `take`."""
+        self._bytes, self._stalls = {}, []
+        if not self._on_gpu:
+            self._wait_seconds = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sdit.supervise.rendezvous import AttemptSpec
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.stop_request import StopRequest
-from sdit.supervise.worker import WorkerProcess, WorkerSpec
+from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec
 from sdit.supervise.worker_environment import worker_environment
 
 _log = logging.getLogger(__name__)
@@ -45,9 +45,7 @@ class Supervisor:
         self._stop_seconds = 0.0
         self._worker: WorkerProcess | None = None
         self._attempt = 0
-        self._exit_report: ExitReport | None = (
-            None  # of this attempt; written again at each poll if its file is missing
-        )
+        self._exit_report: ExitReport | None = None  # of this attempt; written again if its file is missing
         self._spec: AttemptSpec | None = None
         self._spec_idle_seconds = 0.0
         self._unwritten_since: float | None = None  # since when the exit report cannot be written
@@ -77,6 +75,7 @@ class Supervisor:
             finally:
                 if self._worker is not None:
                     self._worker.kill()
+                    self._worker.wait(KILL_SECONDS)
                 self._publisher.close()
 
     def _publish(self) -> None:
@@ -129,7 +128,7 @@ class Supervisor:
             return spec.code
         if spec.ending and spec.attempt == self._attempt and self._worker is not None:
             self._end_worker(self._worker, "peer", dump=True)
-        elif spec.attempt > self._attempt and not spec.ending:
+        elif spec.attempt > self._attempt and not spec.ending and self._worker is None:
             self._attempt, self._exit_report, self._write_error = spec.attempt, None, ""
             if self._info.rank in spec.order:
                 self._start(spec)
@@ -183,31 +182,36 @@ class Supervisor:
             heartbeat.request_stop(self._stop.reason)
 
     def _check_worker(self, worker: WorkerProcess, seconds: float) -> None:
-        """Report a worker that has ended by itself; end one that is past its deadline."""
+        """Report a worker that has ended; end one that is past its deadline."""
         code = worker.poll(seconds)
         if code is not None:
-            self._record_exit(worker, "exit", code)
+            self._record_exit(worker, code)
         elif worker.idle_seconds > deadline_seconds(self._config, worker.state.phase):
             self._end_worker(worker, "stall", dump=True)
 
     def _end_worker(self, worker: WorkerProcess, cause: str, dump: bool) -> None:
+        """Kill the worker, unless it is killed already. It is reported when it has ended, and other work goes on until then."""
+        if worker.is_killed:
+            return
         patience = min(FROZEN_SECONDS, deadline_seconds(self._config, worker.state.phase) / 2)
         frozen = worker.unresponsive_seconds > max(patience, 3 * ALIVE_SECONDS)
         if dump:
             state = worker.state
             worker.dump_stacks(f"attempt {self._attempt}, step {state.step}, phase {state.phase.label} ({cause})")
-        self._record_exit(worker, cause, worker.kill(), frozen)
+        worker.kill(cause, frozen)
 
-    def _record_exit(self, worker: WorkerProcess, cause: str, code: int, frozen: bool = False) -> None:
+    def _record_exit(self, worker: WorkerProcess, code: int) -> None:
         state, failure = worker.heartbeat.read(), worker.heartbeat.failure()
-        self._exit_report = ExitReport(
-            self._info.rank, self._member.host, cause, code, int(state.phase), state.step, state.progress, frozen,
-            failure is not None and failure.secondary, failure.text if failure is not None else self._stop.launcher_gone,
-            self._stop.is_set,
+        report = ExitReport(
+            self._info.rank, self._member.host, worker.end_cause, code, int(state.phase), state.step, state.progress,
+            worker.was_frozen, failure is not None and failure.secondary,
+            failure.text if failure is not None else self._stop.launcher_gone, self._stop.is_set,
         )  # fmt: skip
-        self._publisher.count_end(self._exit_report)
-        self._worker = None
+        self._publisher.count_end(report)
         worker.heartbeat.close()
+        self._worker = None
+        if worker.attempt == self._attempt:
+            self._exit_report = report
 
     def _handle_stop(self, seconds: float) -> None:
         """Ask the rank to save and stop at the first signal. End it at the second one or after the grace period."""

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,7 +26,9 @@ HANGUP = signal.SIGHUP
 STACK_SIGNAL = signal.SIGQUIT  # NCCL and schedulers use USR1 and USR2
 DUMP_SECONDS = 3.0
 DUMP_QUIET_POLLS = 4  # 0.2 s: a busy machine may pause a process during its dump
+KILL_SECONDS = 10.0  # a killed process ends within this time unless the kernel cannot end it
 PR_SET_PDEATHSIG = 1
+_log = logging.getLogger(__name__)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -89,6 +92,13 @@ class WorkerContext:
             stacks,
         )
 
+    def append_stacks(self, text: str) -> None:
+        """Append text, such as a traceback, to the file of stack dumps. Without a supervisor there is none."""
+        if self._stacks is not None:
+            with contextlib.suppress(OSError):  # a full disk: no traceback
+                self._stacks.write(f"\nattempt {self.attempt}\n{text}")
+                self._stacks.flush()
+
 
 def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Do nothing. Programs that this rank starts would inherit SIG_IGN, but not a handler."""
@@ -103,12 +113,15 @@ def _die_with(parent: int) -> None:
 
 
 class WorkerProcess:
-    """A running worker process and the newest state of its heartbeat."""
+    """A worker process, the newest state of its heartbeat, and why it was killed, if it was.
+
+    `end_cause` is the `cause` of its exit report. `was_frozen` is True if no Python ran in it when it was killed.
+    """
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], worker_spec: WorkerSpec, heartbeat: Heartbeat
     ) -> None:
-        self.heartbeat, self._stacks = heartbeat, Path(worker_spec.stacks)
+        self.heartbeat, self.attempt, self._stacks = heartbeat, worker_spec.attempt, Path(worker_spec.stacks)
         self._process = subprocess.Popen(
             command,
             env={**environment, VARIABLE: json.dumps(asdict(worker_spec))},
@@ -116,7 +129,8 @@ class WorkerProcess:
             start_new_session=True,
         )
         self.state: HeartbeatState = heartbeat.read()
-        self.idle_seconds = self.unresponsive_seconds = 0.0
+        self.idle_seconds = self.unresponsive_seconds = self.killed_seconds = 0.0
+        self.end_cause, self.was_frozen, self.is_killed = "exit", False, False
 
     def poll(self, seconds: float) -> int | None:
         """Read the heartbeat, `seconds` after the last read. Return the exit code of a worker that has ended, else None.
@@ -126,8 +140,17 @@ class WorkerProcess:
         state = self.heartbeat.read()
         self.idle_seconds = 0.0 if state.progress != self.state.progress else self.idle_seconds + seconds
         self.unresponsive_seconds = 0.0 if state.alive != self.state.alive else self.unresponsive_seconds + seconds
-        self.state = state
-        return self._process.poll()
+        self.state, code = state, self._process.poll()
+        if code is None and self.is_killed:
+            self._count_killed(seconds)
+        return code
+
+    def _count_killed(self, seconds: float) -> None:
+        """Log once that the worker still exists `KILL_SECONDS` after it was killed."""
+        before, self.killed_seconds = self.killed_seconds, self.killed_seconds + seconds
+        if before <= KILL_SECONDS < self.killed_seconds:
+            text = "process %d was killed %g s ago and still exists: a driver or a file system holds it"
+            _log.warning(text, self.pid, KILL_SECONDS)
 
     @property
     def pid(self) -> int:
@@ -153,10 +176,19 @@ class WorkerProcess:
             whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
             seen, quiet = now, quiet + 1 if whole else 0
 
-    def kill(self) -> int:
-        """Kill the worker and its process group. Return its exit code."""
+    def kill(self, cause: str = "exit", frozen: bool = False) -> None:
+        """Kill the worker and its process group. `poll` returns its exit code when the kernel has ended it.
+
+        This may never happen: the kernel cannot end a process that waits in a driver.
+        """
+        self.end_cause, self.was_frozen, self.is_killed = cause, frozen, True
         self._signal(signal.SIGKILL)
-        return self._process.wait()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait until the worker has ended. Return whether it has."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_seconds)
+        return self._process.poll() is not None
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:

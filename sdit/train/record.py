@@ -75,7 +75,9 @@ class StepRecord(Validation):
     sample_seconds: float | None = metric("seconds", "sampling since the last step")
     validation_seconds: float | None = metric("seconds", "validation since the last step")
     pause_seconds: float | None = metric("seconds", "checkpoint, sampling and validation since the last step")
-    memory_bytes: Mapping[str, int] | None = metric("bytes", "memory of rank 0: resident on the host, on the device")
+    memory_bytes: Mapping[str, int] | None = metric(
+        "bytes", "memory of rank 0: resident on the host, on the device; on a GPU also the peak and what is reserved"
+    )
     dropped_fraction: float | None = metric(
         "fraction", "(sample, expert) pairs over capacity, of the step", gauge="sdit_expert_dropped_ratio"
     )
@@ -89,12 +91,14 @@ class StepRecord(Validation):
     dropped_by_block: list[int] | None = metric("pairs, by block", "pairs over capacity, of the step")
     dropped_by_block_since_logged: list[int] | None = metric("pairs, by block", "the same since the last logged step")
     rank_step_seconds_p50: float | None = metric(
-        "seconds", "median over ranks of the work before a rank waits", gauge="sdit_rank_work_p50_seconds"
+        "seconds",
+        "median over ranks of loading and forward passes, with their waits for experts",
+        gauge="sdit_rank_work_p50_seconds",
     )
     rank_step_seconds_p99: float | None = metric(
         "seconds", "99th percentile over ranks of the same", gauge="sdit_rank_work_p99_seconds"
     )
-    slowest_rank: int | None = metric("rank", "rank with the most work before it waits", gauge="sdit_slowest_rank")
+    slowest_rank: int | None = metric("rank", "rank with the most of the same", gauge="sdit_slowest_rank")
     loss_by_timestep: list[float | None] | None = metric(
         f"loss, {BIN_COUNT} bins", "mse since the last logged step by equal parts of the time axis",
         by_bin="sdit_loss_by_timestep",

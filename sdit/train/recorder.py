@@ -1,4 +1,4 @@
-"""Makes the record of a step: its losses, its times, and on logged steps the figures of experts and ranks."""
+"""Makes the record of a step: its losses, its times, and on logged steps the figures of memory, experts and ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Recorder:
             skipped_steps=skipped_steps, bad_samples=int(sums.flags["bad_samples"]),
             bad_samples_by_reason=dict(context.loader.bad_samples), images_per_second=global_batch / seconds,
             step_seconds=seconds, model_flops_utilization=self._utilization(seconds),
-            memory_bytes=memory_bytes(context.comm.device), logged=logged, stop_requested=sums.flags["stop"] > 0,
+            logged=logged, stop_requested=sums.flags["stop"] > 0,
         )  # fmt: skip
         return replace(record, **self._logged_fields()) if logged else record
 
@@ -57,10 +57,11 @@ class Recorder:
         return flops / (seconds * self._context.comm.world * peak * 1e12)
 
     def _logged_fields(self) -> dict[str, Any]:
-        """The fields that only a logged step has: experts, slow ranks, losses by timestep. All ranks call this."""
+        """The fields that only a logged step has: memory, experts, slow ranks, losses by timestep. All ranks call this."""
         context = self._context
         found = context.experts.statistics()
         values: dict[str, Any] = {
+            "memory_bytes": memory_bytes(context.comm.device),
             "dropped_fraction": found.dropped_fraction,
             "expert_load_max_over_mean": found.load_imbalance,
             "rank_work_max_over_mean": found.rank_imbalance,

@@ -19,8 +19,9 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class StepTimer:
     """Times one rank's steps.
 
-    A phase counts the host's seconds: kernels that still run count where the host waits for them. Work counts what a
-    rank does before it waits for other ranks (loading, forward passes), so that slow ranks show.
+    A phase counts the host's seconds: kernels that still run count where the host waits for them. Work counts loading and
+    forward passes, so that slow ranks show: in backward a rank waits for the others. With sharded experts, a forward pass
+    also has waits for transfers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,9 +101,20 @@ def rank_report(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Return the bytes of this process: `resident` in host memory, `device` allocated on the GPU (0 without one)."""
-    on_gpu = device.type == "cuda"
-    return {"resident": _resident_bytes(), "device": torch.cuda.memory_allocated(device) if on_gpu else 0}
+    """Return the bytes of this process: `resident` in host memory, `device` allocated on the GPU (0 without one).
+
+    With a GPU, `device_peak` is the most that was allocated since the start, and `device_reserved` what torch's allocator
+    holds. They take 0.1 ms, so that only logged steps have them.
+    """
+    if device.type != "cuda":
+        return {"resident": _resident_bytes(), "device": 0}
+    found = torch.cuda.memory_stats(device)
+    kinds = {
+        "device": "allocated_bytes.all.current",
+        "device_peak": "allocated_bytes.all.peak",
+        "device_reserved": "reserved_bytes.all.current",
+    }
+    return {"resident": _resident_bytes()} | {kind: int(found.get(name, 0)) for kind, name in kinds.items()}
 
 
 def _resident_bytes() -> int:

@@ -111,6 +111,19 @@ def test_container_and_settings_file_are_used(tmp_path: Path) -> None:
     assert f"an image.sif python3 {ROOT}/launcher/train.py" in calls
 
 
+def test_ranks_see_the_variables_of_gpu_libraries_and_no_others(tmp_path: Path) -> None:
+    """SLURM itself sets CUDA_VISIBLE_DEVICES for each task."""
+    seen = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TRITON_CACHE_DIR": "/tmp/t", "TORCHINDUCTOR_CACHE_DIR": "/tmp/i",
+        "TORCH_NCCL_ENABLE_MONITORING": "1", "NCCL_DEBUG": "WARN",
+    }  # fmt: skip
+    unseen = {"CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "x", "MY_CUDA_HOME": "y"}
+    _, _, calls = run_batch_script(tmp_path, {"train.py": 0}, SDIT_DOCTOR="0", **seen, **unseen)
+    (exported,) = re.findall(r"--export=(\S+)", calls)
+    assert set(exported.split(",")) >= set(seen) and not set(exported.split(",")) & set(unseen)
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments", "code", "text"),
     [

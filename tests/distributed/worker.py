@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from sdit.cli.process import leave
 from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
+from sdit.distributed.device import prepare_device
 from sdit.observe.metrics_file import MetricsFile
 from sdit.train.events import Observers
 from sdit.train.setup import open_trainer
@@ -19,16 +22,16 @@ def train(case: dict, comm: Comm) -> None:
     deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
     observers = Observers([MetricsFile(Path(config.run_dir))], comm.is_first)
+    prepare_device(config.parallel.device, config.train.deterministic)
     with open_trainer(
         resolve_run(config, deepspeed, "case", comm.world, comm.info.local_world), comm, observers
     ) as trainer:
         trainer.run()
     observers.close()
+    torch.use_deterministic_algorithms(False)  # for the next case
 
 
 def main() -> None:
-    import torch
-
     torch.set_num_threads(1)
     with Comm(find_rank(os.environ), timeout_seconds=120) as comm:
         for case in json.loads(Path(sys.argv[1]).read_text()):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from sdit.distributed import fabric
 from sdit.distributed.fabric import rounds_of_pairs
 from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, exit_code_of
 from sdit.doctor.rendezvous import peers_of
@@ -46,6 +49,22 @@ def test_large_launches_measure_few_pairs_and_leave_nobody_out(world: int) -> No
         assert len(members) == len(set(members)) and all(0 <= a < b < world for a, b in pairs)
     assert {rank for pairs in rounds for pair in pairs for rank in pair} == set(range(world))
     assert all(0 < len(peers_of(rank, world)) <= 10 and rank not in peers_of(rank, world) for rank in range(world))
+
+
+def test_pairs_use_the_communicator_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under NCCL, `send` and `recv` would make a communicator for each of up to 120 pairs."""
+    batches: list[list[tuple[str, int, int]]] = []
+    backend = SimpleNamespace(
+        isend="send", irecv="receive",
+        P2POp=lambda transfer, box, other: (transfer, box.numel(), other),
+        batch_isend_irecv=lambda operations: batches.append(operations) or [],
+    )  # fmt: skip
+    monkeypatch.setattr(fabric, "dist", backend)
+    for rank, order in ((0, ["send", "receive"]), (3, ["receive", "send"])):
+        batches.clear()
+        comm = SimpleNamespace(rank=rank, device=torch.device("cpu"))
+        assert fabric._ping(comm, (0, 3), size_bytes=8, times=2) > 0  # type: ignore[arg-type]
+        assert batches == [[(way, 8, 3 - rank)] for way in order * 3]
 
 
 def test_all_is_well() -> None:

@@ -118,6 +118,33 @@ def test_dockerfile_pins_what_the_repository_pins() -> None:
     assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", arguments["BASE_IMAGE"])
 
 
+def test_gpu_stage_can_compile_and_the_default_one_is_small() -> None:
+    """Triton and torch.compile need compilers and headers when a run starts. A build without --target has none of these."""
+    parts = re.split(r"^FROM (\S+) AS (\w+)$", DOCKERFILE, flags=re.MULTILINE)[1:]
+    stages = {name: (base, text) for base, name, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
+    assert list(stages) == ["builder", "runtime", "gpu", "cpu"] and stages["gpu"][0] == stages["cpu"][0] == "runtime"
+    gpu = stages["gpu"][1]
+    assert re.search(r"apt-get install .*\bg\+\+ libc6-dev python3-dev", gpu)
+    assert 'mv "${site}/torch/include" /opt/torch-include' in stages["builder"][1]
+    assert "COPY --from=builder /opt/torch-include /opt/torch-include" in gpu and "torch/include" in gpu
+    assert re.findall(r"^USER (\S+)$", gpu, re.MULTILINE) == ["root", "10001:10001"]
+    assert not stages["cpu"][1].strip() and "g++" not in stages["runtime"][1]
+    assert all(f"{name}=/tmp/" in gpu for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+
+
+def test_gpu_runs_may_execute_what_they_compile() -> None:
+    """Docker mounts a --tmpfs without the right to execute, and a memory-backed volume counts towards the limit."""
+    commands = re.sub(r"\\\n", "", (ROOT / "docs" / "kubernetes.md").read_text()).splitlines()
+    gpu_runs = [command for command in commands if command.startswith("docker run") and "--gpus" in command]
+    assert gpu_runs and all("--tmpfs /tmp:exec " in command for command in gpu_runs)
+    assert any("--target gpu" in command and "TORCH=cu" in command for command in commands)
+    pod = read(K8S / "overlays" / "gpu-8" / "size.yaml")[0]["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    assert "medium" not in volumes["tmp"]
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert {"name": "PYTORCH_ALLOC_CONF", "value": "expandable_segments:True"} in container["env"]
+
+
 def test_build_context_holds_what_is_copied_and_no_tests() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     let_in = [line[1:] for line in lines if line.startswith("!")]

@@ -19,6 +19,13 @@ def test_a_run_is_described_by_its_batch_equation_and_layout() -> None:
     assert run.deepspeed["train_micro_batch_size_per_gpu"] == 4 and run.deepspeed["gradient_accumulation_steps"] == 3
 
 
+@pytest.mark.parametrize(("local_worlds", "size"), [([4, 4, 4, 4], 4), ([2, 2, 1, 1], 1), ([2, 2, 2, 2], 2)])
+def test_ranks_of_unequal_nodes_agree_on_ep(local_worlds: list[int], size: int) -> None:
+    config = Config.model_validate(SWITCH)
+    own = {ranks: resolve_run(config, {}, "ds.json", 4, ranks) for ranks in set(local_worlds)}
+    assert {run.on_nodes(local_worlds).expert_parallel for run in own.values()} == {size}
+
+
 def test_a_model_without_experts_has_no_expert_groups() -> None:
     config = Config.model_validate({**SWITCH, "model": {"variant": "dit"}})
     run = resolve_run(config, {}, "ds.json", 4, 4)

@@ -61,3 +61,17 @@ def test_resident_memory_grows_with_what_is_touched() -> None:
     after = memory_bytes(torch.device("cpu"))
     assert before["device"] == after["device"] == 0
     assert 0.9 * len(block) <= after["resident"] - before["resident"] <= 2 * len(block)
+
+
+def test_gpu_memory_is_read_once_and_has_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    stats = {
+        "allocated_bytes.all.current": 3,
+        "allocated_bytes.all.peak": 7,
+        "reserved_bytes.all.current": 8,
+        "num_ooms": 0,
+    }
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: calls.append(device) or stats)
+    found = memory_bytes(torch.device("cuda", 0))
+    assert found.pop("resident") > 0 and found == {"device": 3, "device_peak": 7, "device_reserved": 8}
+    assert calls == [torch.device("cuda", 0)]

@@ -14,6 +14,7 @@ from sdit.topology import (
     BatchPlan,
     ExpertGroups,
     choose_expert_parallel,
+    common_ranks_per_node,
     legal_expert_sizes,
     plan_batch,
 )
@@ -40,6 +41,18 @@ def test_auto_is_the_largest_size_whose_groups_stay_inside_a_node(experts: int, 
 
     assert inside(size)
     assert not any(inside(larger) for larger in legal_expert_sizes(experts, world) if larger > size)
+
+
+@pytest.mark.parametrize("nodes", [(2, 2, 2, 2), (4, 2, 2), (2, 2, 2, 1), (6, 4), (8,), (3, 6, 3)])
+def test_groups_of_the_common_size_are_the_largest_that_stay_inside_uneven_nodes(nodes: tuple[int, ...]) -> None:
+    """Every rank computes the same size, from the sizes of all nodes."""
+    node_of = [node for node, ranks in enumerate(nodes) for _ in range(ranks)]
+    common = common_ranks_per_node([nodes[node] for node in node_of])
+
+    def inside(size: int) -> bool:
+        return all(len(set(node_of[start : start + size])) == 1 for start in range(0, len(node_of), size))
+
+    assert [size for size in range(1, len(node_of) + 1) if len(node_of) % size == 0 and inside(size)][-1] == common
 
 
 def test_wrong_expert_size_names_value_and_legal_ones() -> None:

@@ -1,0 +1,77 @@
+"""A killed worker process that the kernel cannot end yet, as one that waits in a driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sdit.config import SuperviseConfig
+from sdit.launch_environment import SINGLE, RankInfo
+from sdit.supervise.heartbeat import Heartbeat, Phase
+from sdit.supervise.restart_policy import ExitReport
+from sdit.supervise.supervisor import Supervisor
+from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec
+
+PATIENCE_SECONDS = 30.0
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
+    """A worker that no signal of its supervisor reaches. The test ends it through its process id."""
+    heartbeat = Heartbeat.create()
+    heartbeat.enter(Phase.STEP, 7)
+    spec = WorkerSpec(heartbeat.descriptor, attempt=2, parent=os.getpid(), stacks=str(tmp_path / "stacks"))
+    monkeypatch.setattr(WorkerProcess, "_signal", lambda *_: None)
+    worker = WorkerProcess([sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), spec, heartbeat)
+    yield worker
+    if not worker.wait(0.0):
+        os.kill(worker.pid, signal.SIGKILL)
+        assert worker.wait(PATIENCE_SECONDS)
+
+
+def within_patience(call: object) -> bool:
+    """Whether a call returns in time. A call that hangs does not hang the test."""
+    thread = threading.Thread(target=call, daemon=True)  # type: ignore[arg-type]
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    return not thread.is_alive()
+
+
+def test_kill_does_not_wait_and_a_process_that_remains_is_logged_once(
+    worker: WorkerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert within_patience(worker.kill)
+    with caplog.at_level(logging.WARNING):
+        assert [worker.poll(KILL_SECONDS / 4) for _ in range(12)] == [None] * 12
+    assert [record.getMessage() for record in caplog.records] == [
+        f"process {worker.pid} was killed {KILL_SECONDS:g} s ago and still exists: a driver or a file system holds it"
+    ]
+
+
+def test_supervisor_goes_on_while_its_worker_ends_and_then_reports_why(worker: WorkerProcess) -> None:
+    """The deadline is the cause, whenever the process ends."""
+    config = SuperviseConfig(step_seconds=5.0)
+    member = SimpleNamespace(host="n1", rank=0)
+    job = SimpleNamespace(observe=None, run_dir=Path("run"))
+    rank = SimpleNamespace(job=job, config=config, info=RankInfo(0, 1, 0, 1, SINGLE), member=member)
+    supervisor = Supervisor(rank, None, None)  # type: ignore[arg-type]
+    supervisor._worker, supervisor._attempt = worker, 2
+    worker.poll(0.0)
+    for _ in range(3):  # at the second poll it is past its deadline
+        assert within_patience(lambda: supervisor._check_worker(worker, 4.0))
+    assert supervisor._worker is worker and worker.is_killed and supervisor._exit_report is None
+    os.kill(worker.pid, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while supervisor._worker is not None and time.monotonic() < deadline:
+        supervisor._check_worker(worker, 0.1)
+    report: ExitReport | None = supervisor._exit_report
+    assert report is not None and (report.cause, report.code, report.step) == ("stall", -signal.SIGKILL, 7)
