@@ -16,7 +16,7 @@ from sdit.contracts import ForwardPass, TaskView
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows
 from sdit.expert_parallel.device_plan import BlockDevicePlan, DevicePlan
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts

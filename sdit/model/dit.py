@@ -12,7 +12,8 @@ from sdit.config import ModelConfig
 from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
-from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
 from sdit.model.moe.local import LocalDispatcher
 
