@@ -34,12 +34,22 @@ class Router(nn.Module):
         return linear
 
 
+class BlockIndex:
+    """The index of a block. For an int, torch.compile would compile the layers again for each value."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
+
+
 class Layer(nn.Module):
     """One block with its router. It is the unit of activation checkpointing and compilation."""
 
     def __init__(self, index: int, block: Block, router: Router | None) -> None:
         super().__init__()
-        self.index = index
+        self.index = BlockIndex(index)
         self.block = block
         self.router = router
 
