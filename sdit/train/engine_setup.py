@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -67,7 +72,7 @@ def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, obje
     """Return DeepSpeed's engine of the model under its objective."""
     config = run.config
     module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
-    wrap_layers(model, config)
+    wrap_layers(model, config, comm.device)
     optimizer = make_optimizer(parameter_groups(module), config.optimizer)
     return Engine(module, optimizer, run.deepspeed, comm, config.optimizer.kind)
 
@@ -80,9 +85,9 @@ def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
     return f"{run.describe()}; parameters {millions[0]}, active {millions[1]}, per rank {millions[2]}"
 
 
-def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
+def wrap_layers(model: DiffusionTransformer, config: Config, device: torch.device) -> None:
     """Compile the layers, or recompute them in backward, as the config asks."""
-    if config.parallel.compile:
+    if compiles_blocks(config.parallel.compile, device):
         for layer in model.layers:
             layer.compile()
     if config.parallel.activation_checkpointing != "none":
@@ -90,6 +95,16 @@ def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
 
         offload = config.parallel.activation_checkpointing == "offload"
         model.layers = tuple(checkpoint_wrapper(layer, offload_to_cpu=offload) for layer in model.layers)
+
+
+def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """Return True if the blocks are compiled. Under `auto` they are compiled on GPUs, if Triton can build its launchers there."""
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    has_compiler = "CC" in os.environ or bool(shutil.which("gcc") or shutil.which("clang"))
+    return has_compiler and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
