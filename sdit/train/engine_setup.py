@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +17,7 @@ from sdit.distributed.deepspeed_internals import expert_group_of
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
+from sdit.model.moe.kernels import has_triton
 from sdit.train.module import TrainModule
 
 WrapEngine = Callable[[Engine], Engine]
@@ -101,10 +97,7 @@ def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> boo
     """Return True if the blocks are compiled. Under `auto` they are compiled on GPUs, if Triton can build its launchers there."""
     if wanted != "auto":
         return wanted
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    has_compiler = "CC" in os.environ or bool(shutil.which("gcc") or shutil.which("clang"))
-    return has_compiler and Path(sysconfig.get_path("include"), "Python.h").exists()
+    return device.type == "cuda" and has_triton()
 
 
 def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:

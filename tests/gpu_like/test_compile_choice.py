@@ -5,15 +5,24 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdit.config import ParallelConfig
+from sdit.model.moe.kernels import has_triton
 from sdit.train.engine_setup import compiles_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _asks_again() -> Iterator[None]:
+    has_triton.cache_clear()
+    yield
+    has_triton.cache_clear()
 
 
 @pytest.fixture

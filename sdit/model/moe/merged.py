@@ -3,15 +3,19 @@
 B samples, L tokens, D_in and D_out widths, M experts, G rows of gates (B, or 1 for all samples).
 
 The products are operators of torch.library. `torch.compile` does not look into an operator, so it saves the operator's inputs
-for backward, and not the merged matrices (G D_in D_out numbers), which backward computes again.
+for backward, and not the merged matrices (G D_in D_out numbers), which backward computes again. The functions below are the
+operators on a CPU, and on a GPU without Triton. With Triton, `kernels.merged` computes them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdit.model.moe.kernels import has_triton
 
 MIX = "sdit::merged_mix"
 GRAD_TOKENS = "sdit::merged_grad_tokens"
@@ -53,15 +57,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_tokens, *torch.ops.sdit.merged_grad_experts(grad, z, gates, w, b)
 
 
+def _by_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the kernel that computes the same as `function`, or `function` if there is no Triton."""
+
+    def compute(*inputs: Tensor) -> Any:
+        if not has_triton():
+            return function(*inputs)
+        from sdit.model.moe.kernels import merged  # it imports Triton
+
+        return getattr(merged, function.__name__)(*inputs)
+
+    return compute
+
+
 # `torch.library.custom_op` would do the same, but it imports torch's compiler (1.4 s) at the first call.
 torch.library.define(MIX, "(Tensor z, Tensor gates, Tensor w, Tensor b) -> Tensor")
 torch.library.define(GRAD_TOKENS, "(Tensor grad, Tensor gates, Tensor w) -> Tensor")
 torch.library.define(
     GRAD_EXPERTS, "(Tensor grad, Tensor z, Tensor gates, Tensor w, Tensor b) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.impl(MIX, "default", mix)
-torch.library.impl(GRAD_TOKENS, "default", grad_tokens)
-torch.library.impl(GRAD_EXPERTS, "default", grad_experts)
+for name, function in ((MIX, mix), (GRAD_TOKENS, grad_tokens), (GRAD_EXPERTS, grad_experts)):
+    torch.library.impl(name, "default", function)
+    torch.library.impl(name, "cuda", _by_kernel(function))
 torch.library.register_autograd(MIX, _backward, setup_context=_save_inputs)
 
 
