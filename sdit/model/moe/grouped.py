@@ -50,7 +50,7 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequen
     """Return True if the grouped product runs on the device without a host wait, for rows of these widths.
 
     That is bfloat16 on CUDA with compute capability 8.0 (9.0 in releases with the private name only). For other dtypes torch
-    copies the ends of the groups to the host. On a CPU, torch loops over the experts, as `MlpExperts` does, at the same speed.
+    copies the ends of the groups to the host. On a CPU, torch loops over the experts, as `MlpExperts` does.
     """
     if _PRODUCT is None or dtype != torch.bfloat16 or any(width % _ALIGNMENT for width in widths):
         return False
