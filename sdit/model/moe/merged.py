@@ -4,7 +4,7 @@ B samples, L tokens, D_in and D_out widths, M experts, G rows of gates (B, or 1 
 
 The products are operators of torch.library. `torch.compile` does not look into an operator, so it saves the operator's inputs
 for backward, and not the merged matrices (G D_in D_out numbers), which backward computes again. The functions below are the
-operators on a CPU, and on a GPU without Triton. With Triton, `kernels.merged` computes them.
+operators on a CPU, and on a GPU in float32 or without Triton. In bfloat16, `kernels.merged` computes them on a GPU.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _by_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the kernel that computes the same as `function`, or `function` if there is no Triton."""
+    """Return the kernel that computes the same as `function`. For other dtypes and without Triton, it is `function`."""
 
     def compute(*inputs: Tensor) -> Any:
-        if not has_triton():
+        if inputs[0].dtype != torch.bfloat16 or not has_triton():
             return function(*inputs)
         from sdit.model.moe.kernels import merged  # it imports Triton
 
