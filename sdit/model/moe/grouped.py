@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PUBLIC = getattr(F, "grouped_mm", None)
-_PRODUCT = _PUBLIC or getattr(torch, "_grouped_mm", None)
+_PUBLIC: Any = getattr(F, "grouped_mm", None)
+_PRODUCT: Any = _PUBLIC or getattr(torch, "_grouped_mm", None)
 # Older releases have only the private name, and only kernels for Hopper.
 _CAPABILITY = (8, 0) if _PUBLIC else (9, 0)
 _ALIGNMENT = 8  # a row of bfloat16 must fill whole units of 16 bytes
