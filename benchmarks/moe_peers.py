@@ -23,7 +23,8 @@ from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
 from sdit.model.moe.local import LocalDispatcher
 from sdit.topology import plan_batch

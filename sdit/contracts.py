@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ class ForwardPass(Protocol):
 
     view: TaskView
 
-    def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: Any) -> Any:
+    def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: Any) -> Any:
         """Start to send tokens z (B, L, D) to their experts.
 
         `gates` (G, M) are zero where an expert is unused or dropped.

@@ -20,7 +20,7 @@ from sdit.errors import CheckpointError, ConfigError
 from sdit.files import replacing_path
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
 from sdit.pickles import load_tensors
 from sdit.safetensors_file import read_header

@@ -204,7 +204,10 @@ class ParallelConfig(Section):
         "none",
         "recompute each block in backward (fairscale checkpoint_wrapper); offload: also keep its input on the CPU",
     )
-    compile: bool = field(False, "torch.compile the blocks (needs a C++ compiler)")
+    compile: bool | Literal["auto"] = field(
+        "auto",
+        "torch.compile the blocks (needs a C compiler); auto: on GPUs, if Triton, a C compiler and Python.h exist",
+    )
     device: Literal["auto", "cpu", "cuda"] = field("auto", "device of the ranks; auto: GPUs if there are any")
     threads: int | None = field(None, "CPU threads per rank; null: cores of the node / its ranks", ge=1)
 

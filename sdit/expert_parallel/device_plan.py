@@ -15,7 +15,8 @@ from torch import Tensor
 from sdit.contracts import TaskView
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import ExpertWork, MicroStepPlan
-from sdit.model.moe.experts import ExpertRows
+from sdit.model.moe.base import ExpertRows
+from sdit.model.moe.grouped import SortedPairs
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ class _WorkDraft:
     columns: int
     counted: int | None
     used: int | None
-    by_expert: list[tuple[int, int]]
+    pairs: tuple[int, int, int]
+    counts: list[int]
 
     def work(self, views: Sequence[Tensor]) -> DeviceWork:
         counted = None if self.counted is None else views[self.counted]
         used = None if self.used is None else views[self.used]
-        by_expert = [(column, views[rows]) for column, rows in self.by_expert]
-        return DeviceWork(views[self.samples], views[self.columns], counted, ExpertRows(used, by_expert))
+        pairs = SortedPairs(*(views[number] for number in self.pairs))
+        return DeviceWork(views[self.samples], views[self.columns], counted, ExpertRows(used, pairs, self.counts))
 
 
 def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, device: torch.device) -> DevicePlan:
@@ -140,14 +142,18 @@ def _draft(
 ) -> _WorkDraft:
     """Return the work on all rows `samples` (ascending).
 
-    It consists of gate rows, gate columns, and for each column the rows that use its expert.
+    It consists of gate rows, gate columns, and the (row, column) pairs sorted by column.
     """
     rows = np.searchsorted(samples, work.samples[work.pair_rows])
-    users = [(column, rows[work.pair_experts == expert]) for column, expert in enumerate(columns)]
+    column_of_expert = np.argsort(columns)
+    pair_columns = column_of_expert[np.searchsorted(columns, work.pair_experts, sorter=column_of_expert)]
+    order = np.argsort(pair_columns, kind="stable")
+    counts = np.bincount(pair_columns, minlength=len(columns))
     return _WorkDraft(
         samples=packer.keep(samples),
         columns=packer.keep(columns),
         counted=None if counted is None else packer.keep(counted),
         used=None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples)),
-        by_expert=[(column, packer.keep(used)) for column, used in users if len(used)],
+        pairs=(packer.keep(rows[order]), packer.keep(pair_columns[order]), packer.keep(counts.cumsum())),
+        counts=counts.tolist(),
     )

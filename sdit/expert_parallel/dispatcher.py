@@ -5,8 +5,9 @@ B local samples of n in the group, L tokens, D width, M experts of a block, M_lo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from sdit.contracts import ForwardPass, TaskView
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows
 from sdit.expert_parallel.device_plan import BlockDevicePlan, DevicePlan
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts
@@ -60,13 +61,14 @@ class PlannedPass:
         self._prefetched: tuple[int, Pending] | None = None
 
     @eagerly
-    def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: BlockExperts) -> Dispatched:
+    def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: BlockExperts) -> Dispatched:
         """Start to send tokens z (B, L, D) to the ranks of their experts, and receive the replicas of the block."""
         plan, arriving = self._blocks[block], None
         if plan.travels:
             rows = z.index_select(0, plan.send_rows)
             arriving = begin_rows(self._group, rows, plan.send_splits, plan.receive_splits)
-        return Dispatched(block, z, gates, experts.local, self._replicas(block, experts), arriving)
+        index = operator.index(block)
+        return Dispatched(index, z, gates, experts.local, self._replicas(index, experts), arriving)
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
@@ -122,7 +124,9 @@ class SharedTaskPass:
         self.view = TaskView(task=task[:1], own=torch.zeros(len(task), dtype=torch.int64, device=task.device))
         self._group = group
 
-    def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: BlockExperts) -> tuple[Tensor, Tensor, Experts]:
+    def dispatch(
+        self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: BlockExperts
+    ) -> tuple[Tensor, Tensor, Experts]:
         """Return the tokens, the gates of the local experts, and the experts. No data are sent yet."""
         own = torch.tensor(experts.ids, device=gates.device)
         return z, gates[:, own], experts.local

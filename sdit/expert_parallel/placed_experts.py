@@ -14,7 +14,8 @@ from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.dit import Router
-from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import build_experts
 
 
 class PlacedExperts:

@@ -8,7 +8,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from sdit.distributed.deepspeed_internals import expert_group_name, make_expert_groups
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 
 
 class ShardedExperts(MoE):

@@ -4,8 +4,10 @@ from sdit.model.balance import balance_loss
 from sdit.model.build import ParameterCount, build_model, count_parameters, parse_model_config
 from sdit.model.dit import DiffusionTransformer, Layer, Router
 from sdit.model.guidance import forward_with_guidance
-from sdit.model.moe.experts import Experts, LinearExperts, MlpExperts, build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import LinearExperts, build_experts
 from sdit.model.moe.local import LocalDispatcher
+from sdit.model.moe.mlp_experts import MlpExperts
 from sdit.model.prior import Assignment, match_units, prior_divergence, prior_loss, solve_assignment
 from sdit.model.weights import fill_buffers, init_weights
 

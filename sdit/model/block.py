@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _AddProduct(torch.autograd.Function):
+    """Returns a + b c. The backward pass of `torch.addcmul` first multiplies b and c by 1, which is a pass over the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(b, c)
+        ctx.shape = a.shape
+        return torch.addcmul(a, b, c)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, c = ctx.saved_tensors
+        return grad.sum_to_size(ctx.shape), (grad * c).sum_to_size(b.shape), (grad * b).sum_to_size(c.shape)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -13,7 +32,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     The norm has no affine parameters and eps 1e-6.
     """
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+    return _AddProduct.apply(shift[:, None], normed, 1 + scale[:, None])
 
 
 class Attention(nn.Module):
@@ -27,7 +46,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended tokens (B, L, D) of `x` (B, L, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D/heads)
+        rows = self.qkv(x).chunk(3, dim=-1)  # in backward one copy; one view (B, L, 3, heads, D/heads) would need two
+        q, k, v = (row.unflatten(-1, (self.heads, -1)).transpose(1, 2) for row in rows)  # each (B, heads, L, D/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -67,8 +87,8 @@ class Block(nn.Module):
     def branches(self, z: Tensor, modulation: Tensor) -> Tensor:
         """Return the tokens z (B, L, D) with both residual branches added."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        z = torch.addcmul(z, gate_a[:, None], self.attn(modulated_norm(z, shift_a, scale_a)))
-        return torch.addcmul(z, gate_m[:, None], self.mlp(modulated_norm(z, shift_m, scale_m)))
+        z = _AddProduct.apply(z, gate_a[:, None], self.attn(modulated_norm(z, shift_a, scale_a)))
+        return _AddProduct.apply(z, gate_m[:, None], self.mlp(modulated_norm(z, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):

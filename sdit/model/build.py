@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sdit.config import ModelConfig, describe_error
 from sdit.errors import ConfigError
 from sdit.model.dit import DiffusionTransformer
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.model.weights import init_weights
 
 

@@ -12,7 +12,8 @@ from sdit.config import ModelConfig
 from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
-from sdit.model.moe.experts import Experts, build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
 from sdit.model.moe.local import LocalDispatcher
 
@@ -33,12 +34,22 @@ class Router(nn.Module):
         return linear
 
 
+class BlockIndex:
+    """The index of a block. For an int, torch.compile would compile the layers again for each value."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
+
+
 class Layer(nn.Module):
     """One block with its router. It is the unit of activation checkpointing and compilation."""
 
     def __init__(self, index: int, block: Block, router: Router | None) -> None:
         super().__init__()
-        self.index = index
+        self.index = BlockIndex(index)
         self.block = block
         self.router = router
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.model.windows import channel_windows
 from sdit.randomness import named_seed
 

@@ -9,7 +9,7 @@ from typing import Any
 from sdit.config import Config, resolve_run
 from sdit.diffusion import build_objective
 from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.topology import BatchPlan
 
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from sdit.distributed.deepspeed_internals import expert_group_of
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
+from sdit.model.moe.kernels import has_triton
 from sdit.train.module import TrainModule
 
 WrapEngine = Callable[[Engine], Engine]
@@ -67,7 +68,7 @@ def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, obje
     """Return DeepSpeed's engine of the model under its objective."""
     config = run.config
     module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
-    wrap_layers(model, config)
+    wrap_layers(model, config, comm.device)
     optimizer = make_optimizer(parameter_groups(module), config.optimizer)
     return Engine(module, optimizer, run.deepspeed, comm, config.optimizer.kind)
 
@@ -80,9 +81,9 @@ def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
     return f"{run.describe()}; parameters {millions[0]}, active {millions[1]}, per rank {millions[2]}"
 
 
-def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
+def wrap_layers(model: DiffusionTransformer, config: Config, device: torch.device) -> None:
     """Compile the layers, or recompute them in backward, as the config asks."""
-    if config.parallel.compile:
+    if compiles_blocks(config.parallel.compile, device):
         for layer in model.layers:
             layer.compile()
     if config.parallel.activation_checkpointing != "none":
@@ -90,6 +91,13 @@ def wrap_layers(model: DiffusionTransformer, config: Config) -> None:
 
         offload = config.parallel.activation_checkpointing == "offload"
         model.layers = tuple(checkpoint_wrapper(layer, offload_to_cpu=offload) for layer in model.layers)
+
+
+def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """Return True if the blocks are compiled. Under `auto` they are compiled on GPUs, if Triton can build its launchers there."""
+    if wanted != "auto":
+        return wanted
+    return device.type == "cuda" and has_triton()
 
 
 def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.train.ema import Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed, compare_configs

@@ -25,7 +25,7 @@ from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.model import build_model, fill_buffers
-from sdit.model.moe.experts import Experts
+from sdit.model.moe.base import Experts
 from sdit.topology import BatchPlan
 from sdit.train.sampling import sample_images
 from sdit.train.setup import open_trainer

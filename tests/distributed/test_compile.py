@@ -10,7 +10,8 @@ import pytest
 from tests.distributed.harness import case, metrics_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")
-COMPILED = ("train.steps=6", "parallel.compile=true")
+DEEP = ("train.steps=6", "model.depth=12")  # more blocks than torch.compile compiles a function for
+COMPILED = (*DEEP, "parallel.compile=true")
 RUNS = {  # name -> ranks, and what sets it apart
     "alone": (1, ("parallel.expert=1",)),
     "spread": (2, ("parallel.expert=2", "parallel.exchange=tokens")),
@@ -23,7 +24,7 @@ RUNS = {  # name -> ranks, and what sets it apart
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_compiled_blocks_make_the_same_run(tmp_path: Path, kind: str) -> None:
     experts = f"model.experts.kind={kind}"
-    plain = case(tmp_path / "plain", TINY, "train.steps=6", experts)
+    plain = case(tmp_path / "plain", TINY, *DEEP, experts)
     runs = {name: case(tmp_path / name, TINY, *COMPILED, experts, *more) for name, (_, more) in RUNS.items()}
     train_together(1, [plain, runs["alone"]], tmp_path)
     train_together(2, [runs["spread"], runs["at-hand"]], tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class LocalPass:
     def __init__(self, view: TaskView) -> None:
         self.view = view
 
-    def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+    def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
         """Return the tokens z (B, L, D), their gates and the experts. No data are sent."""
         return LocalWork(z, gates, experts)
 

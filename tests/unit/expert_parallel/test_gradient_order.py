@@ -19,6 +19,7 @@ from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
 from sdit.model import DiffusionTransformer, build_model
+from sdit.model.moe import mlp_experts
 from sdit.model.moe.experts import build_experts
 
 RANKS, COUNT, PER_RANK, DEPTH = 2, 4, 4, 3
@@ -98,10 +99,11 @@ def ready(log: Sequence[str]) -> list[str]:
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("replicated", REPLICATED)
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize(("kind", "grouped"), [("linear", False), ("mlp", False), ("mlp", True)])
 def test_ranks_of_a_group_do_the_same_and_groups_fill_their_buckets_alike(
-    kind: str, replicated: str, prefetch: bool
+    kind: str, grouped: bool, replicated: str, prefetch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(mlp_experts, "has_grouped_product", lambda *_: grouped)
     logs = {routes: step_log(0, kind, routes, replicated, prefetch) for routes in ROUTES}
     for routes, log in logs.items():
         assert step_log(1, kind, routes, replicated, prefetch) == log, routes

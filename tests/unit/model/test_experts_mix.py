@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sdit.config import ExpertsConfig
 from sdit.model import Experts, build_experts
-from sdit.model.moe.experts import ExpertRows
+from sdit.model.moe.base import ExpertRows
+from sdit.model.moe.grouped import SortedPairs
 from sdit.model.moe.merged import merged_linear
 
 SAMPLES, TOKENS, WIDTH = 5, 4, 8
@@ -93,6 +94,12 @@ def test_one_row_of_gates_equals_that_row_for_every_sample(kind: Literal["linear
         _assert_equal(ours, reference)
 
 
+def _pairs_of_column(column: int, rows: Tensor, columns: int) -> SortedPairs:
+    """All `rows` use one column of `columns`."""
+    ends = torch.where(torch.arange(columns) < column, 0, len(rows))
+    return SortedPairs(rows, torch.full_like(rows, column), ends)
+
+
 @KINDS
 def test_single_experts_equal_their_share(kind: Literal["linear", "mlp"]) -> None:
     experts = _experts(kind, 3)
@@ -102,7 +109,8 @@ def test_single_experts_equal_their_share(kind: Literal["linear", "mlp"]) -> Non
         gates = torch.zeros(SAMPLES, 3)
         gates[:, j] = 1
         for used in (None, everyone):
-            _assert_equal(experts.mix(z, gates, ExpertRows(used, [(j, everyone)])), _one_by_one(experts, z, gates))
+            rows = ExpertRows(used, _pairs_of_column(j, everyone, 3), [SAMPLES * (column == j) for column in range(3)])
+            _assert_equal(experts.mix(z, gates, rows), _one_by_one(experts, z, gates))
 
 
 @KINDS

@@ -3,6 +3,8 @@
 import copy
 import weakref
 from collections.abc import Callable
+from operator import index
+from typing import SupportsIndex
 
 import pytest
 import torch
@@ -36,8 +38,8 @@ class _GroupDispatcher(LocalDispatcher):
         dispatcher, batch = self, self.batch
 
         class GroupPass(LocalPass):
-            def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
-                dispatcher.seen.append((block, gates.detach()))
+            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+                dispatcher.seen.append((index(block), gates.detach()))
                 return super().dispatch(block, z, gates[-batch:], experts)
 
         tasks = torch.cat([self.others, task])

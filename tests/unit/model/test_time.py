@@ -1,6 +1,7 @@
 """How times become tasks, gates and conditions."""
 
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class _Spy(LocalDispatcher):
         rows, view = self.rows, super().forward_pass(task).view
 
         class CountingPass(LocalPass):
-            def dispatch(self, block: int, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
                 rows.append(len(gates))
                 return super().dispatch(block, z, gates, experts)
 

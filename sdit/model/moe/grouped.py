@@ -1,0 +1,80 @@
+"""MLP experts as grouped products: all (row, expert) pairs of a batch, sorted by expert, in one product per layer.
+
+B samples, L tokens, D width, H hidden width, M experts, k experts used, n rows of a buffer, E pairs, C columns of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PUBLIC: Any = getattr(F, "grouped_mm", None)
+_PRODUCT: Any = _PUBLIC or getattr(torch, "_grouped_mm", None)
+# Older releases have only the private name, and only kernels for Hopper.
+_CAPABILITY = (8, 0) if _PUBLIC else (9, 0)
+_ALIGNMENT = 8  # a row of bfloat16 must fill whole units of 16 bytes
+
+
+@dataclass(frozen=True)
+class SortedPairs:
+    """The (row, column) pairs to compute, sorted by column: `rows` (E,) and `columns` (E,) int64.
+
+    `ends` (C,) int64 is the number of pairs whose column is at most c.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    ends: Tensor
+
+    def part(self, columns: slice, pairs: slice) -> SortedPairs:
+        """Return the pairs of consecutive columns, which are numbered from zero again. The host must know both slices."""
+        first = columns.start or 0
+        return SortedPairs(self.rows[pairs], self.columns[pairs] - first, self.ends[columns] - (pairs.start or 0))
+
+
+def sort_pairs(gates: Tensor, top_k: int) -> SortedPairs:
+    """Return the pairs of gates (B, M) with at most k non-zero entries per row. The host waits for nothing.
+
+    Each row has k pairs, E = B k. The pair of a dropped expert has gate zero.
+    """
+    columns, order = gates.detach().topk(top_k).indices.flatten().sort(stable=True)
+    experts = torch.arange(gates.shape[1], device=gates.device)
+    return SortedPairs(order // top_k, columns, torch.searchsorted(columns, experts, right=True))
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Return True if the grouped product runs on the device without a host wait, for rows of these widths.
+
+    That is bfloat16 on CUDA with compute capability 8.0 (9.0 in releases with the private name only). For other dtypes torch
+    copies the ends of the groups to the host. On a CPU, torch loops over the experts, as `MlpExperts` does.
+    """
+    if _PRODUCT is None or dtype != torch.bfloat16 or any(width % _ALIGNMENT for width in widths):
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _CAPABILITY
+    return device.type != "cpu"
+
+
+def grouped_mlp(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Sequence[Tensor]) -> Tensor:
+    """Return the weighted sum (n, L, D) of the experts of each row of z (n, L, D).
+
+    `weights` (n, C) are the gates. `stacks` are w1 (C, D, H), b1 (C, H), w2 (C, H, D) and b2 (C, D).
+    """
+    w1, b1, w2, b2 = stacks
+    tokens = z.shape[1]
+    ends = (pairs.ends * tokens).to(torch.int32)
+
+    def linear(rows: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        product = _PRODUCT(rows.flatten(0, 1), w, offs=ends)
+        return product.view(-1, tokens, w.shape[2]) + b.index_select(0, pairs.columns)[:, None]
+
+    hidden = linear(z.index_select(0, pairs.rows), w1, b1)
+    results = linear(F.gelu(hidden, approximate="tanh"), w2, b2)
+    gate = weights.flatten().index_select(0, pairs.rows * weights.shape[1] + pairs.columns)
+    weighted = results * gate.to(results.dtype)[:, None, None]
+    return torch.zeros_like(z).index_add_(0, pairs.rows, weighted)

@@ -1,0 +1,148 @@
+"""Experts of two linear layers. B samples, L tokens, D width, H hidden width, M experts of the block, M_local local ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdit.model.moe.base import NONE, ExpertRows, Experts
+from sdit.model.moe.grouped import grouped_mlp, has_grouped_product, sort_pairs
+
+Stacks = tuple[Tensor, ...]  # the parameters of all experts, in the order of STACKS
+STACKS = ("w1", "b1", "w2", "b2")
+
+
+class MlpExperts(Experts):
+    """Two-layer GELU experts. Each runs on the samples that use it, k of them per sample."""
+
+    def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
+        super().__init__(ids)
+        self.top_k = min(top_k, len(ids))
+        self.w1 = nn.Parameter(torch.empty(len(ids), width, hidden))
+        self.b1 = nn.Parameter(torch.empty(len(ids), hidden))
+        self.w2 = nn.Parameter(torch.empty(len(ids), hidden, width))
+        self.b2 = nn.Parameter(torch.empty(len(ids), width))
+
+    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) of z (B, L, D). Each expert runs once, on the samples that use it.
+
+        Without a grouped product, the host waits for the gates of a GPU.
+        """
+        z = z.to(self.w1.dtype)
+        if z.device.type != "cpu" and len(gates) == 1:
+            return self._shared(z, gates)
+        if self._is_grouped():
+            return grouped_mlp(z, gates, sort_pairs(gates, self.top_k), self._stacks())
+        used = (gates.detach() != 0).expand(len(z), -1).cpu()
+        gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
+        out = torch.zeros_like(z)
+        for expert, gate, row in zip(_functions(self._stacks()), gate_of, used.unbind(1), strict=True):
+            samples = row.nonzero().squeeze(1).to(z.device)
+            if len(samples):
+                out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
+        return out
+
+    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+        """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
+        mix = _mix_grouped if self._is_grouped() else _mix_by_expert
+        return mix(
+            z.to(self.w1.dtype), weights, rows, self._stacks(), tuple(replicas[name] for name in STACKS if replicas)
+        )
+
+    def _stacks(self) -> Stacks:
+        return self.w1, self.b1, self.w2, self.b2
+
+    def _is_grouped(self) -> bool:
+        return has_grouped_product(self.w1.device, self.w1.dtype, self.w1.shape[1:])
+
+    def _shared(self, z: Tensor, gates: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) of experts that all samples use, for gates (1, M). The host waits for nothing."""
+        gate, chosen = gates[0].to(z.dtype).topk(self.top_k)
+        experts = _functions([stack.index_select(0, chosen) for stack in self._stacks()])
+        return torch.stack([expert(z) * gate[j] for j, expert in enumerate(experts)]).sum(0)
+
+
+def _functions(stacks: Sequence[Tensor]) -> list[partial[Tensor]]:
+    """Return the experts as functions of tokens (n, L, D), without gates.
+
+    The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
+    """
+    rows = zip(*(stack.unbind() for stack in stacks), strict=True)
+    return [partial(_mlp, w1=w1, b1=b1, w2=w2, b2=b2) for w1, b1, w2, b2 in rows]
+
+
+def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
+
+
+def _mix_by_expert(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
+    """Return the mixture (n, L, D) by a loop over the experts that some row uses."""
+    own = _functions(local)
+    functions = own + (_functions(replicas) if replicas else [])
+    mixed = torch.zeros_like(tokens)
+    for column, users in rows.by_expert():
+        gate = weights[:, column].index_select(0, users).to(tokens.dtype)
+        mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
+    # One local expert is enough, because its rows belong to the same parameters as those of the others.
+    return _depend_on_unused(mixed, rows, (tokens, weights), tuple(own[0].keywords.values()), replicas)
+
+
+def _mix_grouped(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
+    """Return the mixture (n, L, D) by grouped products of the local experts, and of the replicas."""
+    own = _InOneNode.apply(*local)
+    columns, pairs = len(own[0]), sum(rows.counts[: len(own[0])])
+    mixed = torch.zeros_like(tokens)
+    if pairs:
+        first = rows.pairs.part(slice(columns), slice(pairs))
+        mixed = grouped_mlp(tokens, weights[:, :columns], first, own)
+    if pairs < len(rows.pairs.rows):
+        last = rows.pairs.part(slice(columns, None), slice(pairs, None))
+        mixed = mixed + grouped_mlp(tokens, weights[:, columns:], last, replicas)
+    return _depend_on_unused(mixed, rows, (tokens, weights), own, replicas)
+
+
+def _depend_on_unused(
+    mixed: Tensor, rows: ExpertRows, inputs: Sequence[Tensor], local: Sequence[Tensor], replicas: Sequence[Tensor]
+) -> Tensor:
+    """Return `mixed`. Inputs that it does not use get zero gradients: tokens and weights, local experts, or replicas."""
+    columns = len(rows.counts) - (len(replicas[0]) if replicas else 0)
+    uses_local, uses_replicas = any(rows.counts[:columns]), any(rows.counts[columns:])
+    unused = [] if uses_local or uses_replicas else list(inputs)
+    unused += [] if uses_local else local
+    unused += [] if uses_replicas else replicas
+    return _Depend.apply(mixed, *unused) if unused else mixed
+
+
+class _Depend(torch.autograd.Function):
+    """Returns `result`. The unused inputs get zero gradients.
+
+    Backward must run the same transfers and reduce the same gradients, in the same order, on each rank. If no sample
+    uses an expert, a rank would otherwise skip a send that other ranks wait for. Or it would fill ZeRO's bucket in
+    another order, and gradients of different parameters would be added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *unused: Tensor) -> Tensor:
+        ctx.shapes = [(value.shape, value.dtype, value.device) for value in unused]
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
+
+
+class _InOneNode(torch.autograd.Function):
+    """Returns its inputs. Their gradients arrive together, and leave in this order whatever used them."""
+
+    @staticmethod
+    def forward(ctx: Any, *stacks: Tensor) -> Stacks:
+        return tuple(stack.view_as(stack) for stack in stacks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Stacks:
+        return grads
