@@ -18,7 +18,7 @@ from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
-from sdit.expert_parallel.routing_table import RoutingTable, routing_table
+from sdit.expert_parallel.routing_table import PendingTable, RoutingTable
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.model import DiffusionTransformer
@@ -46,6 +46,7 @@ class ExpertParallel:
         rank_batch = RankBatch(batch, groups, comm.rank)
         self._planner = StepPlanner(model, parallel.seating, rank_batch, seed, lambda: self.table)
         self._model: DiffusionTransformer | None = None
+        self._pending: PendingTable | None = None
         self._table: RoutingTable | None = None
         self._next_plan: DevicePlan | None = None
 
@@ -72,13 +73,20 @@ class ExpertParallel:
         The gates are computed once per step, and only if something needs them.
         """
         if self._table is None:
-            assert self._model is not None
-            self._table = routing_table(self._model)
+            self.start_table()
+            assert self._pending is not None
+            self._table, self._pending = self._pending.wait(), None
         return self._table
+
+    def start_table(self) -> None:
+        """Start to copy the routing table to the host. `table` waits for it, and other work can be launched before."""
+        if self._table is None and self._pending is None:
+            assert self._model is not None
+            self._pending = PendingTable(self._model)
 
     def forget(self) -> None:
         """Drop what was derived from weights that are no longer there."""
-        self._table, self._next_plan = None, None
+        self._pending, self._table, self._next_plan = None, None, None
 
     def begin_step(self, first_index: int, times: np.ndarray) -> None:
         """Begin a step on the global batch whose samples have times (N,); `first_index` is the run index of the first."""

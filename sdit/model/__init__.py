@@ -6,7 +6,7 @@ from sdit.model.dit import DiffusionTransformer, Layer, Router
 from sdit.model.guidance import forward_with_guidance
 from sdit.model.moe.experts import Experts, LinearExperts, MlpExperts, build_experts
 from sdit.model.moe.local import LocalDispatcher
-from sdit.model.prior import Assignment, match_units, prior_divergence, prior_loss, solve_assignment
+from sdit.model.prior import Assignment, UnitMatcher, prior_divergence, prior_loss, solve_assignment
 from sdit.model.weights import fill_buffers, init_weights
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "MlpExperts",
     "ParameterCount",
     "Router",
+    "UnitMatcher",
     "balance_loss",
     "build_experts",
     "build_model",
@@ -26,7 +27,6 @@ __all__ = [
     "fill_buffers",
     "forward_with_guidance",
     "init_weights",
-    "match_units",
     "parse_model_config",
     "prior_divergence",
     "prior_loss",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
 from sdit.config import ModelConfig, PriorConfig
 from sdit.errors import CheckpointError
-from sdit.model import Assignment, match_units
-from sdit.model.windows import expert_windows
+from sdit.model import Assignment, UnitMatcher
 
 
 class PriorSchedule:
@@ -20,24 +20,34 @@ class PriorSchedule:
 
     def __init__(self, config: PriorConfig, model: ModelConfig) -> None:
         self._config, self._model = config, model
-        self._is_on = model.variant == "switch" and config.weight > 0
+        self.is_on = model.variant == "switch" and config.weight > 0
         self._assignment: Assignment | None = None
-        self.columns: list[int] | None = None
+
+    @cached_property
+    def _matcher(self) -> UnitMatcher:
+        return UnitMatcher(self._model)
+
+    @property
+    def columns(self) -> list[int] | None:
+        return None if self._assignment is None else self._assignment.columns.tolist()
 
     def load(self, columns: list[int] | None, where: str) -> None:
         """Take over the assignment of the checkpoint `where`. Raises: CheckpointError if it is of another size."""
+        self._assignment = None
+        if columns is None:
+            return
         units = self._model.depth * self._model.experts.count
-        if columns is not None and len(columns) != units:
+        if len(columns) != units:
             raise CheckpointError(f"{where}: prior_columns has {len(columns)} entries; legal: {units}")
-        self.columns, self._assignment = columns, None
+        self._assignment = Assignment(np.asarray(columns, dtype=np.int64), self._matcher.windows)
 
-    def at_step(self, step: int, experts: Callable[[], np.ndarray]) -> Assignment | None:
-        """The assignment of a step. `experts` returns the chosen experts (depth, T, k). None: there is no prior."""
-        if not self._is_on:
-            return None
-        if step % self._config.every_steps == 0 or self.columns is None:
-            self._assignment = match_units(experts(), self._model)
-            self.columns = self._assignment.columns.tolist()
-        elif self._assignment is None:
-            self._assignment = Assignment(np.asarray(self.columns, dtype=np.int64), expert_windows(self._model))
+    def due(self, step: int) -> bool:
+        """Return whether `at_step` solves the assignment, for which it needs the chosen experts."""
+        return self.is_on and (step % self._config.every_steps == 0 or self._assignment is None)
+
+    def at_step(self, step: int, experts: Callable[[], np.ndarray]) -> Assignment:
+        """Return the assignment of a step. `experts` returns the chosen experts (depth, T, k)."""
+        if self.due(step):
+            self._assignment = self._matcher.match(experts())
+        assert self._assignment is not None
         return self._assignment

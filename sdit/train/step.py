@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -10,6 +11,7 @@ from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.contracts import RawBatch
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
+from sdit.model import Assignment
 from sdit.train.batches import draw_batch
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
@@ -17,6 +19,7 @@ from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
 from sdit.train.sums import BINS, PARTS, StepSums, pack, unpack
+from sdit.transfers import upload
 
 
 class TrainStep:
@@ -77,8 +80,7 @@ class TrainStep:
         first = state.clock.first_sample
         times = context.objective.draw_timesteps(config.seed, first, context.run.batch.global_batch)
         context.experts.begin_step(first, times)
-        assignment = state.prior.at_step(state.clock.steps, lambda: context.experts.table.experts)
-        loads = self._balance_loads()
+        assignment, loads = self._gate_targets()
         rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
         if rebalanced is not None:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
@@ -97,12 +99,26 @@ class TrainStep:
         share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
         return unpack(context.comm.sum(share))
 
-    def _balance_loads(self) -> torch.Tensor | None:
-        """(depth, M) float32 expected loads of the experts, on the device. None: there is no balance loss."""
-        if self._config.balance.weight == 0 or self._config.model.variant != "switch":
-            return None
-        table = self._context.experts.table
-        return torch.from_numpy(exact_loads(table.experts, table.count)).float().to(self._context.comm.device)
+    def _gate_targets(self) -> tuple[Callable[[], Assignment] | None, Callable[[], torch.Tensor] | None]:
+        """What the losses on the gates compare them with: the prior's assignment, and expected loads (depth, M) float32.
+
+        Both are functions of all tasks' gates, whose copy to the host starts here. They are called after the forward pass
+        has been launched, so that the host computes them while the device is busy. None: there is no such loss.
+        """
+        experts, prior, step = self._context.experts, self._context.state.prior, self._context.state.clock.steps
+        is_balanced = self._config.balance.weight > 0 and self._config.model.variant == "switch"
+        if is_balanced or prior.due(step):
+            experts.start_table()
+
+        def assignment() -> Assignment:
+            return prior.at_step(step, lambda: experts.table.experts)
+
+        @cache  # of all micro-steps
+        def loads() -> torch.Tensor:
+            share = torch.from_numpy(exact_loads(experts.table.experts, experts.table.count)).float()
+            return upload(share, self._context.comm.device)
+
+        return assignment if prior.is_on else None, loads if is_balanced else None
 
     def _flags(self) -> tuple[float, ...]:
         """What is summed over the ranks with the losses, so that it needs no further collective; see `sums.FLAGS`."""
