@@ -90,10 +90,16 @@ class Engine:
     def step(self, scale: float, learning_rates: dict[str, float]) -> None:
         """Multiply the gradients by `scale` (clipping) and update the weights with the `learning_rates` by group role."""
         if scale != 1.0:
-            torch._foreach_mul_(self.gradients(), scale)
+            self._scale_gradients(scale)
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rates[group["role"]]
         self.deepspeed.step()
+
+    def _scale_gradients(self, scale: float) -> None:
+        gradients = self.gradients()
+        on_gpu = self.comm.device.type == "cuda"
+        # On a CPU a Python number would be rounded to bfloat16 before the product.
+        torch._foreach_mul_(gradients, scale if on_gpu else torch.tensor(scale, dtype=torch.float64))  # type: ignore[arg-type]
 
     def skip(self) -> None:
         """Discard the accumulated gradients. Weights and moments do not change."""
