@@ -50,8 +50,16 @@ class TrainStep:
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
+        self._choose_interval()
         logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
         return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
+
+    def _choose_interval(self) -> None:
+        """Let `prior.every_steps: auto` choose its interval."""
+        context = self._context
+        chosen = context.state.prior.end_step(context.timer.step_seconds, context.comm.from_first)
+        if chosen is not None:
+            context.event("prior", f"the assignment is solved every {chosen} steps (prior.every_steps: auto)")
 
     def forget(self) -> None:
         """Drop what belongs to steps that a roll-back has undone."""
