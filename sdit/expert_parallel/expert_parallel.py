@@ -13,7 +13,7 @@ from sdit.config import ModelConfig, ParallelConfig
 from sdit.contracts import ForwardPass, RawBatch
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
-from sdit.expert_parallel.device_plan import DevicePlan, to_device
+from sdit.expert_parallel.device_plan import DevicePlan
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
@@ -113,14 +113,17 @@ class ExpertParallel:
         """Plan the micro-step, exchange samples inside the group, and return the samples that this rank computes."""
         if not self.is_planned:
             return samples
-        placement, device = self.placed.placement, self._comm.device
-        plan = self._planner.plan(micro_step, placement)
-        self._next_plan = to_device(plan, placement, self.group.ep_rank, device)
+        device, ready = self._comm.device, self._planner.plan(micro_step, self.placed.placement)
+        plan, self._next_plan = ready.plan, ready.packed.to_device(device)
         index = self._planner.own_index(plan)
         if plan.sample_exchange is None:
             assert (samples.index == index).all()
             return samples
         return exchange_samples(self.group, plan.sample_exchange, samples, index, device)
+
+    def prepare_step(self, first_index: int, times: Callable[[], np.ndarray]) -> None:
+        """Start to plan the next step while the device computes this one. Its plans are used if the routes stay the same."""
+        self._planner.prepare(first_index, times, self.placed.placement)
 
     def forward_pass(self, task: torch.Tensor) -> ForwardPass:
         """Return the pass of the micro-step that was begun. Without one (sampling) all samples share a task."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 
 from sdit.clock import StepSpan, ema_decay, learning_rate_factor
@@ -33,6 +34,7 @@ class TrainStep:
         self._spikes = SpikeDetector(self._config.train.spike_deviations)
         self._skipped_steps = 0
         self.log_every_steps = self._config.train.log_every_steps
+        self._times = lru_cache(maxsize=2)(self._draw_times)  # those of the next step are drawn on a thread
 
     def run(self, micro_batches: Sequence[RawBatch], span: StepSpan, logged: bool = False) -> StepRecord:
         """Take the step `span` on this rank's micro-batches, again while it is not finite, and return its record.
@@ -86,7 +88,7 @@ class TrainStep:
         context, config = self._context, self._config
         state, device = context.state, context.comm.device
         first = state.clock.first_sample
-        times = context.objective.draw_timesteps(config.seed, first, context.run.batch.global_batch)
+        times = self._times(first)
         context.experts.begin_step(first, times)
         assignment, loads = self._gate_targets()
         rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
@@ -104,8 +106,14 @@ class TrainStep:
             context.engine.backward(losses.total)
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
+        next_first = state.clock.after(context.run.batch.global_batch).first_sample
+        context.experts.prepare_step(next_first, lambda: self._times(next_first))
         share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
         return unpack(context.comm.sum(share))
+
+    def _draw_times(self, first: int) -> np.ndarray:
+        """Return the times (N,) of the global batch whose first sample is `first`."""
+        return self._context.objective.draw_timesteps(self._config.seed, first, self._context.run.batch.global_batch)
 
     def _gate_targets(self) -> tuple[Callable[[], Assignment] | None, Callable[[], torch.Tensor] | None]:
         """What the losses on the gates compare them with: the prior's assignment, and expected loads (depth, M) float32.

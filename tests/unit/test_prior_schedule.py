@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from sdit.config import ModelConfig, PriorConfig
 from sdit.train.prior import MAX_SHARE, MEASURED_STEPS, PriorSchedule, interval
 
-MODEL = ModelConfig.model_validate({"variant": "switch", "depth": 2, "timesteps": 40, "experts": {"count": 4, "top_k": 2}})
+MODEL = ModelConfig.model_validate(
+    {"variant": "switch", "depth": 2, "timesteps": 40, "experts": {"count": 4, "top_k": 2}}
+)
 
 
 def _experts(step: int) -> np.ndarray:
@@ -46,7 +48,9 @@ def test_a_resumed_schedule_continues_with_the_stored_assignment() -> None:
 
 def test_auto_chooses_once_and_keeps_its_choice_over_a_resume() -> None:
     schedule = _schedule("auto")
-    chosen = [schedule.end_step(1e-9, _first) for _ in range(MEASURED_STEPS) if schedule.at_step(0, lambda: _experts(0))]
+    chosen = [
+        schedule.end_step(1e-9, _first) for _ in range(MEASURED_STEPS) if schedule.at_step(0, lambda: _experts(0))
+    ]
     assert chosen[:-1] == [None] * (MEASURED_STEPS - 1) and chosen[-1] == schedule.every_steps is not None
     assert all(schedule.end_step(1e9, _first) is None for _ in range(2 * MEASURED_STEPS))
     resumed = _schedule("auto")

@@ -172,7 +172,8 @@ def _plain_columns(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("depth", "count", "top_k", "timesteps"), [(1, 1, 1, 2), (2, 3, 3, 7), (3, 4, 2, 40), (12, 16, 2, 100), (6, 32, 4, 1000)]
+    ("depth", "count", "top_k", "timesteps"),
+    [(1, 1, 1, 2), (2, 3, 3, 7), (3, 4, 2, 40), (12, 16, 2, 100), (6, 32, 4, 1000)],
 )
 def test_columns_equal_the_plain_solution(depth: int, count: int, top_k: int, timesteps: int) -> None:
     config = _config(depth, count, top_k, timesteps)
