@@ -8,7 +8,7 @@ exchange (EP > 1): made in the step, before the forward pass, or made ahead on a
 
 "critical" is the time in which the device waits for the host: the plain assignment and the plan, then the plan only, because
 the assignment is hidden. The last column is a step whose routes are those of the step before. Gates are synthetic: smooth
-functions of the timestep. The time is that of one thread.
+functions of the timestep. All times are CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -77,13 +77,16 @@ def plain_columns(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """Return the median time of `work` after one call that is not measured."""
+    """Return the median CPU time of `work` on this thread, after one call that is not measured.
+
+    Other processes on the machine do not count.
+    """
     work()
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.thread_time()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.thread_time() - started)
     return 1000 * statistics.median(seconds)
 
 
