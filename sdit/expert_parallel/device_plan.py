@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdit.contracts import TaskView
 from sdit.expert_parallel.placement import ExpertPlacement
-from sdit.expert_parallel.step_plan import BlockPlan, ExpertWork, MicroStepPlan
+from sdit.expert_parallel.step_plan import ExpertWork, MicroStepPlan
 from sdit.model.moe.experts import ExpertRows
 from sdit.transfers import upload
 
@@ -96,8 +96,10 @@ class _WorkDraft:
 class _BlockDraft:
     """A `BlockDevicePlan` that refers to its arrays by their number in the packer."""
 
-    block: BlockPlan
     send: int
+    send_splits: list[int]
+    receive_splits: list[int]
+    travels: bool
     local: _WorkDraft
     remote: _WorkDraft
     replica_counts: list[int]
@@ -106,11 +108,11 @@ class _BlockDraft:
     def plan(self, views: Sequence[Tensor]) -> BlockDevicePlan:
         return BlockDevicePlan(
             send_rows=views[self.send],
-            send_splits=self.block.send_splits.tolist(),
-            receive_splits=self.block.receive_splits.tolist(),
+            send_splits=self.send_splits,
+            receive_splits=self.receive_splits,
             local=self.local.work(views),
             remote=self.remote.work(views),
-            travels=self.block.travels,
+            travels=self.travels,
             replica_counts=self.replica_counts,
             replica_rows=views[self.replica_rows],
         )
@@ -158,7 +160,8 @@ def pack_plan(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int) -> 
         remote = _draft(packer, block.remote, own, block.remote.samples, counted)
         counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
         send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
-        drafts.append(_BlockDraft(block, send, local, remote, counts, replica_rows))
+        splits = block.send_splits.tolist(), block.receive_splits.tolist()
+        drafts.append(_BlockDraft(send, *splits, block.travels, local, remote, counts, replica_rows))
     packed, sizes = np.concatenate(packer.arrays), [len(array) for array in packer.arrays]
     return PackedPlan(plan.own, plan.experts.shape, plan.kept is not None, packed, sizes, drafts)
 

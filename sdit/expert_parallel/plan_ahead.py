@@ -87,5 +87,7 @@ class PlanAhead:
 
 def same_routes(a: RoutingTable, b: RoutingTable, tasks: Sequence[np.ndarray]) -> bool:
     """Return whether two tables choose the same experts, in the same order, for all `tasks`."""
+    if np.array_equal(a.experts, b.experts):
+        return True
     used = np.unique(np.concatenate(tasks))
     return np.array_equal(a.experts[:, used], b.experts[:, used])

@@ -61,7 +61,7 @@ class StepPlanner:
         self._ready: list[ReadyPlan] | None = None
         self._plans, self._plans_ahead = 0, 0  # since the last call of `statistics`
         self._step = StepSamples(0, np.empty(0, dtype=np.int64))
-        self._work: list[np.ndarray] = []
+        self._computed: list[tuple[MicroStepPlan, ExpertPlacement]] = []  # the micro-steps of the present step
         self._dropped = np.zeros(model.depth, dtype=np.int64)
 
     @contextmanager
@@ -75,7 +75,7 @@ class StepPlanner:
 
     def begin(self, first_index: int, times: np.ndarray) -> None:
         """Begin a global batch whose samples have times (N,); `first_index` is the run index of the first."""
-        self._work = []
+        self._computed = []
         self._step = StepSamples(first_index, np.empty(0, dtype=np.int64))
         if not self.is_planned:
             return
@@ -106,7 +106,7 @@ class StepPlanner:
             ready = self._ready[micro_step]
         else:
             ready = make_plan(inputs, self._rank_batch, micro_step, self._assignment)
-        self._work.append(rank_work(ready.plan.experts, placement, ready.plan.kept))
+        self._computed.append((ready.plan, placement))
         return ready
 
     def own_index(self, plan: MicroStepPlan) -> np.ndarray:
@@ -127,7 +127,8 @@ class StepPlanner:
             loads = exact_loads(table.experts, table.count)
             imbalance = float((loads.max(1) / loads.mean(1)).max())
         if self.is_planned:
-            work = float(load_max_over_mean(np.sum([w.sum(axis=0, keepdims=True) for w in self._work], axis=0)).max())
+            by_rank = [rank_work(plan.experts, placement, plan.kept).sum(axis=0) for plan, placement in self._computed]
+            work = float(load_max_over_mean(np.sum(by_rank, axis=0)[None]).max())
         return ExpertStatistics(loads, imbalance, work, share, dropped.tolist(), since, ahead)
 
 

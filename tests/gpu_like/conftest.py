@@ -64,8 +64,8 @@ def recorded(values: Tensor) -> Tensor:
     if values.dim() != 4:
         return torch.zeros(values.shape, dtype=values.dtype)
     _, depth, tasks, top_k = values.shape
-    first = (torch.arange(tasks) // 8 + torch.arange(depth)[:, None]) % 2
-    experts = 2 * torch.arange(top_k) + first[..., None]  # even or odd ones
+    first = top_k * (torch.arange(tasks) // 8 % 2)
+    experts = (first[:, None] + torch.arange(top_k)).expand(depth, tasks, top_k)  # the first experts, or the next ones
     return torch.stack([experts.float(), torch.full(experts.shape, 1.0 / top_k)])
 
 

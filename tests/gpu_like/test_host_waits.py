@@ -67,8 +67,10 @@ def test_a_step_between_two_solutions_waits_for_the_sums_only(waits: Waits) -> N
     assert waits.events == [*ONE_RANK, "forward", "backward", SUMS]
 
 
-@pytest.mark.parametrize("seating", ["order", pytest.param("path", marks=EXCHANGED_SAMPLES_ARE_READ)])
-@pytest.mark.parametrize("exchange", ["tokens", "weights"])
+@pytest.mark.parametrize(
+    ("exchange", "seating"),
+    [("tokens", "order"), ("weights", "path"), pytest.param("tokens", "path", marks=EXCHANGED_SAMPLES_ARE_READ)],
+)
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_two_ranks_wait_twice(waits: Waits, two_ranks: None, kind: str, exchange: str, seating: str) -> None:
     parallel = {"expert": 2, "exchange": exchange, "seating": seating, "placement": "index"}
