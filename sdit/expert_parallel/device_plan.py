@@ -166,11 +166,6 @@ def pack_plan(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int) -> 
     return PackedPlan(plan.own, plan.experts.shape, plan.kept is not None, packed, sizes, drafts)
 
 
-def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, device: torch.device) -> DevicePlan:
-    """Return the plan on the device. The index arrays of all blocks are copied in one packed tensor."""
-    return pack_plan(plan, placement, ep_rank).to_device(device)
-
-
 def _draft(
     packer: _Packer, work: ExpertWork, columns: np.ndarray, samples: np.ndarray, counted: np.ndarray | None
 ) -> _WorkDraft:
