@@ -174,7 +174,8 @@ def _draft(
     It consists of gate rows, gate columns, and for each column the rows that use its expert.
     """
     rows = np.searchsorted(samples, work.samples[work.pair_rows])
-    users = [(column, rows[work.pair_experts == expert]) for column, expert in enumerate(columns)]
+    first, stop = (np.searchsorted(work.pair_experts, columns, side) for side in ("left", "right"))  # they are sorted
+    users = [(column, rows[first[column] : stop[column]]) for column in range(len(columns))]
     return _WorkDraft(
         samples=packer.keep(samples),
         columns=packer.keep(columns),
