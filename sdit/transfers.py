@@ -1,4 +1,4 @@
-"""Copies between host memory and the device. Only this file chooses by the type of device.
+"""Copies between host memory and the device. Only this file chooses pinned memory, by the type of the device.
 
 On CUDA the host waits in `Download.wait` only. On a CPU nothing is copied.
 """

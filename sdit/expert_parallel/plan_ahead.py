@@ -1,7 +1,7 @@
 """Plans of the next step, made on a thread while the device computes the present one.
 
-The plans of a step depend on the routes of its samples, which are known only after the update of the weights before it. Once the
-gates have settled, an update rarely changes the routes. A step is therefore planned from the routes of the step before it. Its
+The plans of a step depend on the routes of its samples, which are known only after the update of the weights before it. At a
+small learning rate an update rarely changes the routes. A step is therefore planned from the routes of the step before it. Its
 plans are used if the new routes are the same for all tasks that the plans depend on, and are made again otherwise.
 """
 
