@@ -11,6 +11,7 @@ import torch
 
 from sdit.config import ModelConfig
 from sdit.expert_parallel.placement import ExpertPlacement
+from sdit.expert_parallel.plan_ahead import MIN_CHANCE, chance_of_same_routes
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import StepPlanner
@@ -83,7 +84,9 @@ def test_plans_made_ahead_equal_those_of_the_step(rank: int) -> None:
     run = _Run(rank)
     for step in range(4):
         run.step(step * GLOBAL_BATCH)
-    assert run.used() == 0.5  # the second table shows that the gates have settled, so that the third step is prepared
+    assert (
+        run.used() == 0.5
+    )  # the second table shows how many routes an update changes; the third step is prepared then
 
 
 def test_a_changed_route_of_the_batch_is_planned_again() -> None:
@@ -122,3 +125,11 @@ def test_a_limited_capacity_is_never_planned_ahead() -> None:
     for step in range(3):
         run.step(step * GLOBAL_BATCH)
     assert run.used() == 0
+
+
+def test_nothing_is_planned_ahead_while_most_batches_would_change() -> None:
+    routes, batch = _routes(0), [np.arange(0, 20), np.arange(10, 30)]
+    assert chance_of_same_routes(routes, routes, batch) == 1
+    one = chance_of_same_routes(routes, _changed(routes, 40), batch)
+    assert one == pytest.approx((1 - 1 / TASKS) ** 30) and one > MIN_CHANCE
+    assert chance_of_same_routes(routes, _routes(1), batch) < MIN_CHANCE
