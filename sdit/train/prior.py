@@ -22,7 +22,7 @@ class PriorSchedule:
     """Solves the assignment every `prior.every_steps` steps. Between them, and after a resume, the last one is used.
 
     `columns` (depth * M,) is that assignment, or None before the first. `every_steps` is the interval, or None if `auto` has
-    not chosen it yet. Checkpoints store both, so that a resumed run solves at the same steps.
+    not chosen it yet. Checkpoints store the columns and the choice of `auto`, so that a resumed run solves at the same steps.
     """
 
     def __init__(self, config: PriorConfig, model: ModelConfig) -> None:
@@ -40,6 +40,11 @@ class PriorSchedule:
     @property
     def columns(self) -> list[int] | None:
         return None if self._assignment is None else self._assignment.columns.tolist()
+
+    @property
+    def chosen(self) -> int | None:
+        """The interval that `auto` has chosen, or None."""
+        return self.every_steps if self._config.every_steps == "auto" else None
 
     def load(self, columns: list[int] | None, every_steps: int | None, where: str) -> None:
         """Take over the assignment and the interval of `auto` from the checkpoint `where`.

@@ -85,7 +85,7 @@ class RunState:
             "config": self.config.model_dump(mode="json"),
             "length_images": self.length_images,
             "prior_columns": self.prior.columns,
-            "prior_every_steps": self.prior.every_steps,
+            "prior_every_steps": self.prior.chosen,
             "expert_layout": self.experts.stored(),
             **self.data.stored(),
             "written_by": {

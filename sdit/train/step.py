@@ -61,7 +61,7 @@ class TrainStep:
         context = self._context
         chosen = context.state.prior.end_step(context.timer.step_seconds, context.comm.from_first)
         if chosen is not None:
-            context.event("prior", f"the assignment is solved every {chosen} steps (prior.every_steps: auto)")
+            context.event("prior", f"prior.every_steps: auto has chosen {chosen}")
 
     def forget(self) -> None:
         """Drop what belongs to steps that a roll-back has undone."""

@@ -54,7 +54,7 @@ def test_auto_chooses_once_and_keeps_its_choice_over_a_resume() -> None:
     assert chosen[:-1] == [None] * (MEASURED_STEPS - 1) and chosen[-1] == schedule.every_steps is not None
     assert all(schedule.end_step(1e9, _first) is None for _ in range(2 * MEASURED_STEPS))
     resumed = _schedule("auto")
-    resumed.load(schedule.columns, schedule.every_steps, "checkpoint")
+    resumed.load(schedule.columns, schedule.chosen, "checkpoint")
     assert [resumed.due(step) for step in range(9)] == [schedule.due(step) for step in range(9)]
     assert all(resumed.end_step(1e9, _first) is None for _ in range(2 * MEASURED_STEPS))
 
@@ -69,7 +69,7 @@ def test_all_ranks_use_the_interval_of_rank_0() -> None:
 def test_an_interval_of_the_config_replaces_the_stored_one() -> None:
     schedule = _schedule(5)
     schedule.load(None, 64, "checkpoint")
-    assert schedule.every_steps == 5
+    assert schedule.every_steps == 5 and schedule.chosen is None
 
 
 @pytest.mark.parametrize("solution", [0.0, 1e-4, 0.007, 0.45, 14.0])
