@@ -143,5 +143,5 @@ def flops_per_image(config: Config) -> float:
     assignment = solve_assignment(model.all_gate_probs(), config.model) if config.prior.weight else None
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(batch, assignment, None).total.backward()
+        module(batch, (lambda: assignment) if assignment else None, None).total.backward()
     return counter.get_total_flops() / images

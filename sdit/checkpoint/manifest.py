@@ -51,6 +51,7 @@ class _Body(_Section):
     clock: _Clock
     config: dict[str, Any]
     prior_columns: list[Count] | None = None
+    prior_every_steps: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     expert_layout: _ExpertLayout | None = None
     written_by: dict[str, Any] = {}
     length_images: Annotated[int, Field(ge=1, lt=2**63)] | None = None

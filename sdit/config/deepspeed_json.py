@@ -150,6 +150,7 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
     )
     merged.setdefault("steps_per_print", 1 << 40)
     _set_precision(merged, config, stage)
+    _remove_host_waits(merged, config, stage)
     return merged
 
 
@@ -362,6 +363,20 @@ def _set_precision(merged: dict[str, Any], config: Config, stage: int) -> None:
         )
         if stage > 0:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
+
+
+def _remove_host_waits(merged: dict[str, Any], config: Config, stage: int) -> None:
+    """Turn off what makes the host wait for the device: DeepSpeed's throughput timer, and its gradient norm.
+
+    sdit computes the norm itself. DeepSpeed refuses `compute_grad_norm: false` at stage 0, with offload, and with the
+    wrapper of stage 1 in bf16, `BF16_Optimizer`.
+    """
+    merged.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    zero = merged["zero_optimization"]
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    is_bf16_wrapper = stage == 1 and config.train.precision == "bf16"
+    if stage > 0 and not offloads and not is_bf16_wrapper:
+        zero["compute_grad_norm"] = False
 
 
 def _shown(value: Any) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdit.config.sections import (
     CheckpointConfig,
@@ -183,7 +183,11 @@ class EmaConfig(Section):
 
 class PriorConfig(Section):
     weight: float = field(1.0, "lambda of the diffusion prior loss; 0: off", ge=0)
-    every_steps: int = field(1, "steps between two solutions of the assignment", ge=1)
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = field(
+        1,
+        "steps between two solutions of the assignment; auto: chosen after the first steps, so that a solution takes at most "
+        "1 % of the time of the steps that use it, and kept in the checkpoints",
+    )
 
 
 class BalanceConfig(Section):

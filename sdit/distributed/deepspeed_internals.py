@@ -27,9 +27,13 @@ class OptimizerBackend:
         """Return the shards of float32 state in this rank's memory, sorted by parameter name and start."""
         return sorted(self._find(), key=lambda shard: (shard.name, shard.start))
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
-        """Return the local reduced gradients, each with the fraction of its squared norm that this rank adds to the sum."""
+    def gradients(self) -> list[Tensor]:
+        """Return the local reduced gradients."""
         raise NotImplementedError
+
+    def norm_shares(self) -> Tensor | float:
+        """Return the fraction of the squared norm of each gradient that this rank adds to the global sum."""
+        return 1.0
 
     def discard(self) -> None:
         """Discard the accumulated gradients."""
@@ -60,9 +64,20 @@ class OptimizerBackend:
 class NoZero(OptimizerBackend):
     """ZeRO 0: each rank has all state. In float32 the parameters are the masters. In bf16 the wrapper has copies."""
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
         replicas = self.replicas()
-        return [(p.grad, 1.0 / replicas[name].count) for p, name in self._names.items() if p.grad is not None]
+        self._shares = {p: 1.0 / replicas[name].count for p, name in self._names.items()}
+        self._norm_shares = torch.empty(0, dtype=torch.float64)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._names if p.grad is not None]
+
+    def norm_shares(self) -> Tensor:
+        shares = [share for p, share in self._shares.items() if p.grad is not None]
+        if len(shares) != len(self._norm_shares):  # a parameter has a gradient in every step, or in none
+            self._norm_shares = torch.tensor(shares, dtype=torch.float64, device=self._engine.device)
+        return self._norm_shares
 
     def discard(self) -> None:
         for parameter in self._names:
@@ -92,8 +107,8 @@ class NoZero(OptimizerBackend):
 class Bf16Partitions(OptimizerBackend):
     """`BF16_Optimizer`: ZeRO 1 in bf16, with float32 gradients in flat partitions."""
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
-        return [(gradient, 1.0) for gradient in self._wrapper.fp32_groups_gradient_flat_partition]
+    def gradients(self) -> list[Tensor]:
+        return list(self._wrapper.fp32_groups_gradient_flat_partition)
 
     def discard(self) -> None:
         self._wrapper.clear_hp_grads()
@@ -106,9 +121,9 @@ class Bf16Partitions(OptimizerBackend):
 class ZeroPartitions(OptimizerBackend):
     """`DeepSpeedZeroOptimizer`: ZeRO 1 and 2 on the device."""
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
+    def gradients(self) -> list[Tensor]:
         found = [gradient for group in self._wrapper.averaged_gradients.values() for gradient in group or []]
-        return [(gradient, 1.0) for gradient in found if gradient is not None]
+        return [gradient for gradient in found if gradient is not None]
 
     def discard(self) -> None:
         self._wrapper.zero_grad(set_to_none=True)
@@ -128,10 +143,10 @@ class ZeroPartitions(OptimizerBackend):
 class OffloadedZeroPartitions(ZeroPartitions):
     """`DeepSpeedZeroOptimizer` with state on the host. Its gradients are those of the host's partitions."""
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
+    def gradients(self) -> list[Tensor]:
         self._wrapper._wait_for_offload_copies()  # copies to pinned memory are asynchronous
         flats = self._wrapper.single_partition_of_fp32_groups
-        return [(flat.grad, 1.0) for flat in flats if flat.grad is not None]
+        return [flat.grad for flat in flats if flat.grad is not None]
 
     def _drop_reduced(self) -> None:
         self._wrapper.reset_cpu_buffers()

@@ -20,6 +20,7 @@ from sdit.distributed.deepspeed_internals import (
     set_optimizer_steps,
 )
 from sdit.distributed.shards import MOMENTS, owned_shards
+from sdit.transfers import upload
 
 
 class Engine:
@@ -68,8 +69,8 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # DeepSpeed counts micro-steps here; the weights change only at the boundary
 
-    def gradients(self) -> list[tuple[Tensor, float]]:
-        """Return the local reduced gradients, each with the fraction of its squared norm that this rank adds to the sum."""
+    def gradients(self) -> list[Tensor]:
+        """Return the local reduced gradients."""
         return self._backend.gradients()
 
     def squared_gradient_norm(self) -> Tensor:
@@ -77,20 +78,28 @@ class Engine:
 
         It is not finite if any gradient is not finite.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
-        for gradient, share in self.gradients():
-            norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).to(self.comm.device)
-            total += share * norm * norm
-        return total
+        gradients = self.gradients()
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
+        squares = self._backend.norm_shares() * norms * norms
+        # On a CPU the order of a sum depends on the width of its vectors. In index order the bits are the same on any CPU.
+        total = squares.sum() if squares.is_cuda else squares.cumsum(0)[-1]
+        return upload(total, self.comm.device)
 
     def step(self, scale: float, learning_rates: dict[str, float]) -> None:
         """Multiply the gradients by `scale` (clipping) and update the weights with the `learning_rates` by group role."""
         if scale != 1.0:
-            for gradient, _ in self.gradients():
-                gradient.mul_(scale)
+            self._scale_gradients(scale)
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rates[group["role"]]
         self.deepspeed.step()
+
+    def _scale_gradients(self, scale: float) -> None:
+        gradients = self.gradients()
+        on_gpu = self.comm.device.type == "cuda"
+        # On a CPU a Python number would be rounded to bfloat16 before the product.
+        torch._foreach_mul_(gradients, scale if on_gpu else torch.tensor(scale, dtype=torch.float64))  # type: ignore[arg-type]
 
     def skip(self) -> None:
         """Discard the accumulated gradients. Weights and moments do not change."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from sdit.contracts import Batch
 from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.assignment import SampleExchange
+from sdit.transfers import upload
 
 MODES = ("tokens", "weights", "samples")
 MEASURED_STEPS = 10  # on a GPU, the waits of one of this many steps are measured
@@ -133,10 +134,10 @@ def exchange_samples(group: ExpertGroup, exchange: SampleExchange, batch: Batch,
     """
     device, shape = batch.x0.device, batch.x0.shape
     columns = (batch.x0.flatten(1), batch.noise.flatten(1), batch.t[:, None].float(), batch.y[:, None].float())
-    rows = torch.cat(columns, dim=1)[torch.from_numpy(exchange.send_rows).to(device)]
+    rows = torch.cat(columns, dim=1)[upload(torch.from_numpy(exchange.send_rows), device)]
     received, work = group.send(rows, exchange.send_splits.tolist(), exchange.receive_splits.tolist(), "samples")
     group.wait(work)
-    ordered = received[torch.from_numpy(exchange.order).to(device)]
+    ordered = received[upload(torch.from_numpy(exchange.order), device)]
     x0, noise, t, y = ordered.split([column.shape[1] for column in columns], dim=1)
     return Batch(
         index=torch.from_numpy(index),

@@ -17,6 +17,7 @@ from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import ExpertWork, MicroStepPlan
 from sdit.model.moe.base import ExpertRows
 from sdit.model.moe.grouped import SortedPairs
+from sdit.transfers import upload
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,14 @@ class DevicePlan:
 
 
 class _Packer:
-    """Collects index arrays on the host. `views` returns them as slices of one device tensor."""
+    """Collects index arrays on the host. Each has a number."""
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self.arrays: list[np.ndarray] = []
 
     def keep(self, values: np.ndarray) -> int:
-        self._arrays.append(np.asarray(values, dtype=np.int64))
-        return len(self._arrays) - 1
-
-    def views(self, device: torch.device) -> tuple[Tensor, ...]:
-        packed = torch.from_numpy(np.concatenate(self._arrays)).to(device, non_blocking=True)
-        return packed.split([len(array) for array in self._arrays])
+        self.arrays.append(np.asarray(values, dtype=np.int64))
+        return len(self.arrays) - 1
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,62 @@ class _WorkDraft:
         return DeviceWork(views[self.samples], views[self.columns], counted, ExpertRows(used, pairs, self.counts))
 
 
-def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, device: torch.device) -> DevicePlan:
-    """Return the plan on the device. The index arrays of all blocks are copied in one packed tensor."""
+@dataclass(frozen=True)
+class _BlockDraft:
+    """A `BlockDevicePlan` that refers to its arrays by their number in the packer."""
+
+    send: int
+    send_splits: list[int]
+    receive_splits: list[int]
+    travels: bool
+    local: _WorkDraft
+    remote: _WorkDraft
+    replica_counts: list[int]
+    replica_rows: int
+
+    def plan(self, views: Sequence[Tensor]) -> BlockDevicePlan:
+        return BlockDevicePlan(
+            send_rows=views[self.send],
+            send_splits=self.send_splits,
+            receive_splits=self.receive_splits,
+            local=self.local.work(views),
+            remote=self.remote.work(views),
+            travels=self.travels,
+            replica_counts=self.replica_counts,
+            replica_rows=views[self.replica_rows],
+        )
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """The index arrays of all blocks in one array of host memory. The first are tasks, experts, and kept if any."""
+
+    own: slice
+    experts_shape: tuple[int, ...]
+    has_kept: bool
+    packed: np.ndarray
+    sizes: list[int]
+    blocks: list[_BlockDraft]
+
+    def to_device(self, device: torch.device) -> DevicePlan:
+        """Return the plan on the device, after one copy."""
+        views = upload(torch.from_numpy(self.packed), device).split(self.sizes)
+        view = TaskView(
+            task=views[0],
+            own=self.own,
+            experts=views[1].view(self.experts_shape),
+            kept=views[2].view(self.experts_shape).bool() if self.has_kept else None,
+        )
+        return DevicePlan(view, [block.plan(views) for block in self.blocks])
+
+
+def pack_plan(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int) -> PackedPlan:
+    """Return the plan with the index arrays of all blocks in one array."""
     packer, drafts = _Packer(), []
+    packer.keep(plan.tasks)
+    packer.keep(plan.experts.ravel())
+    if plan.kept is not None:
+        packer.keep(plan.kept.ravel())
     own_samples = np.arange(plan.own.start, plan.own.stop)
     for block, ids_of_rank, replicated in zip(
         plan.blocks, placement.experts_of_rank, placement.replicated, strict=True
@@ -112,29 +162,10 @@ def to_device(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int, dev
         remote = _draft(packer, block.remote, own, block.remote.samples, counted)
         counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
         send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
-        drafts.append((block, send, local, remote, counts, replica_rows))
-    views = packer.views(device)
-    blocks = [
-        BlockDevicePlan(
-            send_rows=views[send],
-            send_splits=block.send_splits.tolist(),
-            receive_splits=block.receive_splits.tolist(),
-            local=local.work(views),
-            remote=remote.work(views),
-            travels=block.travels,
-            replica_counts=counts,
-            replica_rows=views[replica_rows],
-        )
-        for block, send, local, remote, counts, replica_rows in drafts
-    ]
-    return DevicePlan(_view(plan, device), blocks)
-
-
-def _view(plan: MicroStepPlan, device: torch.device) -> TaskView:
-    kept = None if plan.kept is None else torch.from_numpy(plan.kept).to(device, non_blocking=True)
-    tasks = torch.from_numpy(plan.tasks).to(device, non_blocking=True)
-    experts = torch.from_numpy(plan.experts).to(device, non_blocking=True)
-    return TaskView(tasks, plan.own, experts, kept)
+        splits = block.send_splits.tolist(), block.receive_splits.tolist()
+        drafts.append(_BlockDraft(send, *splits, block.travels, local, remote, counts, replica_rows))
+    packed, sizes = np.concatenate(packer.arrays), [len(array) for array in packer.arrays]
+    return PackedPlan(plan.own, plan.experts.shape, plan.kept is not None, packed, sizes, drafts)
 
 
 def _draft(
@@ -145,15 +176,16 @@ def _draft(
     It consists of gate rows, gate columns, and the (row, column) pairs sorted by column.
     """
     rows = np.searchsorted(samples, work.samples[work.pair_rows])
-    column_of_expert = np.argsort(columns)
-    pair_columns = column_of_expert[np.searchsorted(columns, work.pair_experts, sorter=column_of_expert)]
-    order = np.argsort(pair_columns, kind="stable")
-    counts = np.bincount(pair_columns, minlength=len(columns))
+    first, stop = (np.searchsorted(work.pair_experts, columns, side) for side in ("left", "right"))  # they are sorted
+    counts = stop - first
+    ends = counts.cumsum()
+    order = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
+    pair_columns = np.repeat(np.arange(len(columns)), counts)
     return _WorkDraft(
         samples=packer.keep(samples),
         columns=packer.keep(columns),
         counted=None if counted is None else packer.keep(counted),
         used=None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples)),
-        pairs=(packer.keep(rows[order]), packer.keep(pair_columns[order]), packer.keep(counts.cumsum())),
+        pairs=(packer.keep(rows[order]), packer.keep(pair_columns), packer.keep(ends)),
         counts=counts.tolist(),
     )

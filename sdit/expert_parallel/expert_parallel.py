@@ -13,12 +13,12 @@ from sdit.config import ModelConfig, ParallelConfig
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
-from sdit.expert_parallel.device_plan import DevicePlan, to_device
+from sdit.expert_parallel.device_plan import DevicePlan
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
-from sdit.expert_parallel.routing_table import RoutingTable, routing_table
+from sdit.expert_parallel.routing_table import PendingTable, RoutingTable
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.model import DiffusionTransformer
@@ -46,6 +46,7 @@ class ExpertParallel:
         rank_batch = RankBatch(batch, groups, comm.rank)
         self._planner = StepPlanner(model, parallel.seating, rank_batch, seed, lambda: self.table)
         self._model: DiffusionTransformer | None = None
+        self._pending: PendingTable | None = None
         self._table: RoutingTable | None = None
         self._next_plan: DevicePlan | None = None
 
@@ -72,13 +73,20 @@ class ExpertParallel:
         The gates are computed once per step, and only if something needs them.
         """
         if self._table is None:
-            assert self._model is not None
-            self._table = routing_table(self._model)
+            self.start_table()
+            assert self._pending is not None
+            self._table, self._pending = self._pending.wait(), None
         return self._table
+
+    def start_table(self) -> None:
+        """Start to copy the routing table to the host. `table` waits for it, and other work can be launched before."""
+        if self._table is None and self._pending is None:
+            assert self._model is not None
+            self._pending = PendingTable(self._model)
 
     def forget(self) -> None:
         """Drop what was derived from weights that are no longer there."""
-        self._table, self._next_plan = None, None
+        self._pending, self._table, self._next_plan = None, None, None
 
     def begin_step(self, first_index: int, times: np.ndarray) -> None:
         """Begin a step on the global batch whose samples have times (N,); `first_index` is the run index of the first."""
@@ -105,14 +113,17 @@ class ExpertParallel:
         """Plan the micro-step, exchange samples inside the group, and return the batch that this rank computes."""
         if not self.is_planned:
             return batch
-        placement, device = self.placed.placement, self._comm.device
-        plan = self._planner.plan(micro_step, placement)
-        self._next_plan = to_device(plan, placement, self.group.ep_rank, device)
+        device, ready = self._comm.device, self._planner.plan(micro_step, self.placed.placement)
+        plan, self._next_plan = ready.plan, ready.packed.to_device(device)
         index = self._planner.own_index(plan)
         if plan.sample_exchange is None:
             assert (batch.index.numpy() == index).all()
             return batch
         return exchange_samples(self.group, plan.sample_exchange, batch, index)
+
+    def prepare_step(self, first_index: int, times: Callable[[], np.ndarray]) -> None:
+        """Start to plan the next step while the device computes this one. Its plans are used if the routes stay the same."""
+        self._planner.prepare(first_index, times, self.placed.placement)
 
     def forward_pass(self, task: torch.Tensor) -> ForwardPass:
         """Return the pass of the micro-step that was begun. Without one (sampling) all samples share a task."""

@@ -41,13 +41,22 @@ class RoutingTable:
         return self.experts.shape[2]
 
 
-def routing_table(model: DiffusionTransformer) -> RoutingTable:
-    """Return the routing table of the model's current weights. It takes one copy from the device."""
-    import torch  # the other functions are also used in processes that must not import torch
+class PendingTable:
+    """The routing table of the model's current weights. Its copy from the device has begun, and `wait` returns it."""
 
-    top = model.all_gate_probs().topk(model.config.experts.top_k)
-    host = torch.stack([top.indices.float(), top.values]).cpu().numpy()  # ids < 2^24 are exact in float32
-    return RoutingTable(host[0].astype(np.int64), host[1], model.config.experts.count)
+    def __init__(self, model: DiffusionTransformer) -> None:
+        import torch  # the functions are also used in processes that must not import torch
+
+        from sdit.transfers import Download
+
+        top = model.all_gate_probs().topk(model.config.experts.top_k)
+        self._count = model.config.experts.count
+        self._copy = Download(torch.stack([top.indices.float(), top.values]))  # ids < 2^24 are exact in float32
+
+    def wait(self) -> RoutingTable:
+        """Return the table. The host waits for the copy."""
+        host = self._copy.wait().numpy()
+        return RoutingTable(host[0].astype(np.int64), host[1], self._count)
 
 
 def exact_loads(experts: np.ndarray, count: int) -> np.ndarray:

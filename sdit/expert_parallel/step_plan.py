@@ -113,8 +113,9 @@ def plan_micro_step(
     ep_rank, ranks = groups.ep_rank_of(rank_batch.rank), groups.size
     assigned_rank = source_rank
     if assignment == "path" and ranks > 1 and not placement.replicated.all():
-        need = path_need(routes.experts, placement)
-        assigned_rank = assign_samples(tasks[positions], need, micro_batch, source_rank)
+        present, present_index = np.unique(tasks[positions], return_inverse=True)
+        need = path_need(routes.experts[:, present], placement)
+        assigned_rank = assign_samples(present_index, need, micro_batch, source_rank)
     ordered = positions[np.argsort(assigned_rank, kind="stable")]
     experts = routes.experts[:, tasks[ordered]]
     group_kept = None if step.kept is None else step.kept[:, ordered]

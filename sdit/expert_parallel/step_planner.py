@@ -14,8 +14,9 @@ import numpy as np
 from sdit.config import ModelConfig
 from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
 from sdit.expert_parallel.placement import ExpertPlacement
+from sdit.expert_parallel.plan_ahead import PlanAhead, PlanInputs, ReadyPlan, make_plan
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, load_max_over_mean
-from sdit.expert_parallel.step_plan import MicroStepPlan, RankBatch, StepSamples, plan_micro_step
+from sdit.expert_parallel.step_plan import MicroStepPlan, RankBatch, StepSamples
 from sdit.expert_parallel.traffic_model import AssignmentKind, rank_work
 
 
@@ -25,7 +26,8 @@ class ExpertStatistics:
 
     `loads` (depth, M) is the share of the tasks that use the expert (empty without gates). `dropped_fraction` of the
     (sample, expert) pairs, `dropped_by_block` (depth,) pairs of this step and `dropped_since_logged` of the steps since the last
-    call. `load_imbalance` and `rank_imbalance` are the largest over the mean load of experts, and work of ranks.
+    call. `planned_ahead_fraction` is the share of the plans since the last call that were made ahead (None: no plans).
+    `load_imbalance` and `rank_imbalance` are the largest over the mean load of experts, and work of ranks.
     """
 
     loads: np.ndarray
@@ -34,6 +36,7 @@ class ExpertStatistics:
     dropped_fraction: float
     dropped_by_block: list[int]
     dropped_since_logged: list[int]
+    planned_ahead_fraction: float | None
 
 
 class StepPlanner:
@@ -54,8 +57,11 @@ class StepPlanner:
         has_capacity = self._train_capacity is not None or self._eval_capacity is not None
         self.is_planned = model.variant == "switch" and (rank_batch.groups.size > 1 or has_capacity)
         self._capacity = self._train_capacity
+        self._ahead = PlanAhead(rank_batch, assignment) if self.is_planned and self._capacity is None else None
+        self._ready: list[ReadyPlan] | None = None
+        self._plans, self._plans_ahead = 0, 0  # since the last call of `statistics`
         self._step = StepSamples(0, np.empty(0, dtype=np.int64))
-        self._work: list[np.ndarray] = []
+        self._computed: list[tuple[MicroStepPlan, ExpertPlacement]] = []  # the micro-steps of the present step
         self._dropped = np.zeros(model.depth, dtype=np.int64)
 
     @contextmanager
@@ -69,7 +75,7 @@ class StepPlanner:
 
     def begin(self, first_index: int, times: np.ndarray) -> None:
         """Begin a global batch whose samples have times (N,); `first_index` is the run index of the first."""
-        self._work = []
+        self._computed = []
         self._step = StepSamples(first_index, np.empty(0, dtype=np.int64))
         if not self.is_planned:
             return
@@ -82,11 +88,26 @@ class StepPlanner:
         if self._step.kept is not None:
             self._dropped += dropped_per_block(self._step.kept)
 
-    def plan(self, micro_step: int, placement: ExpertPlacement) -> MicroStepPlan:
+    def prepare(self, first_index: int, times: Callable[[], np.ndarray], placement: ExpertPlacement) -> None:
+        """Start to plan the next step on a thread. `times` returns the times (N,) of its samples; it is called there."""
+        if self._ahead is not None:
+            self._ahead.prepare(
+                lambda: StepSamples(first_index, gate_tasks(times(), self._config.timesteps)), self._table(), placement
+            )
+
+    def plan(self, micro_step: int, placement: ExpertPlacement) -> ReadyPlan:
         """Return this rank's plan of a micro-step."""
-        plan = plan_micro_step(self._table(), self._step, placement, self._rank_batch, micro_step, self._assignment)
-        self._work.append(rank_work(plan.experts, placement, plan.kept))
-        return plan
+        inputs = PlanInputs(self._table(), self._step, placement)
+        if micro_step == 0:
+            self._ready = None if self._ahead is None else self._ahead.take(inputs)
+        self._plans += 1
+        if self._ready is not None:
+            self._plans_ahead += 1
+            ready = self._ready[micro_step]
+        else:
+            ready = make_plan(inputs, self._rank_batch, micro_step, self._assignment)
+        self._computed.append((ready.plan, placement))
+        return ready
 
     def own_index(self, plan: MicroStepPlan) -> np.ndarray:
         """Return the run indices (B,) of the samples that this rank computes."""
@@ -98,14 +119,17 @@ class StepPlanner:
         dropped = np.zeros_like(self._dropped) if kept is None else dropped_per_block(kept)
         share = 0.0 if kept is None else float(dropped.sum()) / kept.size
         since, self._dropped = self._dropped.tolist(), np.zeros_like(self._dropped)
+        ahead = self._plans_ahead / self._plans if self._plans else None
+        self._plans, self._plans_ahead = 0, 0
         loads, imbalance, work = np.empty((0, 0)), 1.0, 1.0
         if self._config.variant == "switch":
             table = self._table()
             loads = exact_loads(table.experts, table.count)
             imbalance = float((loads.max(1) / loads.mean(1)).max())
         if self.is_planned:
-            work = float(load_max_over_mean(np.sum([w.sum(axis=0, keepdims=True) for w in self._work], axis=0)).max())
-        return ExpertStatistics(loads, imbalance, work, share, dropped.tolist(), since)
+            by_rank = [rank_work(plan.experts, placement, plan.kept).sum(axis=0) for plan, placement in self._computed]
+            work = float(load_max_over_mean(np.sum(by_rank, axis=0)[None]).max())
+        return ExpertStatistics(loads, imbalance, work, share, dropped.tolist(), since, ahead)
 
 
 def gate_tasks(times: np.ndarray, timesteps: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import LinearExperts, build_experts
 from sdit.model.moe.local import LocalDispatcher
 from sdit.model.moe.mlp_experts import MlpExperts
-from sdit.model.prior import Assignment, match_units, prior_divergence, prior_loss, solve_assignment
+from sdit.model.prior import Assignment, UnitMatcher, prior_divergence, prior_loss, solve_assignment
 from sdit.model.weights import fill_buffers, init_weights
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MlpExperts",
     "ParameterCount",
     "Router",
+    "UnitMatcher",
     "balance_loss",
     "build_experts",
     "build_model",
@@ -28,7 +29,6 @@ __all__ = [
     "fill_buffers",
     "forward_with_guidance",
     "init_weights",
-    "match_units",
     "parse_model_config",
     "prior_divergence",
     "prior_loss",

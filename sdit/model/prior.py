@@ -6,7 +6,8 @@ depth * M units, in block order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,16 @@ from sdit.config import ModelConfig
 from sdit.contracts import Routing
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.windows import TaskWindows, expert_windows
+from sdit.transfers import upload
 
 EPSILON = 1e-6
+
+
+class PriorTensors(NamedTuple):
+    """An assignment on a device: the column of each unit (units,) and the first column of each task's window (T,)."""
+
+    columns: Tensor
+    starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,65 @@ class Assignment:
 
     columns: np.ndarray
     windows: TaskWindows
+    _on_device: dict[torch.device, PriorTensors] = field(default_factory=dict, repr=False, compare=False)
+
+    def tensors(self, device: torch.device) -> PriorTensors:
+        """Return the assignment on the device. It is copied there once."""
+        if device not in self._on_device:
+            packed = torch.from_numpy(np.concatenate([self.columns, self.windows.starts]))
+            columns, starts = upload(packed, device).split([len(self.columns), len(self.windows.starts)])
+            self._on_device[device] = PriorTensors(columns, starts)
+        return self._on_device[device]
+
+
+class UnitMatcher:
+    """Matches units with columns of the prior's mask, and solves the problem again only if a chosen set changed."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.windows = expert_windows(config)
+        self._count = config.experts.count
+        self._tasks_of_columns = self.windows.tasks_of_units
+        self._experts = self._sets = np.empty((0, 0, 0), dtype=np.int64)
+        self._solved: Assignment | None = None
+        self.solutions = 0
+
+    def match(self, experts: np.ndarray) -> Assignment:
+        """Return the matching for the chosen experts (depth, T, k). The same sets give the same object.
+
+        The order of the k experts of a task has no effect.
+        """
+        if self._solved is not None and np.array_equal(experts, self._experts):
+            return self._solved
+        sets = np.sort(experts, axis=2)
+        if self._solved is None or not np.array_equal(sets, self._sets):
+            self._sets, self._solved = sets, self._solve(sets)
+            self.solutions += 1
+        self._experts = experts
+        return self._solved
+
+    def _solve(self, experts: np.ndarray) -> Assignment:
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import
+
+        return Assignment(linear_sum_assignment(self._cost(experts))[1], self.windows)
+
+    def _cost(self, experts: np.ndarray) -> np.ndarray:
+        """Return sum_t |A[t, a] - B[t, b]|, (units, units) float32, for units a and columns b.
+
+        Each column is marked for a range of tasks, so the products A^T B are differences of prefix sums over the tasks.
+        """
+        depth, tasks, _ = experts.shape
+        used = np.zeros((depth, self._count, tasks), dtype=np.float32)
+        np.put_along_axis(used, experts.transpose(0, 2, 1), 1.0, axis=1)
+        users = np.zeros((depth * self._count, tasks + 1), dtype=np.float32)  # of each unit, among the first tasks
+        np.cumsum(used.reshape(-1, tasks), axis=1, out=users[:, 1:])
+        first, stop = self._tasks_of_columns
+        # |a - b| = a + b - 2ab for binary a and b. All numbers are integers below 2^24, which float32 holds exactly.
+        cost = users.take(first, axis=1)
+        cost -= users.take(stop, axis=1)
+        cost *= 2
+        cost += users[:, -1:]
+        cost += (stop - first).astype(np.float32)
+        return cost
 
 
 def solve_assignment(gate_probs: Tensor, config: ModelConfig) -> Assignment:
@@ -33,22 +101,7 @@ def solve_assignment(gate_probs: Tensor, config: ModelConfig) -> Assignment:
 
     gate_probs: (depth, T, M) of all tasks. A marks the top-k experts, B is the prior's mask. No gradient.
     """
-    return match_units(gate_probs.detach().topk(config.experts.top_k).indices.cpu().numpy(), config)
-
-
-def match_units(experts: np.ndarray, config: ModelConfig) -> Assignment:
-    """Return the same matching as `solve_assignment`, given the chosen experts (depth, T, k) in host memory."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import: not for sampling
-
-    windows = expert_windows(config)
-    depth, tasks, _ = experts.shape
-    used = np.zeros((depth, tasks, config.experts.count), dtype=np.float32)
-    np.put_along_axis(used, experts, 1.0, axis=2)
-    a = used.transpose(1, 0, 2).reshape(tasks, -1)  # (T, units)
-    b = windows.mask.astype(np.float32)
-    # |a - b| = a + b - 2ab for binary a and b. This avoids a (T, units, units) tensor.
-    cost = a.sum(0)[:, None] + b.sum(0)[None, :] - 2 * (a.T @ b)
-    return Assignment(linear_sum_assignment(cost)[1], windows)
+    return UnitMatcher(config).match(gate_probs.detach().topk(config.experts.top_k).indices.cpu().numpy())
 
 
 def prior_divergence(routing: Routing, assignment: Assignment) -> Tensor:
@@ -77,7 +130,7 @@ def prior_loss(model: DiffusionTransformer, t: Tensor) -> Tensor:
 
 def _matched_prior(task: Tensor, assignment: Assignment) -> Tensor:
     """Return (B, units) float32: 1 / (k depth) for units whose column is in the task's window, else 0."""
-    windows = assignment.windows
-    column = torch.from_numpy(assignment.columns).to(task.device)
-    start = torch.from_numpy(windows.starts).to(task.device)[task][:, None]
-    return ((column >= start) & (column < start + windows.active)).float() / windows.active
+    active = assignment.windows.active
+    columns, starts = assignment.tensors(task.device)
+    start = starts[task][:, None]
+    return ((columns >= start) & (columns < start + active)).float() / active

@@ -24,6 +24,13 @@ class TaskWindows:
         start = self.starts[:, None]
         return (unit >= start) & (unit < start + self.active)
 
+    @property
+    def tasks_of_units(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tasks that use each unit are a range: the first task and the task after the last, (units,) int64 each."""
+        unit = np.arange(self.units)
+        first = np.searchsorted(self.starts, unit - self.active, side="right")
+        return first, np.searchsorted(self.starts, unit, side="right")
+
 
 def task_windows(timesteps: int, units: int, active: int, alpha: float) -> TaskWindows:
     """Return windows that slide from the first unit at t = 0 to the last at t = T - 1, by (t / (T - 1))^alpha."""

@@ -21,7 +21,7 @@ from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
 from sdit.train.context import TrainContext
-from sdit.train.upload import Upload, Uploader
+from sdit.transfers import PendingUpload, UploadStream
 
 KEPT_TIMES = 16  # steps whose times are kept for their other micro-batches; those of older steps are drawn again
 
@@ -39,7 +39,7 @@ class MicroBatch:
 
     index: np.ndarray
     times: np.ndarray
-    upload: Upload
+    upload: PendingUpload
 
     def on_device(self) -> Batch:
         """Return the batch. The device waits for the copy, the host does not."""
@@ -75,14 +75,14 @@ def micro_batches(
     loader: Loader, draws: BatchDraws, device: torch.device, requests: Iterator[Request]
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batch of each request. The loader's threads read it, draw for it and begin its copy to the device."""
-    uploader = Uploader(device)
+    stream = UploadStream(device)
     times_of = lru_cache(maxsize=KEPT_TIMES)(draws.times)
 
     def make(request: Request) -> MicroBatch:
         loaded, times = loader.read(request.indices), times_of(request.first_sample)
         noise = draws.noise(loaded.index, loaded.x0.shape[1:])
         own_times, labels = times[loaded.index - request.first_sample], draws.labels(loaded.y, loaded.index)
-        return MicroBatch(loaded.index, times, uploader.begin((loaded.x0, noise, own_times, labels)))
+        return MicroBatch(loaded.index, times, stream.begin((loaded.x0, noise, own_times, labels)))
 
     return loader.prefetch(requests, make)
 

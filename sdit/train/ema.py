@@ -15,10 +15,10 @@ class Ema:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
-        self.values = [shard.master.clone() for shard in shards]
+        self._masters: list[Tensor] = [shard.master for shard in shards]  # views, which DeepSpeed updates in place
+        self.values = [master.clone() for master in self._masters]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """values <- decay * values + (1 - decay) * masters."""
-        masters: list[Tensor] = [shard.master for shard in self.shards]
-        torch._foreach_lerp_(self.values, masters, 1.0 - decay)
+        torch._foreach_lerp_(self.values, self._masters, 1.0 - decay)

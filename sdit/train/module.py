@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,14 +35,20 @@ class TrainModule(nn.Module):
         self.model, self.objective = model, objective
         self.prior_weight, self.balance_weight = prior_weight, balance_weight
 
-    def forward(self, batch: Batch, assignment: Assignment | None, loads: Tensor | None) -> Losses:
-        """Losses of a micro-batch; `assignment` and `loads` (depth, M) come from the gates of all tasks, once a step."""
+    def forward(
+        self, batch: Batch, assignment: Callable[[], Assignment] | None, loads: Callable[[], Tensor] | None
+    ) -> Losses:
+        """Return the losses of a micro-batch.
+
+        `assignment` and `loads` (depth, M) come from the gates of all tasks. They are called after the forward pass has been
+        launched. None: the loss on the gates is off.
+        """
         parts = self.objective(self.model, batch.x0, batch.t, batch.y, batch.noise)
         routing: Routing = parts.output.routing
         noise_loss = parts.loss.mean()
         zero = torch.zeros_like(noise_loss)
-        prior = prior_divergence(routing, assignment).mean() if assignment is not None else zero
-        balance = balance_loss(routing, loads) if loads is not None else zero
+        prior = prior_divergence(routing, assignment()).mean() if assignment is not None else zero
+        balance = balance_loss(routing, loads()) if loads is not None else zero
         total = noise_loss + self.prior_weight * prior + self.balance_weight * balance
         values = (total, parts.mse.mean(), parts.vlb.mean(), prior, balance)
         bins = bin_by_timestep(parts.mse, batch.t, self.model.config.timesteps)

@@ -2,42 +2,100 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
 from sdit.config import ModelConfig, PriorConfig
 from sdit.errors import CheckpointError
-from sdit.model import Assignment, match_units
-from sdit.model.windows import expert_windows
+from sdit.model import Assignment, UnitMatcher
+
+MEASURED_STEPS = 20  # before `prior.every_steps: auto` chooses an interval
+MAX_SHARE = 0.01  # of the time of a step, for the assignment
 
 
 class PriorSchedule:
     """Solves the assignment every `prior.every_steps` steps. Between them, and after a resume, the last one is used.
 
-    `columns` (depth * M,) is that assignment, or None before the first. Checkpoints store it.
+    `columns` (depth * M,) is that assignment, or None before the first. `every_steps` is the interval, or None if `auto` has
+    not chosen it yet. Checkpoints store the columns and the choice of `auto`, so that a resumed run solves at the same steps.
     """
 
     def __init__(self, config: PriorConfig, model: ModelConfig) -> None:
         self._config, self._model = config, model
-        self._is_on = model.variant == "switch" and config.weight > 0
+        self.is_on = model.variant == "switch" and config.weight > 0
+        self.every_steps = None if config.every_steps == "auto" else config.every_steps
         self._assignment: Assignment | None = None
-        self.columns: list[int] | None = None
+        self._solve_seconds = 0.0  # in the present step
+        self._measured: list[tuple[float, float]] = []  # seconds of the solution and of the step
 
-    def load(self, columns: list[int] | None, where: str) -> None:
-        """Take over the assignment of the checkpoint `where`. Raises: CheckpointError if it is of another size."""
+    @cached_property
+    def _matcher(self) -> UnitMatcher:
+        return UnitMatcher(self._model)
+
+    @property
+    def columns(self) -> list[int] | None:
+        return None if self._assignment is None else self._assignment.columns.tolist()
+
+    @property
+    def chosen(self) -> int | None:
+        """The interval that `auto` has chosen, or None."""
+        return self.every_steps if self._config.every_steps == "auto" else None
+
+    def load(self, columns: list[int] | None, every_steps: int | None, where: str) -> None:
+        """Take over the assignment and the interval of `auto` from the checkpoint `where`.
+
+        Raises: CheckpointError if the assignment is of another size.
+        """
+        self._assignment, self._measured = None, []
+        if self._config.every_steps == "auto":
+            self.every_steps = every_steps
+        if columns is None:
+            return
         units = self._model.depth * self._model.experts.count
-        if columns is not None and len(columns) != units:
+        if len(columns) != units:
             raise CheckpointError(f"{where}: prior_columns has {len(columns)} entries; legal: {units}")
-        self.columns, self._assignment = columns, None
+        self._assignment = Assignment(np.asarray(columns, dtype=np.int64), self._matcher.windows)
 
-    def at_step(self, step: int, experts: Callable[[], np.ndarray]) -> Assignment | None:
-        """The assignment of a step. `experts` returns the chosen experts (depth, T, k). None: there is no prior."""
-        if not self._is_on:
-            return None
-        if step % self._config.every_steps == 0 or self.columns is None:
-            self._assignment = match_units(experts(), self._model)
-            self.columns = self._assignment.columns.tolist()
-        elif self._assignment is None:
-            self._assignment = Assignment(np.asarray(self.columns, dtype=np.int64), expert_windows(self._model))
+    def due(self, step: int) -> bool:
+        """Return whether `at_step` solves the assignment, for which it needs the chosen experts."""
+        return self.is_on and (step % (self.every_steps or 1) == 0 or self._assignment is None)
+
+    def at_step(self, step: int, experts: Callable[[], np.ndarray]) -> Assignment:
+        """Return the assignment of a step. `experts` returns the chosen experts (depth, T, k)."""
+        if self.due(step):
+            chosen = experts()
+            started = time.perf_counter()
+            self._assignment = self._matcher.match(chosen)
+            self._solve_seconds += time.perf_counter() - started
+        assert self._assignment is not None
         return self._assignment
+
+    def end_step(self, seconds: float, from_first: Callable[[int], int]) -> int | None:
+        """End a step that took `seconds`. Return the interval if `auto` has chosen it now.
+
+        `from_first` returns the value of rank 0. All ranks call it together, once in a run.
+        """
+        self._measured.append((self._solve_seconds, seconds))
+        self._solve_seconds = 0.0
+        if not self.is_on or self.every_steps is not None:
+            self._measured = []
+        if len(self._measured) < MEASURED_STEPS:
+            return None
+        solution, step = (statistics.median(each) for each in zip(*self._measured, strict=True))
+        self.every_steps = from_first(interval(solution, step))
+        return self.every_steps
+
+
+def interval(solution_seconds: float, step_seconds: float) -> int:
+    """Return the smallest power of two for which a solution takes at most 1 % of the steps until the next one.
+
+    `step_seconds` is the time of a step with a solution in it.
+    """
+    other_seconds = max(step_seconds - solution_seconds, 1e-9)
+    wanted = max(1.0, solution_seconds / (MAX_SHARE * other_seconds))
+    return int(2 ** min(math.ceil(math.log2(wanted)), 20))

@@ -87,6 +87,9 @@ class StepRecord(Validation):
     rank_work_max_over_mean: float | None = metric(
         "ratio", "largest expert work of a rank over the mean", gauge="sdit_rank_load_max_over_mean_ratio"
     )
+    planned_ahead_fraction: float | None = metric(
+        "fraction", "plans of the exchange that were ready before their step, since the last logged step"
+    )
     expert_load: list[list[float]] | None = metric("fraction, [block][expert]", "share of the tasks that use an expert")
     dropped_by_block: list[int] | None = metric("pairs, by block", "pairs over capacity, of the step")
     dropped_by_block_since_logged: list[int] | None = metric("pairs, by block", "the same since the last logged step")

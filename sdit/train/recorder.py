@@ -71,6 +71,7 @@ class Recorder:
         if len(found.loads):
             values["expert_load"] = found.loads.round(4).tolist()
         if context.experts.is_planned:
+            values["planned_ahead_fraction"] = found.planned_ahead_fraction
             values["dropped_by_block"] = found.dropped_by_block
             values["dropped_by_block_since_logged"] = found.dropped_since_logged
         self._bins.zero_()

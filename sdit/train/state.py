@@ -85,6 +85,7 @@ class RunState:
             "config": self.config.model_dump(mode="json"),
             "length_images": self.length_images,
             "prior_columns": self.prior.columns,
+            "prior_every_steps": self.prior.chosen,
             "expert_layout": self.experts.stored(),
             **self.data.stored(),
             "written_by": {
@@ -121,5 +122,6 @@ class RunState:
         self.engine.sync_compute_weights()
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
-        self.prior.load(found.manifest.get("prior_columns"), str(found.folder))
+        stored = found.manifest
+        self.prior.load(stored.get("prior_columns"), stored.get("prior_every_steps"), str(found.folder))
         return changes

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
+import numpy as np
 import torch
 
 from sdit.clock import StepSpan, ema_decay, learning_rate_factor
 from sdit.errors import DataError
 from sdit.expert_parallel.routing_table import exact_loads
+from sdit.model import Assignment
 from sdit.train.batches import MicroBatch
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
@@ -16,6 +19,7 @@ from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
 from sdit.train.sums import BINS, PARTS, StepSums, pack, unpack
+from sdit.transfers import upload
 
 
 class TrainStep:
@@ -46,8 +50,16 @@ class TrainStep:
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
+        self._choose_interval()
         logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
         return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
+
+    def _choose_interval(self) -> None:
+        """Let `prior.every_steps: auto` choose its interval."""
+        context = self._context
+        chosen = context.state.prior.end_step(context.timer.step_seconds, context.comm.from_first)
+        if chosen is not None:
+            context.event("prior", f"prior.every_steps: auto has chosen {chosen}")
 
     def forget(self) -> None:
         """Drop what belongs to steps that a roll-back has undone."""
@@ -75,8 +87,7 @@ class TrainStep:
         state, device = context.state, context.comm.device
         first = state.clock.first_sample
         context.experts.begin_step(first, micro_batches[0].times)
-        assignment = state.prior.at_step(state.clock.steps, lambda: context.experts.table.experts)
-        loads = self._balance_loads()
+        assignment, loads = self._gate_targets()
         rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
         if rebalanced is not None:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
@@ -90,15 +101,35 @@ class TrainStep:
             context.engine.backward(losses.total)
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
+        next_first = state.clock.after(context.run.batch.global_batch).first_sample
+        context.experts.prepare_step(next_first, lambda: self._draw_times(next_first))
         share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
         return unpack(context.comm.sum(share))
 
-    def _balance_loads(self) -> torch.Tensor | None:
-        """(depth, M) float32 expected loads of the experts, on the device. None: there is no balance loss."""
-        if self._config.balance.weight == 0 or self._config.model.variant != "switch":
-            return None
-        table = self._context.experts.table
-        return torch.from_numpy(exact_loads(table.experts, table.count)).float().to(self._context.comm.device)
+    def _draw_times(self, first: int) -> np.ndarray:
+        """Return the times (N,) of the global batch whose first sample is `first`."""
+        return self._context.objective.draw_timesteps(self._config.seed, first, self._context.run.batch.global_batch)
+
+    def _gate_targets(self) -> tuple[Callable[[], Assignment] | None, Callable[[], torch.Tensor] | None]:
+        """What the losses on the gates compare them with: the prior's assignment, and expected loads (depth, M) float32.
+
+        Both are functions of all tasks' gates, whose copy to the host starts here. They are called after the forward pass
+        has been launched, so that the host computes them while the device is busy. None: there is no such loss.
+        """
+        experts, prior, step = self._context.experts, self._context.state.prior, self._context.state.clock.steps
+        is_balanced = self._config.balance.weight > 0 and self._config.model.variant == "switch"
+        if is_balanced or prior.due(step):
+            experts.start_table()
+
+        def assignment() -> Assignment:
+            return prior.at_step(step, lambda: experts.table.experts)
+
+        @cache  # of all micro-steps
+        def loads() -> torch.Tensor:
+            share = torch.from_numpy(exact_loads(experts.table.experts, experts.table.count)).float()
+            return upload(share, self._context.comm.device)
+
+        return assignment if prior.is_on else None, loads if is_balanced else None
 
     def _flags(self) -> tuple[float, ...]:
         """What is summed over the ranks with the losses, so that it needs no further collective; see `sums.FLAGS`."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdit.transfers import Download, upload
+
 PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss")
 BINS = 20  # equal parts of the time axis
 FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "samples", "waited_seconds")
@@ -40,13 +42,13 @@ class StepSums:
 def pack(parts: Tensor, squared_norm: Tensor, flags: tuple[float, ...], bins: Tensor) -> Tensor:
     """One float64 vector of this rank's share; `flags` in the order of FLAGS."""
     assert len(flags) == len(FLAGS)
-    values = torch.tensor(flags, dtype=torch.float64, device=parts.device)
+    values = upload(torch.tensor(flags, dtype=torch.float64), parts.device)
     return torch.cat([parts, squared_norm[None], values, bins.flatten()])
 
 
 def unpack(summed: Tensor) -> StepSums:
-    """The sums from the vector summed over the ranks; one copy from the device."""
-    host = summed.cpu()
+    """The sums from the vector summed over the ranks. The host waits for them, once a step."""
+    host = Download(summed).wait()
     parts, norm, flags, bins = host.split([len(PARTS), 1, len(FLAGS), 2 * BINS])
     return StepSums(parts.tolist(), norm.item(), dict(zip(FLAGS, flags.tolist(), strict=True)), bins.view(2, BINS))
 

@@ -459,3 +459,31 @@ def test_the_manual_holds_the_table() -> None:
     from sdit.config.deepspeed_keys import as_markdown
 
     assert as_markdown() in (ROOT / "docs" / "deepspeed-json.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "zero", "expected"),
+    [
+        (0, "fp32", {}, None),
+        (1, "fp32", {}, False),
+        (2, "fp32", {}, False),
+        (2, "bf16", {}, False),
+        (1, "bf16", {}, None),
+        (2, "fp32", {"offload_optimizer": {"device": "cpu"}}, None),
+        (2, "fp32", {"offload_optimizer": {"device": "none"}}, False),
+    ],
+)
+def test_deepspeed_computes_no_norm_where_it_allows_that(
+    stage: int, precision: str, zero: dict[str, Any], expected: bool | None
+) -> None:
+    config = Config.model_validate({"train": {"precision": precision}})
+    merged = merge_deepspeed(config, BatchPlan(256, 256, 1), {"zero_optimization": {"stage": stage, **zero}}, "ds.json")
+    assert merged["zero_optimization"].get("compute_grad_norm") is expected
+
+
+@pytest.mark.parametrize(
+    ("timer", "expected"), [({}, False), ({"synchronized": False}, False), ({"enabled": True}, True)]
+)
+def test_the_throughput_timer_is_off_unless_the_json_turns_it_on(timer: dict[str, bool], expected: bool) -> None:
+    merged = merge_deepspeed(Config(), BatchPlan(256, 256, 1), {"timers": {"throughput": timer}}, "ds.json")
+    assert merged["timers"]["throughput"]["enabled"] is expected

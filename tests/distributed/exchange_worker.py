@@ -24,7 +24,7 @@ from sdit.config import ExpertsConfig
 from sdit.distributed.comm import Comm, find_rank
 from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.all_to_all import ExpertGroup, TrafficCounter
-from sdit.expert_parallel.device_plan import to_device
+from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.dispatcher import PlannedPass
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.sharded_experts import ShardedExperts
@@ -149,7 +149,7 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
     plan = MicroStepPlan(np.arange(samples), np.arange(samples), own, drawn.experts, drawn.kept, None, blocks)
     held = placement.experts_of_rank[:, group.ep_rank]
     experts = [sharded_rows(drawn.config, stack, ids, ranks) for stack, ids in zip(mine.stacks, held, strict=True)]
-    device_plan = to_device(plan, placement, group.ep_rank, comm.device)
+    device_plan = pack_plan(plan, placement, group.ep_rank).to_device(comm.device)
     forward_pass = PlannedPass(group, device_plan, experts if drawn.overlap else ())
     assert forward_pass.view.experts is not None
     gates = sparse_gates(mine.probs, forward_pass.view.experts, forward_pass.view.kept)

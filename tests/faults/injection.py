@@ -74,7 +74,7 @@ class FaultyEngine:
 
     def squared_gradient_norm(self) -> Tensor:
         if self._due("nan_grad"):
-            self._engine.gradients()[0][0].view(-1)[0] = float("nan")
+            self._engine.gradients()[0].view(-1)[0] = float("nan")
         return self._engine.squared_gradient_norm()
 
     def _due(self, *kinds: str) -> list[Fault]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdit.expert_parallel.all_to_all import ExpertGroup, TrafficCounter
-from sdit.expert_parallel.device_plan import to_device
+from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.dispatcher import PlannedPass
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
@@ -43,7 +43,7 @@ class OnePlan:
         samples, blocks = np.arange(SAMPLES), plan_blocks(self._experts, None, self._placement, 0)
         plan = MicroStepPlan(samples, samples, slice(0, SAMPLES), self._experts, None, None, blocks)
         group = ExpertGroup(None, 0, 1, True, TrafficCounter())
-        return PlannedPass(group, to_device(plan, self._placement, 0, torch.device("cpu")))
+        return PlannedPass(group, pack_plan(plan, self._placement, 0).to_device(torch.device("cpu")))
 
 
 def _model(depth: int, kind: str, backend: Any) -> DiffusionTransformer:

@@ -57,6 +57,7 @@ class OneBlock:
         routes = {"dit": None, "dtr": torch.ones(SAMPLES, width, device=device, dtype=dtype), "switch": gates}
         self.route = routes[config.variant]
         self.forward_pass = LocalDispatcher().forward_pass(torch.arange(SAMPLES, device=device))
+        self._model = model  # keeps the addresses of its parameters
         self.lasting = {value.untyped_storage().data_ptr() for value in model.parameters()}
 
     def __call__(self) -> Tensor:

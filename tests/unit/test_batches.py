@@ -17,7 +17,7 @@ from sdit.errors import DataError
 from sdit.randomness import Purpose, normal_noise
 from sdit.topology import plan_batch
 from sdit.train.batches import BatchDraws, micro_batches, rank_requests
-from sdit.train.upload import Upload, Uploader
+from sdit.transfers import PendingUpload, UploadStream
 
 SEED, GLOBAL_BATCH, CLASSES, DROP = 3, 12, 10, 0.3
 MODEL = ModelConfig(input_size=8, patch_size=2, channels=1, classes=CLASSES)
@@ -75,7 +75,9 @@ def test_an_error_while_drawing_is_raised_in_the_training_thread() -> None:
 
 
 class FakeTensor:
-    """Records what an upload does to a tensor of a GPU."""
+    """Host memory that records what an upload does to it."""
+
+    device = CPU
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -116,9 +118,9 @@ def test_on_a_gpu_the_training_stream_waits_for_the_copy_and_keeps_its_memory(mo
         log.append(f"leave {chosen.name}")
 
     fake = SimpleNamespace(Stream=lambda device: copies, stream=stream, current_stream=lambda: training)
-    monkeypatch.setattr("sdit.train.upload.torch.cuda", fake)
-    monkeypatch.setattr("sdit.train.upload.torch.from_numpy", lambda array: FakeTensor(log))
-    upload = Uploader(torch.device("cuda", 1)).begin((np.zeros(1), np.zeros(1)))
+    monkeypatch.setattr("sdit.transfers.torch.cuda", fake)
+    monkeypatch.setattr("sdit.transfers.torch.from_numpy", lambda array: FakeTensor(log))
+    upload = UploadStream(torch.device("cuda", 1)).begin((np.zeros(1), np.zeros(1)))
     made = ["enter copies", "pin", "copy", "pin", "copy", "event in copies", "leave copies"]
     assert log == made
     assert len(upload.wait()) == 2
@@ -127,6 +129,6 @@ def test_on_a_gpu_the_training_stream_waits_for_the_copy_and_keeps_its_memory(mo
 
 def test_on_a_cpu_nothing_is_copied_or_waited_for() -> None:
     array = np.arange(3)
-    upload = Uploader(CPU).begin((array,))
-    assert upload == Upload(upload.tensors, None)
+    upload = UploadStream(CPU).begin((array,))
+    assert upload == PendingUpload(upload.tensors, None)
     assert upload.wait()[0].data_ptr() == array.ctypes.data

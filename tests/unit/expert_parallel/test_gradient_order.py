@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdit.config import ModelConfig
 from sdit.expert_parallel.all_to_all import ExpertGroup, TrafficCounter
-from sdit.expert_parallel.device_plan import to_device
+from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.dispatcher import PlannedPass
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.sharded_experts import ShardedExperts
@@ -79,7 +79,7 @@ def step_log(ep_rank: int, kind: str, routes: str, replicated: str, prefetch: bo
 
     class OnePlan:
         def forward_pass(self, task: Tensor) -> PlannedPass:
-            return PlannedPass(group, to_device(plan, placement, ep_rank, torch.device("cpu")), stacks)  # type: ignore[arg-type]
+            return PlannedPass(group, pack_plan(plan, placement, ep_rank).to_device(torch.device("cpu")), stacks)  # type: ignore[arg-type]
 
     model.dispatcher = OnePlan()
     for index, block in enumerate(model.blocks):

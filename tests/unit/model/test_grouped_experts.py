@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdit.config import ExpertsConfig
-from sdit.expert_parallel.device_plan import to_device
+from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
 from sdit.model import MlpExperts, build_experts
@@ -117,10 +117,8 @@ def test_planned_rows_equal_the_loop(routes: str, replicated: list[int], grouped
     mask[:, replicated] = True
     placement, experts = ExpertPlacement(np.array([[0, 0, 1, 1]]), mask, 2), np.array([ROUTES[routes]])
     blocks = plan_blocks(experts, None, placement, 0)
-    plan = to_device(
-        MicroStepPlan(np.arange(8), np.arange(8), slice(0, 4), experts, None, None, blocks),
-        placement, 0, torch.device("cpu"),
-    ).blocks[0]  # fmt: skip
+    micro_step = MicroStepPlan(np.arange(8), np.arange(8), slice(0, 4), experts, None, None, blocks)
+    plan = pack_plan(micro_step, placement, 0).to_device(torch.device("cpu")).blocks[0]
     local, foreign = _experts([0, 1], 2), _experts([2, 3], 2)
     names = [name for name, _ in local.named_parameters()]
     others = [expert for expert in (2, 3) if expert in replicated]

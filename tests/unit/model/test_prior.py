@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sdit.config import DtrConfig, ExpertsConfig, ModelConfig
@@ -15,6 +16,7 @@ from sdit.expert_parallel.routing_table import exact_loads
 from sdit.model import (
     Assignment,
     DiffusionTransformer,
+    UnitMatcher,
     balance_loss,
     prior_divergence,
     prior_loss,
@@ -151,3 +153,51 @@ def test_balance_loss_is_one_when_balanced_and_the_formula_otherwise() -> None:
     assert loss.item() == pytest.approx(sum(blocks) / 2, rel=1e-6) and loss.item() > 1
     loss.backward()
     assert own.grad is not None and own.grad.any()
+
+
+def _random_sets(config: ModelConfig, seed: int) -> np.ndarray:
+    """(depth, T, k) chosen experts, random in each task."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((config.depth, config.timesteps, config.experts.count))
+    return np.argsort(scores, axis=2)[:, :, : config.experts.top_k]
+
+
+def _plain_columns(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The matching from the definition: the products of the marks A and the mask B, then scipy's solver."""
+    used = np.zeros((config.depth, config.timesteps, config.experts.count), dtype=np.float32)
+    np.put_along_axis(used, experts, 1.0, axis=2)
+    a = used.transpose(1, 0, 2).reshape(config.timesteps, -1)
+    b = expert_windows(config).mask.astype(np.float32)
+    return linear_sum_assignment(a.sum(0)[:, None] + b.sum(0)[None] - 2 * (a.T @ b))[1]
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "top_k", "timesteps"),
+    [(1, 1, 1, 2), (2, 3, 3, 7), (3, 4, 2, 40), (12, 16, 2, 100), (6, 32, 4, 1000)],
+)
+def test_columns_equal_the_plain_solution(depth: int, count: int, top_k: int, timesteps: int) -> None:
+    config = _config(depth, count, top_k, timesteps)
+    collapsed = np.tile(np.arange(top_k), (depth, timesteps, 1))  # many equal costs: the ties are broken alike
+    smooth = _probs(config).topk(top_k).indices.numpy()
+    for experts in (collapsed, smooth, _random_sets(config, 0)):
+        assert np.array_equal(UnitMatcher(config).match(experts).columns, _plain_columns(experts, config))
+
+
+def test_only_changed_sets_are_solved_again() -> None:
+    config = _config(3, 8, 2)
+    matcher, rng = UnitMatcher(config), np.random.default_rng(0)
+    experts = _random_sets(config, 0)
+    first = matcher.match(experts)
+    assert matcher.match(rng.permuted(experts, axis=2)) is first and matcher.solutions == 1
+    changed = experts.copy()
+    changed[1, 7, 0] = next(e for e in range(8) if e not in experts[1, 7])
+    assert matcher.match(changed) is not first and matcher.solutions == 2
+    assert np.array_equal(matcher.match(experts).columns, first.columns) and matcher.solutions == 3
+
+
+def test_an_assignment_is_copied_to_a_device_once() -> None:
+    assignment = solve_assignment(_probs(_config(2, 4, 2)), _config(2, 4, 2))
+    cpu = torch.device("cpu")
+    assert assignment.tensors(cpu) is assignment.tensors(cpu)
+    assert assignment.tensors(cpu).columns.tolist() == assignment.columns.tolist()
+    assert assignment.tensors(cpu).starts.tolist() == assignment.windows.starts.tolist()

@@ -1,0 +1,107 @@
+"""Which functions make the host wait for the device in a training step, and while sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdit.expert_parallel.all_to_all
+from sdit.diffusion import SamplerSettings, sample
+from sdit.model import build_model, forward_with_guidance
+from tests.gpu_like.conftest import META, Waits
+from tests.gpu_like.meta_run import make_config, meta_step, run_step
+
+TABLE, SUMS = "PendingTable.wait", "unpack"
+# The device computes the forward pass while the host waits for the gates, which were computed before it.
+ONE_RANK = ["forward", TABLE, "backward", SUMS]
+# Samples are sent by the routes, so that the plan needs them before the forward pass.
+TWO_RANKS = [TABLE, "forward", "backward", SUMS]
+WAITS_IN_EACH_BLOCK = pytest.mark.xfail(
+    strict=True, raises=NotImplementedError, reason="MLP experts in float32 read their gates"
+)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of two ranks whose transfers have ended at once, without values."""
+    monkeypatch.setattr(sdit.expert_parallel.all_to_all, "make_expert_groups", lambda _: None)
+    for name in ("all_to_all_single", "all_reduce"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("variant", ["dit", "dtr"])
+def test_models_without_gates_wait_for_the_sums_only(waits: Waits, variant: str) -> None:
+    step, _ = meta_step(make_config(variant), 1, waits)
+    for _ in range(2):
+        run_step(step)
+    assert waits.events == ["forward", "backward", SUMS] * 2
+
+
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=WAITS_IN_EACH_BLOCK)])
+def test_one_rank_waits_for_the_sums_and_behind_the_forward_pass(waits: Waits, kind: str) -> None:
+    step, _ = meta_step(make_config("switch", kind, balance={"weight": 0.1}), 1, waits)
+    run_step(step)
+    waits.pageable.clear()  # tables that stay on the device are copied in the first step
+    run_step(step)
+    assert waits.events == ONE_RANK * 2 and not waits.pageable
+
+
+def test_a_step_between_two_solutions_waits_for_the_sums_only(waits: Waits) -> None:
+    step, _ = meta_step(make_config("switch", prior={"every_steps": 2}), 1, waits)
+    run_step(step)
+    clock = step._context.state.clock
+    step._context.state.clock = clock.after(8)
+    run_step(step)
+    assert waits.events == [*ONE_RANK, "forward", "backward", SUMS]
+
+
+@pytest.mark.parametrize(("exchange", "seating"), [("tokens", "order"), ("weights", "path"), ("tokens", "path")])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_two_ranks_wait_twice(waits: Waits, two_ranks: None, kind: str, exchange: str, seating: str) -> None:
+    parallel = {"expert": 2, "exchange": exchange, "seating": seating, "placement": "index"}
+    step, _ = meta_step(make_config("switch", kind, parallel=parallel, balance={"weight": 0.1}), 2, waits)
+    run_step(step)
+    waits.pageable.clear()  # tables that stay on the device are copied in the first step
+    run_step(step)
+    assert waits.events == TWO_RANKS * 2 and not waits.pageable
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [("dit", "linear"), ("switch", "linear"), ("switch", "mlp")],
+)
+def test_sampling_never_waits(waits: Waits, variant: str, kind: str, sampler: str) -> None:
+    config = make_config(variant, kind)
+    model = build_model(config.model, device="meta").eval()
+    settings = config.sample.model_copy(update={"sampler": sampler, "steps": 2})
+
+    def predict(x: torch.Tensor, t: int | float, y: torch.Tensor) -> torch.Tensor:
+        return forward_with_guidance(model, x, t, y, 1.5, settings.guided_channels)
+
+    start, labels = torch.empty(2, 1, 8, 8, device=META), torch.zeros(2, dtype=torch.int64, device=META)
+    sampler_settings = SamplerSettings.from_config(config.diffusion, settings, config.model.timesteps)
+    with torch.no_grad():
+        sample(predict, start, labels, sampler_settings, 0, np.arange(2), None)
+    assert waits.events == []
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda values: values.sum().item(),
+        lambda values: values.cpu(),
+        lambda values: values.tolist(),
+        lambda values: values.numpy(),
+        lambda values: values.nonzero(),
+        lambda values: values[values > 0],
+        lambda values: bool(values.sum() > 0),
+    ],
+)
+def test_a_new_wait_raises(read: Any) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        read(torch.empty(3, device=META))
