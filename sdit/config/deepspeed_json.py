@@ -150,6 +150,9 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
     )
     merged.setdefault("steps_per_print", 1 << 40)
     _set_precision(merged, config, stage)
+    sums, _ = reader.shared.get("communication_data_type", (None, ""))
+    if _same(sums, "fp32"):
+        merged["communication_data_type"] = "fp32"  # of gradients, summed over the ranks
     _remove_host_waits(merged, config, stage)
     return merged
 
@@ -297,7 +300,7 @@ def _agreed_values(config: Config, split: BatchPlan, stage: int) -> dict[str, tu
         "optimizer.params.eps": (optimizer.epsilon, (optimizer.epsilon,)),
         "optimizer.params.weight_decay": (optimizer.weight_decay, (optimizer.weight_decay,)),
         "optimizer.params.max_grad_norm": (clip, clips),
-        "communication_data_type": (precision, (None, "fp32") if precision == "fp32" else (None,)),
+        "communication_data_type": (precision, (None, precision, "fp32")),
         "data_types.grad_accum_dtype": (precision, (accumulated, None)),
     }
 

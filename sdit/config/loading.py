@@ -153,8 +153,19 @@ def _first_problem(error: ValidationError, schema: type[BaseModel]) -> tuple[str
         return (joined, f"{joined}:{message[len(inner) + 1 :]}") if joined in keys else (key, f"{key}: {message}")
     if key in sections:
         return key, f"{key}: {shown(problem['input'])} is not legal; legal: a section, that is, a mapping of keys"
-    legal = LEGAL.get(problem["type"], f"{message[0].lower()}{message[1:]}")
+    members = [each for each in error.errors() if each["loc"][: len(location)] == problem["loc"][: len(location)]]
+    if len(members) > 1:  # of a union
+        legal = f"legal: {' or '.join(dict.fromkeys(map(_legal, members)))}"
+    else:
+        legal = LEGAL.get(problem["type"], f"{message[0].lower()}{message[1:]}")
     return key, f"{key}: {shown(problem['input'])} is not legal ({legal})"
+
+
+def _legal(problem: Any) -> str:
+    """Return what one member of a union takes."""
+    if problem["type"] == "literal_error":
+        return str(problem["ctx"]["expected"])
+    return LEGAL.get(problem["type"], problem["msg"]).removeprefix("legal: ").removeprefix("Input should be ")
 
 
 def shown(value: object) -> str:

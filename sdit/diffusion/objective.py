@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from sdit.config import DiffusionConfig
 from sdit.contracts import LossParts
-from sdit.diffusion.bound import decoder_bits, kl_bits
 from sdit.diffusion.draws import TimestepMode, draw_timesteps
+from sdit.diffusion.losses import ConstantWeight, UncertaintyWeight, decoder_bits, kl_bits, make_weighting
 from sdit.diffusion.prediction import learned_log_variance, split_variance, target_of, x0_slope
 from sdit.diffusion.schedule import DeviceTables, make_schedule
-from sdit.diffusion.weighting import ConstantWeight, UncertaintyWeight, make_weighting
 from sdit.errors import ConfigError
 
 Model = Callable[[Tensor, Tensor, Tensor], Any]  # (x_t, t, y) -> prediction, or an object with `.prediction`

@@ -441,6 +441,23 @@ def test_passed_keys_leave_the_numbers_alone(runs: Path, name: str, stage: int) 
         assert tensor.allclose(weights[key], rtol=1e-5, atol=1e-7), key
 
 
+def test_gradients_of_a_bf16_run_can_be_summed_in_float32(tmp_path: Path) -> None:
+    """`communication_data_type: fp32`: the sums differ from those in bf16, by at most bf16's rounding."""
+    words = ("train.steps=4", "train.precision=bf16", "train.micro_batch=4")
+    kinds = {"bf16": {}, "fp32": {"communication_data_type": "fp32"}}
+    names = [(kind, stage) for kind in kinds for stage in (1, 2)]
+    train_together(
+        4,
+        [case(tmp_path / f"{kind}-{stage}", TINY, *words, stage=stage, deepspeed=kinds[kind]) for kind, stage in names],
+        tmp_path,
+    )
+    for stage in (1, 2):
+        rounded, exact = (metrics_of(tmp_path / f"{kind}-{stage}") for kind in kinds)
+        assert [r["grad_norm"] for r in rounded] != [e["grad_norm"] for e in exact]
+        for record, want in zip(rounded, exact, strict=True):
+            assert record["grad_norm"] == pytest.approx(want["grad_norm"], rel=2**-7), record["step"]
+
+
 def test_every_passed_key_is_trained_with() -> None:
     """D1: A key joins the table's passed keys only together with a run that shows it to be harmless."""
     from sdit.config.deepspeed_keys import Passed, rules

@@ -6,7 +6,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from sdit.diffusion import build_objective, make_schedule
-from sdit.diffusion.bound import decoder_bits, kl_bits
+from sdit.diffusion.losses import decoder_bits, kl_bits
 
 BATCH, SHAPE = 6, (2, 4, 4)
 LINEAR = make_schedule("linear")

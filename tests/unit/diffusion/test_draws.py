@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdit.diffusion.draws import draw_label_drop, draw_timesteps
-from sdit.diffusion.weighting import UncertaintyWeight
+from sdit.diffusion.losses import UncertaintyWeight
 from sdit.randomness import Purpose, normal_noise, philox, uniform
 
 SIGMAS = 5.0  # a correct draw is further out than this with probability 6e-7

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdit.diffusion import build_objective, make_schedule
-from sdit.diffusion.weighting import UncertaintyWeight
+from sdit.diffusion.losses import UncertaintyWeight
 from sdit.errors import ConfigError
 
 T_VALUES = torch.tensor([0, 1, 99, 124, 125, 500, 998, 999])
