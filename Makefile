@@ -36,7 +36,7 @@ check: install
 # Byte code is written, because hundreds of processes import it.
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-	  tests/distributed tests/faults tests/cases tests/unit
+	  tests/distributed tests/faults tests/cases tests/gpu_like tests/unit
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"
