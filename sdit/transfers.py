@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -53,8 +54,15 @@ class UploadStream:
         hosts = [torch.from_numpy(array) for array in arrays]
         if self._stream is None:
             return PendingUpload(tuple(upload(host, self._device) for host in hosts), None)
+        torch.cuda.set_device(self._device)  # of this thread, which otherwise opens a context on the first GPU
         with torch.cuda.stream(self._stream):
             return PendingUpload(tuple(upload(host, self._device) for host in hosts), self._stream.record_event())
+
+
+@cache
+def upload_stream(device: torch.device) -> UploadStream:
+    """Return the one stream of this process for copies to the device. torch keeps freed memory for the stream that used it."""
+    return UploadStream(device)
 
 
 class Download:

@@ -97,6 +97,8 @@ class Engine:
 
     def _scale_gradients(self, scale: float) -> None:
         gradients = self.gradients()
+        if not gradients:
+            return
         on_gpu = self.comm.device.type == "cuda"
         # On a CPU a Python number would be rounded to bfloat16 before the product.
         torch._foreach_mul_(gradients, scale if on_gpu else torch.tensor(scale, dtype=torch.float64))  # type: ignore[arg-type]

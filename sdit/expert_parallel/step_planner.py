@@ -66,12 +66,12 @@ class StepPlanner:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Use `capacity_factor_eval` inside the `with`."""
-        self._capacity = self._eval_capacity
+        """Use `capacity_factor_eval` inside the `with`. Plans inside are not counted."""
+        self._capacity, counted = self._eval_capacity, (self._plans, self._plans_ahead)
         try:
             yield
         finally:
-            self._capacity = self._train_capacity
+            self._capacity, (self._plans, self._plans_ahead) = self._train_capacity, counted
 
     def begin(self, first_index: int, times: np.ndarray) -> None:
         """Begin a global batch whose samples have times (N,); `first_index` is the run index of the first."""

@@ -152,16 +152,18 @@ class Coordinator:
         """Return whether the missing exit reports are lost.
 
         All ranks end together. After a clean end, each supervisor ends its worker within `grace_seconds`. A supervisor that was
-        killed after its worker had ended reports nothing. Rank 0's own report is never lost: this process writes it.
+        killed after its worker had ended reports nothing. Rank 0's own report is never lost: this process writes it when its
+        worker has ended, which can take long after a kill.
         """
         now = time.monotonic()
+        if 0 in self._spec.order and 0 not in exit_reports:
+            return False
         if self._spec.ending:
             return now - self._since >= LOST_SECONDS
         if not exit_reports:
             return False
         self._first_report_at = self._first_report_at or now
-        is_own_missing = 0 in self._spec.order and 0 not in exit_reports
-        return not is_own_missing and now - self._first_report_at >= self._config.grace_seconds + LOST_SECONDS
+        return now - self._first_report_at >= self._config.grace_seconds + LOST_SECONDS
 
     def _restart(self, left: tuple[int, ...]) -> None:
         """Start the next attempt on the remaining ranks, if these are all ranks or the run is elastic."""

@@ -21,7 +21,7 @@ from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
 from sdit.train.context import TrainContext
-from sdit.transfers import PendingUpload, UploadStream
+from sdit.transfers import PendingUpload, upload_stream
 
 KEPT_TIMES = 16  # steps whose times are kept for their other micro-batches; those of older steps are drawn again
 
@@ -75,7 +75,7 @@ def micro_batches(
     loader: Loader, draws: BatchDraws, device: torch.device, requests: Iterator[Request]
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batch of each request. The loader's threads read it, draw for it and begin its copy to the device."""
-    stream = UploadStream(device)
+    stream = upload_stream(device)
     times_of = lru_cache(maxsize=KEPT_TIMES)(draws.times)
 
     def make(request: Request) -> MicroBatch:

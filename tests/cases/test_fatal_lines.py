@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -66,10 +67,15 @@ def test_rank_killed_by_any_signal_is_named(number: int) -> None:
     assert "killed by SIGKILL" in line if number == signal.SIGKILL else f"killed by signal {number}" in line
 
 
-def test_lost_rank_is_reported_at_the_step_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
+class ThreeRanks(NamedTuple):
+    """The coordinator of three ranks in their first attempt."""
+
+    coordinator: Any
+    store: Any
+
+
+@pytest.fixture
+def three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ThreeRanks:
     from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
     from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
     from sdit.supervise.unfinished import Unfinished
@@ -90,6 +96,14 @@ def test_lost_rank_is_reported_at_the_step_of_the_others(
         Unfinished(tmp_path, token, 100),
     )  # fmt: skip
     eventually(lambda: coordinator.poll() or (store.attempt_spec() is not None and store.attempt_spec().attempt == 1))  # type: ignore[union-attr]
+    return ThreeRanks(coordinator, store)
+
+
+def test_lost_rank_is_reported_at_the_step_of_the_others(
+    tmp_path: Path, three_ranks: ThreeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S14: a node is lost with its supervisor: the ranks that waited for it know how far it was."""
+    coordinator, store = three_ranks
     store.report_exit(1, ExitReport(0, "n0", "stall", -9, Phase.STEP, 42, 99, secondary=True))
     store.report_exit(1, ExitReport(1, "n1", "peer", -9, Phase.STEP, 42, 99))
     coordinator.poll()
@@ -99,6 +113,20 @@ def test_lost_rank_is_reported_at_the_step_of_the_others(
     assert first.startswith("FATAL rank 2, host n2, step 42, phase step: its supervisor does not answer")
     (record,) = (json.loads(line) for line in (tmp_path / "logs" / "attempts.jsonl").read_text().splitlines())
     assert (record["rank"], record["cause"], record["step"]) == (2, "lost", 42)
+
+
+def test_rank_0_is_not_lost_while_its_killed_worker_ends(three_ranks: ThreeRanks) -> None:
+    """The supervisor of rank 0 is the coordinator's process. Its report comes when the kernel has ended the worker."""
+    coordinator, store = three_ranks
+    for rank in (1, 2):
+        store.report_exit(1, ExitReport(rank, f"n{rank}", "stall", -9, Phase.STEP, 42, 99))
+    for _ in range(3):
+        coordinator.poll()
+        time.sleep(0.01)
+    assert store.attempt_spec().attempt == 1 and store.attempt_spec().code is None
+    store.report_exit(1, ExitReport(0, "n0", "stall", -9, Phase.STEP, 42, 99))
+    coordinator.poll()
+    assert store.attempt_spec().attempt == 2 and store.attempt_spec().order == (0, 1, 2)
 
 
 @pytest.mark.slow

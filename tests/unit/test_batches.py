@@ -117,11 +117,14 @@ def test_on_a_gpu_the_training_stream_waits_for_the_copy_and_keeps_its_memory(mo
         yield
         log.append(f"leave {chosen.name}")
 
-    fake = SimpleNamespace(Stream=lambda device: copies, stream=stream, current_stream=lambda: training)
+    fake = SimpleNamespace(
+        Stream=lambda device: copies, stream=stream, current_stream=lambda: training,
+        set_device=lambda device: log.append(f"thread on {device}"),
+    )  # fmt: skip
     monkeypatch.setattr("sdit.transfers.torch.cuda", fake)
     monkeypatch.setattr("sdit.transfers.torch.from_numpy", lambda array: FakeTensor(log))
     upload = UploadStream(torch.device("cuda", 1)).begin((np.zeros(1), np.zeros(1)))
-    made = ["enter copies", "pin", "copy", "pin", "copy", "event in copies", "leave copies"]
+    made = ["thread on cuda:1", "enter copies", "pin", "copy", "pin", "copy", "event in copies", "leave copies"]
     assert log == made
     assert len(upload.wait()) == 2
     assert log[len(made) :] == ["training waits for copied", "keep for training", "keep for training"]

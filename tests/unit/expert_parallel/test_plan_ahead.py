@@ -109,6 +109,18 @@ def test_a_changed_route_of_other_tasks_changes_nothing() -> None:
     assert run.used() == 1
 
 
+def test_plans_of_a_validation_are_not_counted() -> None:
+    run = _Run(0)
+    for step in range(3):
+        run.step(step * GLOBAL_BATCH)
+    run.used()
+    with run.ahead.evaluation():
+        run.ahead.begin(0, _times(0))
+        run.ahead.plan(0, run.placement)
+    run.step(3 * GLOBAL_BATCH)
+    assert run.used() == 1
+
+
 def test_another_placement_or_another_step_is_planned_again() -> None:
     run = _Run(0)
     for step in range(3):
