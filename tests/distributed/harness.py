@@ -128,6 +128,7 @@ MACHINE_KEYS = (
     "skipped_steps",
     "spent_since_logged",
     "bad_samples_by_reason",
+    "planned_ahead_fraction",  # the first step of a process is not planned ahead
 )
 
 
