@@ -190,7 +190,7 @@ class Supervisor:
             self._end_worker(worker, "stall", dump=True)
 
     def _end_worker(self, worker: WorkerProcess, cause: str, dump: bool) -> None:
-        """Kill the worker, unless it is killed already. It is reported when it has ended, and other work goes on until then."""
+        """Kill the worker, unless it is killed already. `_check_worker` reports it when it has ended."""
         if worker.is_killed:
             return
         patience = min(FROZEN_SECONDS, deadline_seconds(self._config, worker.state.phase) / 2)

@@ -1,4 +1,4 @@
-"""The device of a rank and the settings that come with it, where torch is told that there are GPUs."""
+"""The device of a rank and its settings, with a torch that is told that there are GPUs."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class _Depend(torch.autograd.Function):
 
 
 class _InOneNode(torch.autograd.Function):
-    """Returns its inputs. Their gradients arrive together, and leave in this order whatever used them."""
+    """Returns its inputs. Their gradients arrive together and are passed on in this order, for any use of the inputs."""
 
     @staticmethod
     def forward(ctx: Any, *stacks: Tensor) -> Stacks:

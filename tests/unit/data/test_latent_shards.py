@@ -73,7 +73,7 @@ def write_latents(folder: Path, shards: list[list[dict[str, bytes]]]) -> Dataset
 
 
 def plain_samples(folder: Path, record: ShardRecord, about: DatasetFacts) -> list[Sample | str]:
-    """Each sample of a shard, read with tarfile and decoded alone; or the text of its error."""
+    """Each sample of a shard, read with tarfile and decoded one at a time, or the text of its error."""
     encoded: dict[str, dict[str, bytes]] = {}
     with tarfile.open(fileobj=io.BytesIO((folder / record.name).read_bytes())) as tar:
         for member in tar:
@@ -134,7 +134,7 @@ def test_a_large_claim_of_one_sample_takes_no_memory_for_the_others(tmp_path: Pa
 
 
 def test_batches_are_those_of_samples_read_one_by_one(tmp_path: Path, open_loader: Any) -> None:
-    """The loader's arithmetic in its plain form: a posterior draw of each sample alone."""
+    """The loader's arithmetic in its plain form: one posterior draw per sample."""
     good = ["float32", "float16", "metadata", "nine digits"]
     shards = [[CASES[name] for name in good] * count for count in (3, 2, 4)]
     index = write_latents(tmp_path / "set", shards)
