@@ -30,8 +30,8 @@ MEASURED_STEPS = 10  # on a GPU, the waits of one of this many steps are measure
 class TrafficCounter:
     """Counts the bytes sent and the seconds of waiting for transfers since the last `take`, which is called once per step.
 
-    On a GPU the host only queues a wait. The device's clock then measures how long its stream waited. The events for that cost
-    the host 1 ms per step of XL/2, so that one of `MEASURED_STEPS` steps is measured, and the others repeat its seconds.
+    On a GPU the host only queues a wait. The device's clock then measures how long its stream waited. Each wait then needs
+    two events of the host. Therefore one of `MEASURED_STEPS` steps is measured, and the others repeat its seconds.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
