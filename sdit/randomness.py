@@ -113,7 +113,7 @@ def normal_noise(
     noise = np.empty((len(indices), *shape), np.float32)
     philox_words = np.random.Philox(key=np.array([seed, purpose.number("philox")], np.uint64))
     draw = np.random.Generator(philox_words).standard_normal
-    # Setting the state takes 2 us per sample and a new generator 9 us. Both hold the interpreter lock; drawing does not.
+    # A new generator per sample would hold the interpreter lock for longer than to set the state. Drawing does not hold it.
     state = philox_words.state  # its buffer is empty
     counter = state["state"]["counter"]
     for row, index in zip(noise, np.asarray(indices).tolist(), strict=True):

@@ -1,6 +1,6 @@
 """The members of a tar file in memory, found without a Python object for each header.
 
-tarfile needs 15 us per member and holds the interpreter lock for that time. The shards that sdit writes have only plain
+tarfile holds the interpreter lock while it parses a member. The shards that sdit writes have only plain
 POSIX headers, which array operations check together. M members.
 """
 

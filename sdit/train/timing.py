@@ -104,7 +104,7 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     """Return the bytes of this process: `resident` in host memory, `device` allocated on the GPU (0 without one).
 
     With a GPU, `device_peak` is the most that was allocated since the start, and `device_reserved` what torch's allocator
-    holds. They take 0.1 ms, so that only logged steps have them.
+    holds. torch collects all its statistics for them, so that only logged steps have them.
     """
     if device.type != "cuda":
         return {"resident": _resident_bytes(), "device": 0}
