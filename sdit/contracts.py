@@ -5,7 +5,6 @@ Shapes: B samples of a rank, G samples of an expert-parallel group, D width, M e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
@@ -139,6 +138,3 @@ class SampleKey:
     epoch: int
     shard: int
     member: int
-
-
-SampleKeys = Sequence[SampleKey]
