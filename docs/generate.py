@@ -16,7 +16,7 @@ from sdit.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ROOT / "docs" / "generated"
-DOCUMENTED = [ROOT / "sdit" / name for name in ("model", "diffusion", "expert_parallel", "interop.py")]
+DOCUMENTED = [ROOT / "sdit" / name for name in ("model", "diffusion", "expert_parallel", "interop")]
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 

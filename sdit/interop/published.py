@@ -1,0 +1,151 @@
+"""Copies published DiT, DTR and Switch-DiT weights into sdit's models and back. T tasks, M experts of a block, D width."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdit.config import ModelConfig
+from sdit.errors import ConfigError
+from sdit.interop.names import listed, published_names
+from sdit.model.dit import DiffusionTransformer
+from sdit.model.embedding import grid_positions
+from sdit.model.moe.base import Experts
+from sdit.model.windows import TaskWindows, channel_windows, expert_windows
+
+POSITIONS = "pos_embed"
+PRIOR_MASK = "prior._unit_mapping"
+TASKS = "full_time"
+CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
+
+
+@torch.no_grad()
+def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Copy published weights (tensors or arrays) of any float dtype into the model.
+
+    The model may hold a subset of the M experts.
+
+    Raises: ConfigError: if names, shapes or fixed buffers do not fit the model's config. Nothing is copied then.
+    """
+    try:
+        given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    wanted = dict(model.named_parameters())
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
+    if missing or unexpected:
+        problems = [
+            f"{kind} {listed(names)}"
+            for kind, names in (("does not contain", missing), ("also has", unexpected))
+            if names
+        ]
+        raise ConfigError(
+            f"model: the checkpoint {' and '.join(problems)}; legal: the names of {_summary(model.config)}"
+        )
+    misfits = [text for name in wanted if (text := _misfit(name, given[name], _full_shape(model, name)))]
+    if misfits:
+        raise ConfigError(f"model: {listed(misfits)}; legal: the shapes of {_summary(model.config)}")
+    _check_buffers(model.config, given)
+    for name, parameter in wanted.items():
+        ids = _expert_ids(model, name)
+        parameter.copy_(given[name] if ids is None else given[name][list(ids)])
+
+
+@torch.no_grad()
+def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
+    """Return CPU copies of all weights with their published names.
+
+    The fixed buffers that published code expects are included.
+    """
+    config = model.config
+    assert all(len(module.ids) == config.experts.count for module in model.modules() if isinstance(module, Experts))
+    published = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+    return published | published_buffers(config)
+
+
+def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the fixed buffers that published code expects, by name. They depend only on the config."""
+    buffers = {POSITIONS: _positions(config)}
+    if config.variant == "switch":
+        buffers[TASKS] = torch.arange(config.timesteps)
+        buffers[PRIOR_MASK] = _float_mask(expert_windows(config))
+    if config.variant == "dtr":
+        buffers |= {f"routers.{i}._unit_mapping": _float_mask(channel_windows(config)) for i in range(config.depth)}
+    return buffers
+
+
+def _summary(config: ModelConfig) -> str:
+    experts = f", {config.experts.count} {config.experts.kind} experts" if config.variant == "switch" else ""
+    return f"variant {config.variant}, depth {config.depth}, width {config.width}{experts}, classes {config.classes}"
+
+
+def _is_buffer(name: str) -> bool:
+    return name in (POSITIONS, PRIOR_MASK, TASKS) or CHANNEL_MASK.fullmatch(name) is not None
+
+
+def _expert_ids(model: DiffusionTransformer, name: str) -> tuple[int, ...] | None:
+    """Return the ids of the experts in the rows of a parameter, or None if its rows are not experts."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner.ids if isinstance(owner, Experts) else None
+
+
+def _full_shape(model: DiffusionTransformer, name: str) -> tuple[int, ...]:
+    """Return the shape of the parameter with all M experts."""
+    shape = tuple(model.get_parameter(name).shape)
+    return shape if _expert_ids(model, name) is None else (model.config.experts.count, *shape[1:])
+
+
+def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """Return the problem of a published tensor, or an empty string."""
+    if not tensor.is_floating_point():
+        return f"{name} has dtype {tensor.dtype}, not a float"
+    return "" if tuple(tensor.shape) == shape else f"{name} has shape {tuple(tensor.shape)}, not {shape}"
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    return grid_positions(config.input_size // config.patch_size, config.width)
+
+
+def _float_mask(windows: TaskWindows) -> Tensor:
+    return torch.from_numpy(windows.mask).float()
+
+
+def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
+    """Check that the fixed buffers of the checkpoint are those of the config.
+
+    Raises: ConfigError: if they differ, because the checkpoint then computes another function.
+    """
+    if POSITIONS in given:
+        ours, theirs = _positions(config), given[POSITIONS].cpu()
+        if theirs.shape != ours.shape:
+            raise ConfigError(f"model.input_size: {POSITIONS} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)  # |position| <= 1, so eps bounds the rounding error
+        if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
+            raise ConfigError(
+                f"model: {POSITIONS} differs from the fixed sin-cos positions by more than {tolerance:.1e}"
+            )
+    active = _active_units(given.get(PRIOR_MASK))
+    if config.variant == "switch" and active and active != config.depth * config.experts.top_k:
+        raise ConfigError(
+            f"model.experts.top_k: {config.experts.top_k} is not the checkpoint's; legal: {active // config.depth}"
+        )
+    for name in filter(CHANNEL_MASK.fullmatch, given if config.variant == "dtr" else ()):
+        if _active_units(given[name]) and not torch.equal(
+            given[name].cpu().float(), _float_mask(channel_windows(config))
+        ):
+            raise ConfigError(
+                f"model.dtr: alpha {config.dtr.alpha}, beta {config.dtr.beta} do not give the checkpoint's {name}"
+            )
+
+
+def _active_units(mask: Tensor | None) -> int:
+    """Return the number of units that each task of a published mask uses, or 0 if the tensor is not such a mask."""
+    if mask is None or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        return 0
+    counts = mask.sum(1).unique()
+    return int(counts) if len(counts) == 1 else 0

@@ -1,0 +1,127 @@
+"""Reads and writes files of published weights. No code in a file is run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdit.checked_files import open_regular
+from sdit.errors import CheckpointError
+from sdit.files import replacing_path
+from sdit.interop.names import EMA_HOLDERS, listed, published_names
+from sdit.pickles import load_tensors
+from sdit.safetensors_file import read_header
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that are read
+WRITTEN_SUFFIXES = SUFFIXES[:3]
+STATES = {  # keys under which training code stores a kind of weights
+    "ema": (*sorted(EMA_HOLDERS), "ema_state_dict", "state_dict_ema"),
+    "model": ("model", "model_state_dict", "module"),
+}
+
+
+def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
+    """Return tensors by published name from a .safetensors file or a file of torch.save. No code in the file is run.
+
+    In a file of torch.save, the tensors are at the top level or under a key such as `ema`, `model` or `state_dict`. Wrapper
+    names of torch.compile, DDP and FSDP are removed.
+
+    Raises: CheckpointError: if the file cannot be read or holds no such weights. The message names the file.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        payload = load_file(path) if _suffix(path, SUFFIXES) == ".safetensors" else load_tensors(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can raise any error in the readers
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    state = _find_state(payload, weights)
+    if state is None:
+        if isinstance(payload, dict) and not any(key in payload for key in (*STATES[weights], "state_dict")):
+            raise CheckpointError(f"{path}: holds no {weights!r}; it holds {listed(map(str, payload))}")
+        raise CheckpointError(f"{path}: {weights!r} is not a mapping of names to tensors")
+    bad = [str(name) for name, tensor in state.items() if not _is_finite(tensor)]
+    if bad:
+        raise CheckpointError(f"{path}: {listed(bad)} hold{'s' * (len(bad) == 1)} NaN or infinite numbers")
+    try:
+        return {name: Tensor.detach(tensor) for name, tensor in published_names(state, weights).items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _find_state(payload: Any, weights: Literal["ema", "model"]) -> dict[str, Tensor] | None:
+    """Return the mapping of names to tensors in the content of a file, or None if there is none."""
+    if not isinstance(payload, dict):
+        return None
+    tensors = {str(name): value for name, value in payload.items() if isinstance(value, Tensor)}
+    if tensors and not any(isinstance(value, dict) for value in payload.values()):
+        return tensors
+    for key in (*STATES[weights], "state_dict"):
+        if isinstance(payload.get(key), dict):
+            inner = payload[key]
+            return _find_state(inner, weights) or _find_state(inner, "model")
+    return None
+
+
+def write_published_file(path: str | Path, mapping: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, or a .pt file with the same tensors under `ema` and `model`, atomically.
+
+    Raises: CheckpointError: if the file cannot be written, or its suffix is unknown.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mapping.items()}
+    suffix = _suffix(path, WRITTEN_SUFFIXES)
+    try:
+        with replacing_path(path) as partial:
+            if suffix == ".safetensors":
+                save_file(tensors, partial, metadata=dict(metadata))
+            else:
+                torch.save({"model": tensors, "ema": tensors, "metadata": dict(metadata)}, partial)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _suffix(path: Path, legal: Sequence[str]) -> str:
+    if path.suffix not in legal:
+        raise CheckpointError(f"{path}: unknown file type {path.suffix!r}; legal: {', '.join(legal)}")
+    return path.suffix
+
+
+def _check_file(path: Path) -> None:
+    """Check that the path is a regular file and, for .safetensors, that its header is valid.
+
+    Raises: CheckpointError: if it is not.
+    """
+    try:
+        with open_regular(path):
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".safetensors":
+        read_header(path)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line. torch's message about refused code is replaced, because it advises to run the code."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error).split("\n", 1)[0]
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds code or objects ({refused[1]}), only tensors are legal" if refused else "it is not a tensor file"
+
+
+@torch.no_grad()
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if all numbers of a tensor are finite. One-byte floats are converted to float32 for the test."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
