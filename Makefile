@@ -9,7 +9,7 @@ RUN := runs/digits
 RANKS ?= 2
 CLUSTER_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi3 docker.io debootstrap openssh-server openssh-client pdsh shellcheck prometheus chromium tini iptables iproute2 btrfs-progs
 
-.PHONY: install demo test test-slow test-faults test-cluster test-trixie cluster-packages soak check bench docs clean
+.PHONY: install gpu-wheels demo test test-slow test-faults test-cluster test-trixie cluster-packages soak check bench docs clean
 
 install: $(VENV)/.installed
 
@@ -36,7 +36,7 @@ check: install
 # Byte code is written, because hundreds of processes import it.
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-	  tests/distributed tests/faults tests/cases tests/gpu_like tests/unit
+	  tests/distributed tests/faults tests/cases tests/gpu_like tests/gpu tests/unit
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"
@@ -68,6 +68,15 @@ bench: install
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/observe.py
+
+# What an image with torch for CUDA usually lacks, for machines without internet: pip install --no-index --no-deps build/gpu-wheels/*.whl
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := build/gpu-wheels
+gpu-wheels: install
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w $(GPU_WHEELS) deepspeed fairscale
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  -c constraints.txt -d $(GPU_WHEELS) webdataset braceexpand hjson pydantic pydantic_core annotated-types typing-extensions typing-inspection
+	ls -l $(GPU_WHEELS)
 
 # The site is docs/_build/index.html. A broken link, a page outside the contents or an undocumented public name fails the build.
 docs: install

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,18 +28,24 @@ SCHEME = "sdit"  # URL scheme of the rendezvous handler below
 class Comm:
     """The run's process group. `close()`, or the end of the `with`, destroys it.
 
-    `timeout_seconds` limits the rendezvous and each collective.
+    `timeout_seconds` limits the rendezvous and each collective. `backend` None: NCCL for GPUs, and gloo for CPUs. NCCL refuses
+    two ranks on one GPU, gloo does not.
     """
 
-    def __init__(self, info: RankInfo, timeout_seconds: float = 600.0, device: Device = "auto") -> None:
+    def __init__(
+        self,
+        info: RankInfo,
+        timeout_seconds: float = 600.0,
+        device: Device = "auto",
+        backend: Literal["nccl", "gloo"] | None = None,
+    ) -> None:
         self.info = info
         self.rank, self.world = info.rank, info.world
         self.device = choose_device(info, device)
-        self._init_group(timeout_seconds)
+        self._init_group(timeout_seconds, backend or ("nccl" if self.device.type == "cuda" else "gloo"))
 
-    def _init_group(self, timeout_seconds: float) -> None:
+    def _init_group(self, timeout_seconds: float, backend: str) -> None:
         _set_rendezvous(self.info, self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         if is_loopback(os.environ["MASTER_ADDR"]) and any(name == LOOPBACK_CARD for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_CARD)
         if self.is_first:
