@@ -149,11 +149,14 @@ def merge_deepspeed(config: Config, split: BatchPlan, values: dict[str, Any], so
         zero_force_ds_cpu_optimizer=False,
     )
     merged.setdefault("steps_per_print", 1 << 40)
-    _set_precision(merged, config, stage)
+    wanted, _ = reader.shared.get("data_types.grad_accum_dtype", (None, ""))
+    can_overlap = stage == 1 and split.accumulation == 1 and not _same(wanted, "fp32")
+    fp32_gradients = stage > 0 and not (can_overlap and zero.get("overlap_comm") is True)
+    _set_precision(merged, config, fp32_gradients)
     sums, _ = reader.shared.get("communication_data_type", (None, ""))
     if _same(sums, "fp32"):
         merged["communication_data_type"] = "fp32"  # of gradients, summed over the ranks
-    _remove_host_waits(merged, config, stage)
+    _remove_host_waits(merged, stage)
     return merged
 
 
@@ -357,18 +360,36 @@ def _check_scheduler(values: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _set_precision(merged: dict[str, Any], config: Config, stage: int) -> None:
+def uses_bf16_optimizer(merged: Mapping[str, Any]) -> bool:
+    """Return True if DeepSpeed wraps the optimizer in `BF16_Optimizer`, which keeps all gradients in float32."""
+    accumulates_fp32 = merged.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    is_stage_1 = merged["zero_optimization"]["stage"] == 1
+    return bool(merged["bf16"]["enabled"] and is_stage_1 and accumulates_fp32 and not offloads_optimizer(merged))
+
+
+def offloads_optimizer(merged: Mapping[str, Any]) -> bool:
+    """Return True if a DeepSpeed JSON keeps masters and moments in host memory."""
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def _set_precision(merged: dict[str, Any], config: Config, fp32_gradients: bool) -> None:
+    """Set the precision of weights, and of gradients that are summed over micro-steps.
+
+    With float32 gradients at stage 1, DeepSpeed uses `BF16_Optimizer`, which cannot reduce gradients during the backward pass.
+    Without accumulation there is no sum, and `overlap_comm: true` chooses the wrapper of ZeRO.
+    """
     bf16 = config.train.precision == "bf16"
     merged["bf16"] = {"enabled": bf16}
     if bf16:
         merged["bf16"]["check_grad_overflow"] = (
             False  # sdit checks it before the step, with the same result on all ranks
         )
-        if stage > 0:
+        if fp32_gradients:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
 
 
-def _remove_host_waits(merged: dict[str, Any], config: Config, stage: int) -> None:
+def _remove_host_waits(merged: dict[str, Any], stage: int) -> None:
     """Turn off what makes the host wait for the device: DeepSpeed's throughput timer, and its gradient norm.
 
     sdit computes the norm itself. DeepSpeed refuses `compute_grad_norm: false` at stage 0, with offload, and with the
@@ -376,9 +397,7 @@ def _remove_host_waits(merged: dict[str, Any], config: Config, stage: int) -> No
     """
     merged.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = merged["zero_optimization"]
-    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    is_bf16_wrapper = stage == 1 and config.train.precision == "bf16"
-    if stage > 0 and not offloads and not is_bf16_wrapper:
+    if stage > 0 and not offloads_optimizer(merged) and not uses_bf16_optimizer(merged):
         zero["compute_grad_norm"] = False
 
 

@@ -211,12 +211,16 @@ def _share(group: Any) -> ReplicaShare:
 
 
 def create_moments(engine: Any, keys: tuple[str, ...]) -> None:
-    """Create the optimizer's moments as zeros. torch creates them at the first step, but a load needs them earlier."""
+    """Create the optimizer's moments as zeros. torch creates them at the first step, but a load needs them earlier.
+
+    A fused optimizer counts its steps on the device.
+    """
     basic = engine.basic_optimizer
     for group in basic.param_groups:
         for flat in group["params"]:
             if keys and not basic.state[flat]:
-                basic.state[flat] = {"step": torch.zeros((), dtype=torch.float32)}
+                device = flat.device if group.get("fused") else torch.device("cpu")
+                basic.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
                 for key in keys:
                     basic.state[flat][key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
 

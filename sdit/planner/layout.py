@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdit.config import Config, resolve_run
+from sdit.config.deepspeed_json import offloads_optimizer, uses_bf16_optimizer
 from sdit.diffusion import build_objective
 from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
 from sdit.model.moe.base import Experts
@@ -60,13 +61,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Job:
-    """A config on `world` ranks with `per_node` ranks per node under a ZeRO stage: the input of all estimates."""
+    """A config on `world` ranks with `per_node` ranks per node under a ZeRO stage: the input of all estimates.
+
+    `keeps_gradients` is True under DeepSpeed's BF16_Optimizer. It keeps all gradients in float32 for the whole run, and has no
+    bucket.
+    """
 
     config: Config
     world: int
     per_node: int
     stage: int
     offload: bool
+    keeps_gradients: bool
     bucket_numel: int
     bucket_count: int
     batch: BatchPlan
@@ -101,7 +107,8 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
         world=world,
         per_node=per_node,
         stage=run.zero_stage,
-        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        offload=offloads_optimizer(run.deepspeed),
+        keeps_gradients=uses_bf16_optimizer(run.deepspeed),
         bucket_numel=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_NUMEL)),
         bucket_count=2 if zero.get("overlap_comm", False) else 1,
         batch=run.batch,

@@ -107,17 +107,9 @@ def state_bytes(job: Job, rank: int) -> State:
     return State(weights, masters, moment_bytes, ema, masters + moment_bytes + ema if job.offload else 0)
 
 
-def _keeps_gradients(job: Job) -> bool:
-    """Return True for bf16 under ZeRO 1 without offload.
-
-    DeepSpeed's BF16_Optimizer then keeps all gradients in float32 for the whole run, and has no bucket.
-    """
-    return job.element_bytes == 2 and job.stage == 1 and not job.offload
-
-
 def lasting_gradient_bytes(job: Job) -> int:
     """Return the bytes of gradient buffers that are allocated for the whole run."""
-    return 4 * sum(group.padded for group in job.groups) if _keeps_gradients(job) else 0
+    return 4 * sum(group.padded for group in job.groups) if job.keeps_gradients else 0
 
 
 def gradient_bytes(job: Job, rank: int) -> int:
@@ -129,21 +121,21 @@ def gradient_bytes(job: Job, rank: int) -> int:
         return (
             job.element_bytes + (4 if job.element_bytes == 2 else 0)
         ) * job.numel  # bf16 also has float32 gradients for the masters
-    if _keeps_gradients(job):
+    if job.keeps_gradients:
         return lasting_gradient_bytes(job) + job.element_bytes * job.numel
     return 4 * sum(group.overlapping(index_of(group, job, rank)) for group in job.groups)
 
 
 def accumulated_bytes(job: Job, gradients: int) -> int:
     """Return the bytes of gradients of previous micro-steps: whole under ZeRO 0 and 1, partitioned under 2."""
-    if job.batch.accumulation == 1 or _keeps_gradients(job):
+    if job.batch.accumulation == 1 or job.keeps_gradients:
         return 0
     return gradients if job.stage != 1 else 4 * job.numel
 
 
 def bucket_bytes(job: Job, device: DeviceKind) -> int:
     """Return the bytes of the buffer from which gradients are reduced."""
-    if job.stage == 0 or _keeps_gradients(job):
+    if job.stage == 0 or job.keeps_gradients:
         return 0
     filled = job.bucket_numel if device == "cuda" else min(job.bucket_numel, job.numel)
     return job.element_bytes * filled * job.bucket_count
@@ -154,7 +146,7 @@ def flattened_bytes(job: Job) -> int:
 
     It makes one copy per process group with several ranks, before a rank keeps its own partition.
     """
-    if job.stage == 0 or _keeps_gradients(job):
+    if job.stage == 0 or job.keeps_gradients:
         return 0
     shared = [min(job.bucket_numel, group.numel) for group in job.groups if group.ranks > 1]
     return job.element_bytes * max(shared, default=0)
@@ -167,7 +159,7 @@ def update_bytes(job: Job) -> int:
     """
     if job.stage == 0:
         return 4 * 2 * max(max(group.numels) for group in job.groups)
-    copies = min(2, MOMENTS[job.config.optimizer.kind]) + (0 if _keeps_gradients(job) else 1)
+    copies = min(2, MOMENTS[job.config.optimizer.kind]) + (0 if job.keeps_gradients else 1)
     return 4 * copies * max(group.partition_numel for group in job.groups)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sdit.checkpoint.store import Found
 from sdit.config import Config, OptimizerConfig, ResolvedRun, check_trainable
+from sdit.config.deepspeed_json import offloads_optimizer
 from sdit.diffusion import Objective, SamplerSettings, build_objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.deepspeed_internals import expert_group_of
@@ -69,7 +70,8 @@ def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, obje
     config = run.config
     module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
     wrap_layers(model, config, comm.device)
-    optimizer = make_optimizer(parameter_groups(module), config.optimizer)
+    is_fused = comm.device.type == "cuda" and not offloads_optimizer(run.deepspeed)
+    optimizer = make_optimizer(parameter_groups(module), config.optimizer, is_fused)
     return Engine(module, optimizer, run.deepspeed, comm, config.optimizer.kind)
 
 
@@ -114,9 +116,11 @@ def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights."""
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool = False) -> torch.optim.Optimizer:
+    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights. `fused`: one kernel per update."""
     groups = [{**group, "weight_decay": config.weight_decay if group["role"] == "model" else 0.0} for group in groups]
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    betas = (config.beta1, config.beta2)
+    # None leaves the choice to torch, as before.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused or None)

@@ -15,6 +15,7 @@ import pytest
 
 from sdit import cli
 from sdit.config import Config, merge_deepspeed
+from sdit.config.deepspeed_json import uses_bf16_optimizer
 from sdit.errors import ConfigError, ExitCode
 from sdit.topology import BatchPlan
 from tests.distributed.harness import ROOT, case, metrics_of, tensors_of, train_together
@@ -486,6 +487,7 @@ def test_the_manual_holds_the_table() -> None:
         (2, "fp32", {}, False),
         (2, "bf16", {}, False),
         (1, "bf16", {}, None),
+        (1, "bf16", {"overlap_comm": True}, False),  # ZeRO's own wrapper
         (2, "fp32", {"offload_optimizer": {"device": "cpu"}}, None),
         (2, "fp32", {"offload_optimizer": {"device": "none"}}, False),
     ],
@@ -496,6 +498,29 @@ def test_deepspeed_computes_no_norm_where_it_allows_that(
     config = Config.model_validate({"train": {"precision": precision}})
     merged = merge_deepspeed(config, BatchPlan(256, 256, 1), {"zero_optimization": {"stage": stage, **zero}}, "ds.json")
     assert merged["zero_optimization"].get("compute_grad_norm") is expected
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "more", "expected"),
+    [
+        (1, {"zero_optimization": {"stage": 1}}, True),
+        (1, {"zero_optimization": {"stage": 1, "overlap_comm": True}}, False),
+        (2, {"zero_optimization": {"stage": 1, "overlap_comm": True}}, True),  # micro-steps are summed in float32
+        (
+            1,
+            {"zero_optimization": {"stage": 1, "overlap_comm": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            True,
+        ),
+        (1, {"zero_optimization": {"stage": 2}}, False),
+        (1, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, False),
+    ],
+)
+def test_overlapped_reduction_in_bf16_chooses_the_wrapper_of_zero(
+    accumulation: int, more: dict[str, Any], expected: bool
+) -> None:
+    config = Config.model_validate({"train": {"precision": "bf16"}})
+    merged = merge_deepspeed(config, BatchPlan(256, 256 // accumulation, accumulation), more, "ds.json")
+    assert uses_bf16_optimizer(merged) is expected
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for stage in (0, 1, 2)
         ]
+        keys = (
+            "train.precision=bf16",
+            "train.micro_batch=null",
+        )  # no accumulation: with `overlap_comm`, ZeRO's own wrapper
+        cases.append(case(folder / f"bf16-overlap-{world}", TINY, short, *keys, stage=1, zero={"overlap_comm": True}))
         train_together(world, cases, folder)
     return folder
 
@@ -65,9 +70,9 @@ def test_memory_savers_change_no_number(runs: Path, feature: str) -> None:
             assert got[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, "overlap"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_bf16_follows_fp32_within_its_rounding(runs: Path, stage: int, world: int) -> None:
+def test_bf16_follows_fp32_within_its_rounding(runs: Path, stage: int | str, world: int) -> None:
     # bf16 keeps 8 bits: every weight and activation carries 2^-9 relative error, and losses of order 1 average many of them.
     for want, got in zip(metrics_of(runs / "plain-1"), metrics_of(runs / f"bf16-{stage}-{world}"), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=2**-7), want["step"]
