@@ -85,7 +85,6 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
 
     prepare_device(config.parallel.device, config.train.deterministic)
     from sdit.distributed.comm import Comm, set_threads
-    from sdit.observe.folder_watch import FolderWatch
     from sdit.observe.metrics import PrometheusObserver
     from sdit.observe.observers import build_observers
     from sdit.train.engine_setup import check_run
@@ -98,7 +97,7 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if worker.is_supervised else RunFolder.create(run_dir)
     metrics = None if worker.metrics_path is None else PrometheusObserver(config, run_dir, info, worker.metrics_path)
-    observers = build_observers(config, folder, info, metrics, FolderWatch(folder, worker.heartbeat))
+    observers = build_observers(config, folder, info, metrics, worker.heartbeat)
     try:
         with Comm(info, config.supervise.collective_seconds, config.parallel.device) as comm:
             try:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from sdit.config import Config
 from sdit.launch_environment import RankInfo
+from sdit.observe.folder_watch import FolderWatch
 from sdit.observe.metrics_file import MetricsFile
 from sdit.observe.progress import Progress
 from sdit.observe.rank_log import RankLog
 from sdit.observe.routing_maps import RoutingMaps
 from sdit.observe.sample_grids import SampleGrids
 from sdit.observe.sinks import TensorBoard, WeightsAndBiases, require_packages
+from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.decode import draws_latents
 from sdit.train.events import Observer, Observers
@@ -21,11 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 def build_observers(
-    config: Config, run_dir: Path | RunFolder, info: RankInfo, metrics: Observer | None = None, *more: Observer
+    config: Config,
+    run_dir: Path | RunFolder,
+    info: RankInfo,
+    metrics: Observer | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> Observers:
-    """Return the observers of this rank in the order of their calls, `more` last.
+    """Return the observers of this rank in the order of their calls.
 
-    `metrics` writes the shared metrics file that the node's exporter reads.
+    `metrics` writes the shared metrics file that the node's exporter reads. `heartbeat` requests a stop if the folder is moved.
 
     Raises: ConfigError: on all ranks, if the package of an optional sink is missing.
     """
@@ -47,4 +53,6 @@ def build_observers(
         if config.observe.wandb != "off":
             facts = config.model_dump(mode="json")
             observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, latent_scale is None))
-    return Observers([*observers, *more], info.rank == 0)
+    if heartbeat is not None and isinstance(run_dir, RunFolder):
+        observers.append(FolderWatch(run_dir, heartbeat))
+    return Observers(observers, info.rank == 0)
