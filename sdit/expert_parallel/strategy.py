@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from sdit.expert_parallel.placement import (
     ExpertPlacement,
@@ -155,6 +153,9 @@ def _replicas_of_least_bytes(
     problem: transfers are projects, and experts are the tools that they share. The best set is a minimum cut (Picard 1976),
     over all blocks and ranks at once.
     """
+    from scipy.sparse import csr_array  # slow to import: not for EP = 1
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
     depth, count = start.expert_to_rank.shape
     bundles, transfers = _bundles(traffic, start, assigned_rank)
     size, units = len(bundles), depth * count

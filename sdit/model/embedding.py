@@ -74,7 +74,8 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
+        # Not by `nn.Embedding(...)`: it draws initial values, which on device "meta" imports torch's compiler (2 s of CPU).
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the embeddings (B, D) float32 of labels `y` (B,)."""

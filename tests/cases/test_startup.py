@@ -94,9 +94,11 @@ def test_a_rank_and_its_parent_import_what_they_need(tmp_path: Path) -> None:
 
 
 def test_sampling_imports_no_trainer() -> None:
-    """Start-up: `sdit sample` and `sdit evaluate` load neither DeepSpeed nor torch's compiler."""
+    """Start-up: `sdit sample` and `sdit evaluate` load neither DeepSpeed nor torch's compiler, also to build a model."""
     code = (
         "import sys, sdit.evaluate.sample_cache, sdit.evaluate.generate\n"
+        "from sdit.model import build_model\n"
+        "build_model({'depth': 1, 'width': 32, 'heads': 2, 'patch_size': 4, 'input_size': 8})\n"
         "print([x for x in ('deepspeed', 'torch._dynamo') if x in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
