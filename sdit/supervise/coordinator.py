@@ -73,9 +73,10 @@ class Coordinator:
                 self._collect_members()
             else:
                 self._watch_attempt()
-        is_due = self._spec.code is None and time.monotonic() - self._published_at > HEARTBEAT_SECONDS
-        if is_due or not self._is_published or not self._store.has_attempt_spec:
-            self._publish(beats=self._spec.beats + 1)
+        if not self._is_published or not self._store.has_attempt_spec:
+            self._publish()
+        elif self._spec.code is None and time.monotonic() - self._published_at > HEARTBEAT_SECONDS:
+            self._beat()
 
     def finish(self, code: int, text: str = "") -> None:
         """End the run on all ranks with one exit code and, if it failed, one line."""
@@ -208,10 +209,15 @@ class Coordinator:
                 _log.warning("the attempt spec cannot be written (%s); the run continues", error.strerror)
             self._is_published = False
             if self._spec.code is None:  # the wait for the final attempt spec has a limit
-                with contextlib.suppress(OSError):
-                    self._store.beat()
+                self._beat()
             return
         self._is_published = True
+
+    def _beat(self) -> None:
+        """Show that this process is alive. If the folder is gone, the next poll writes it again."""
+        self._published_at = time.monotonic()
+        with contextlib.suppress(OSError):
+            self._store.beat()
 
     def _lost_report(self, rank: int, others: Mapping[int, ExitReport]) -> ExitReport:
         """Return an exit report for a rank that sent none.

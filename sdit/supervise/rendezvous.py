@@ -3,11 +3,13 @@
     waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config
     waiting/00001-NONCE.refused  rank 0 of its launch was refused, so the rank must exit
     TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port, exit code
+    TOKEN/beat.json              from the same: the version of plan.json. It is rewritten while the holder is alive
     TOKEN/end-0002-00001.json    the exit report of rank 1 in attempt 2
 
 The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
 token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. Each supervisor
-polls one file. Only rank 0's supervisor, and ranks that no attempt spec lists, list folders.
+polls one file of a few bytes, and reads plan.json when its version has changed. Only rank 0's supervisor, and ranks that no
+attempt spec lists, list folders.
 """
 
 from __future__ import annotations
@@ -153,7 +155,9 @@ class RendezvousStore:
     def __init__(self, run_dir: Path, token: str) -> None:
         assert TOKEN.fullmatch(token), token
         self._folder = run_dir / "supervise" / token
-        self._spec = self._folder / "plan.json"
+        self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
+        self._version = 0  # of the attempt spec that this process wrote last
+        self._known: tuple[int, AttemptSpec] | None = None  # version and content of the one that it read last
 
     @classmethod
     def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:
@@ -180,21 +184,27 @@ class RendezvousStore:
                 shutil.rmtree(other, ignore_errors=True)
 
     def publish(self, spec: AttemptSpec) -> AttemptSpec:
+        """Write an attempt spec for all ranks.
+
+        Raises: OSError: if the file system fails.
+        """
         _make(self._folder)  # a user may have deleted it during the launch
-        write_json(self._spec, asdict(spec))
+        self._version += 1
+        write_json(self._spec, {**asdict(spec), "version": self._version})
+        write_json(self._beat, {"version": self._version})
         return spec
 
     @property
     def has_attempt_spec(self) -> bool:
         """True if the attempt spec exists. A user may have deleted the folder."""
-        return self._spec.exists()
+        return self._spec.exists() and self._beat.exists()
 
     def beat(self) -> None:
-        """Show that rank 0's supervisor is alive if a full disk prevents writing the attempt spec.
+        """Show that rank 0's supervisor is alive. It needs no space on the disk.
 
         Raises: OSError: if the file system fails.
         """
-        os.utime(self._spec)
+        os.utime(self._beat)
 
     def problem(self, member: Member) -> str:
         """Return the reason why nothing can be written here, such as `Read-only file system`.
@@ -210,13 +220,21 @@ class RendezvousStore:
         return ""
 
     def attempt_spec(self) -> AttemptSpec | None:
-        """Return the attempt spec, or None if there is none. `beats` is the file's time, which `beat` also changes."""
-        body = read_json(self._spec)
-        if body is None:
+        """Return the attempt spec, or None if there is none. `beats` is the time of the beat."""
+        beat = read_json(self._beat)
+        if beat is None:
             return None
-        with contextlib.suppress(FileNotFoundError):
-            body["beats"] = self._spec.stat().st_mtime_ns
-        return replace(AttemptSpec(**body), order=tuple(body["order"]), hosts=tuple(body["hosts"]))
+        if self._known is None or self._known[0] != beat.get("version"):
+            body = read_json(self._spec)
+            if body is None:
+                return None
+            version = body.pop("version", 0)
+            spec = AttemptSpec(**body)
+            self._known = version, replace(spec, order=tuple(spec.order), hosts=tuple(spec.hosts))
+        try:
+            return replace(self._known[1], beats=self._beat.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return None
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
         """Write the exit report of a rank unless it exists. The caller repeats this at each poll.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -25,7 +26,8 @@ from sdit.supervise.worker_environment import worker_environment
 
 _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
-STORE_SECONDS = 0.5
+STORE_SECONDS = 0.5  # between two reads of the store while a worker runs
+READS_PER_SECOND = 1000  # of all ranks together, at most
 FROZEN_SECONDS = 5.0  # ten alive
 
 
@@ -53,7 +55,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Follow the attempt specs until one has an exit code; return that."""
-        before, store_due = time.monotonic(), 0.0
+        before, polled_at = time.monotonic(), -math.inf
         with self._stop:
             try:
                 while True:
@@ -65,8 +67,8 @@ class Supervisor:
                     if self._lock is not None and not self._lock.beat():
                         return self._abort("another process has taken the lock of the run directory")
                     self._spec_idle_seconds += seconds
-                    if now >= store_due or self._worker is None:
-                        store_due = now + STORE_SECONDS
+                    if now - polled_at >= store_seconds(self._info.world, self._worker is not None):
+                        polled_at = now
                         code = self._poll_store()
                         if code is not None:
                             return code
@@ -237,6 +239,11 @@ class Supervisor:
             where += f", step {self._worker.state.step}, phase {self._worker.state.phase.label}"
         print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
         return code
+
+
+def store_seconds(world: int, has_worker: bool) -> float:
+    """Return the seconds between two reads of the store, so that `world` supervisors do not overload a shared file system."""
+    return max(STORE_SECONDS if has_worker else 0.0, world / READS_PER_SECOND)
 
 
 def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:
