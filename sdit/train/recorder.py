@@ -60,12 +60,13 @@ class Recorder:
         """The fields that only a logged step has: memory, experts, slow ranks, losses by timestep. All ranks call this."""
         context = self._context
         found = context.experts.statistics()
+        work = torch.tensor([context.timer.take_work()], dtype=torch.float64, device=context.comm.device)
         values: dict[str, Any] = {
             "memory_bytes": memory_bytes(context.comm.device),
             "dropped_fraction": found.dropped_fraction,
             "expert_load_max_over_mean": found.load_imbalance,
             "rank_work_max_over_mean": found.rank_imbalance,
-            **rank_report(context.comm.gather(context.timer.take_work())),
+            **rank_report(context.comm.interleave(work).tolist()),
             "loss_by_timestep": bin_means(self._bins),
         }
         if len(found.loads):
