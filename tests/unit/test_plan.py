@@ -223,6 +223,24 @@ def test_xl2_with_64_experts_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     assert set(found["traffic_per_step"]["exchange_bytes"]) == {"tokens", "weights", "auto"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "plain"),
+    [
+        ("imagenet256_b2_modern", "imagenet256_b2"),
+        ("imagenet256_xl2_modern", "imagenet256_xl2"),
+        ("finetune_xl2", "imagenet256_xl2"),
+    ],
+)
+def test_modern_presets_are_planned(capsys: pytest.CaptureFixture[str], preset: str, plain: str) -> None:
+    """They fit 8 GPUs of 80 GiB, with the parameters of the paper's model: SwiGLU has 2/3 of the hidden width for that."""
+    totals = []
+    for name in (preset, plain):
+        code, out, error = launch(capsys, name, "--gpus-per-node", "8", "--memory-gib", "80", "--json")
+        assert code == 0, error
+        totals.append(json.loads(out)["parameters"]["total"])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+
+
 def test_what_does_not_fit_ends_with_78_and_one_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = launch(capsys, XL2, "--gpus-per-node", "8", "--memory-gib", "14")
     assert code == 78, out
