@@ -116,7 +116,8 @@ class ModelConfig(Section):
                 f"{self.heads}); legal: false, or a multiple of 4 channels"
             )
         if self.hidden < 1:
-            raise ValueError(f"mlp_ratio: {self.mlp_ratio} gives an MLP without hidden channels at width {self.width}")
+            least = f"at least {2 if self.ffn == 'swiglu' else 1} / width {self.width}"
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} gives an MLP without hidden channels; legal: {least}")
         return self
 
     @property

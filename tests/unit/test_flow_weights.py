@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdit.errors import ConfigError
-from sdit.interop import FLOW_MODEL, convert_flow_weights, load_published, to_published
+from sdit.interop import FLOW_MODEL, convert_flow_weights, load_published, read_published_file, to_published
 from sdit.model import DiffusionTransformer, build_model
 
 SMALL = {
@@ -114,6 +115,19 @@ def test_lightningdit_names_round_trip(variant: str, dtype: torch.dtype) -> None
     other = _model(seed=2, **options)
     load_published(other, published)
     assert all(torch.equal(value, published[name].float()) for name, value in other.named_parameters())
+
+
+def test_a_checkpoint_of_lightningdit_is_read(tmp_path: Path) -> None:
+    """It holds model, ema, opt and config, and names may start with `module.`."""
+    model, ema = (
+        {f"module.{name}": value for name, value in to_published(_model(seed, **MODERN)).items()} for seed in (1, 2)
+    )
+    config = {"model": {"model_type": "LightningDiT-XL/1", "use_rope": True}, "train": {"ckpt": None}}
+    torch.save({"model": model, "ema": ema, "opt": {"state": {}}, "config": config}, tmp_path / "0080000.pt")
+    read = read_published_file(tmp_path / "0080000.pt")
+    loaded = _model(seed=3, **MODERN)
+    load_published(loaded, read)
+    assert all(torch.equal(value, ema[f"module.{name}"]) for name, value in loaded.named_parameters())
 
 
 def test_tables_that_were_computed_in_float32_are_accepted() -> None:

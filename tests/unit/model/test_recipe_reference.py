@@ -90,6 +90,17 @@ def test_names_and_tables_come_back(name: str) -> None:
         assert np.abs(published[key].numpy() - values).max() <= (0 if exact else 1e-5), key
 
 
+def test_a_switch_with_the_dense_weights_is_the_dense_model() -> None:
+    """Its experts are zero at first, so that any gates give the same function."""
+    dense, numbers = _load("recipe_upcycle")
+    switch = build_model(json.loads(str(numbers["meta.switch"])), seed=7)
+    kept = switch.load_state_dict(dense.state_dict(), strict=False)
+    assert not kept.unexpected_keys and all(name.startswith("routers.") for name in kept.missing_keys)
+    output = switch.eval()(*_inputs(numbers)).prediction
+    assert torch.equal(output, dense.eval()(*_inputs(numbers)).prediction)
+    assert _distance(output, numbers["out.eval"]) < 1e-4
+
+
 @pytest.mark.parametrize("side", [6, 8])
 @pytest.mark.parametrize("base", [None, 4])
 def test_tables_of_another_resolution_equal_reference(side: int, base: int | None) -> None:
