@@ -16,17 +16,14 @@ from sdit.config.loading import (
     read_yaml,
     shown,
 )
+from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig
 from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.config.schema import (
-    SIZES,
     CheckpointConfig,
     Config,
     DataConfig,
     DiffusionConfig,
-    DtrConfig,
     EmaConfig,
-    ExpertsConfig,
-    ModelConfig,
     ObserveConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sdit.config.model import ModelConfig
 from sdit.config.sections import (
     CheckpointConfig,
     ObserveConfig,
@@ -18,91 +19,6 @@ from sdit.config.sections import (
     ValidationConfig,
     field,
 )
-
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
-
-
-class ExpertsConfig(Section):
-    count: int = field(3, "M, experts per block", ge=1)
-    top_k: int = field(2, "k, experts used per sample and block (k <= M)", ge=1)
-    kind: Literal["linear", "mlp"] = field("linear", "linear: one D x D map (the paper); mlp: two-layer GELU expert")
-    mlp_ratio: float = field(4.0, "hidden width of an mlp expert over the model width", gt=0)
-    capacity_factor: float | None = field(
-        None, "samples an expert may serve in a step, over the mean load N*k/M; null: no limit", gt=0
-    )
-    capacity_factor_eval: float | None = field(
-        None,
-        "the same for the held-out loss (validation); sampling has no limit, because all samples share a timestep",
-        gt=0,
-    )
-    drop_policy: Literal["gate", "position", "random"] = field(
-        "gate",
-        "samples that an expert at capacity keeps: highest gate, lowest index, or a random choice by seed and index",
-    )
-
-    @model_validator(mode="after")
-    def _top_k_fits(self) -> ExpertsConfig:
-        if self.top_k > self.count:
-            raise ValueError(f"top_k: {self.top_k} is more than experts.count {self.count}; legal: 1..{self.count}")
-        return self
-
-
-class DtrConfig(Section):
-    alpha: float = field(4.0, "how fast the active window of channels moves with the timestep", gt=0)
-    beta: float = field(0.8, "fraction of the channels that is active", gt=0, le=1)
-
-
-class ModelConfig(Section):
-    variant: Literal["switch", "dtr", "dit"] = field("switch", "Switch-DiT, DTR or plain DiT")
-    size: str | None = field(
-        None, "preset S|B|L|XL '/' patch 2|4|8, such as S/2; fills depth, width, heads, patch_size"
-    )
-    depth: int = field(12, "transformer blocks", ge=1)
-    width: int = field(384, "D, channels of a token", ge=4)
-    heads: int = field(6, "attention heads; width is a multiple of it", ge=1)
-    patch_size: int = field(2, "pixels (or latent cells) along one side of a token", ge=1)
-    input_size: int = field(32, "height = width of the image or latent, in pixels; a multiple of patch_size", ge=1)
-    channels: int = field(4, "channels of the image or latent", ge=1)
-    classes: int = field(1000, "number of labels in the data; 0: unconditional, labels are not used", ge=0)
-    learn_variance: bool = field(True, "also predict the reverse variance (doubles the output channels)")
-    mlp_ratio: float = field(4.0, "hidden width of the MLP over the width", gt=0)
-    timesteps: int = field(1000, "T, number of denoising tasks of the gate", ge=2)
-    experts: ExpertsConfig = field(ExpertsConfig(), "switch: the experts of each block")
-    dtr: DtrConfig = field(DtrConfig(), "dtr: the channel masks; alpha also shapes the diffusion prior")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("size") is None:
-            return values
-        size = values["size"]
-        match = re.fullmatch(r"(S|B|L|XL)/([248])", size) if isinstance(size, str) else None
-        if not match:
-            raise ValueError(f"size: {size!r} is not known; legal: S, B, L or XL, '/', 2, 4 or 8, such as 'S/2'")
-        depth, width, heads = SIZES[match[1]]
-        preset = {"depth": depth, "width": width, "heads": heads, "patch_size": int(match[2])}
-        clash = [key for key in preset if key in values and values[key] != preset[key]]
-        if clash:
-            raise ValueError(f"{clash[0]}: {values[clash[0]]} disagrees with size {size} ({preset[clash[0]]}); set one")
-        return {**values, **preset}
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> ModelConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
-        if self.width % 4:
-            raise ValueError(f"width: {self.width} is not a multiple of 4 (2-D sin-cos position embedding)")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size: {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        return self
-
-    @property
-    def out_channels(self) -> int:
-        return self.channels * (2 if self.learn_variance else 1)
-
-    @property
-    def tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
 
 
 class DiffusionConfig(Section):

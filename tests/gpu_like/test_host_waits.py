@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sdit.expert_parallel.all_to_all
+from sdit.config import Config
 from sdit.diffusion import SamplerSettings, sample
 from sdit.model import build_model, forward_with_guidance
 from tests.gpu_like.conftest import META, Waits
@@ -68,6 +69,22 @@ def test_two_ranks_wait_twice(waits: Waits, two_ranks: None, kind: str, exchange
     waits.pageable.clear()  # tables that stay on the device are copied in the first step
     run_step(step)
     assert waits.events == TWO_RANKS * 2 and not waits.pageable
+
+
+def _with_options(config: Config) -> Config:
+    """The config with all options of the backbone, rope among them."""
+    options = {"norm": "rms", "ffn": "swiglu", "qk_norm": "rms", "rope": True}
+    return config.model_copy(update={"model": config.model.model_copy(update=options)})
+
+
+@pytest.mark.parametrize("variant", ["dit", "dtr", "switch"])
+def test_the_options_of_the_backbone_add_no_wait_and_no_copy(waits: Waits, variant: str) -> None:
+    step, _ = meta_step(_with_options(make_config(variant)), 1, waits)
+    run_step(step)
+    waits.pageable.clear()  # tables that stay on the device are copied in the first step
+    run_step(step)
+    assert waits.events == (ONE_RANK if variant == "switch" else ["forward", "backward", SUMS]) * 2
+    assert not waits.pageable
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
