@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,16 @@ class RotaryEmbedding(nn.Module):
         cos, sin = rope_tables(side, self.freqs_cos.shape[1], base)
         self.freqs_cos.copy_(cos)
         self.freqs_sin.copy_(sin)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """Move the tables as the module is moved, but do not round them: `.bfloat16()` applies to weights."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, table in before.items():
+            now = self._buffers[name]
+            if table is not None and now is not None and now.itemsize < table.itemsize:
+                self._buffers[name] = table.to(now.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., L, d) with each pair (a, b) of channels turned to (a cos - b sin, b cos + a sin)."""

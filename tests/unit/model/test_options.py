@@ -190,3 +190,16 @@ def test_without_positions_and_rope_tokens_have_no_order(make_model: MakeModel, 
     swapped = x.view(6, 3, 2, 2, 2, 2).flip(2).reshape(x.shape)  # rows of patches
     expected = model(x, t, y).prediction.view(6, 6, 2, 2, 2, 2).flip(2).reshape(6, 6, 4, 4)
     torch.testing.assert_close(model(swapped, t, y).prediction, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_tables_are_not_rounded_with_the_weights() -> None:
+    model = build_model({"depth": 1, "width": 32, "heads": 2, "patch_size": 2, "input_size": 8, "rope": True})
+    exact = [model.feat_rope.freqs_cos.clone(), model.feat_rope.freqs_sin.clone()]
+    model.bfloat16()
+    assert model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    for want, got in zip(exact, (model.feat_rope.freqs_cos, model.feat_rope.freqs_sin), strict=True):
+        assert torch.equal(got, want)
+    q = torch.randn(1, 2, 16, 16).bfloat16()
+    assert model.feat_rope(q).dtype == torch.bfloat16
+    assert torch.equal(model.feat_rope(q), model.feat_rope(q.float()).bfloat16())
+    assert model.double().feat_rope.freqs_cos.dtype == torch.float64
