@@ -120,7 +120,9 @@ class DiffusionConfig(Section):
     )
     logit_mean: float = field(0.0, "mean of logit(t) under logit_normal; t is 1 at noise")
     logit_std: float = field(1.0, "standard deviation of logit(t) under logit_normal", gt=0)
-    time_shift: float = field(1.0, "s, moves t to s t / (1 + (s - 1) t) in training; above 1: more noise; 1: none", gt=0)
+    time_shift: float = field(
+        1.0, "s, moves t to s t / (1 + (s - 1) t) in training; above 1: more noise; 1: none", gt=0
+    )
     direction_weight: float = field(
         0.0, "flow: weight of the velocity direction loss, 1 - cosine over the channels of a position; 0: off", ge=0
     )

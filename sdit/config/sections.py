@@ -83,7 +83,9 @@ class SampleConfig(Section):
         "sigma", "sde: the diffusion coefficient w(t) (SiT); sigma and linear are the same"
     )
     diffusion_norm: float = field(1.0, "sde: the factor c in w(t)", gt=0)
-    last_step: Literal["mean", "euler"] = field("mean", "sde: the last step, without noise: the SDE's mean, or the ODE's")
+    last_step: Literal["mean", "euler"] = field(
+        "mean", "sde: the last step, without noise: the SDE's mean, or the ODE's"
+    )
     last_step_size: float = field(0.04, "sde: t of the last step, before the shift", gt=0, lt=1)
     guidance: float = field(1.5, "classifier-free guidance scale; 1: none", ge=0)
     guidance_interval: list[float] = field(

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from sdit.config import DiffusionConfig, describe_error
 from sdit.contracts import LossParts
-from sdit.diffusion.losses import ConstantWeight, UncertaintyWeight, decoder_bits, direction_loss, kl_bits, make_weighting
+from sdit.diffusion.losses import (
+    ConstantWeight,
+    UncertaintyWeight,
+    decoder_bits,
+    direction_loss,
+    kl_bits,
+    make_weighting,
+)
 from sdit.diffusion.prediction import learned_log_variance, split_variance, target_of, x0_slope
 from sdit.diffusion.schedule import DeviceTables, make_schedule
 from sdit.errors import ConfigError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import ParallelConfig
+from sdit.config import Config, ParallelConfig
 from sdit.contracts import Batch
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ExpertParallel
@@ -64,7 +64,7 @@ def our_bytes(
     batch = plan_batch(len(tasks), per_rank, comm.world)
     expert_bytes = 4 * expert_parameters("linear", S2_WIDTH, 0)
     costs = UnitCosts(4 * S2_TOKENS * S2_WIDTH, expert_bytes, ranks)
-    experts = TableExpertParallel(routes, model, parallel, batch, comm, ranks, 4, 0)
+    experts = TableExpertParallel(routes, Config(model=model, parallel=parallel), batch, comm, ranks)
     traffic = TrafficModel(routes, ranks, per_rank, seating)  # type: ignore[arg-type]
     experts.placed.placement = placement_for(routes, traffic, costs, exchange, placement)
     experts.begin_step(0, tasks)

@@ -99,7 +99,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     """Return the training step and the model of rank 0 of `world` ranks."""
     comm: Any = FakeComm(world)
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world, 1)
-    experts = ExpertParallel(config.model, config.parallel, plan, comm, world, 4, config.seed)
+    experts = ExpertParallel(config, plan, comm, world)
     model = build_model(config.model, device="meta")
     experts.shard(model, lambda _: None)
     objective = build_objective(config.diffusion, config.model.timesteps).to(META)

@@ -37,7 +37,8 @@ def sample(
     """Return images x0 (B, C, H, W) from `noise` (B, C, H, W).
 
     Args:
-        predict: (x, t, y) -> (B, C_out, H, W), guidance included (`settings.guides_at` says when). t is an int timestep, or a float in (0, 1] for flow.
+        predict: (x, t, y) -> (B, C_out, H, W), guidance included where `settings.guides_at(t)`. t is an int timestep, or a
+            float in (0, 1] for flow.
         seed: ddpm, sde, and ddim with eta > 0 add noise in each step. It is a function of `seed`, sample index and step.
         indices: sample indices (B,), default 0..B-1.
         progress: called with (steps done, all steps) after each step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -89,7 +90,7 @@ def sde(
     `noise(step, x)` returns the float32 normal noise of a step. Steps are numbered from N - 1 down to 0.
     """
     times = sde_times(settings)
-    for index, (t, end) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, end) in enumerate(pairwise(times)):
         step, size = settings.steps - 1 - index, t - end
         v = velocity(x, t)
         if step == 0 and settings.last_step == "euler":
@@ -99,7 +100,9 @@ def sde(
         score = -(x + (1 - t) * v) / t  # SiT, eq. 9
         x = x - size * (v - w * score)
         if step > 0:
-            x = x + math.sqrt(2 * w * size) * noise(step, x)  # the product has the noise's precision, also if x is float64
+            x = x + math.sqrt(2 * w * size) * noise(
+                step, x
+            )  # the product has the noise's precision, also if x is float64
         yield x
 
 
