@@ -69,8 +69,7 @@ class ModelOutput:
 class LossParts:
     """Per-sample loss terms of shape (B,): weighted `mse`, `vlb`, the flow terms before their weights, and the sum `loss`.
 
-    `vlb` is zero if the variance is not learned. `direction` and `contrastive` are zero if their weights are 0, and None on
-    the diffusion path.
+    `vlb` is zero if the variance is not learned. `direction` and `contrastive` are None if their weights are 0.
     """
 
     mse: Tensor

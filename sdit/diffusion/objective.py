@@ -132,7 +132,7 @@ class FlowObjective(Objective):
             raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
         velocity, target = velocity.float(), noise - x0
         loss = mse = self.weighting(_image_mean((velocity - target).square()), t)
-        direction = contrastive = zero = torch.zeros_like(mse)
+        direction = contrastive = None
         if self.config.direction_weight:
             direction = direction_loss(velocity, target)
             loss = loss + self.config.direction_weight * direction
@@ -140,7 +140,7 @@ class FlowObjective(Objective):
             other = target.roll(1, 0) if other_target is None else other_target
             contrastive = _image_mean((velocity - other).square())  # contrastive flow matching, eq. 5
             loss = loss - self.config.contrastive_weight * contrastive
-        return LossParts(mse, zero, loss, output, direction, contrastive)
+        return LossParts(mse, torch.zeros_like(mse), loss, output, direction, contrastive)
 
 
 def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int = 1000) -> Objective:

@@ -50,7 +50,7 @@ class RoutingTable:
     @property
     def loads(self) -> np.ndarray:
         """The expected fraction of samples that use each expert, (depth, M). A row sums to k."""
-        return exact_loads(self.experts, self.count, self.weights)
+        return exact_loads(self.experts, self.count, self.task_weights)
 
     def tasks_at(self, position: np.ndarray) -> np.ndarray:
         """Return the task int64 at each `position` in [0, T), where every task takes as much space as its weight."""
@@ -79,12 +79,13 @@ class PendingTable:
         return RoutingTable(host[0].astype(np.int64), host[1], self._count, self._task_weights)
 
 
-def exact_loads(experts: np.ndarray, count: int, task_weights: np.ndarray) -> np.ndarray:
+def exact_loads(experts: np.ndarray, count: int, task_weights: np.ndarray | None = None) -> np.ndarray:
     """Return (depth, M), the exact probability that a sample uses the expert, for `experts` (depth, T, k).
 
-    `task_weights` (T,) are T times the probabilities of the tasks. A row sums to k.
+    `task_weights` (T,) are T times the probabilities of the tasks (None: 1). A row sums to k.
     """
-    return sum_over_users(experts, count, task_weights) / experts.shape[1]
+    tasks = experts.shape[1]
+    return sum_over_users(experts, count, np.ones(tasks) if task_weights is None else task_weights) / tasks
 
 
 def sum_over_users(experts: np.ndarray, count: int, values: np.ndarray) -> np.ndarray:
