@@ -36,7 +36,7 @@ def add_sampler_options(add: Callable[..., Any]) -> None:
     add("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun, sde for flow")
     add("--steps", type=int, metavar="N", help="sampling steps")
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
-    interval_help = "times from 0 (data) to 1 (noise) with guidance; a step outside costs half (default: 0 1)"
+    interval_help = "times from 0 (data) to 1 (noise) with guidance; a step outside costs half"
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval_help)
     add("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
     add("--time-shift", type=float, metavar="S", help="flow: shift of the times; above 1: more steps at noise")
