@@ -26,6 +26,7 @@ from sdit.observe.routing import (
 )
 from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_map, draw_run
 from sdit.observe.routing_maps import RoutingMaps
+from sdit.time_law import TimeLaw
 from sdit.train.events import ROUTING, Observers
 from sdit.train.record import StepRecord
 
@@ -230,3 +231,22 @@ def test_drops_on_demand_follow_from_capacity_and_routes(factor: float | None, d
     gates = np.tile(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32), (DEPTH, TASKS, 1))  # all tasks want the same two
     found = expected_drops(config, gates)
     assert (None if found is None else found.tolist()) == (None if dropped is None else [dropped] * DEPTH)
+
+
+def test_loads_and_drops_follow_the_law_of_t(tmp_path: Path, probs: np.ndarray) -> None:
+    """The tasks near the noise use the experts 2 and 3, and the law draws nearly all samples there."""
+    law = {"path": "flow", "timestep_sampling": "logit_normal", "logit_mean": 4.0, "logit_std": 0.5}
+    experts = {"count": EXPERTS, "top_k": TOP_K, "capacity_factor": 1.0}
+    keys = {"model": CONFIG | {"experts": experts}, "train": {"steps": 1, "global_batch": 16}}
+    gates = np.tile(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32), (DEPTH, TASKS, 1))
+    gates[:, TASKS // 2 :] = gates[:, TASKS // 2 :, ::-1]
+    dropped = {name: expected_drops(Config.model_validate(keys | more), gates) for name, more in
+               {"uniform": {}, "law": {"diffusion": law}}.items()}  # fmt: skip
+    assert dropped["law"] == pytest.approx(16.0) and (dropped["uniform"] < 8).all()
+    weights = TimeLaw.of(Config.model_validate({"diffusion": law}).diffusion).task_weights(TASKS)
+    taken = Snapshot.take(640, gates, TOP_K, None, task_weights=weights)
+    assert taken.loads == pytest.approx(np.tile([0, 0, 1, 1], (DEPTH, 1)), abs=1e-9)
+    taken.save(tmp_path / "images-000000000640.npz")
+    assert np.array_equal(Snapshot.load(tmp_path / "images-000000000640.npz").loads, taken.loads)
+    plain = Snapshot.take(640, probs, TOP_K, None)
+    assert np.array_equal(plain.loads, plain.paths.mean(0).reshape(DEPTH, EXPERTS))
