@@ -53,7 +53,8 @@ class TimeLaw:
     ) -> NDArray[np.int64] | NDArray[np.float32]:
         """Return t (N,) of the samples from `first_index` on: int64 in 0..T-1, or float32 in [0, 1) if `timesteps` is None.
 
-        Each t is a function of `seed` and the sample index (stratified: and of the indices of the global batch).
+        Each t is a function of `seed` and the sample index (stratified: and of the indices of the global batch). The float64
+        values of logit_normal may differ in the last bit between CPUs. The rounded values practically never differ.
         """
         index = np.arange(first_index, first_index + global_batch)
         p = uniform(seed, index, Purpose.TIMESTEP)

@@ -88,5 +88,5 @@ def test_a_shift_of_sampling_is_refused_before_a_run_begins() -> None:
         config = load_config(None, ["sample.time_shift=3", "train.steps=1"])
 
     run: Any = Run()
-    with pytest.raises(ConfigError, match="sample.time_shift: 3 with diffusion.path diffusion; legal: 1"):
+    with pytest.raises(ConfigError, match=r"sample\.time_shift: 3 with diffusion\.path diffusion; legal: 1"):
         check_run(run)
