@@ -14,7 +14,7 @@ from sdit.checkpoint.load import load_trained
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Generator
-from sdit.evaluate.sample_cache import SampleCache, SampleSet
+from sdit.evaluate.sample_cache import TRAINING_KEYS, SampleCache, SampleSet
 from sdit.train.decode import LatentDecoder
 from tests.unit.written_run import tiny_config, write_run
 
@@ -128,3 +128,20 @@ def test_latents_are_decoded(tmp_path: Path) -> None:
         expected = vae.eval().decode(latents / 0.5).sample
     assert np.abs(found.astype(int) - to_pixels(expected.numpy())).max() <= 1
     assert len(samples.facts["vae_sha256"]) == 64 and samples.facts["latent_scale"] == 0.5
+
+
+def test_every_sampler_setting_names_a_cache_and_the_defaults_name_none(tmp_path: Path, samples: SampleSet) -> None:
+    """So a cache that an older version began is still found."""
+    changes: dict[str, Any] = {
+        "time_shift": 3.0, "guidance_interval": [0.1, 0.9], "diffusion_form": "constant", "diffusion_norm": 0.5,
+        "last_step": "euler", "last_step_size": 0.1,
+    }  # fmt: skip
+    assert not changes.keys() & samples.facts.keys()
+    names = {SampleCache(tmp_path, samples, SIZE).folder.name}
+    for key, value in changes.items():
+        settings = samples.generator.settings.model_copy(update={key: value})
+        changed = replace(samples, generator=replace(samples.generator, settings=settings))
+        assert changed.facts[key] == value
+        names.add(SampleCache(tmp_path, changed, SIZE).folder.name)
+    assert len(names) == 1 + len(changes)
+    assert not TRAINING_KEYS & samples.facts["diffusion"].keys()

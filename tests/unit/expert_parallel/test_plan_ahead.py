@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, is_dataclass
+from dataclasses import astuple, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,3 +145,12 @@ def test_nothing_is_planned_ahead_while_most_batches_would_change() -> None:
     one = chance_of_same_routes(routes, _changed(routes, 40), batch)
     assert one == pytest.approx((1 - 1 / TASKS) ** 30) and one > MIN_CHANCE
     assert chance_of_same_routes(routes, _routes(1), batch) < MIN_CHANCE
+
+
+def test_a_route_counts_by_how_often_its_task_is_drawn() -> None:
+    """A change of a task that is never drawn does not make a plan less likely to be used."""
+    weights = np.where(np.arange(TASKS) < TASKS // 2, 2.0, 0.0)
+    before, tasks = replace(_routes(0), task_weights=weights), [np.arange(4)]
+    never, often = (replace(_changed(before, task), task_weights=weights) for task in (TASKS - 1, 0))
+    assert chance_of_same_routes(before, never, tasks) == 1
+    assert chance_of_same_routes(before, often, tasks) == pytest.approx((1 - 2 / TASKS) ** 4)

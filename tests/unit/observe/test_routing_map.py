@@ -24,8 +24,9 @@ from sdit.observe.routing import (
     task_affinity,
     task_paths,
 )
-from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_run, routing_map
+from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_map, draw_run
 from sdit.observe.routing_maps import RoutingMaps
+from sdit.time_law import TimeLaw
 from sdit.train.events import ROUTING, Observers
 from sdit.train.record import StepRecord
 
@@ -92,7 +93,7 @@ def test_a_map_of_any_shape_is_one_png(tmp_path: Path, shape: tuple[int, int, in
     experts = {"count": count, "top_k": top_k}
     config = ModelConfig.model_validate(CONFIG | {"depth": depth, "timesteps": tasks, "experts": experts})
     assignment = Assignment(np.arange(depth * count), expert_windows(config)) if prior else None
-    routing_map(probs, top_k, assignment, tmp_path / "map.png", "after 1 image")
+    draw_map(Snapshot.take(0, probs, top_k, assignment), tmp_path / "map.png", "after 1 image")
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
     with Image.open(tmp_path / "map.png") as picture:
         assert picture.format == "PNG" and picture.size == MAP_PIXELS
@@ -157,7 +158,7 @@ def test_frames_are_few_and_hold_both_ends() -> None:
 
 def maps_after(run_dir: Path, probs: np.ndarray, moments: tuple[int, ...], total: int) -> RoutingMaps:
     """The observer of a run of `total` images after the given steps."""
-    maps = RoutingMaps(run_dir, ModelConfig.model_validate(CONFIG))
+    maps = RoutingMaps(run_dir, Config.model_validate({"model": CONFIG}))
     maps.on_start(Clock(), total, "fresh")
     for step, images in enumerate(moments, start=1):
         clock = Clock(images, step)
@@ -189,7 +190,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
         maps.on_stop(Clock(images_seen, 1))
     maps.close()
     assert files_of(tmp_path) == {f"images-{images_seen:012d}.npz"}
-    again = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG))
+    again = RoutingMaps(tmp_path, Config.model_validate({"model": CONFIG}))
     again.on_start(Clock(images_seen, 1), images_seen, "resumed")  # at the end of the run
     again.close()
     assert f"images-{images_seen:012d}.png" in files_of(tmp_path)
@@ -198,7 +199,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
 def test_a_run_that_did_not_start_draws_nothing(tmp_path: Path, probs: np.ndarray) -> None:
     (tmp_path / "routing").mkdir()
     save_snapshots(tmp_path / "routing", probs, [64])
-    RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG)).close()
+    RoutingMaps(tmp_path, Config.model_validate({"model": CONFIG})).close()
     assert files_of(tmp_path) == {"images-000000000064.npz"}
 
 
@@ -230,3 +231,22 @@ def test_drops_on_demand_follow_from_capacity_and_routes(factor: float | None, d
     gates = np.tile(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32), (DEPTH, TASKS, 1))  # all tasks want the same two
     found = expected_drops(config, gates)
     assert (None if found is None else found.tolist()) == (None if dropped is None else [dropped] * DEPTH)
+
+
+def test_loads_and_drops_follow_the_law_of_t(tmp_path: Path, probs: np.ndarray) -> None:
+    """The tasks near the noise use the experts 2 and 3, and the law draws nearly all samples there."""
+    law = {"path": "flow", "timestep_sampling": "logit_normal", "logit_mean": 4.0, "logit_std": 0.5}
+    experts = {"count": EXPERTS, "top_k": TOP_K, "capacity_factor": 1.0}
+    keys = {"model": CONFIG | {"experts": experts}, "train": {"steps": 1, "global_batch": 16}}
+    gates = np.tile(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32), (DEPTH, TASKS, 1))
+    gates[:, TASKS // 2 :] = gates[:, TASKS // 2 :, ::-1]
+    dropped = {name: expected_drops(Config.model_validate(keys | more), gates) for name, more in
+               {"uniform": {}, "law": {"diffusion": law}}.items()}  # fmt: skip
+    assert dropped["law"] == pytest.approx(16.0) and (dropped["uniform"] < 8).all()
+    weights = TimeLaw.of(Config.model_validate({"diffusion": law}).diffusion).task_weights(TASKS)
+    taken = Snapshot.take(640, gates, TOP_K, None, task_weights=weights)
+    assert taken.loads == pytest.approx(np.tile([0, 0, 1, 1], (DEPTH, 1)), abs=1e-9)
+    taken.save(tmp_path / "images-000000000640.npz")
+    assert np.array_equal(Snapshot.load(tmp_path / "images-000000000640.npz").loads, taken.loads)
+    plain = Snapshot.take(640, probs, TOP_K, None)
+    assert np.array_equal(plain.loads, plain.paths.mean(0).reshape(DEPTH, EXPERTS))
