@@ -11,10 +11,9 @@ from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.migration import MigratableState, migrate
 from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
-from sdit.expert_parallel.sharded_experts import ShardedExperts
+from sdit.expert_parallel.sharded_experts import ShardedExperts, TrainedShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.dit import Router
-from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts
 
 
@@ -41,10 +40,12 @@ class PlacedExperts:
         model.to_empty(device=self._comm.device)
         init_weights(model)
         if self._ranks > 1:
-            for router in model.routers:
-                assert isinstance(router, Router) and isinstance(router.experts, Experts)
-                router.experts = ShardedExperts(router.experts, experts.count, self._ranks)
-                self.layers += (router.experts,)
+            routers = [router for router in model.routers if isinstance(router, Router)]
+            is_trained = any(parameter.requires_grad for router in routers for parameter in router.experts.parameters())
+            layer = TrainedShardedExperts if is_trained else ShardedExperts
+            self.layers = tuple(layer(router.experts, experts.count, self._ranks) for router in routers)
+            for router, sharded in zip(routers, self.layers, strict=True):
+                router.experts = sharded  # type: ignore[assignment]
 
     def stored(self) -> dict[str, Any]:
         """Return the placement as a checkpoint carries it."""
