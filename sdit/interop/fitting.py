@@ -85,22 +85,16 @@ def _other_positions(config: ModelConfig, given: Mapping[str, Tensor]) -> str:
 
 def _check_positions(name: str, values: Tensor, side: int) -> None:
     """Check positions of another size against those of their own side."""
-    want = grid_positions(side, values.shape[-1]) if name == POSITIONS else _rotation(name, side, values.shape[-1])
+    want = grid_positions(side, values.shape[-1])
+    if name != POSITIONS:
+        from sdit.model.rope import rope_tables  # type: ignore[import-not-found,unused-ignore]
+
+        want = rope_tables(side, values.shape[-1], None)[name.endswith("sin")]
     tolerance = max(POSITION_TOLERANCE, torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0)
     if values.shape != want.shape or not torch.allclose(values.float(), want, rtol=0, atol=tolerance):
         raise ConfigError(
             f"train.init_from: {name} is not the fixed table of side {side}; legal: positions as published"
         )
-
-
-def _rotation(name: str, side: int, channels: int) -> Tensor:
-    """Return the published cosines or sines (side², channels) of 2-D rotary positions: first the row's, then the column's."""
-    axis = channels // 2
-    frequency = 10000.0 ** -(torch.arange(0, axis, 2, dtype=torch.float64) / axis)
-    angle = (torch.arange(side, dtype=torch.float64)[:, None] * frequency).repeat_interleave(2, dim=-1)
-    row, column = angle[:, None].expand(side, side, -1), angle[None].expand(side, side, -1)
-    grid = torch.cat([row, column], dim=-1).reshape(side * side, -1)
-    return (grid.cos() if name.endswith("freqs_cos") else grid.sin()).float()
 
 
 def _other_labels(model: DiffusionTransformer, given: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,176 @@
+"""A run that starts from given weights, and parameters that are not trained: the same under any layout, and after a resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdit.checkpoint.load import load_model
+from sdit.data.encoders import png_encoder
+from sdit.data.prepare import prepare
+from sdit.data.sources import digits_source
+from sdit.interop import to_published, write_published_file
+from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
+
+TINY = Path(__file__).with_name("tiny.yaml")
+SGD = ("optimizer.kind=sgd", "optimizer.learning_rate=0.5", "optimizer.warmup_images=0")
+COMPARED = ("loss", "mse", "vlb", "prior_loss", "grad_norm")
+LAYOUTS = {  # name -> ranks, ZeRO stage, EP, precision
+    "1-z0": (1, 0, 1, "fp32"),
+    "1-z1-bf16": (1, 1, 1, "bf16"),
+    "2-z0-ep2": (2, 0, 2, "fp32"),
+    "2-z1-ep2": (2, 1, 2, "fp32"),
+    "2-z1": (2, 1, 1, "fp32"),
+    "2-z2": (2, 2, 1, "fp32"),
+    "2-z2-ep2": (2, 2, 2, "fp32"),
+    "2-z0-bf16": (2, 0, 2, "bf16"),
+    "2-z2-bf16": (2, 2, 2, "bf16"),
+}
+FREEZE = {  # what is trained -> patterns of what is not
+    "all": "[]",
+    "experts-and-gates": "['blocks.*','?_embedder.*','final_layer.*']",
+    "dense": "['routers.*']",
+    "some": "['routers.*.experts.w','routers.1.experts.*','blocks.0.attn.*','t_embedder.mlp.0.*']",
+}
+FP32 = [name for name, layout in LAYOUTS.items() if layout[3] == "fp32"]
+STEPS = 6
+
+
+def is_frozen(name: str, what: str) -> bool:
+    """Whether a logical tensor of a checkpoint is not trained."""
+    name = name.removeprefix("model.").partition("#")[0]
+    is_router = name.startswith("routers.")
+    some = ("routers.1.experts.", "blocks.0.attn.", "t_embedder.mlp.0.")
+    return {
+        "all": False,
+        "experts-and-gates": not is_router,
+        "dense": is_router,
+        "some": name.endswith("experts.w") or name.startswith(some),
+    }[what]
+
+
+def layout_case(folder: Path, layout: str, what: str, *overrides: str) -> dict:
+    _, stage, ranks, precision = LAYOUTS[layout]
+    keys = (
+        f"parallel.expert={ranks}", f"train.precision={precision}", f"train.freeze={FREEZE[what]}",
+        f"train.init_from={folder / 'dense'}", f"validation.path={folder / 'held-out'}", "validation.every_images=100000",
+        "validation.images=64", f"train.steps={STEPS}", "optimizer.warmup_images=0",
+    )  # fmt: skip
+    return case(folder / f"{what}-{layout}", TINY, *keys, *overrides, stage=stage)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dense`, and Switch-DiTs that start from it: WHAT-LAYOUT under SGD, and `resumed-LAYOUT` in two parts under AdamW."""
+    folder = tmp_path_factory.mktemp("start")
+    prepare(digits_source(), png_encoder(), folder / "held-out", 256, 1, False)
+    dense = (
+        "model.variant=dit", "train.steps=12", f"validation.path={folder / 'held-out'}", "validation.every_images=100000",
+        "validation.images=64",
+    )  # fmt: skip
+    train_together(1, [case(folder / "dense", TINY, *dense, stage=0)], folder)
+    for world in (1, 2):
+        names = [name for name, layout in LAYOUTS.items() if layout[0] == world]
+        cases = [layout_case(folder, name, what, *SGD) for name in names for what in FREEZE]
+        for name in names:
+            straight = layout_case(folder, name, "some", "checkpoint.every_steps=3", "checkpoint.keep_last=9")
+            cases.append(straight | {"run_dir": str(folder / f"straight-{name}")})
+        train_together(world, cases, folder)
+        resumed = []
+        for name in names:
+            half = f"checkpoints/images-{3 * 32:012d}"
+            shutil.copytree(folder / f"straight-{name}" / half, folder / f"resumed-{name}" / half)
+            more = layout_case(folder, name, "some", "checkpoint.resume=must", "checkpoint.keep_last=9")
+            resumed.append(more | {"run_dir": str(folder / f"resumed-{name}")})
+        train_together(world, resumed, folder)
+    return folder
+
+
+def initial_validation(run: Path) -> float:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (text,) = [event["text"] for event in events if event["event"] == "initial_validation"]
+    return float(text.split()[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_upcycled_model_has_the_dense_models_held_out_loss(runs: Path, layout: str) -> None:
+    """In float32 to 1e-6. bfloat16 keeps 8 bits, and the loss is a mean over 4,096 numbers: 1e-2 is far above its rounding."""
+    dense = metrics_of(runs / "dense")[-1]["validation_loss"]
+    tolerance = 1e-6 if LAYOUTS[layout][3] == "fp32" else 1e-2
+    assert initial_validation(runs / f"all-{layout}") == pytest.approx(dense, rel=tolerance)
+
+
+@pytest.mark.parametrize("layout", FP32[1:])
+@pytest.mark.parametrize("what", FREEZE)
+def test_frozen_parameters_do_not_depend_on_the_layout(runs: Path, layout: str, what: str) -> None:
+    expected, actual = metrics_of(runs / f"{what}-{FP32[0]}"), metrics_of(runs / f"{what}-{layout}")
+    assert [record["step"] for record in actual] == list(range(1, STEPS + 1))
+    for want, got in zip(expected, actual, strict=True):
+        for key in COMPARED:
+            assert got[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
+    for kind in ("weight", "ema"):
+        want_all, got_all = tensors_of(runs / f"{what}-{FP32[0]}", kind), tensors_of(runs / f"{what}-{layout}", kind)
+        assert want_all.keys() == got_all.keys()
+        for name, values in want_all.items():
+            norm = torch.linalg.vector_norm(got_all[name] - values)
+            assert norm <= 1e-5 * torch.linalg.vector_norm(values), (kind, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", FREEZE)
+def test_frozen_parameters_stay_and_the_others_move(runs: Path, layout: str, what: str) -> None:
+    run, start = runs / f"{what}-{layout}", tensors_of(runs / "dense", "ema")
+    weights, averages = tensors_of(run, "weight"), tensors_of(run, "ema")
+    frozen = {name for name in weights if is_frozen(name, what)}
+    assert weights.keys() == averages.keys() and weights.keys() > start.keys()
+    for name in frozen:
+        assert torch.equal(averages[name], weights[name]), name
+        assert (
+            torch.equal(weights[name], start[name])
+            if name in start
+            else ".experts." not in name or not weights[name].any()
+        )
+    still = [name for name in weights.keys() - frozen if torch.equal(weights[name], averages[name])]
+    assert all("#" in name for name in still), still  # an expert that no sample used
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_parameters_take_no_optimizer_state(runs: Path, layout: str) -> None:
+    weights = tensors_of(runs / f"straight-{layout}", "weight")
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert tensors_of(runs / f"straight-{layout}", key).keys() == {n for n in weights if not is_frozen(n, "some")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_ends_bit_for_bit_and_reads_no_initial_weights(runs: Path, layout: str) -> None:
+    straight, resumed = runs / f"straight-{layout}", runs / f"resumed-{layout}"
+    for kind in ("weight", "ema", "exp_avg", "exp_avg_sq"):
+        want, got = tensors_of(straight, kind), tensors_of(resumed, kind)
+        assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want), kind
+    assert numbers_of(straight)[3:] == numbers_of(resumed)
+    assert "initial_weights" in (straight / "events.jsonl").read_text()
+    assert "initial_weights" not in (resumed / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_published_file_and_a_checkpoint_folder_start_as_the_run_does(
+    runs: Path, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"dense{suffix}"
+    write_published_file(path, to_published(load_model(runs / "dense").model), {})
+    (checkpoint,) = (runs / "dense" / "checkpoints").glob("images-*")
+    for name, source in (("file", path), ("checkpoint", checkpoint)):
+        short = layout_case(runs, FP32[0], "all", *SGD, f"train.init_from={source}")
+        train_together(1, [short | {"run_dir": str(tmp_path / name)}], tmp_path)
+        assert numbers_of(tmp_path / name) == numbers_of(runs / f"all-{FP32[0]}")
+
+
+def test_another_freeze_is_refused_on_resume(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / f"straight-{FP32[0]}", tmp_path / "run")
+    changed = layout_case(runs, FP32[0], "dense") | {"run_dir": str(run)}
+    with pytest.raises(AssertionError, match=r"train.freeze: \['routers.*'\] disagrees with"):
+        train_together(1, [changed], tmp_path)
