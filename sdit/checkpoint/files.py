@@ -242,9 +242,10 @@ class ShardSet:
         self.read_into(name, 0, flat)
         return flat.view(shape)
 
-    def holds(self, kind: str) -> bool:
-        """Return True if there is a logical tensor of this kind (`weight`, `ema`, ...)."""
-        return any(name.startswith(f"{kind}/") for name in self.shapes)
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of the logical tensors: `weight`, the averages, and the moments."""
+        return {name.partition("/")[0] for name in self.shapes}
 
     def names(self, kind: str) -> Iterator[str]:
         """Yield the names of the logical tensors of a kind (`weight`, `ema`, ...), without the prefix."""

@@ -73,9 +73,8 @@ def _averages_of(found: Found) -> list[StoredAverage]:
     widths = stored_config(found.manifest["config"], str(found.folder)).ema.widths
     images = found.manifest["clock"]["images_seen"]
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
-        return [
-            StoredAverage(found, kind, gamma_of(width), images) for kind, width in widths.items() if shards.holds(kind)
-        ]
+        kinds = shards.kinds
+        return [StoredAverage(found, kind, gamma_of(width), images) for kind, width in widths.items() if kind in kinds]
 
 
 def choose_coefficients(

@@ -18,6 +18,7 @@ from sdit.config.loading import (
 )
 from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.config.schema import (
+    MAX_SIGMA_REL,
     SIZES,
     CheckpointConfig,
     Config,
@@ -38,6 +39,7 @@ from sdit.config.schema import (
 )
 
 __all__ = [
+    "MAX_SIGMA_REL",
     "SIZES",
     "CheckpointConfig",
     "Config",

@@ -165,10 +165,10 @@ class RunState:
     def _load_averages(self, shards: ShardSet) -> None:
         """Load the averages. One that the run began after this checkpoint starts at the weights, except that of ema.decay."""
         first, *others = self.ema.averages
-        for average in (first, *(each for each in others if shards.holds(each.kind))):
+        for average in (first, *(each for each in others if each.kind in shards.kinds)):
             restore(shards, average.kind, self.engine.owned, average.values, self.expert_ids)
         for average in others:
-            if not shards.holds(average.kind):
+            if average.kind not in shards.kinds:
                 self.ema.restart(average)
 
 
