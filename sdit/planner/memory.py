@@ -12,7 +12,7 @@ from sdit.config import ModelConfig
 from sdit.planner.layout import Group, Job
 from sdit.planner.traffic import Exchange
 
-MOMENTS = {"adamw": 2, "sgd": 0}
+MOMENTS = {"adamw": 2, "muon": 2, "sgd": 0}  # the most per parameter: Muon itself has one
 DeviceKind = Literal["cuda", "cpu"]
 
 
@@ -89,6 +89,7 @@ def state_bytes(job: Job, rank: int) -> State:
     Masters and moments have DeepSpeed's padding, the EMA has none.
     """
     moments = 4 * MOMENTS[job.config.optimizer.kind]
+    averages = 4 * average_count(job)
     weights = masters = moment_bytes = ema = 0
     for group in job.groups:
         index = index_of(group, job, rank)
@@ -96,15 +97,20 @@ def state_bytes(job: Job, rank: int) -> State:
             weights += group.padded * job.element_bytes
             masters += 4 * group.partition_numel
             moment_bytes += moments * group.partition_numel
-            ema += 4 * group.unpadded(index)
+            ema += averages * group.unpadded(index)
             continue
         weights += group.numel * job.element_bytes
         masters += 0 if job.element_bytes == 4 else 4 * group.numel
         moment_bytes += moments * group.numel
         shard_numels = [-(-numel // group.ranks) for numel in group.numels]
         owned = (min(shard, max(0, n - index * shard)) for shard, n in zip(shard_numels, group.numels, strict=True))
-        ema += 4 * sum(owned)
+        ema += averages * sum(owned)
     return State(weights, masters, moment_bytes, ema, masters + moment_bytes + ema if job.offload else 0)
+
+
+def average_count(job: Job) -> int:
+    """Return the number of averages of the weights."""
+    return len(job.config.ema.constant_decays) + len(job.config.ema.widths)
 
 
 def _keeps_gradients(job: Job) -> bool:
@@ -227,10 +233,10 @@ def working_bytes(job: Job) -> int:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """Return the bytes of state in one checkpoint over all ranks: masters, EMA and moments in float32.
+    """Return the bytes of state in one checkpoint over all ranks: masters, averages and moments in float32.
 
     Names and manifest are not included.
     """
     expert_numel = sum(group.numel for group in job.groups if group.experts)
     numel = job.numel + expert_numel * (job.expert_parallel - 1)
-    return 4 * (2 + MOMENTS[job.config.optimizer.kind]) * numel
+    return 4 * (1 + average_count(job) + MOMENTS[job.config.optimizer.kind]) * numel

@@ -21,6 +21,7 @@ from sdit.model.moe.kernels import has_triton
 from sdit.train.freezing import freeze
 from sdit.train.initial_weights import read_initial_weights
 from sdit.train.module import TrainModule
+from sdit.train.muon import MuonWithAdamW
 
 WrapEngine = Callable[[Engine], Engine]
 
@@ -89,7 +90,7 @@ def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, obje
     config = run.config
     module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
     wrap_layers(model, config, comm.device)
-    optimizer = make_optimizer(parameter_groups(module), config.optimizer)
+    optimizer = make_optimizer(parameter_groups(module, config.optimizer.kind), config.optimizer)
     return Engine(module, optimizer, run.deepspeed, comm)
 
 
@@ -120,24 +121,37 @@ def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> boo
     return device.type == "cuda" and has_triton()
 
 
-def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
-    """Optimizer groups: the network, and the uncertainty weights with a learning rate of their own."""
+def parameter_groups(module: TrainModule, kind: str) -> list[dict[str, Any]]:
+    """Return the optimizer groups of the trained parameters; `kind` is `optimizer.kind`, and that of each group.
+
+    They are the network, its matrices under Muon, and the uncertainty weights with a learning rate of their own.
+    """
     roles: list[tuple[str, nn.Module]] = [("model", module.model), ("uw", module.objective)]
+    rest = "adamw" if kind == "muon" else kind
     groups: list[dict[str, Any]] = []
     for role, part in roles:
         named: dict[str | None, list[nn.Parameter]] = {None: []}
-        for parameter in filter(lambda each: each.requires_grad, part.parameters()):
-            named.setdefault(expert_group_of(parameter), []).append(parameter)
-        groups.append({"params": named.pop(None), "role": role, "name": role})
-        for name, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
-            groups.append({"params": sharded, "role": role, "name": name, "moe": True})
+        matrices: list[nn.Parameter] = []
+        for name, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if kind == "muon" and name.startswith("blocks.") and parameter.dim() == 2:
+                matrices.append(parameter)
+            else:
+                named.setdefault(expert_group_of(parameter), []).append(parameter)
+        groups.append({"params": named.pop(None), "role": role, "name": role, "kind": rest})
+        groups.append({"params": matrices, "role": role, "name": "matrices", "kind": kind})
+        for group, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
+            groups.append({"params": sharded, "role": role, "name": group, "moe": True, "kind": rest})
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights."""
+    """Return the optimizer of `optimizer.kind`. The uncertainty weights have no weight decay."""
     decays = {"model": config.weight_decay, "uw": 0.0}
-    groups = [{**group, "kind": config.kind, "weight_decay": decays[group["role"]]} for group in groups]
+    groups = [{**group, "weight_decay": decays[group["role"]]} for group in groups]
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
+    if config.kind == "muon":
+        return MuonWithAdamW(groups, config)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
