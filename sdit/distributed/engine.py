@@ -50,6 +50,7 @@ class Engine:
         kinds = {group["kind"] for group in optimizer.param_groups}
         self.moment_keys = tuple(key for kind in sorted(kinds) for key in MOMENTS[kind])
         create_moments(self.deepspeed)
+        self.set_steps(0)  # DeepSpeed takes a step on zero gradients to create the moments (ZeRO 0 in bf16)
         self._backend = optimizer_backend(self.deepspeed)
         self.local = self._backend.shards()
         self.owned = owned_shards(self.local, self._backend.replicas())
