@@ -90,7 +90,9 @@ def state_bytes(job: Job, rank: int) -> State:
     """
     moments = 4 * MOMENTS[job.config.optimizer.kind]
     averages = 4 * average_count(job)
-    weights = masters = moment_bytes = ema = 0
+    weights = job.frozen_numel * job.element_bytes
+    masters = frozen_masters = 0 if job.element_bytes == 4 else 4 * job.frozen_numel
+    moment_bytes = ema = 0
     for group in job.groups:
         index = index_of(group, job, rank)
         if job.stage:
@@ -105,7 +107,8 @@ def state_bytes(job: Job, rank: int) -> State:
         shard_numels = [-(-numel // group.ranks) for numel in group.numels]
         owned = (min(shard, max(0, n - index * shard)) for shard, n in zip(shard_numels, group.numels, strict=True))
         ema += averages * sum(owned)
-    return State(weights, masters, moment_bytes, ema, masters + moment_bytes + ema if job.offload else 0)
+    offloaded = masters - frozen_masters + moment_bytes + ema if job.offload else 0
+    return State(weights, masters, moment_bytes, ema, offloaded)
 
 
 def average_count(job: Job) -> int:
@@ -239,4 +242,5 @@ def checkpoint_bytes(job: Job) -> int:
     """
     expert_numel = sum(group.numel for group in job.groups if group.experts)
     numel = job.numel + expert_numel * (job.expert_parallel - 1)
-    return 4 * (1 + average_count(job) + MOMENTS[job.config.optimizer.kind]) * numel
+    frozen = sum(group.numel * (job.expert_parallel if group.experts else 1) for group in job.frozen)
+    return 4 * ((1 + average_count(job)) * (numel + frozen) + MOMENTS[job.config.optimizer.kind] * numel)
