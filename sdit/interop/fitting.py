@@ -46,7 +46,7 @@ def fit_weights(model: DiffusionTransformer, given: Mapping[str, Tensor], allowe
     positions = _other_positions(model.config, given)
     if positions:
         _require("positions", positions, allowed)
-        notes.append(f"{positions}: ours are used")
+        notes.append(f"{positions}: the model's own are used")
         tensors = {name: values for name, values in tensors.items() if not _is_position(name)}
     labels = _other_labels(model, given)
     if labels:
@@ -98,7 +98,7 @@ def _check_positions(name: str, values: Tensor, side: int) -> None:
 
 
 def _other_labels(model: DiffusionTransformer, given: Mapping[str, Tensor]) -> str:
-    """Return how the labels of the weights differ, or an empty string. A table has one row per class, and the null row."""
+    """Return how the labels of the weights differ, or an empty string. A table has a row for each class and the null row."""
     rows = len(given[LABELS]) if LABELS in given and given[LABELS].dim() == 2 else 0
     theirs, ours = max(0, rows - 1), model.config.classes
     return "" if theirs == ours else f"it has a table of {theirs} classes, model.classes is {ours}"

@@ -41,7 +41,7 @@ class InitialWeights:
         except ConfigError as error:
             raise ConfigError(f"{error} (in train.init_from {self.origin})") from None
         copied = sum(1 for _ in model.parameters()) - len(fitted.kept)
-        return "; ".join([f"train.init_from: {copied} parameters of {self.origin}", *fitted.notes])
+        return "; ".join([f"train.init_from: copied {copied} parameters from {self.origin}", *fitted.notes])
 
 
 def read_initial_weights(config: TrainConfig, comm: Comm) -> InitialWeights | None:
@@ -68,7 +68,7 @@ def read_initial_weights(config: TrainConfig, comm: Comm) -> InitialWeights | No
             raise ConfigError(
                 f"train.init_from: {path} holds other weights on rank {rank} than on rank 0; legal: the same on all hosts"
             )
-    return InitialWeights(tensors, f"{path} ({'averaged' if config.init_ema else 'last'} weights)", config.init_allow)
+    return InitialWeights(tensors, f"{path} (init_ema {str(config.init_ema).lower()})", config.init_allow)
 
 
 def _read(path: Path, weights: Literal["ema", "model"]) -> dict[str, Tensor]:

@@ -22,11 +22,12 @@ from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, 
 TINY = Path(__file__).with_name("tiny.yaml")
 SGD = ("optimizer.kind=sgd", "optimizer.learning_rate=0.5", "optimizer.warmup_images=0")
 COMPARED = ("loss", "mse", "vlb", "prior_loss", "grad_norm")
-LAYOUTS = {  # name -> ranks, ZeRO stage, EP, precision
+LAYOUTS = {  # name -> ranks, ZeRO stage, EP, precision; the name may end with the exchange
     "1-z0": (1, 0, 1, "fp32"),
     "1-z1-bf16": (1, 1, 1, "bf16"),
     "2-z0-ep2": (2, 0, 2, "fp32"),
-    "2-z1-ep2": (2, 1, 2, "fp32"),
+    "2-z1-ep2-tokens": (2, 1, 2, "fp32"),
+    "2-z1-ep2-weights": (2, 1, 2, "fp32"),
     "2-z1": (2, 1, 1, "fp32"),
     "2-z2": (2, 2, 1, "fp32"),
     "2-z2-ep2": (2, 2, 2, "fp32"),
@@ -58,8 +59,10 @@ def is_frozen(name: str, what: str) -> bool:
 
 def layout_case(folder: Path, layout: str, what: str, *overrides: str) -> dict:
     _, stage, ranks, precision = LAYOUTS[layout]
+    exchange = layout.rpartition("-")[2]
+    exchange = exchange if exchange in ("tokens", "weights") else "auto"
     keys = (
-        f"parallel.expert={ranks}", f"train.precision={precision}", f"train.freeze={FREEZE[what]}",
+        f"parallel.expert={ranks}", f"parallel.exchange={exchange}", f"train.precision={precision}", f"train.freeze={FREEZE[what]}",
         f"train.init_from={folder / 'dense'}", f"validation.path={folder / 'held-out'}", "validation.every_images=100000",
         "validation.images=64", f"train.steps={STEPS}", "optimizer.warmup_images=0",
     )  # fmt: skip
@@ -188,6 +191,23 @@ def test_another_freeze_is_refused_on_resume(runs: Path, tmp_path: Path) -> None
     changed = layout_case(runs, FP32[0], "dense") | {"run_dir": str(run)}
     with pytest.raises(AssertionError, match=r"train.freeze: \['routers.*'\] disagrees with"):
         train_together(1, [changed], tmp_path)
+
+
+def test_recomputed_blocks_give_the_same_run(runs: Path, tmp_path: Path) -> None:
+    """Blocks may be frozen, or have no trained input: a run that recomputes them takes the same steps."""
+    names = {"experts-and-gates": FREEZE["experts-and-gates"], "output": "['[!f]*']", "input": "['[!x]*']"}
+    kinds = ("none", "block", "offload")
+    train_together(1, [
+        layout_case(runs, FP32[0], "all", *SGD, f"train.freeze={names[name]}", f"parallel.activation_checkpointing={kind}")
+        | {"run_dir": str(tmp_path / f"{name}-{kind}")}
+        for name in names for kind in kinds
+    ], tmp_path)  # fmt: skip
+    for name in names:
+        plain = metrics_of(tmp_path / f"{name}-none")
+        assert len({record["loss"] for record in plain}) == STEPS
+        for kind in kinds[1:]:
+            for want, got in zip(plain, metrics_of(tmp_path / f"{name}-{kind}"), strict=True):
+                assert [got[key] for key in COMPARED] == pytest.approx([want[key] for key in COMPARED], rel=1e-5), name
 
 
 @pytest.mark.slow

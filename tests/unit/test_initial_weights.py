@@ -15,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from written_run import tiny_config, write_run
 
-from sdit.config import TrainConfig
+from sdit.clock import Clock
+from sdit.config import Config, TrainConfig
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop import load_published, read_weights, to_published, write_published_file
 from sdit.model import DiffusionTransformer, build_experts, build_model
 from sdit.model.embedding import grid_positions
 from sdit.train.freezing import freeze
 from sdit.train.initial_weights import InitialWeights, read_initial_weights
+from sdit.train.resume import Resumed, describe_resume
 
 DATA = Path(__file__).parents[1] / "data"
 SMALL = {"depth": 2, "width": 16, "heads": 2, "input_size": 4, "channels": 3, "classes": 5, "timesteps": 50}
@@ -118,7 +120,7 @@ def test_another_resolution_needs_permission_and_uses_its_own_positions() -> Non
     ):
         copy_into(model, given)
     note = copy_into(model, given, "positions")
-    assert "its positions are of side 2, the model's of side 4: ours are used" in note
+    assert "its positions are of side 2, the model's of side 4: the model's own are used" in note
     assert torch.equal(model.pos_embed, grid_positions(4, 16))
     assert torch.equal(model.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"])  # type: ignore[union-attr]
 
@@ -296,6 +298,14 @@ def test_ranks_with_other_weights_or_a_problem_end_the_run_on_all_ranks(tmp_path
     with pytest.raises(ConfigError, match=r"train.init_from: b: no such file or folder"):
         read_initial_weights(config, one_rank(others=[["b: no such file or folder", True, ""]]))
     assert read_initial_weights(TrainConfig(), one_rank()) is None
+
+
+def test_a_resume_says_that_initial_weights_have_no_effect() -> None:
+    changes = ["train.init_from: None -> 'a.pt'", "ema.sigma_rel: [] -> [0.1]"]
+    text = describe_resume(changes, Resumed(64, 64, 8), Config(), Clock(32, 4))
+    first, second = text.splitlines()[1:]
+    assert "(no effect: only a new run reads train.init_from, and this one continues from its checkpoint)" in first
+    assert "an average that the checkpoint does not hold starts at the checkpoint's weights" in second
 
 
 def test_patterns_freeze_the_parameters_that_they_fit() -> None:
