@@ -63,8 +63,8 @@ def layout_case(folder: Path, layout: str, what: str, *overrides: str) -> dict:
     exchange = exchange if exchange in ("tokens", "weights") else "auto"
     keys = (
         f"parallel.expert={ranks}", f"parallel.exchange={exchange}", f"train.precision={precision}",
-        f"train.freeze={FREEZE[what]}", f"train.init_from={folder / 'dense'}", f"validation.path={folder / 'held-out'}", "validation.every_images=100000",
-        "validation.images=64", f"train.steps={STEPS}", "optimizer.warmup_images=0",
+        f"train.freeze={FREEZE[what]}", f"train.init_from={folder / 'dense'}", f"validation.path={folder / 'held-out'}",
+        "validation.every_images=100000", "validation.images=64", f"train.steps={STEPS}", "optimizer.warmup_images=0",
     )  # fmt: skip
     return case(folder / f"{what}-{layout}", TINY, *keys, *overrides, stage=stage)
 
