@@ -20,7 +20,7 @@ from sdit.model.moe.experts import build_experts
 class PlacedExperts:
     """The `placement` of a run, and the `layers` of local experts, one per block (none if a rank owns all experts).
 
-    `is_restored`: the placement is a checkpoint's.
+    `is_restored`: the placement is a checkpoint's. `starts_random`: the run begins with random weights, not with given ones.
     """
 
     def __init__(self, model: ModelConfig, comm: Comm, ranks: int, ep_rank: int) -> None:
@@ -30,9 +30,13 @@ class PlacedExperts:
         self.placement = ExpertPlacement(in_order, np.zeros(in_order.shape, dtype=bool), ranks)
         self.layers: tuple[ShardedExperts, ...] = ()
         self.is_restored = False
+        self.starts_random = True
 
-    def shard(self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None]) -> None:
+    def shard(
+        self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool
+    ) -> None:
         """Leave each router of a model on the meta device the experts of this rank, and initialise the weights."""
+        self.starts_random = is_random
         experts = self._config.experts
         if self._ranks > 1:
             for router, ids_of_rank in zip(model.routers, self.placement.experts_of_rank, strict=True):

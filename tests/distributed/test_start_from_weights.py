@@ -210,6 +210,54 @@ def test_recomputed_blocks_give_the_same_run(runs: Path, tmp_path: Path) -> None
                 assert [got[key] for key in COMPARED] == pytest.approx([want[key] for key in COMPARED], rel=1e-5), name
 
 
+def write_experts(run: Path, path: Path) -> Path:
+    """Write the weights of a run with large random experts, so that two experts in each other's place are seen."""
+    tensors = to_published(load_model(run).model)
+    generator = torch.Generator().manual_seed(0)
+    for name, values in tensors.items():
+        if ".experts." in name:
+            values.add_(0.05 * torch.randn(values.shape, generator=generator))
+    write_published_file(path, tensors, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def from_experts(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that start from trained experts, which the first step and later ones move to other ranks: WHAT-LAYOUT."""
+    folder = tmp_path_factory.mktemp("experts")
+    patterns = {"all": "[]", "frozen": "['routers.*.experts.*']"}
+    keys = (
+        *SGD,
+        f"train.init_from={write_experts(runs / 'all-1-z0', folder / 'experts.pt')}",
+        "parallel.placement_refresh_images=64",
+        "checkpoint.every_steps=3",
+    )
+    for world in (1, 2):
+        cases = []
+        for name in (FP32[0], "2-z0-ep2", "2-z1-ep2-tokens", "2-z2-ep2"):
+            if LAYOUTS[name][0] == world:
+                for what, pattern in patterns.items():
+                    one = layout_case(runs, name, "all", *keys, f"train.freeze={pattern}")
+                    cases.append(one | {"run_dir": str(folder / f"{what}-{name}")})
+        train_together(world, cases, folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["2-z0-ep2", "2-z1-ep2-tokens", "2-z2-ep2"])
+@pytest.mark.parametrize("what", ["all", "frozen"])
+def test_experts_that_a_run_starts_from_move_with_their_weights(from_experts: Path, what: str, layout: str) -> None:
+    one, run = from_experts / f"{what}-{FP32[0]}", from_experts / f"{what}-{layout}"
+    moved = [line for line in (run / "events.jsonl").read_text().splitlines() if "experts moved" in line]
+    assert any("; 0 experts moved" not in line for line in moved)
+    for want, got in zip(metrics_of(one), metrics_of(run), strict=True):
+        assert [got[key] for key in COMPARED] == pytest.approx([want[key] for key in COMPARED], rel=1e-5), want["step"]
+    for kind in ("weight", "ema"):
+        want_all, got_all = tensors_of(one, kind), tensors_of(run, kind)
+        for name, values in want_all.items():
+            norm = torch.linalg.vector_norm(got_all[name] - values)
+            assert norm <= 1e-5 * torch.linalg.vector_norm(values), (kind, name)
+
+
 @pytest.mark.slow
 def test_both_models_train_on_from_the_dense_weights(runs: Path, tmp_path: Path) -> None:
     """200 steps further on the digits, the held-out loss of each is below that of the weights that it started from."""
