@@ -81,7 +81,7 @@ def build_sharded_model(
     if found is not None:
         experts.restore(found.manifest.get("expert_layout"))
     model = build_model(config.model, device="meta")
-    experts.shard(model, initialise, is_random=initial is None)
+    experts.shard(model, initialise, is_random=found is None and initial is None)
     return model, experts, origin
 
 
