@@ -16,7 +16,6 @@ from pathlib import Path
 from sdit.cli.parser import Parser
 from sdit.cli.process import command
 from sdit.cli.progress import progress_bar
-from sdit.config import MAX_SIGMA_REL
 from sdit.errors import ConfigError, ExitCode
 
 
@@ -24,7 +23,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("ema", __doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
-    text = f"relative width of the average, between 0 and {MAX_SIGMA_REL:.3f}"
+    text = "relative width of the average, such as 0.1"
     add("--sigma-rel", type=float, required=True, metavar="WIDTH", help=text)
     add(
         "--images",
@@ -34,8 +33,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, metavar="FILE", help="file to write (default: RUN/ema-sigma-WIDTH.safetensors)")
     options = parser.parse_args(arguments)
-    if not 0 < options.sigma_rel < MAX_SIGMA_REL:
-        parser.error(f"--sigma-rel: {options.sigma_rel} is not legal; legal: above 0, below {MAX_SIGMA_REL:.4f}")
     if options.images is not None and options.images < 1:
         parser.error(f"--images: {options.images} is not legal; legal: 1 or more")
     if options.out is not None and options.out.suffix != ".safetensors":
@@ -44,6 +41,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
+    from sdit.config import MAX_SIGMA_REL  # not for --help: it takes half a second
+
+    if not 0 < options.sigma_rel < MAX_SIGMA_REL:
+        raise ConfigError(f"--sigma-rel: {options.sigma_rel} is not legal; legal: above 0, below {MAX_SIGMA_REL:.4f}")
     from sdit.checkpoint.reconstruct import export_average
     from sdit.checkpoint.snapshots import choose_coefficients, find_averages
 

@@ -190,7 +190,7 @@ def test_other_averages_are_read_by_name(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--sigma-rel", "0.3"), 64, "--sigma-rel: 0.3 is not legal; legal: above 0, below 0.2887"),
+        (("--sigma-rel", "0.3"), 78, "--sigma-rel: 0.3 is not legal; legal: above 0, below 0.2887"),
         (("--sigma-rel", "0.1", "--images", "0"), 64, "--images: 0 is not legal; legal: 1 or more"),
         (
             ("--sigma-rel", "0.1", "--images", "63"),
