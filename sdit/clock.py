@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sdit.config import EmaConfig, OptimizerConfig
+from sdit.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,33 @@ def learning_rate_factor(config: OptimizerConfig, images_seen: int, total_images
         return images_seen / config.warmup_images
     if config.decay == "constant":
         return 1.0
-    length = max(1, total_images - config.warmup_images)
-    progress = min(1.0, (images_seen - config.warmup_images) / length)
-    shape = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    start = config.warmup_images  # of the decay
+    if config.decay_images is not None:
+        start = max(start, total_images - config.decay_images)
+    progress = min(1.0, max(0.0, (images_seen - start) / max(1, total_images - start)))
+    shape = (1.0 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1.0 - progress
     return config.final_ratio + (1.0 - config.final_ratio) * shape
 
 
-def ema_decay(config: EmaConfig, steps: int) -> float:
+def ema_decay(decay: float, has_warmup: bool, steps: int) -> float:
     """Return the decay of the EMA update after optimizer step `steps` (from 1). With warm-up it is small at first."""
-    return min(config.decay, (1 + steps) / (10 + steps)) if config.warmup else config.decay
+    return min(decay, (1 + steps) / (10 + steps)) if has_warmup else decay
+
+
+def power_decay(gamma: float, span: StepSpan) -> float:
+    """Return the decay of the update of a power-function average after a step; 0 after the first step of a run.
+
+    Source: Karras et al. 2024 (EDM2), eq. 127.
+    """
+    return (span.before.images_seen / span.clock.images_seen) ** (gamma + 1.0)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Return the exponent gamma > 0 of the power-function average of relative width `sigma_rel` in (0, 12^-0.5).
+
+    It is the largest real root of a cubic. Source: Karras et al. 2024 (EDM2), eq. 123.
+    """
+    inverse = sigma_rel**-2
+    # With gamma = s - 7/3 the cubic is s^3 - 3 p s - 2 q = 0, which has three real roots for these sigma_rel.
+    p, q = (1.0 + 3.0 * inverse) / 9.0, -(1.0 + 18.0 * inverse) / 27.0
+    return 2.0 * math.sqrt(p) * math.cos(math.acos(q / p**1.5) / 3.0) - 7.0 / 3.0

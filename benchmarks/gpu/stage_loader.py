@@ -12,7 +12,7 @@ from rows import Machine, Row
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.data.loader import build_loader
-from sdit.diffusion import draw_timesteps
+from sdit.time_law import TimeLaw
 from sdit.train.batches import BatchDraws, Request, micro_batches
 
 BATCH, SEED = 64, 0
@@ -36,7 +36,7 @@ def images_per_second(machine: Machine, folder: str, workers: int, images: int) 
     """The speed after a first quarter that is not counted."""
     data = DataConfig(source="shards", path=folder, latent_scale=1.0, workers=workers, prefetch_batches=2 * workers)
     model = ModelConfig(input_size=32, channels=4, classes=loader_benchmark.CLASSES)
-    draws = BatchDraws(SEED, lambda first: draw_timesteps(SEED, first, BATCH, 1000), loader_benchmark.CLASSES, 0.1)
+    draws = BatchDraws(SEED, lambda first: TimeLaw().draw(SEED, first, BATCH, 1000), loader_benchmark.CLASSES, 0.1)
     requests = (Request(first, np.arange(first, first + BATCH)) for first in range(0, images, BATCH))
     started, counted = time.perf_counter(), 0
     with build_loader(data, model, SEED) as loader:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import sdit
 from sdit.checkpoint.files import ShardSet, manifest_files
-from sdit.checkpoint.load import Weights, fill_tensor, find_trained, load_model, logical_tensors
+from sdit.checkpoint.load import (
+    StoredTensors,
+    Weights,
+    check_kind,
+    fill_tensor,
+    find_trained,
+    load_model,
+    logical_tensors,
+)
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
@@ -56,17 +64,23 @@ def export_safetensors(
     """
     found, config = find_trained(checkpoint)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
-    facts = _facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
-    model = build_model(config.model, device="meta")
+    facts = file_facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
-        entries = [
-            _parameter_entry(model, name, list(tensors), shards, weights, dtype)
-            for name, tensors in groupby(logical_tensors(model), key=lambda tensor: tensor[0].partition("#")[0])
-        ]
-        for name, buffer in published_buffers(config.model).items():
-            entries.append(_buffer_entry(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
-        write_safetensors(out, entries, facts, progress)
+        check_kind(shards.kinds, weights, found.folder)
+        write_safetensors(out, model_entries(config, shards, weights, dtype), facts, progress)
     return facts
+
+
+def model_entries(config: Config, shards: StoredTensors, weights: Weights, dtype: torch.dtype) -> list[Entry]:
+    """Return the entries of a model's file: its parameters, which are read when they are written, and the fixed buffers."""
+    model = build_model(config.model, device="meta")
+    entries = [
+        _parameter_entry(model, name, list(tensors), shards, weights, dtype)
+        for name, tensors in groupby(logical_tensors(model), key=lambda tensor: tensor[0].partition("#")[0])
+    ]
+    for name, buffer in published_buffers(config.model).items():
+        entries.append(_buffer_entry(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
+    return entries
 
 
 def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype) -> dict[str, str]:
@@ -75,7 +89,7 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
     Raises: CheckpointError: if the checkpoint cannot be read, or `out` cannot be written.
     """
     trained = load_model(checkpoint, weights)
-    facts = _facts(trained.config, trained.clock, weights, trained.data)
+    facts = file_facts(trained.config, trained.clock, weights, trained.data)
     tensors = {
         name: narrowed(name, value, dtype) if value.is_floating_point() else value
         for name, value in to_published(trained.model).items()
@@ -95,7 +109,8 @@ def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
+def file_facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
+    """Return the metadata of an exported file."""
     known = {} if data is None else {"data": json.dumps(data.model_dump(mode="json"))}
     return known | {
         "format": "pt",
@@ -112,7 +127,7 @@ def _parameter_entry(
     model: DiffusionTransformer,
     name: str,
     tensors: list[tuple[str, Tensor]],
-    shards: ShardSet,
+    shards: StoredTensors,
     weights: Weights,
     dtype: torch.dtype,
 ) -> Entry:

@@ -242,6 +242,11 @@ class ShardSet:
         self.read_into(name, 0, flat)
         return flat.view(shape)
 
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of the logical tensors: `weight`, the averages, and the moments."""
+        return {name.partition("/")[0] for name in self.shapes}
+
     def names(self, kind: str) -> Iterator[str]:
         """Yield the names of the logical tensors of a kind (`weight`, `ema`, ...), without the prefix."""
         prefix = f"{kind}/"

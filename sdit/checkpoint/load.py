@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,19 @@ from sdit.interop import SUFFIXES, load_published, read_published_file
 from sdit.model import DiffusionTransformer, Experts, build_model, fill_buffers
 from sdit.safetensors_file import read_header
 
-Weights = Literal["ema", "weight"]  # the averaged weights, or those of the last step
+Weights = str  # `ema`, the averaged weights, `weight`, those of the last step, or another average such as `ema-0.999`
 
 _log = logging.getLogger(__name__)
+
+
+class StoredTensors(Protocol):
+    """Logical tensors by `KIND/NAME`, as a checkpoint has them."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read_into(self, tensor: str, start: int, target: Tensor) -> None:
+        """Fill `target` (n,) with the elements [start, start + n) of a logical tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     found, config = find_trained(path)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+        check_kind(shards.kinds, weights, found.folder)
         for name, view in logical_tensors(model):  # before memory is allocated: the files may not have this size
             check_tensor(view, shards, weights, name)
         model.to_empty(device=device)
@@ -125,7 +136,14 @@ def logical_tensors(model: DiffusionTransformer) -> Iterator[tuple[str, Tensor]]
             yield f"model.{name}", parameter.detach()
 
 
-def check_tensor(target: Tensor, shards: ShardSet, weights: Weights, name: str) -> None:
+def check_kind(kinds: Collection[str], weights: Weights, folder: Path) -> None:
+    """Raises: ConfigError: if a checkpoint with tensors of `kinds` has no such average."""
+    legal = sorted(kind for kind in kinds if kind == "weight" or kind.startswith("ema"))
+    if weights not in ("ema", "weight", *legal):
+        raise ConfigError(f"--weights: {weights} is not in {folder}; legal: {', '.join(legal)}")
+
+
+def check_tensor(target: Tensor, shards: StoredTensors, weights: Weights, name: str) -> None:
     """Check that a logical tensor is stored with the shape of `target`.
 
     Raises: CheckpointError: if it is missing or has another shape.
@@ -137,7 +155,7 @@ def check_tensor(target: Tensor, shards: ShardSet, weights: Weights, name: str) 
         raise CheckpointError(f"{key}: the model needs shape {tuple(target.shape)}, {found}")
 
 
-def fill_tensor(target: Tensor, shards: ShardSet, weights: Weights, name: str) -> None:
+def fill_tensor(target: Tensor, shards: StoredTensors, weights: Weights, name: str) -> None:
     """Read a logical tensor into `target`, which must have its shape.
 
     Raises: CheckpointError: if it is missing, incomplete or has another shape.
@@ -151,7 +169,7 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
     stored = facts.get("weights", weights)
     if stored != weights:
         raise ConfigError(f"--weights: {weights}, but {path} holds other weights; legal: {stored}")
-    tensors = read_published_file(path, "ema" if weights == "ema" else "model")
+    tensors = read_published_file(path, "model" if weights == "weight" else "ema")
     if config is not None:
         run = load_config(config)
     elif "config" in facts:

@@ -141,8 +141,10 @@ class Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints under `folder`, together with the other ranks.
 
-    If `run_folder` is given, the checkpoints are in its subfolder `checkpoints`, also after the run folder was renamed.
+    If `run_folder` is given, the checkpoints are in its subfolder `subfolder`, also after the run folder was renamed.
     """
+
+    subfolder = "checkpoints"
 
     def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm, run_folder: RunFolder | None = None) -> None:
         self._folder, self._config, self._comm = folder, config, comm
@@ -151,7 +153,7 @@ class CheckpointStore:
     @property
     def folder(self) -> Path:
         """The current folder of the checkpoints."""
-        return self._folder if self._run_folder is None else self._run_folder / "checkpoints"
+        return self._folder if self._run_folder is None else self._run_folder / self.subfolder
 
     def folder_of(self, images_seen: int) -> Path:
         """Return the folder of the checkpoint at `images_seen`, which exists once it is committed."""

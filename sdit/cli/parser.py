@@ -113,12 +113,20 @@ def add_trained_options(add: Callable[..., Any]) -> None:
 
 def add_weights_option(add: Callable[..., Any]) -> None:
     """Add `--weights`, which says which weights of a checkpoint are read."""
-    add("--weights", choices=("ema", "weight"), default="ema", help="averaged or last weights (default: ema)")
+    text = "averaged or last weights, or another average of the run, such as ema-0.999 or ema-sigma-0.1 (default: ema)"
+    add("--weights", type=weights_name, default="ema", metavar="NAME", help=text)
 
 
 def add_rank_option(add: Callable[..., Any]) -> None:
     """Add the option that `deepspeed` and `torch.distributed.launch` append to every command."""
     add("--local_rank", "--local-rank", type=int, default=0, help="set by launchers; ignored, the environment is read")
+
+
+def weights_name(text: str) -> str:
+    """An argument's type: return the name of weights as checkpoints store them."""
+    if not re.fullmatch(r"weight|ema(-(sigma-)?\d[\d.e+-]*)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: ema, weight, ema-DECAY, ema-sigma-WIDTH")
+    return text
 
 
 def positive_int(text: str) -> int:

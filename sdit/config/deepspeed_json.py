@@ -286,7 +286,7 @@ def _guess(key: str, keys: Mapping[str, Any], prefix: str) -> str:
 def _agreed_values(config: Config, split: BatchPlan, stage: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Return, by dotted key of the JSON, the config's value and the JSON values that agree with it."""
     optimizer, precision = config.optimizer, config.train.precision
-    kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.kind]
+    kind = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}[optimizer.kind]
     betas = [optimizer.beta1, optimizer.beta2]
     clip = optimizer.clip_grad_norm
     clips = (0.0, None) if clip is None else (clip,)

@@ -51,8 +51,14 @@ def resolve_run(config: Config, deepspeed: dict[str, Any], source: str, world: i
     """
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, world)
     merged = merge_deepspeed(config, batch, deepspeed, source)
+    stage = zero_stage(merged, source)
+    if config.optimizer.kind == "muon" and stage > 0:
+        raise ConfigError(
+            f"optimizer.kind: muon needs whole matrices on each rank, and {source} has zero_optimization.stage {stage}; "
+            "legal: adamw, or stage 0"
+        )
     size = _expert_parallel(config, world, ranks_per_node)
-    return ResolvedRun(config, merged, batch, size, world, zero_stage(merged, source))
+    return ResolvedRun(config, merged, batch, size, world, stage)
 
 
 def check_trainable(config: Config) -> None:

@@ -20,6 +20,8 @@ from sdit.config.sections import (
     field,
 )
 
+MAX_SIGMA_REL = 12**-0.5  # of the mean of all weights so far (gamma = 0)
+
 
 class DiffusionConfig(Section):
     path: Literal["diffusion", "flow"] = field("diffusion", "Gaussian diffusion, or rectified flow (velocity)")
@@ -114,23 +116,62 @@ class DataConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = field(1e-4, "peak learning rate", gt=0)
-    kind: Literal["adamw", "sgd"] = field("adamw", "optimizer; sgd is for layout tests")
+    kind: Literal["adamw", "muon", "sgd"] = field(
+        "adamw",
+        "optimizer; muon: Muon for the matrices of the blocks, AdamW for all else (ZeRO 0); sgd is for layout tests",
+    )
     beta1: float = field(0.9, "AdamW's first-moment decay", ge=0, lt=1)
     beta2: float = field(0.999, "AdamW's second-moment decay", ge=0, lt=1)
     epsilon: float = field(1e-8, "AdamW's epsilon", gt=0)
     weight_decay: float = field(0.0, "decoupled weight decay", ge=0)
     warmup_images: int = field(0, "images over which the learning rate rises linearly from 0", ge=0)
-    decay: Literal["constant", "linear", "cosine"] = field("constant", "learning rate after the warm-up, to the end")
-    final_ratio: float = field(0.0, "learning rate at the end over the peak (linear, cosine)", ge=0, le=1)
+    decay: Literal["constant", "linear", "cosine", "wsd"] = field(
+        "constant", "learning rate after the warm-up, to the end; wsd: constant, then linear over the last decay_images"
+    )
+    decay_images: int | None = field(None, "wsd: images at the end of the run over which the rate falls", ge=1)
+    final_ratio: float = field(0.0, "learning rate at the end over the peak (linear, cosine, wsd)", ge=0, le=1)
     clip_grad_norm: float | None = field(None, "upper bound of the global gradient norm; null: none", gt=0)
     uw_learning_rate: float = field(0.025, "learning rate of the uncertainty weights", gt=0)
 
+    @model_validator(mode="after")
+    def _decay_length_fits(self) -> OptimizerConfig:
+        if (self.decay == "wsd") != (self.decay_images is not None):
+            legal = "a number of images" if self.decay == "wsd" else "null, or optimizer.decay wsd"
+            raise ValueError(f"decay_images: {self.decay_images} with decay {self.decay}; legal: {legal}")
+        return self
+
 
 class EmaConfig(Section):
-    decay: float = field(0.9999, "EMA decay per step", ge=0, lt=1)
+    decay: float = field(0.9999, "EMA decay per step of the average that samples and validation use", ge=0, lt=1)
     warmup: bool = field(
         True, "use min(decay, (1 + step) / (10 + step)), so that an early EMA does not keep the initial weights"
     )
+    decays: list[Annotated[float, Field(ge=0, lt=1)]] = field([], "decays per step of further averages")
+    sigma_rel: list[Annotated[float, Field(gt=0, lt=MAX_SIGMA_REL)]] = field(
+        [], "relative widths of power-function averages (EDM2), such as [0.05, 0.1]"
+    )
+    snapshot_images: int | None = field(
+        None, "images between two stored snapshots of the power-function averages, for sdit ema; null: none", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> EmaConfig:
+        for key, values in (("decays", [self.decay, *self.decays]), ("sigma_rel", self.sigma_rel)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {getattr(self, key)} holds a value twice (or ema.decay); legal: each once")
+        if self.snapshot_images is not None and not self.sigma_rel:
+            raise ValueError(f"snapshot_images: {self.snapshot_images} without ema.sigma_rel; legal: null")
+        return self
+
+    @property
+    def constant_decays(self) -> dict[str, float]:
+        """The decays of the averages with a constant decay, by their name in checkpoints. `ema` is the first one."""
+        return {"ema": self.decay} | {f"ema-{decay!r}": decay for decay in self.decays}
+
+    @property
+    def widths(self) -> dict[str, float]:
+        """The relative widths of the power-function averages, by their name in checkpoints."""
+        return {f"ema-sigma-{sigma!r}": sigma for sigma in self.sigma_rel}
 
 
 class PriorConfig(Section):

@@ -36,11 +36,32 @@ class TrainConfig(Section):
     )
     rollback_on_spike: bool = field(False, "also roll back after a loss spike, if rollbacks are left")
     spike_deviations: float = field(8.0, "loss this many standard deviations above its mean is logged as a spike", gt=0)
+    init_from: PathText | None = field(
+        None,
+        "weights that a new run starts from: a run, a checkpoint, a published .pt or .safetensors file, a safetensors "
+        "index, or a diffusers folder; null: random weights",
+        min_length=1,
+    )
+    init_ema: bool = field(True, "of init_from, read the averaged weights if it has them; false: the last weights")
+    init_allow: list[Literal["positions", "labels"]] = field(
+        [],
+        "what init_from may hold for another model: positions (another resolution; computed anew), labels (another number "
+        "of classes; the label table is drawn anew)",
+    )
+    freeze: list[Annotated[str, Field(min_length=1)]] = field(
+        [], "patterns of parameters that are not trained, such as [blocks.*, '*_embedder.*']; * fits any text"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.steps is not None and self.images is not None:
             raise ValueError(f"images: {self.images} and steps {self.steps} are both set; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _init_is_used(self) -> TrainConfig:
+        if self.init_allow and self.init_from is None:
+            raise ValueError(f"init_allow: {self.init_allow} without init_from; legal: [] or a path in train.init_from")
         return self
 
     @property

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sdit.distributed.shards import ReplicaShare, Shard
+from sdit.distributed.shards import MOMENTS, ReplicaShare, Shard
 
 
 class OptimizerBackend:
@@ -91,7 +91,7 @@ class NoZero(OptimizerBackend):
                 compute.view(-1).narrow(0, shard.start, shard.numel).copy_(shard.master)
 
     def replicas(self) -> dict[str, ReplicaShare]:
-        return {name: _share(replica_group(parameter)) for parameter, name in self._names.items()}
+        return {name: replica_share(parameter) for parameter, name in self._names.items()}
 
     def _find(self) -> Iterator[Shard]:
         basic = self._engine.basic_optimizer
@@ -206,21 +206,25 @@ def replica_group(parameter: nn.Parameter) -> Any:
     return dist.group.WORLD if name is None else groups._get_expert_data_parallel_group(name)
 
 
-def _share(group: Any) -> ReplicaShare:
+def replica_share(parameter: nn.Parameter) -> ReplicaShare:
+    """Return this rank's share among the ranks with the same values of a parameter."""
+    group = replica_group(parameter)
     return ReplicaShare(dist.get_rank(group), dist.get_world_size(group))
 
 
-def create_moments(engine: Any, keys: tuple[str, ...]) -> None:
+def create_moments(engine: Any) -> None:
     """Create the optimizer's moments as zeros. torch creates them at the first step, but a load needs them earlier.
 
     A fused optimizer counts its steps on the device.
     """
     basic = engine.basic_optimizer
     for group in basic.param_groups:
+        keys = MOMENTS[group["kind"]]
         for flat in group["params"]:
             if keys and not basic.state[flat]:
                 device = flat.device if group.get("fused") else torch.device("cpu")
-                basic.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+                steps = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+                basic.state[flat] = steps if "exp_avg" in keys else {}
                 for key in keys:
                     basic.state[flat][key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
 

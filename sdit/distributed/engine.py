@@ -17,9 +17,10 @@ from sdit.distributed.deepspeed_internals import (
     import_muon_uncompiled,
     optimizer_backend,
     replica_group,
+    replica_share,
     set_optimizer_steps,
 )
-from sdit.distributed.shards import MOMENTS, owned_shards
+from sdit.distributed.shards import MOMENTS, Shard, owned_shards
 from sdit.transfers import upload
 
 
@@ -27,6 +28,7 @@ class Engine:
     """A training module under DeepSpeed.
 
     `local` are all shards of float32 state in this rank's memory. `owned` are the shards that this rank writes and averages.
+    `frozen_local` and `frozen_owned` are the same of parameters that are not trained, which have masters only.
     """
 
     def __init__(
@@ -35,7 +37,6 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         deepspeed_config: dict[str, Any],
         comm: Comm,
-        kind: str,
     ) -> None:
         import deepspeed
 
@@ -46,12 +47,17 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=None, config=deepspeed_config, dist_init_required=False
         )
-        self.moment_keys = MOMENTS[kind]
-        create_moments(self.deepspeed, self.moment_keys)
+        kinds = {group["kind"] for group in optimizer.param_groups}
+        self.moment_keys = tuple(key for kind in sorted(kinds) for key in MOMENTS[kind])
+        create_moments(self.deepspeed)
+        self.set_steps(0)  # DeepSpeed takes a step on zero gradients to create the moments (ZeRO 0 in bf16)
         self._backend = optimizer_backend(self.deepspeed)
         self.local = self._backend.shards()
         self.owned = owned_shards(self.local, self._backend.replicas())
         self._restore_exact_masters(exact)
+        self.frozen_local = [self._frozen_shard(name, exact[name]) for name in sorted(self._frozen())]
+        shares = {name: replica_share(parameter) for name, parameter in self._frozen().items()}
+        self.frozen_owned = owned_shards(self.frozen_local, shares)
 
     @property
     def module(self) -> nn.Module:
@@ -111,6 +117,9 @@ class Engine:
     def sync_compute_weights(self) -> None:
         """Copy the masters into the compute weights of each rank, after a load or a migration of experts."""
         self._backend.sync_compute_weights()
+        parameters = self._frozen()
+        for shard in self.frozen_local:
+            parameters[shard.name].detach().copy_(shard.flat)
 
     def set_steps(self, steps: int) -> None:
         set_optimizer_steps(self.deepspeed, steps)
@@ -155,6 +164,16 @@ class Engine:
         """Set the masters to the unrounded weights. In bf16 DeepSpeed creates them from rounded weights."""
         for shard in self.local:
             shard.master.copy_(exact[shard.name].view(-1).narrow(0, shard.start, shard.numel))
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are not trained, by name."""
+        return {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+
+    def _frozen_shard(self, name: str, exact: Tensor) -> Shard:
+        """Return the shard of a whole parameter that is not trained. In float32 its master is the parameter itself."""
+        parameter = self.module.get_parameter(name).detach()
+        master = parameter if parameter.dtype == torch.float32 else exact.to(parameter.device)
+        return Shard(name, tuple(master.shape), 0, master.numel(), master, 0, self.deepspeed.basic_optimizer)
 
 
 def _quiet_deepspeed() -> None:

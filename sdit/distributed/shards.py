@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+MOMENTS: dict[str, tuple[str, ...]] = {  # of an optimizer, by its kind
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+    "sgd": (),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class Shard:
     def master(self) -> Tensor:
         """The master weights, a float32 view (numel,)."""
         return self.flat.detach().view(-1).narrow(0, self.offset, self.numel)
+
+    def has_moment(self, key: str) -> bool:
+        """Return True if the optimizer keeps this moment for the shard."""
+        return key in self.optimizer.state[self.flat]
 
     def moment(self, key: str) -> Tensor:
         """Return an optimizer moment, a float32 view (numel,)."""

@@ -50,10 +50,15 @@ class ExpertParallel:
         self._table: RoutingTable | None = None
         self._next_plan: DevicePlan | None = None
 
-    def shard(self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None]) -> None:
-        """Leave each router of a model on the meta device the experts of this rank, and initialise the weights."""
+    def shard(
+        self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool = True
+    ) -> None:
+        """Leave each router of a model on the meta device the experts of this rank, and initialise the weights.
+
+        `is_random`: `init_weights` draws them. Otherwise they are given, and the experts may differ from zero.
+        """
         self._model = model
-        self.placed.shard(model, init_weights)
+        self.placed.shard(model, init_weights, is_random)
         if self.is_planned:
             model.dispatcher = self
 

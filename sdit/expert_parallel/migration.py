@@ -58,22 +58,21 @@ def migrate(comm: Comm, state: MigratableState, rename: Callable[[], None]) -> N
 
 
 def expert_state(
-    local: Sequence[Shard],
-    owned: Sequence[Shard],
-    moment_keys: Sequence[str],
-    averages: Sequence[Tensor],
+    sources: Sequence[Shard],
+    source: Sequence[Tensor],
+    targets: Sequence[Shard],
+    target: Sequence[Tensor],
     ids: ExpertIds,
-) -> list[ExpertState]:
-    """Return the state of all sharded experts: masters, moments and `averages` (one tensor per owned shard)."""
-    targets = [shard for shard in local if ids(shard.name) is not None]
-    indices = [index for index, shard in enumerate(owned) if ids(shard.name) is not None]
-    sources = [owned[index] for index in indices]
-    kinds = [ExpertState(sources, [s.master for s in sources], targets, [t.master for t in targets])]
-    for key in moment_keys:
-        moments = [s.moment(key) for s in sources], [t.moment(key) for t in targets]
-        kinds.append(ExpertState(sources, moments[0], targets, moments[1]))
-    ema = [averages[index] for index in indices]
-    return [*kinds, ExpertState(sources, ema, sources, ema)]
+) -> ExpertState:
+    """Return one kind of state (one tensor per shard), restricted to the shards of sharded experts."""
+    from_experts = [index for index, shard in enumerate(sources) if ids(shard.name) is not None]
+    to_experts = [index for index, shard in enumerate(targets) if ids(shard.name) is not None]
+    return ExpertState(
+        [sources[index] for index in from_experts],
+        [source[index] for index in from_experts],
+        [targets[index] for index in to_experts],
+        [target[index] for index in to_experts],
+    )
 
 
 def _ranges(shards: Sequence[Shard], values: Sequence[Tensor], ids: ExpertIds) -> list[Range]:

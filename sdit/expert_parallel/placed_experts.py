@@ -11,17 +11,16 @@ from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.migration import MigratableState, migrate
 from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
-from sdit.expert_parallel.sharded_experts import ShardedExperts
+from sdit.expert_parallel.sharded_experts import ShardedExperts, TrainedShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.dit import Router
-from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts
 
 
 class PlacedExperts:
     """The `placement` of a run, and the `layers` of local experts, one per block (none if a rank owns all experts).
 
-    `is_restored`: the placement is a checkpoint's.
+    `is_restored`: the placement is a checkpoint's. `starts_random`: the run begins with random weights, not with given ones.
     """
 
     def __init__(self, model: ModelConfig, comm: Comm, ranks: int, ep_rank: int) -> None:
@@ -31,9 +30,13 @@ class PlacedExperts:
         self.placement = ExpertPlacement(in_order, np.zeros(in_order.shape, dtype=bool), ranks)
         self.layers: tuple[ShardedExperts, ...] = ()
         self.is_restored = False
+        self.starts_random = True
 
-    def shard(self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None]) -> None:
+    def shard(
+        self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool
+    ) -> None:
         """Leave each router of a model on the meta device the experts of this rank, and initialise the weights."""
+        self.starts_random = is_random
         experts = self._config.experts
         if self._ranks > 1:
             for router, ids_of_rank in zip(model.routers, self.placement.experts_of_rank, strict=True):
@@ -41,10 +44,12 @@ class PlacedExperts:
         model.to_empty(device=self._comm.device)
         init_weights(model)
         if self._ranks > 1:
-            for router in model.routers:
-                assert isinstance(router, Router) and isinstance(router.experts, Experts)
-                router.experts = ShardedExperts(router.experts, experts.count, self._ranks)
-                self.layers += (router.experts,)
+            routers = [router for router in model.routers if isinstance(router, Router)]
+            is_trained = any(parameter.requires_grad for router in routers for parameter in router.experts.parameters())
+            layer = TrainedShardedExperts if is_trained else ShardedExperts
+            self.layers = tuple(layer(router.experts, experts.count, self._ranks) for router in routers)
+            for router, sharded in zip(routers, self.layers, strict=True):
+                router.experts = sharded  # type: ignore[assignment]
 
     def stored(self) -> dict[str, Any]:
         """Return the placement as a checkpoint carries it."""

@@ -55,7 +55,7 @@ class Rebalancer:
         if better is None:
             return None
         placement, reason = better
-        are_zero = images_seen == 0 and self._config.experts.kind == "linear"
+        are_zero = images_seen == 0 and self._config.experts.kind == "linear" and self._placed.starts_random
         return Rebalanced(reason, self._placed.adopt(placement, None if are_zero else state))
 
     def better_placement(

@@ -11,16 +11,14 @@ from sdit.distributed.deepspeed_internals import expert_group_name, make_expert_
 from sdit.model.moe.base import Experts
 
 
-class ShardedExperts(MoE):
-    """DeepSpeed's MoE layer around the local stack of experts. Gate and dispatch are sdit's.
+class ShardedExperts(nn.Module):
+    """A layer around the local stack of experts. Gate and dispatch are sdit's.
 
-    The engine finds the layer by its type, and its parameters (M_local, ...) by `allreduce = False` and `group_name`. ZeRO
-    reduces and partitions them over the expert-data-parallel group. MoE's constructor is not called, because it would build
-    token gates.
+    DeepSpeed finds its parameters (M_local, ...) by `allreduce = False` and `group_name`.
     """
 
     def __init__(self, local: Experts, count: int, ranks: int) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not MoE's constructor, which would build token gates
         self.num_experts, self.ep_size, self.num_local_experts = count, ranks, count // ranks
         self.expert_group_name = expert_group_name(ranks)
         self.enable_expert_tensor_parallelism = self.use_residual = False
@@ -29,10 +27,6 @@ class ShardedExperts(MoE):
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Create DeepSpeed's groups, once for all layers. The engine calls this."""
-        make_expert_groups(self.ep_size)
 
     @property
     def local(self) -> Experts:
@@ -48,7 +42,19 @@ class ShardedExperts(MoE):
         """Set the ids of the rows after a new placement moved their contents."""
         self.local.ids = tuple(ids)
 
-    def forward(self, z: Tensor, gates: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of the local experts only, for gates (B, M_local)."""
         mixed: Tensor = self.local(z, gates)
         return mixed
+
+
+class TrainedShardedExperts(ShardedExperts, MoE):
+    """Sharded experts as DeepSpeed's engine finds them, by the type of its MoE layer.
+
+    ZeRO reduces and partitions their parameters over the expert-data-parallel group. It refuses a model with such layers in
+    which no expert is trained.
+    """
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create DeepSpeed's groups, once for all layers. The engine calls this."""
+        make_expert_groups(self.ep_size)

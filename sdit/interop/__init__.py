@@ -3,6 +3,7 @@
 from sdit.interop.flow_weights import FLOW_MODEL, convert_flow_weights
 from sdit.interop.names import published_names
 from sdit.interop.published import fixed_tables, load_published, published_buffers, to_published
+from sdit.interop.reading import read_weights
 from sdit.interop.weight_files import SUFFIXES, read_published_file, write_published_file
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "published_buffers",
     "published_names",
     "read_published_file",
+    "read_weights",
     "to_published",
     "write_published_file",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
 
 
 @torch.no_grad()
-def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray]) -> None:
+def load_published(
+    model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray], kept: Collection[str] = ()
+) -> None:
     """Copy published weights (tensors or arrays) of any float dtype into the model.
 
-    The model may hold a subset of the M experts.
+    The model may hold a subset of the M experts. The parameters in `kept` stay as they are, and are not in the mapping.
 
     Raises: ConfigError: if names, shapes or fixed buffers do not fit the model's config. Nothing is copied then.
     """
@@ -37,7 +39,7 @@ def load_published(model: DiffusionTransformer, mapping: Mapping[str, Tensor | n
         given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    wanted = dict(model.named_parameters())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in kept}
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
     if missing or unexpected:

@@ -27,11 +27,13 @@ STATES = {  # keys under which training code stores a kind of weights
 }
 
 
-def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
+def read_published_file(
+    path: str | Path, weights: Literal["ema", "model"] = "ema", or_model: bool = False
+) -> dict[str, Tensor]:
     """Return tensors by published name from a .safetensors file or a file of torch.save. No code in the file is run.
 
     In a file of torch.save, the tensors are at the top level or under a key such as `ema`, `model` or `state_dict`. Wrapper
-    names of torch.compile, DDP and FSDP are removed.
+    names of torch.compile, DDP and FSDP are removed. With `or_model`, a file without averaged weights gives its last weights.
 
     Raises: CheckpointError: if the file cannot be read or holds no such weights. The message names the file.
     """
@@ -43,7 +45,17 @@ def read_published_file(path: str | Path, weights: Literal["ema", "model"] = "em
         raise
     except Exception as error:  # a damaged file can raise any error in the readers
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    return weights_in(payload, path, weights, or_model)
+
+
+def weights_in(payload: Any, path: Path, weights: Literal["ema", "model"], or_model: bool = False) -> dict[str, Tensor]:
+    """Return tensors by published name from the content of the file at `path`, as `read_published_file` does.
+
+    Raises: CheckpointError: if it holds no such weights, or numbers that are not finite.
+    """
     state = _find_state(payload, weights)
+    if state is None and or_model:
+        state = _find_state(payload, "model")
     if state is None:
         if isinstance(payload, dict) and not any(key in payload for key in (*STATES[weights], "state_dict")):
             raise CheckpointError(f"{path}: holds no {weights!r}; it holds {listed(map(str, payload))}")

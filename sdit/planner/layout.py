@@ -12,6 +12,7 @@ from sdit.diffusion import build_objective
 from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
 from sdit.model.moe.base import Experts
 from sdit.topology import BatchPlan
+from sdit.train.freezing import freeze
 
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
 ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this x the ranks that share it
@@ -63,6 +64,7 @@ class Group:
 class Job:
     """A config on `world` ranks with `per_node` ranks per node under a ZeRO stage: the input of all estimates.
 
+    `groups` are the trained parameters, `frozen` those of `train.freeze`, which have no optimizer state.
     `keeps_gradients` is True under DeepSpeed's BF16_Optimizer. It keeps all gradients in float32 for the whole run, and has no
     bucket.
     """
@@ -78,6 +80,7 @@ class Job:
     batch: BatchPlan
     expert_parallel: int
     groups: tuple[Group, ...]
+    frozen: tuple[Group, ...]
     parameters: ParameterCount
 
     @property
@@ -87,8 +90,13 @@ class Job:
 
     @property
     def numel(self) -> int:
-        """The number of parameters that one rank computes with."""
+        """The number of parameters that one rank trains."""
         return sum(group.numel for group in self.groups)
+
+    @property
+    def frozen_numel(self) -> int:
+        """The number of parameters that one rank computes with and does not train."""
+        return sum(group.numel for group in self.frozen)
 
 
 def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int, per_node: int) -> Job:
@@ -99,9 +107,13 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
     run = resolve_run(config, deepspeed, source, world, per_node)
     zero = run.deepspeed["zero_optimization"]
     model = build_model(config.model, device="meta")
+    freeze(model, config.train.freeze)
     objective = build_objective(config.diffusion, config.model.timesteps)
     learned = tuple(parameter.numel() for parameter in objective.parameters())
-    groups = [*_model_groups(model, world, run.expert_parallel), *([Group(learned, world, False)] if learned else [])]
+    groups = [
+        *_model_groups(model, world, run.expert_parallel, True),
+        *([Group(learned, world, False)] if learned else []),
+    ]
     return Job(
         config=config,
         world=world,
@@ -114,19 +126,26 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
         batch=run.batch,
         expert_parallel=run.expert_parallel,
         groups=tuple(groups),
+        frozen=tuple(_model_groups(model, world, run.expert_parallel, False)),
         parameters=count_parameters(model),
     )
 
 
-def _model_groups(model: DiffusionTransformer, world: int, expert_parallel: int) -> Iterator[Group]:
-    """Yield the group of dense parameters and, if experts are sharded, that of the local experts, shared by fewer ranks."""
+def _model_groups(model: DiffusionTransformer, world: int, expert_parallel: int, trained: bool) -> Iterator[Group]:
+    """Yield the group of dense parameters and, if experts are sharded, that of the local experts, shared by fewer ranks.
+
+    They are the parameters that are `trained`, or those that are not.
+    """
     dense, local = [], []
     for name, parameter in model.named_parameters():
+        if parameter.requires_grad != trained:
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if expert_parallel > 1 and isinstance(owner, Experts):
             local.append(parameter.numel() // expert_parallel)
         else:
             dense.append(parameter.numel())
-    yield Group(tuple(dense), world, False)
+    if dense:
+        yield Group(tuple(dense), world, False)
     if local:
         yield Group(tuple(local), world // expert_parallel, True)

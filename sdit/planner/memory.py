@@ -12,7 +12,7 @@ from sdit.config import ModelConfig
 from sdit.planner.layout import Group, Job
 from sdit.planner.traffic import Exchange
 
-MOMENTS = {"adamw": 2, "sgd": 0}
+MOMENTS = {"adamw": 2, "muon": 2, "sgd": 0}  # the most per parameter: Muon itself has one
 NORM_STATS = {"layer": 2, "rms": 1, "none": 0}  # float32 numbers that a norm saves for each vector
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -90,22 +90,31 @@ def state_bytes(job: Job, rank: int) -> State:
     Masters and moments have DeepSpeed's padding, the EMA has none.
     """
     moments = 4 * MOMENTS[job.config.optimizer.kind]
-    weights = masters = moment_bytes = ema = 0
+    averages = 4 * average_count(job)
+    weights = job.frozen_numel * job.element_bytes
+    masters = frozen_masters = 0 if job.element_bytes == 4 else 4 * job.frozen_numel
+    moment_bytes = ema = 0
     for group in job.groups:
         index = index_of(group, job, rank)
         if job.stage:
             weights += group.padded * job.element_bytes
             masters += 4 * group.partition_numel
             moment_bytes += moments * group.partition_numel
-            ema += 4 * group.unpadded(index)
+            ema += averages * group.unpadded(index)
             continue
         weights += group.numel * job.element_bytes
         masters += 0 if job.element_bytes == 4 else 4 * group.numel
         moment_bytes += moments * group.numel
         shard_numels = [-(-numel // group.ranks) for numel in group.numels]
         owned = (min(shard, max(0, n - index * shard)) for shard, n in zip(shard_numels, group.numels, strict=True))
-        ema += 4 * sum(owned)
-    return State(weights, masters, moment_bytes, ema, masters + moment_bytes + ema if job.offload else 0)
+        ema += averages * sum(owned)
+    offloaded = masters - frozen_masters + moment_bytes + ema if job.offload else 0
+    return State(weights, masters, moment_bytes, ema, offloaded)
+
+
+def average_count(job: Job) -> int:
+    """Return the number of averages of the weights."""
+    return len(job.config.ema.constant_decays) + len(job.config.ema.widths)
 
 
 def lasting_gradient_bytes(job: Job) -> int:
@@ -223,10 +232,11 @@ def working_bytes(job: Job) -> int:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """Return the bytes of state in one checkpoint over all ranks: masters, EMA and moments in float32.
+    """Return the bytes of state in one checkpoint over all ranks: masters, averages and moments in float32.
 
     Names and manifest are not included.
     """
     expert_numel = sum(group.numel for group in job.groups if group.experts)
     numel = job.numel + expert_numel * (job.expert_parallel - 1)
-    return 4 * (2 + MOMENTS[job.config.optimizer.kind]) * numel
+    frozen = sum(group.numel * (job.expert_parallel if group.experts else 1) for group in job.frozen)
+    return 4 * ((1 + average_count(job)) * (numel + frozen) + MOMENTS[job.config.optimizer.kind] * numel)

@@ -19,19 +19,26 @@ from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.model.moe.kernels import has_triton
+from sdit.train.freezing import freeze
+from sdit.train.initial_weights import read_initial_weights
 from sdit.train.module import TrainModule
+from sdit.train.muon import MuonWithAdamW
 
 WrapEngine = Callable[[Engine], Engine]
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a rank trains: the model with the experts of this rank, its objective, and DeepSpeed's engine of both."""
+    """What a rank trains: the model with the experts of this rank, its objective, and DeepSpeed's engine of both.
+
+    `origin` says in one line which weights a new run starts from. It is empty for random ones.
+    """
 
     model: DiffusionTransformer
     experts: ExpertParallel
     objective: Objective
     engine: Engine
+    origin: str
 
 
 def check_run(run: ResolvedRun) -> None:
@@ -43,23 +50,37 @@ def check_run(run: ResolvedRun) -> None:
 def build_network(run: ResolvedRun, comm: Comm, found: Found | None, wrap_engine: WrapEngine | None = None) -> Network:
     """Return the network with its initial weights. `wrap_engine` replaces the engine; only tests pass it."""
     config = run.config
-    model, experts = build_sharded_model(run, comm, found)
+    model, experts, origin = build_sharded_model(run, comm, found)
     objective = build_objective(config.diffusion, config.model.timesteps).to(comm.device)
     engine = build_engine(run, comm, model, objective)
-    return Network(model, experts, objective, wrap_engine(engine) if wrap_engine else engine)
+    return Network(model, experts, objective, wrap_engine(engine) if wrap_engine else engine, origin)
 
 
 def build_sharded_model(
     run: ResolvedRun, comm: Comm, found: Found | None
-) -> tuple[DiffusionTransformer, ExpertParallel]:
-    """Return the model with its initial weights, and with the experts of this rank only."""
+) -> tuple[DiffusionTransformer, ExpertParallel, str]:
+    """Return the model with its initial weights, and with the experts of this rank only; and the weights' origin in one line.
+
+    A run that continues from a checkpoint does not read `train.init_from`.
+    Raises: ConfigError, CheckpointError: see `read_initial_weights` and `freeze`.
+    """
     config = run.config
+    initial = read_initial_weights(config.train, comm) if found is None else None
+    origin = ""
+
+    def initialise(built: DiffusionTransformer) -> None:
+        nonlocal origin
+        init_weights(built, config.seed)
+        if initial is not None:
+            origin = initial.copy_into(built)
+        freeze(built, config.train.freeze)
+
     experts = ExpertParallel(config, run.batch, comm, run.expert_parallel)
     if found is not None:
         experts.restore(found.manifest.get("expert_layout"))
     model = build_model(config.model, device="meta")
-    experts.shard(model, lambda built: init_weights(built, config.seed))
-    return model, experts
+    experts.shard(model, initialise, is_random=found is None and initial is None)
+    return model, experts, origin
 
 
 def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, objective: Objective) -> Engine:
@@ -68,8 +89,8 @@ def build_engine(run: ResolvedRun, comm: Comm, model: DiffusionTransformer, obje
     module = TrainModule(model, objective, config.prior.weight, config.balance.weight)
     wrap_layers(model, config, comm.device)
     is_fused = comm.device.type == "cuda" and not offloads_optimizer(run.deepspeed)
-    optimizer = make_optimizer(parameter_groups(module), config.optimizer, is_fused)
-    return Engine(module, optimizer, run.deepspeed, comm, config.optimizer.kind)
+    optimizer = make_optimizer(parameter_groups(module, config.optimizer.kind), config.optimizer, is_fused)
+    return Engine(module, optimizer, run.deepspeed, comm)
 
 
 def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
@@ -99,25 +120,39 @@ def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> boo
     return device.type == "cuda" and has_triton()
 
 
-def parameter_groups(module: TrainModule) -> list[dict[str, Any]]:
-    """Optimizer groups: the network, and the uncertainty weights with a learning rate of their own."""
+def parameter_groups(module: TrainModule, kind: str) -> list[dict[str, Any]]:
+    """Return the optimizer groups of the trained parameters; `kind` is `optimizer.kind`, and that of each group.
+
+    They are the network, its matrices under Muon, and the uncertainty weights with a learning rate of their own.
+    """
     roles: list[tuple[str, nn.Module]] = [("model", module.model), ("uw", module.objective)]
+    rest = "adamw" if kind == "muon" else kind
     groups: list[dict[str, Any]] = []
     for role, part in roles:
         named: dict[str | None, list[nn.Parameter]] = {None: []}
-        for parameter in part.parameters():
-            named.setdefault(expert_group_of(parameter), []).append(parameter)
-        groups.append({"params": named.pop(None), "role": role, "name": role})
-        for name, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
-            groups.append({"params": sharded, "role": role, "name": name, "moe": True})
+        matrices: list[nn.Parameter] = []
+        for name, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if kind == "muon" and name.startswith("blocks.") and parameter.dim() == 2:
+                matrices.append(parameter)
+            else:
+                named.setdefault(expert_group_of(parameter), []).append(parameter)
+        groups.append({"params": named.pop(None), "role": role, "name": role, "kind": rest})
+        groups.append({"params": matrices, "role": role, "name": "matrices", "kind": kind})
+        for group, sharded in named.items():  # DeepSpeed wants sharded experts in groups of their own
+            groups.append({"params": sharded, "role": role, "name": group, "moe": True, "kind": rest})
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool = False) -> torch.optim.Optimizer:
-    """AdamW (or plain SGD, for layout tests); no weight decay on the uncertainty weights. `fused`: one kernel per update."""
-    groups = [{**group, "weight_decay": config.weight_decay if group["role"] == "model" else 0.0} for group in groups]
+    """Return the optimizer of `optimizer.kind`. The uncertainty weights have no weight decay. `fused`: AdamW in one kernel."""
+    decays = {"model": config.weight_decay, "uw": 0.0}
+    groups = [{**group, "weight_decay": decays[group["role"]]} for group in groups]
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
+    if config.kind == "muon":
+        return MuonWithAdamW(groups, config)
     betas = (config.beta1, config.beta2)
     # None leaves the choice to torch, as before.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused or None)

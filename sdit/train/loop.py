@@ -50,6 +50,8 @@ class Trainer:
                 continue
             state.clock = span.clock
             self._report(record, span)
+            if tasks.snapshots.due(span):
+                tasks.snapshots.save()
             if tasks.checkpoints.due(span):
                 tasks.checkpoints.save()
             if tasks.routing.due(span) and observers.called:
@@ -70,6 +72,7 @@ class Trainer:
     def _roll_back(self, reason: str) -> None:
         """Continue from the newest checkpoint. Raises: DataError, see `Checkpoints.roll_back`."""
         text = self.tasks.checkpoints.roll_back(reason)
+        self.tasks.snapshots.begin()
         self.step.forget()
         self.batches.rewind()
         self.context.observers.on_rollback(self.context.state.clock, text)

@@ -14,7 +14,11 @@ from sdit.errors import CheckpointError, ConfigError
 from sdit.redact import redact
 
 LENGTH_KEYS = ("train.steps", "train.images")
-FIXED = ("seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams")
+FIXED = (
+    "seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams", "train.freeze",
+)  # fmt: skip
+INIT_KEYS = ("train.init_from", "train.init_ema", "train.init_allow")
+AVERAGE_KEYS = ("ema.decays", "ema.sigma_rel")
 FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
 
 
@@ -90,6 +94,10 @@ def _effect(key: str, resumed: Resumed, config: Config, clock: Clock) -> str:
     """What the change of a key does: its line of --help, and for length and batch what becomes of the run."""
     described = {name: info.description or "" for name, info, _ in config_keys()}
     texts = [described[key]] if described.get(key) else []
+    if key in INIT_KEYS:
+        texts = ["no effect: only a new run reads train.init_from, and this one continues from its checkpoint"]
+    if key in AVERAGE_KEYS:
+        texts.append("an average that the checkpoint does not hold starts at the checkpoint's weights")
     if key in LENGTH_KEYS:
         texts.append(_length(resumed, clock))
     if key == "train.global_batch":

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from sdit.clock import StepSpan, ema_decay, learning_rate_factor
+from sdit.clock import StepSpan, learning_rate_factor
 from sdit.contracts import Batch
 from sdit.errors import DataError
 from sdit.model import Assignment
@@ -169,5 +169,5 @@ class TrainStep:
         rates = {"model": factor * optimizer.learning_rate, "uw": factor * optimizer.uw_learning_rate}
         limit = optimizer.clip_grad_norm
         self._context.engine.step(limit / grad_norm if limit and grad_norm > limit else 1.0, rates)
-        self._context.state.ema.update(ema_decay(self._config.ema, span.clock.steps))
+        self._context.state.ema.update(span)
         return rates["model"]

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdit.checkpoint.snapshots import SnapshotStore
 from sdit.checkpoint.store import Found
 from sdit.data.loader import Loader
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.decode import latent_decoder
 from sdit.train.sampling import GridSampler, RoutingMaps
+from sdit.train.snapshots import Snapshots
 from sdit.train.validation import Validator
 
 
@@ -20,13 +22,14 @@ class PeriodicTasks:
     """What a run does between two steps. Each task says itself when it is due."""
 
     validator: Validator
+    snapshots: Snapshots
     checkpoints: Checkpoints
     routing: RoutingMaps
     sampler: GridSampler
 
 
 def build_tasks(
-    context: TrainContext, held_out: Loader | None, labels: np.ndarray, found: Found | None
+    context: TrainContext, held_out: Loader | None, labels: np.ndarray, found: Found | None, snapshots: SnapshotStore
 ) -> PeriodicTasks:
     """Return the periodic tasks of a run. Raises: ConfigError for a sample.vae that does not fit."""
     config = context.run.config
@@ -34,6 +37,7 @@ def build_tasks(
     started_from = None if found is None else found.folder
     return PeriodicTasks(
         Validator(context, config.validation, held_out),
+        Snapshots(context, config.ema, snapshots),
         Checkpoints(context, config.checkpoint, config.train.rollbacks, started_from),
         RoutingMaps(context, sampler, config.observe.routing_every_images),
         sampler,

@@ -31,6 +31,11 @@ class Validator:
         global_batch = context.run.batch.global_batch
         self._images = -(-config.images // global_batch) * global_batch
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the run has held-out images."""
+        return self._loader is not None
+
     def due(self, span: StepSpan) -> bool:
         """Return whether validation is due after a step: at its interval, and at the end."""
         return self._loader is not None and (span.crosses(self._config.every_images) or span.at_end)

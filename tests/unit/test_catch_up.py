@@ -82,7 +82,7 @@ def context_at(clock: Clock, keeper: Keeper) -> tuple[TrainContext, GridSampler]
 
 def tasks_of(context: TrainContext, sampler: GridSampler) -> PeriodicTasks:
     never: Any = SimpleNamespace(due=lambda _span: False)
-    return PeriodicTasks(never, never, RoutingMaps(context, sampler, None), sampler)
+    return PeriodicTasks(never, never, never, RoutingMaps(context, sampler, None), sampler)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from sdit.cli.plan import main
-from sdit.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdit.config import Config, EmaConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
 from sdit.model import build_model
 from sdit.model.flops import flops_per_image
@@ -158,6 +160,34 @@ def test_state_of_all_ranks_together_is_the_model_once(world: int, stage: int) -
         padding = 16 * world * world * len(job.groups)
         assert 2 * whole <= sum(state.moments for state in states) <= 2 * whole + padding
     assert checkpoint_bytes(job) == 4 * whole
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (4, 1), (4, 2)])
+@pytest.mark.parametrize("pattern", ["blocks.*", "routers.*", "routers.*.experts.*"])
+def test_frozen_parameters_have_weights_only(world: int, stage: int, pattern: str) -> None:
+    config = model_config("switch", "linear")
+    job, full = (job_of(config, world, stage, 2, freeze=patterns) for patterns in ([pattern], []))
+    names = [(name, p.numel()) for name, p in build_model(config, device="meta").named_parameters()]
+    trained = sum(numel for name, numel in names if not fnmatchcase(name, pattern))
+    assert 0 < trained < job.parameters.total == full.parameters.total
+    states = [state_bytes(job, rank) for rank in range(world)]
+    assert sum(state.ema for state in states) == 4 * trained
+    assert checkpoint_bytes(job) == 4 * (2 * job.parameters.total + 2 * trained)
+    for state in states:
+        assert state.moments < state_bytes(full, 0).moments and state.masters <= state_bytes(full, 0).masters
+    assert abs(states[0].weights - state_bytes(full, 0).weights) <= 4 * 2 * world * 2  # padding of two groups
+    bf16 = [
+        state_bytes(job_of(config, world, stage, 2, freeze=f, precision="bf16"), 0).weights for f in ([pattern], [])
+    ]
+    assert 2 * bf16[0] == states[0].weights and 2 * bf16[1] == state_bytes(full, 0).weights
+
+
+def test_each_average_is_counted() -> None:
+    job = job_of(model_config("switch", "linear"), 2)
+    ema = EmaConfig(decays=[0.99], sigma_rel=[0.05, 0.1])
+    more = replace(job, config=job.config.model_copy(update={"ema": ema}))
+    assert state_bytes(more, 0).ema == 4 * state_bytes(job, 0).ema
+    assert checkpoint_bytes(more) - checkpoint_bytes(job) == 3 * 4 * job.parameters.total
 
 
 def test_bf16_halves_weights_and_keeps_float32_masters() -> None:

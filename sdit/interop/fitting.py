@@ -1,0 +1,104 @@
+"""Fits published weights to a model that differs from theirs: dense into Switch-DiT, another resolution, other classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdit.config import ModelConfig
+from sdit.errors import ConfigError
+from sdit.interop.published import POSITIONS
+from sdit.model.dit import DiffusionTransformer
+from sdit.model.embedding import grid_positions
+
+LABELS = "y_embedder.embedding_table.weight"
+ROUTERS = "routers."
+POSITION_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The `tensors` to copy by name, the names of the parameters that are `kept` as initialised, and what is new."""
+
+    tensors: dict[str, Tensor]
+    kept: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def fit_weights(model: DiffusionTransformer, given: Mapping[str, Tensor], allowed: Collection[str]) -> Fitted:
+    """Return what of the `given` weights the model takes. `allowed`: `train.init_allow`.
+
+    Experts and gates stay as initialised if the weights are of a model without routers. The experts then give zero, so that the
+    output is that of the dense model.
+
+    Raises: ConfigError: if positions or labels are of another model and not allowed, or positions are not sin-cos.
+    """
+    tensors, kept, notes = dict(given), set[str](), list[str]()
+    names = [name for name, _ in model.named_parameters()]
+    routers = [name for name in names if name.startswith(ROUTERS)]
+    if routers and not any(name.startswith(ROUTERS) for name in given):
+        kept |= set(routers)
+        notes.append("experts and gates are new, and the experts give zero: the output is that of the dense model")
+    positions = _other_positions(model.config, given)
+    if positions:
+        _require("positions", positions, allowed)
+        notes.append(f"{positions}: the model's own are used")
+        tensors = {name: values for name, values in tensors.items() if not _is_position(name)}
+    labels = _other_labels(model, given)
+    if labels:
+        _require("labels", labels, allowed)
+        notes.append(f"{labels}: the label table is drawn anew")
+        tensors.pop(LABELS, None)
+        kept |= {LABELS} & set(names)
+    return Fitted(tensors, frozenset(kept), tuple(notes))
+
+
+def _require(what: str, fact: str, allowed: Collection[str]) -> None:
+    if what not in allowed:
+        raise ConfigError(f"train.init_allow: {list(allowed)}, but {fact}; legal: with {what}, or weights that fit")
+
+
+def _is_position(name: str) -> bool:
+    return name == POSITIONS or name.startswith("feat_rope.")
+
+
+def _other_positions(config: ModelConfig, given: Mapping[str, Tensor]) -> str:
+    """Return how the resolution of the weights differs, or an empty string. Positions of another size must be those of it."""
+    ours = config.input_size // config.patch_size
+    sides: set[int] = set()
+    for name in filter(_is_position, given):
+        tokens = given[name].shape[-2] if given[name].dim() >= 2 else 0
+        side = math.isqrt(tokens)
+        if side == 0 or side * side != tokens:
+            raise ConfigError(f"train.init_from: {name} has shape {tuple(given[name].shape)}; legal: one row per token")
+        if side != ours:
+            _check_positions(name, given[name], side)
+            sides.add(side)
+    if not sides:
+        return ""
+    return f"its positions are of side {', '.join(map(str, sorted(sides)))}, the model's of side {ours}"
+
+
+def _check_positions(name: str, values: Tensor, side: int) -> None:
+    """Check positions of another size against those of their own side."""
+    want = grid_positions(side, values.shape[-1])
+    if name != POSITIONS:
+        from sdit.model.rope import rope_tables  # type: ignore[import-not-found,unused-ignore]
+
+        want = rope_tables(side, values.shape[-1], None)[name.endswith("sin")]
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0)
+    if values.shape != want.shape or not torch.allclose(values.float(), want, rtol=0, atol=tolerance):
+        raise ConfigError(
+            f"train.init_from: {name} is not the fixed table of side {side}; legal: positions as published"
+        )
+
+
+def _other_labels(model: DiffusionTransformer, given: Mapping[str, Tensor]) -> str:
+    """Return how the labels of the weights differ, or an empty string. A table has a row for each class and the null row."""
+    rows = len(given[LABELS]) if LABELS in given and given[LABELS].dim() == 2 else 0
+    theirs, ours = max(0, rows - 1), model.config.classes
+    return "" if theirs == ours else f"it has a table of {theirs} classes, model.classes is {ours}"
