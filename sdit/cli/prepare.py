@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sdit.cli.prepare_options import command_line
+from sdit.cli.prepare_options import ARCHIVES, command_line
 from sdit.cli.process import exit_status
 from sdit.errors import ExitCode
 
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.verify is None):
-        parser.error("give a source (digits, fashion-mnist, folder, latents) or --verify FOLDER")
+        parser.error(
+            "give a source (digits, fashion-mnist, folder, latents, webdataset, parquet, zip, npz, index) or --verify FOLDER"
+        )
     logging.basicConfig(format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what a terminal cannot show
@@ -55,6 +57,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
+    from sdit.cli.prepare_archives import archive_source
     from sdit.data.encoders import Encoder, latent_encoder, png_encoder
     from sdit.data.prepare import prepare
     from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
@@ -66,9 +69,12 @@ def _prepare(options: argparse.Namespace) -> int:
     elif options.source == "fashion-mnist":
         source = fashion_mnist_source(options.files, options.split, options.pad)
     else:
-        if options.source == "latents":
+        if getattr(options, "vae", None) is not None:
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)
-        source = _folder_source(options)
+        if options.source in ARCHIVES:
+            source = archive_source(options)
+        else:
+            source = _folder_source(options)
     jobs = options.jobs or _default_jobs(options, len(source))
     skip_bad = getattr(options, "skip_bad", False)
     allow_empty = getattr(options, "allow_empty_classes", False)
