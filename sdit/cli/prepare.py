@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdit.cli.prepare_options import ARCHIVES, command_line
@@ -41,27 +42,39 @@ def _default_jobs(options: argparse.Namespace, images: int) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from sdit.data.dataset import is_tar_index
     from sdit.data.index import read_index
     from sdit.data.prepare import verify
+    from sdit.data.tars_in_place import verify_tars
 
+    if is_tar_index(options.verify):
+        tars, problems = verify_tars(options.verify, options.jobs or 1)
+        return _report(options.verify, problems, f"{len(tars.shards)} tars, {tars.total} images")
     images = read_index(options.verify).facts.total
     index, problems = verify(options.verify, options.jobs or _default_jobs(options, images))
+    return _report(options.verify, problems, f"{len(index.shards)} shards, {index.facts.total} {index.facts.kind}")
+
+
+def _report(folder: Path, problems: list[str], content: str) -> int:
+    """Print the problems of a folder, or that its content is intact. Return the exit status."""
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{options.verify}: {len(problems)} problems", file=sys.stderr)
+        print(f"{folder}: {len(problems)} problems", file=sys.stderr)
         return ExitCode.DATA
-    print(f"{options.verify}: {len(index.shards)} shards, {index.facts.total} {index.facts.kind}, all intact")
+    print(f"{folder}: {content}, all intact")
     return ExitCode.DONE
 
 
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
-    from sdit.cli.prepare_archives import archive_source
+    from sdit.cli.prepare_archives import archive_source, index_command
     from sdit.data.encoders import Encoder, latent_encoder, png_encoder
     from sdit.data.prepare import prepare
     from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
 
+    if options.source == "index":
+        return index_command(options)
     source: ImageSource
     encoder: Encoder = png_encoder()
     if options.source == "digits":
@@ -71,10 +84,7 @@ def _prepare(options: argparse.Namespace) -> int:
     else:
         if getattr(options, "vae", None) is not None:
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)
-        if options.source in ARCHIVES:
-            source = archive_source(options)
-        else:
-            source = _folder_source(options)
+        source = archive_source(options) if options.source in ARCHIVES else _folder_source(options)
     jobs = options.jobs or _default_jobs(options, len(source))
     skip_bad = getattr(options, "skip_bad", False)
     allow_empty = getattr(options, "allow_empty_classes", False)

@@ -12,9 +12,10 @@ from sdit.data.path_patterns import matching_files
 from sdit.data.record_labels import ClassNames, read_class_names
 from sdit.data.records import Archive, RecordOptions, RecordSource, is_sorted_by_class, record_source
 from sdit.data.table_records import SUFFIXES, TableArchive, TableColumns
+from sdit.data.tar_index import TarOptions, index_tars
 from sdit.data.tar_records import TarArchive, TarLabels
 from sdit.data.zip_records import ZipArchive
-from sdit.errors import ConfigError
+from sdit.errors import ConfigError, ExitCode
 
 ARCHIVES_PER_PROCESS = 16  # a process takes seconds to start
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -38,6 +39,23 @@ def archive_source(options: argparse.Namespace) -> RecordSource:
     if not is_shuffled and is_sorted_by_class(source.records):
         print("the records are sorted by class and keep this order, so each shard holds few classes")
     return source
+
+
+def index_command(options: argparse.Namespace) -> int:
+    """Index tars for training in place, and print what the index holds. Return the exit status.
+
+    Raises: ConfigError, DataError: see `index_tars`.
+    """
+    paths = tar_files(options)
+    reading = Reading(options.background, options.exif)
+    chosen = TarOptions(tar_labels(options), class_names(options), reading, options.skip_bad)
+    done = index_tars(paths, chosen, options.out, options.jobs or default_jobs(len(paths)))
+    index = done.index
+    print(
+        f"{options.out}: {index.total} images in {len(index.shards)} tars, {index.classes} classes; "
+        f"{done.hashed} tars hashed, {done.kept} kept, {done.skipped} images skipped"
+    )
+    return ExitCode.DONE
 
 
 def default_jobs(archives: int) -> int:

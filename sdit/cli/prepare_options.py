@@ -29,6 +29,7 @@ ARCHIVES = {
     "zip": "a zip of images with labels in dataset.json, as ADM, EDM and StyleGAN use",
     "npz": "an npz with the arrays images and labels (or arr_0 and arr_1)",
 }
+SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "index")
 
 
 def command_line() -> Parser:

@@ -107,7 +107,7 @@ class LatentEncoder:
                 yield image.key, {"npy": encode_moments(each), "cls": _label(image)}
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """Return posterior moments (B, O, 2C, H, W) of pixels (B, 3, 8H, 8W) uint8."""
+        """Return posterior moments (B, O, 2C, H, W) of pixels (B, 3, fH, fW) uint8, f the VAE's downsampling."""
         import torch
 
         # With one thread in each process, the bytes do not depend on the number of processes.
@@ -139,10 +139,8 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
         ) from None
     except ValueError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} is not JSON: {error}") from None
-    if config.get("_class_name") != "AutoencoderKL" or config.get("shift_factor") is not None:
-        raise ConfigError(
-            f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL without shift_factor"
-        )
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ConfigError(f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL")
     read_header(vae / "diffusion_pytorch_model.safetensors")
     _autoencoder_class()
     recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
@@ -164,7 +162,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
 
 
 def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
-    """Return mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
+    """Return mean and log-variance (B, 2C, H, W) of images (B, 3, fH, fW) in [-1, 1]."""
     import torch
 
     posterior = load_autoencoder(vae, device).encode(images).latent_dist

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[import-untyped]
+from braceexpand import braceexpand  # type: ignore[import-untyped]
 
 from sdit.data.names import shown
 from sdit.data.tree import SPLITS
@@ -45,11 +45,11 @@ def _matches(pattern: str, suffixes: Sequence[str], option: str) -> list[Path]:
         return [Path(pattern)]
     try:
         expanded = list(islice(braceexpand(pattern), MOST_FILES + 1))
-    except UnbalancedBracesError:
+    except ValueError:
         raise ConfigError(f"{option}: {shown(pattern)} has unbalanced braces; legal: {{0000..1023}}") from None
     if len(expanded) > MOST_FILES:
         raise ConfigError(f"{option}: {shown(pattern)} names more than {MOST_FILES} files")
-    found = []
+    found: list[Path] = []
     for each in expanded:
         files = sorted(glob.glob(each)) if glob.has_magic(each) else [each] if os.path.exists(each) else []
         if not files:

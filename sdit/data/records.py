@@ -167,7 +167,8 @@ def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions
         ConfigError: if the labels do not fit the class names.
     """
     listings = list_archives(archives, jobs)
-    tables, faults = [], {}
+    tables: list[np.ndarray] = []
+    faults: dict[tuple[int, int], str] = {}
     for number, listing in enumerate(listings):
         table = listing.table.copy()
         table["archive"] = number

@@ -36,6 +36,9 @@ class TarLabels:
     unlabelled: bool = False
 
 
+BY_DEFAULT = TarLabels()
+
+
 @dataclass
 class _Found:
     """The members of one key: the image, and the texts of the label members by suffix."""
@@ -51,7 +54,7 @@ class TarArchive:
     """A tar file. The key of a member is its name up to its last dot. If it is compressed, it is read from the start."""
 
     path: Path
-    labels: TarLabels = TarLabels()
+    labels: TarLabels = BY_DEFAULT
 
     def list_records(self) -> Listing:
         with open_tar(self.path) as tar:
