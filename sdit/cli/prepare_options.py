@@ -29,6 +29,7 @@ ARCHIVES = {
     "zip": "a zip of images with labels in dataset.json, as ADM, EDM and StyleGAN use",
     "npz": "an npz with the arrays images and labels (or arr_0 and arr_1)",
 }
+EMPTY_HELP = "keep the labels of classes without images (default: stop)"
 SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "index")
 
 
@@ -94,7 +95,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     _add_reading(parser)
     switches = {
         "--numeric-classes": "sort class folders by number, so that 2 comes before 10 (default: sorted as text)",
-        "--allow-empty-classes": "keep the labels of classes without images (default: stop)",
+        "--allow-empty-classes": EMPTY_HELP,
         "--nested-classes": "the subfolders are classes although they hold only folders or are called train, val "
         "(default: stop)",
         "--add-images": "append images that were added to TREE since FOLDER was written",
@@ -135,6 +136,7 @@ def _add_archives(parser: argparse.ArgumentParser, name: str) -> None:
     if name == "parquet":
         add("--image-column", metavar="NAME", help="column of the images (default: the only one that holds images)")
         add("--label-column", metavar="NAME", help="column of the labels (default: label, or the only ClassLabel)")
+    add("--allow-empty-classes", action="store_true", help=EMPTY_HELP)
     _add_size(parser, required=name != "npz")
     _add_reading(parser)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,9 @@ from sdit.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch
+
+
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -81,12 +85,17 @@ class LatentEncoder:
     dtype: str
     batch: int
     device: str
+    shift: float = 0.0
 
     def facts(self, images: DatasetFacts) -> DatasetFacts:
         if images.channels != self.picture_channels:
             raise ConfigError(f"--vae: takes {self.picture_channels} channels, the images have {images.channels}")
         if images.size % self.downsampling:
             raise ConfigError(f"--size: {images.size}; legal with this VAE: multiples of {self.downsampling}")
+        if self.shift:
+            _log.warning(
+                "--vae: its shift_factor %g is not applied; data.latent_stats: index centres the latents", self.shift
+            )
         return images.model_copy(
             update={
                 "kind": "latents",
@@ -156,6 +165,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
             dtype=dtype,
             batch=batch,
             device=device,
+            shift=config.get("shift_factor") or 0.0,
         )
     except KeyError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} has no {error}") from None

@@ -20,6 +20,7 @@ from sdit.files import naming
 JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]
 AnyRecord = TypeVar("AnyRecord", bound=FileRecord)
+SomeRecord = TypeVar("SomeRecord", bound=FileRecord, covariant=True)
 UNRECORDED = {
     "background": None,
     "exif": False,
@@ -28,14 +29,14 @@ UNRECORDED = {
 FREE = frozenset({"skip_bad"})  # keys that may change between two commands: finished shards are kept
 
 
-class Index(Protocol[AnyRecord]):
+class Index(Protocol[SomeRecord]):
     """What a journal needs of an index: its recipe and its records."""
 
     @property
     def recipe(self) -> Recipe: ...
 
     @property
-    def shards(self) -> Sequence[AnyRecord]: ...
+    def shards(self) -> Sequence[SomeRecord]: ...
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,9 @@ def latent_statistics(mean: np.ndarray, std: np.ndarray) -> LatentStatistics:
     """
     both = np.broadcast_arrays(_three_axes(mean), _three_axes(std))
     mean_32, std_32 = (np.asarray(each, np.float64).astype(np.float32) for each in both)
-    shape = tuple(map(int, mean_32.shape))
-    return LatentStatistics(
-        shape=shape,
-        mean=tuple(mean_32.ravel().tolist()),
-        std=tuple(std_32.ravel().tolist()),  # type: ignore[arg-type]
-    )
+    channels, height, width = mean_32.shape
+    means, deviations = tuple(mean_32.ravel().tolist()), tuple(std_32.ravel().tolist())
+    return LatentStatistics(shape=(channels, height, width), mean=means, std=deviations)
 
 
 def _three_axes(values: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ MOST_CLASSES = 100_000  # more different texts are captions, not classes
 MOST_NAME_BYTES = 16 * 2**20
 ClassNames = tuple[str, ...]
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
 def as_label(value: Any) -> int | str | None:
@@ -27,7 +28,9 @@ def as_label(value: Any) -> int | str | None:
         return None
     if isinstance(value, int):
         return value if 0 <= value < 10**9 else None
-    return value.strip() or None
+    text = value.strip()
+    is_other_number = _INTEGER.fullmatch(text) and not _NUMBER.fullmatch(text)
+    return None if is_other_number else text or None
 
 
 @dataclass(frozen=True)

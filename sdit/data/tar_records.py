@@ -58,7 +58,7 @@ class TarArchive:
 
     def list_records(self) -> Listing:
         with open_tar(self.path) as tar:
-            found, left_out, cut = _members(tar)
+            found, left_out, cut = _members(tar, self.path)
         keys = _record_keys(found)
         member = self._label_member(found, keys)
         table = np.zeros(len(keys) + bool(cut), RECORD)
@@ -187,7 +187,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | DataError
     return data if len(data) == member.size else DataError(f"{shown(member.name)}: is cut off")
 
 
-def _members(tar: tarfile.TarFile) -> tuple[dict[str, _Found], int, str]:
+def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], int, str]:
     """Return the members by key in their order, the number of members left out, and why the archive ends early."""
     found: dict[str, _Found] = {}
     left_out = 0
@@ -203,7 +203,8 @@ def _members(tar: tarfile.TarFile) -> tuple[dict[str, _Found], int, str]:
             each.fault = each.fault or _add(tar, member, suffix, each)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         return found, left_out, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
-    return found, left_out, ""
+    rest = 0 if is_compressed(path) else path.stat().st_size - tar.offset  # type: ignore[attr-defined]
+    return found, left_out, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""
 
 
 def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, found: _Found) -> str:

@@ -75,7 +75,7 @@ def latents_name(name: str) -> str:
 def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, scaling: LatentScaling) -> None:
     """Write `latents` (n, C, H, W) float32 as the model samples them, with `labels` (n,) and how to invert `scaling`."""
     with replacing(path) as file:
-        np.savez(file, latents=latents, labels=labels, **scaling.arrays)
+        np.savez(file, latents=latents, labels=labels, **scaling.arrays)  # type: ignore[arg-type]
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:

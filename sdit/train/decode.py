@@ -53,7 +53,8 @@ def latent_decoder(
             )
         scaling = latent_scaling(config, data)
         if scaling.statistics is not None:
-            scaling.statistics.check_fit(config.model.channels, config.model.input_size, "the file")
+            where = config.data.latent_stats or "the checkpoint"
+            scaling.statistics.check_fit(config.model.channels, config.model.input_size, where)
         decoder = LatentDecoder(folder, config.model.channels, scaling.multiplier, device, scaling.statistics)
     except ConfigError as error:
         raise ConfigError(str(error) if vae else str(error).replace("--vae", "sample.vae")) from None
@@ -61,6 +62,14 @@ def latent_decoder(
     if encoder != decoder.digest:
         _log.warning("--vae: %s is not the VAE that encoded %s; images may differ", folder, config.data.path)
     return decoder
+
+
+def restored_latents(latents: Tensor, scaling: LatentScaling) -> Tensor:
+    """Return the latents of the VAE of normalised latents z' (n, C, H, W): z' * std / multiplier + mean."""
+    if scaling.statistics is None:
+        return latents / scaling.multiplier
+    mean, std = (torch.from_numpy(each).to(latents.device) for each in scaling.statistics.arrays)
+    return latents * (std / scaling.multiplier) + mean
 
 
 class LatentDecoder:
@@ -76,19 +85,11 @@ class LatentDecoder:
         self.digest: str = facts.recipe["vae"]
         self.picture_channels, self.upsampling = facts.picture_channels, facts.downsampling
         self.scaling = LatentScaling(latent_scale, latent_stats)
-        self._stats: tuple[Tensor, ...] | None = None
-        if latent_stats is not None:
-            self._stats = tuple(torch.from_numpy(each).to(device) for each in latent_stats.arrays)
         self._vae = load_autoencoder(folder, str(device))
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Return images (n, 3, fH, fW) in about [-1, 1] of normalised latents (n, C, H, W)."""
-        return torch.cat([self._vae.decode(self.restored(part)).sample for part in latents.split(CHUNK)])
-
-    def restored(self, latents: Tensor) -> Tensor:
-        """Return the latents of the VAE (n, C, H, W): z' / multiplier, or z' * std / multiplier + mean."""
-        if self._stats is None:
-            return latents / self.scaling.multiplier
-        mean, std = self._stats
-        return latents * (std / self.scaling.multiplier) + mean
+        return torch.cat(
+            [self._vae.decode(restored_latents(part, self.scaling)).sample for part in latents.split(CHUNK)]
+        )
