@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from sdit.data.image_file import Reading
+from sdit.data.latent_files import LatentFile
 from sdit.data.npz_records import NpzArchive, image_sides
 from sdit.data.path_patterns import matching_files
 from sdit.data.record_labels import ClassNames, read_class_names
@@ -15,7 +16,7 @@ from sdit.data.table_records import SUFFIXES, TableArchive, TableColumns
 from sdit.data.tar_index import TarOptions, index_tars
 from sdit.data.tar_records import TarArchive, TarLabels
 from sdit.data.zip_records import ZipArchive
-from sdit.errors import ConfigError, ExitCode
+from sdit.errors import ConfigError, DataError, ExitCode
 
 ARCHIVES_PER_PROCESS = 16  # a process takes seconds to start
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -39,6 +40,25 @@ def archive_source(options: argparse.Namespace) -> RecordSource:
     if not is_shuffled and is_sorted_by_class(source.records):
         print("the records are sorted by class and keep this order, so each shard holds few classes")
     return source
+
+
+def latent_source(options: argparse.Namespace) -> RecordSource:
+    """Return the latents of the safetensors files that the command line names.
+
+    Raises:
+        ConfigError: if an option does not fit the files.
+        DataError: if a file cannot be read, or the files hold latents of different shapes.
+    """
+    paths = matching_files(options.files, (".safetensors",), "FILE")
+    files = [LatentFile(path, options.unlabelled) for path in paths]
+    channels, size, mirrored = files[0].shape
+    for file in files:
+        if file.shape != files[0].shape:
+            raise DataError(f"{file.path}: holds latents of another form than {files[0].path}; legal: the same shape")
+    chosen = RecordOptions(
+        size, channels, class_names=class_names(options), shuffled=True, latents=True, mirrored=mirrored
+    )
+    return record_source(files, "latent-shards", chosen, options.jobs or default_jobs(len(files)))
 
 
 def index_command(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@
   sdit prepare parquet 'data/train-*.parquet' --size 256 --out FOLDER          Hugging Face Parquet or Arrow files
   sdit prepare zip imagenet.zip --size 64 --out FOLDER                         a zip of ADM, EDM or StyleGAN
   sdit prepare npz images.npz --out FOLDER                                     arrays images and labels
+  sdit prepare latent-shards '*.safetensors' --out FOLDER                      latents of LightningDiT
   sdit prepare index 'train-{0000..1023}.tar' --out FOLDER       no copy: train on the tars (data.source: webdataset)
   sdit prepare --verify FOLDER                                   check every shard and every sample
 
@@ -30,7 +31,7 @@ ARCHIVES = {
     "npz": "an npz with the arrays images and labels (or arr_0 and arr_1)",
 }
 EMPTY_HELP = "keep the labels of classes without images (default: stop)"
-SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "index")
+SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "latent-shards", "index")
 
 
 def command_line() -> Parser:
@@ -55,13 +56,17 @@ def command_line() -> Parser:
     for name, each in zip(ARCHIVES, archives, strict=True):
         _add_archives(each, name)
         _add_vae(each, required=False)
+    copied = add_source("latent-shards", "safetensors of LightningDiT with latents, latents_flip and labels")
+    copied.add_argument("files", nargs="+", metavar="FILE", help="files, folders, or patterns such as '*.safetensors'")
+    _add_labels(copied)
+    copied.add_argument("--skip-bad", action="store_true", help="leave out latents that cannot be used (default: stop)")
     index = add_source("index", "tars that others made, without a copy, for data.source: webdataset")
     _add_tars(index)
     _add_reading(index)
-    for each in (digits, fashion, folder, latents, *archives, index):
+    for each in (digits, fashion, folder, latents, *archives, copied, index):
         each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
         _add_jobs(each, default=argparse.SUPPRESS)  # a default here would override --jobs before the source
-    for each in (digits, fashion, folder, latents, *archives):
+    for each in (digits, fashion, folder, latents, *archives, copied):
         each.add_argument(
             "--samples-per-shard",
             type=positive_int,

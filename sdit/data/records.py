@@ -1,6 +1,6 @@
 """Image records in archives that others made: tar, zip, Parquet or npz files, read as square images of one size.
 
-An archive holds numbered records. All records are listed before the first image is decoded: 40 bytes for each in memory.
+An archive holds numbered records. All records are listed before the first image is decoded: 36 bytes of memory for each.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class RecordSource:
         return None
 
     @property
-    def labels(self) -> list[int]:
-        """The labels of the records that can be used."""
-        labels = self.records["label"]
-        return [int(label) for label in labels[labels != NO_LABEL]]
+    def labels(self) -> np.ndarray:
+        """The labels (n,) of the records that can be used."""
+        labels: np.ndarray = self.records["label"]
+        return labels[labels != NO_LABEL]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -113,7 +113,7 @@ class RecordSource:
                 position += 1
 
     def _pixels(self, content: Content, name: str) -> np.ndarray | DataError:
-        if isinstance(content, DataError):
+        if isinstance(content, DataError) or (isinstance(content, np.ndarray) and self.facts.kind == "latents"):
             return content
         try:
             with warnings.catch_warnings():
@@ -144,17 +144,24 @@ def _runs(archives: np.ndarray) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """How records become images. `shuffled`: in a fixed random order, for archives with random access."""
+    """How records become images. `shuffled`: in a fixed random order, for archives with random access.
+
+    `latents`: the records are moments (O, 2C, H, W) of `size` H and `channels` C. `mirrored`: O is 2.
+    """
 
     size: int
     channels: int = 3
     reading: Reading = AS_ADM
     class_names: ClassNames = ()
     shuffled: bool = False
+    latents: bool = False
+    mirrored: bool = False
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The options that decide the images, as JSON."""
+        if self.latents:
+            return {"size": self.size, "channels": self.channels, "mirrored": self.mirrored}
         background = None if self.reading.background is None else list(self.reading.background)
         return {"size": self.size, "channels": self.channels, "background": background, "exif": self.reading.exif}
 
@@ -178,11 +185,12 @@ def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions
     if not len(records):
         raise DataError(f"{shown(archives[0].path)}: {len(archives)} archives hold no images")
     records["label"], names, classes = merged_labels([listing.labels for listing in listings], options.class_names)
-    bad = np.array([key in faults for key in zip(records["archive"].tolist(), records["row"].tolist(), strict=True)])
-    records["label"][bad] = NO_LABEL
+    if faults:
+        keys = zip(records["archive"].tolist(), records["row"].tolist(), strict=True)
+        records["label"][np.array([key in faults for key in keys])] = NO_LABEL
     facts = DatasetFacts(
-        kind="images", total=len(records), channels=options.channels, size=options.size, classes=classes,
-        class_names=names,
+        kind="latents" if options.latents else "images", total=len(records), channels=options.channels,
+        size=options.size, classes=classes, class_names=names, mirrored=options.mirrored,
     )  # fmt: skip
     recipe = {"source": kind, **options.recipe, "content": _content(archives, records, names, faults)}
     if options.shuffled:

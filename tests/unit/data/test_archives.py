@@ -170,7 +170,7 @@ def test_bad_records_are_one_clear_line_each_and_counted(
         (("webdataset", "t.tar", "--size", 8, "--label", "txt"), "no record has a label; legal: --unlabelled"),
         (("parquet", "t.tar", "--size", 8), "t.tar: cannot be read"),
         (("parquet", "p.parquet", "--size", 8, "--image-column", "x"), "--image-column: x for p.parquet; legal here: image"),
-        (("parquet", "p.parquet", "--size", 8, "--label-column", "x"), "--label-column: x for p.parquet; legal here: image, label"),
+        (("parquet", "p.parquet", "--size", 8, "--label-column", "x"), "p.parquet; legal here: image, label"),
         (("parquet", "splits", "--size", 8), "splits holds several splits (train, validation); legal: a pattern"),
         (("zip", "t.tar", "--size", 8), "t.tar: cannot be read as a zip file"),
         (("zip", "bad.zip", "--size", 8), 'dataset.json: cannot be read; legal: {"labels"'),
