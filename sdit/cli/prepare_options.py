@@ -66,15 +66,19 @@ def command_line() -> Parser:
     for each in (digits, fashion, folder, latents, *archives, copied, index):
         each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
         _add_jobs(each, default=argparse.SUPPRESS)  # a default here would override --jobs before the source
-    for each in (digits, fashion, folder, latents, *archives, copied):
-        each.add_argument(
-            "--samples-per-shard",
-            type=positive_int,
-            default=1024,
-            metavar="N",
-            help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
-        )
+        if each is not index:
+            _add_shard_size(each)
     return parser
+
+
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples-per-shard",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
+    )
 
 
 def _add_fashion(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,6 @@ class LatentStatistics(BaseModel):
         mean, std = self.arrays
         return hashlib.sha256(repr(self.shape).encode() + mean.tobytes() + std.tobytes()).hexdigest()
 
-    def normalise(self, latents: np.ndarray, multiplier: float) -> np.ndarray:
-        """Return (z - mean) / std * multiplier of latents z (B, C, H, W) float32."""
-        mean, std = self.arrays
-        normalised: np.ndarray = (latents - mean) / std * np.float32(multiplier)
-        return normalised
-
     def check_fit(self, channels: int, size: int, where: str) -> None:
         """Check that the statistics broadcast to latents (C, H, W).
 
@@ -83,6 +78,18 @@ class LatentScaling:
 
     multiplier: float
     statistics: LatentStatistics | None = None
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return None if self.statistics is None else self.statistics.arrays
+
+    def normalise(self, latents: np.ndarray) -> np.ndarray:
+        """Return (z - mean) / std * multiplier of latents z (B, C, H, W) float32."""
+        if self._mean_and_std is None:
+            return latents * np.float32(self.multiplier)
+        mean, std = self._mean_and_std
+        normalised: np.ndarray = (latents - mean) / std * np.float32(self.multiplier)
+        return normalised
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from sdit.data.dataset import Dataset, Shard, check_fit, latent_stats_of, open_d
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.identity import DataIdentity
-from sdit.data.latent_stats import LatentStatistics
+from sdit.data.latent_stats import LatentScaling, LatentStatistics
 from sdit.data.order import KeyColumns, SampleOrder
 from sdit.data.pixels import from_levels
 from sdit.errors import DataError
@@ -59,7 +59,7 @@ class Loader:
         self._data = data
         self._seed = seed
         self._labelled = labelled
-        self._latent_stats = latent_stats
+        self._scaling = LatentScaling(data.latent_scale, latent_stats)
         self._order = SampleOrder(dataset.counts, data.streams, seed)
         self._bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
         # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
@@ -70,7 +70,7 @@ class Loader:
     @property
     def identity(self) -> DataIdentity:
         """The identity of the data set."""
-        return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._latent_stats)
+        return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._scaling.statistics)
 
     @property
     def bad_samples(self) -> Counter[str]:
@@ -207,10 +207,7 @@ class Loader:
         mean, log_variance = np.split(moments, 2, axis=1)
         key = randomness.keys(self._seed, Purpose.POSTERIOR, keys.epoch, keys.shard, keys.member)
         eps = randomness.normals(key, mean[0].size).reshape(mean.shape)
-        latents: np.ndarray = mean + np.exp(log_variance / 2) * eps
-        if self._latent_stats is not None:
-            return self._latent_stats.normalise(latents, self._data.latent_scale)
-        return latents * np.float32(self._data.latent_scale)
+        return self._scaling.normalise(mean + np.exp(log_variance / 2) * eps)
 
     def _mirrored(self, keys: KeyColumns) -> np.ndarray:
         """Return (B,) bool, True for mirrored samples: one fair coin per key, or all False."""

@@ -128,12 +128,10 @@ def _class_names(schema: Any, column: str) -> ClassNames:
 
 
 def _schema(path: Path) -> Any:
-    with _arrow_errors(path):
-        if path.suffix == ".arrow":
-            with _opened_ipc(path) as reader:
-                return reader.schema
-        with _parquet(path) as file:
-            return file.schema_arrow
+    with _arrow_errors(path), _opened_ipc(path) if path.suffix == ".arrow" else _parquet(path) as file:
+        schema = file.schema if path.suffix == ".arrow" else file.schema_arrow
+        str(schema)  # names that are not UTF-8 are found here, not later
+        return schema
 
 
 def _rows(path: Path, column: str, count: int, wanted: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
@@ -151,6 +149,7 @@ def _rows(path: Path, column: str, count: int, wanted: np.ndarray | None = None)
             with _opened_ipc(path) as reader:
                 for batch in reader:
                     if is_wanted(first, batch.num_rows):
+                        batch.validate(full=True)  # pyarrow trusts the offsets in a file otherwise
                         yield first, batch.column(column)
                     first += batch.num_rows
             return
@@ -210,7 +209,7 @@ def _arrow_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{shown(path)}: no such file; legal: a file that ends in {' or '.join(SUFFIXES)}") from None
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{shown(path)}: cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 

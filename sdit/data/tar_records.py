@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +27,15 @@ from sdit.errors import DataError
 LabelMember = Literal["cls", "json", "txt"]
 LABEL_MEMBERS: tuple[LabelMember, ...] = ("cls", "json", "txt")
 MAX_LABEL_BYTES = 2**20
+TAR_ERRORS = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+)  # on hostile bytes
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 
@@ -122,19 +134,18 @@ class TarArchive:
         wanted = {int(record["offset"]): number for number, record in enumerate(records)}
         found: dict[int, Named] = {}
         due = 0
-        with open_tar(self.path) as tar:
+        with open_tar(self.path) as tar, suppress(*TAR_ERRORS):
             for member in _walk(tar):
-                if due == len(records):
-                    return
                 number = wanted.get(member.offset_data)
                 if number is not None:
                     found[number] = (self._name(member.name), _content(tar, member))
                 while due in found:
                     yield found.pop(due)
                     due += 1
-        while due < len(records):
-            yield found.pop(due, (str(self.path), DataError(f"{shown(self.path)}: changed since it was listed")))
-            due += 1
+                if due == len(records):
+                    return
+        for _ in range(due, len(records)):
+            yield str(self.path), DataError(f"{shown(self.path)}: changed since it was listed")
 
     def _name(self, member: str) -> str:
         return f"{self.path}: {member}"
@@ -165,7 +176,7 @@ def open_tar(path: Path, file: IO[bytes] | None = None) -> tarfile.TarFile:
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file; legal: a tar file")
         return tarfile.open(path, "r|*" if is_compressed(path) else "r:")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{shown(path)}: cannot be opened: {error.strerror}") from None
         raise DataError(f"{shown(path)}: cannot be read as a tar file: {error}") from None
@@ -182,7 +193,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | DataError
     file = tar.extractfile(member)
     try:
         data = b"" if file is None else file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         return DataError(f"{shown(member.name)}: cannot be unpacked: {error}")
     return data if len(data) == member.size else DataError(f"{shown(member.name)}: is cut off")
 
@@ -201,7 +212,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], int, 
                 continue
             each = found.setdefault(f"{folder}/{stem}" if folder else stem, _Found(len(found), None, {}))
             each.fault = each.fault or _add(tar, member, suffix, each)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except TAR_ERRORS as error:
         return found, left_out, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
     rest = 0 if is_compressed(path) else path.stat().st_size - tar.offset  # type: ignore[attr-defined]
     return found, left_out, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""

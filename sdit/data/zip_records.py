@@ -61,7 +61,7 @@ class ZipArchive:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = [each for each in archive.infolist() if _is_image(each.filename)]
-                left_out = sum(not each.is_dir() for each in archive.infolist()) - len(members)
+                left_out = sum(not each.filename.endswith("/") for each in archive.infolist()) - len(members)
                 labels = None if self.unlabelled else self._labels(archive)
         except FileNotFoundError:
             raise DataError(f"{shown(self.path)}: no such file; legal: a zip file") from None
