@@ -195,7 +195,8 @@ def _named_label(name: str, labels: list[int], classes: Classes, key: str) -> li
         raise ConfigError(f"{key}: {name!r} is the name of the labels {_numbers(labels)}; legal: one of these numbers")
     if not classes.names:
         raise ConfigError(f"{key}: {name!r} is no label, and the class names are not known; legal: {_legal(classes)}")
-    folded = {other.casefold(): other for other in classes.names}
+    folded = {part.strip().casefold(): other for other in classes.names for part in other.split(",")}
+    folded |= {other.casefold(): other for other in classes.names}
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     guess = f"did you mean {folded[near[0]]!r}? " if near else ""
     raise ConfigError(f"{key}: {name!r} is no class of the data; {guess}legal: {_legal(classes)}")

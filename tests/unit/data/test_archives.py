@@ -274,3 +274,53 @@ def test_images_are_as_in_a_folder_of_files(tmp_path: Path) -> None:
     words = ["webdataset", write_tars(tmp_path / "in", count=1, png=lambda n: stream.getvalue(), cls=lambda n: 0)]
     assert prepare(*words, "--size", 8, "--background", "white", "--out", tmp_path / "set") == ExitCode.DONE
     assert (samples(tmp_path / "set")[0][0] == 255).all()
+
+
+def test_memory_holds_one_image_at_a_time(tmp_path: Path) -> None:
+    """Listing, hashing and reading a tar of 64 MB take less memory than two of its eight images."""
+    import tracemalloc
+
+    from sdit.data.tar_index import TarOptions, index_tars
+
+    side = 1632  # a BMP-like PNG without compression of 8 MB
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "PNG", compress_level=0)
+    names = {
+        f"{number}.{suffix}": data
+        for number in range(8)
+        for suffix, data in (("png", stream.getvalue()), ("cls", b"0"))
+    }
+    write_members(tmp_path / "a.tar", **names)
+    size = (tmp_path / "a.tar").stat().st_size
+    assert size > 60 * 2**20
+    tracemalloc.start()
+    try:
+        source = record_source([TarArchive(tmp_path / "a.tar")], "webdataset", RecordOptions(8))
+        index_tars([tmp_path / "a.tar"], TarOptions(), tmp_path / "index")
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+        assert sum(isinstance(image.pixels, np.ndarray) for image in source.images()) == 8
+        assert tracemalloc.get_traced_memory()[1] < size // 2
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_a_source_can_be_sent_to_another_process(tmp_path: Path, kind: str, capsys: Any) -> None:
+    """A pickled part yields the same images as the whole at its positions."""
+    import argparse
+    import pickle
+
+    from sdit.cli.prepare_archives import archive_source
+    from sdit.cli.prepare_options import command_line
+
+    words = [*write_source(tmp_path / "in", kind), "--out", str(tmp_path / "set")]
+    options = command_line().parse_args(words)
+    assert isinstance(options, argparse.Namespace)
+    source = archive_source(options)
+    whole = list(source.images())
+    part = list(pickle.loads(pickle.dumps(source.subset(7, 19))).images())
+    for image, expected in zip(part, whole[7:19], strict=True):
+        assert (image.key, image.label) == (expected.key, expected.label)
+        assert np.array_equal(image.pixels, expected.pixels)
+    assert source.labels.tolist() == [image.label for image in whole]
