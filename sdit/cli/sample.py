@@ -125,7 +125,7 @@ def image_facts(generator: Generator, weights: str, labels: np.ndarray) -> dict[
     trained, decoder = generator.trained, generator.decoder
     facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": weights}
     facts |= generator.settings.model_dump(include=set(SETTINGS))
-    facts["labels"] = ", ".join(map(trained.classes.describe, dict.fromkeys(labels.tolist())))
+    facts["labels"] = trained.classes.describe_all(labels.tolist())
     if decoder is not None:
         facts |= {"vae_sha256": decoder.digest, **decoder.scaling.facts}
     return facts

@@ -40,6 +40,10 @@ class Classes:
         name = self.names[label] if label < len(self.names) else str(label)
         return str(label) if name == str(label) else f"{label} ({name})"
 
+    def describe_all(self, labels: Sequence[int]) -> str:
+        """Return the different labels in their order, as `1 (cat), 0 (dog)`."""
+        return ", ".join(map(self.describe, dict.fromkeys(labels)))
+
     def labels_named(self, name: str) -> list[int]:
         """Return the labels with a given name: none, one, or several if the data repeat the name.
 

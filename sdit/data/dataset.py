@@ -11,12 +11,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from sdit.config import DataConfig, ModelConfig
+from sdit.data.classes import Classes
 from sdit.data.decode import DecodedSamples, Sample
 from sdit.data.digits import DIGITS_FACTS, digits
 from sdit.data.index import DatasetFacts, read_index
 from sdit.data.latent_stats import LatentStatistics, read_latent_stats
 from sdit.data.shards import read_shard
-from sdit.data.tar_index import TAR_INDEX_NAME
+from sdit.data.tar_index import TAR_INDEX_NAME, read_tar_index
 from sdit.data.tars_in_place import TarsInPlace
 from sdit.errors import ConfigError, DataError
 
@@ -149,6 +150,15 @@ def data_kind(data: DataConfig) -> Literal["images", "latents"] | None:
         return "images" if data.source == "webdataset" else dataset_facts(data).kind
     except (DataError, OSError):
         return None
+
+
+def data_classes(data: DataConfig) -> Classes:
+    """Return the classes of a data set, none if it cannot be read."""
+    try:
+        facts = read_tar_index(_folder(data)) if data.source == "webdataset" else dataset_facts(data)
+    except (DataError, OSError):
+        return Classes(0)
+    return Classes(facts.classes, facts.class_names, facts.empty_classes)
 
 
 def data_recipe(data: DataConfig) -> dict[str, Any]:

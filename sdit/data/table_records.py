@@ -71,6 +71,8 @@ class TableArchive:
                 name = f"{self.path}: row {wanted[done]}"
                 yield name, _image_bytes(rows[int(wanted[done]) - first].as_py(), name)
                 done += 1
+            if done == len(wanted):
+                return
         for row in wanted[done:].tolist():
             name = f"{self.path}: row {row}"
             yield name, DataError(f"{shown(name)}: changed since it was listed")

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from sdit.config import Config
-from sdit.data.dataset import latent_stats_of
+from sdit.data.dataset import data_classes, latent_stats_of
 from sdit.data.latent_stats import LatentScaling
 from sdit.launch_environment import RankInfo
 from sdit.observe.metrics_file import MetricsFile
@@ -43,7 +43,11 @@ def build_observers(
             _log.warning(
                 "sample.vae: is not set; the model samples latents, written to samples/latents-N.npz; no images"
             )
-        observers += [MetricsFile(run_dir), Progress(), SampleGrids(run_dir, scaling)]
+        observers += [
+            MetricsFile(run_dir),
+            Progress(),
+            SampleGrids(run_dir, scaling, data_classes(config.data) if config.model.classes else None),
+        ]
         if config.model.variant == "switch":
             observers.append(RoutingMaps(run_dir, config.model))
         if config.observe.tensorboard:

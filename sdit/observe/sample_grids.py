@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdit.clock import Clock
+from sdit.data.classes import Classes
 from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.files import replacing
@@ -26,8 +27,11 @@ class SampleGrids(Observer):
 
     name, on_failure = "sample grids", OnFailure.RETRY
 
-    def __init__(self, run_dir: Path | RunFolder, scaling: LatentScaling | None = None) -> None:
-        self._run_dir, self._scaling = run_dir, scaling
+    def __init__(
+        self, run_dir: Path | RunFolder, scaling: LatentScaling | None = None, classes: Classes | None = None
+    ) -> None:
+        """Take how latents are normalised, None for a run on images, and the classes that name the rows of a grid."""
+        self._run_dir, self._scaling, self._classes = run_dir, scaling, classes
 
     @property
     def _folder(self) -> Path:
@@ -45,7 +49,9 @@ class SampleGrids(Observer):
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         self._folder.mkdir(exist_ok=True)
         if self._scaling is None:
-            save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
+            named = "" if self._classes is None else self._classes.describe_all(labels.tolist())
+            facts = {"images_seen": clock.images_seen, **({"labels": named} if named else {})}
+            save_grid(self._path(clock), images, columns, facts)
         else:
             save_latents(self._path(clock), images, labels, self._scaling)
 
