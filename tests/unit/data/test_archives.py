@@ -324,3 +324,14 @@ def test_a_part_of_a_source_can_be_sent_to_another_process(tmp_path: Path, kind:
         assert (image.key, image.label) == (expected.key, expected.label)
         assert np.array_equal(image.pixels, expected.pixels)
     assert source.labels.tolist() == [image.label for image in whole]
+
+
+def test_without_pyarrow_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert prepare("parquet", tmp_path / "a.parquet", "--size", 8, "--out", tmp_path / "set") == ExitCode.CONFIG
+    assert capsys.readouterr().err == ("error: Parquet and Arrow files need pyarrow; run: pip install sdit[parquet]\n")
