@@ -24,7 +24,12 @@ from sdit.safetensors_file import StoredTensor, read_header
 
 LATENTS, MIRRORED, LABELS = "latents", "latents_flip", "labels"
 NO_VARIANCE = -300.0  # exp(-150) is 0 in float32, so a draw from the posterior is the latent itself
-_TYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+_TYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
 _INTEGERS: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
 
