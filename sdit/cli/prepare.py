@@ -8,9 +8,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdit.cli.prepare_options import command_line
+from sdit.cli.prepare_options import ARCHIVES, command_line
 from sdit.cli.process import exit_status
 from sdit.errors import ExitCode
 
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.verify is None):
-        parser.error("give a source (digits, fashion-mnist, folder, latents) or --verify FOLDER")
+        parser.error(
+            "give a source (digits, fashion-mnist, folder, latents, webdataset, parquet, zip, npz, index) or --verify FOLDER"
+        )
     logging.basicConfig(format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what a terminal cannot show
@@ -39,36 +42,52 @@ def _default_jobs(options: argparse.Namespace, images: int) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from sdit.data.dataset import is_tar_index
     from sdit.data.index import read_index
     from sdit.data.prepare import verify
+    from sdit.data.tars_in_place import verify_tars
 
+    if is_tar_index(options.verify):
+        tars, problems = verify_tars(options.verify, options.jobs or 1)
+        return _report(options.verify, problems, f"{len(tars.shards)} tars, {tars.total} images")
     images = read_index(options.verify).facts.total
     index, problems = verify(options.verify, options.jobs or _default_jobs(options, images))
+    return _report(options.verify, problems, f"{len(index.shards)} shards, {index.facts.total} {index.facts.kind}")
+
+
+def _report(folder: Path, problems: list[str], content: str) -> int:
+    """Print the problems of a folder, or that its content is intact. Return the exit status."""
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{options.verify}: {len(problems)} problems", file=sys.stderr)
+        print(f"{folder}: {len(problems)} problems", file=sys.stderr)
         return ExitCode.DATA
-    print(f"{options.verify}: {len(index.shards)} shards, {index.facts.total} {index.facts.kind}, all intact")
+    print(f"{folder}: {content}, all intact")
     return ExitCode.DONE
 
 
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
+    from sdit.cli.prepare_archives import archive_source, index_command, latent_source
     from sdit.data.encoders import Encoder, latent_encoder, png_encoder
+    from sdit.data.latent_files import LatentCopier
     from sdit.data.prepare import prepare
     from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
 
+    if options.source == "index":
+        return index_command(options)
     source: ImageSource
     encoder: Encoder = png_encoder()
     if options.source == "digits":
         source = digits_source()
     elif options.source == "fashion-mnist":
         source = fashion_mnist_source(options.files, options.split, options.pad)
+    elif options.source == "latent-shards":
+        source, encoder = latent_source(options), LatentCopier()
     else:
-        if options.source == "latents":
+        if getattr(options, "vae", None) is not None:
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)
-        source = _folder_source(options)
+        source = archive_source(options) if options.source in ARCHIVES else _folder_source(options)
     jobs = options.jobs or _default_jobs(options, len(source))
     skip_bad = getattr(options, "skip_bad", False)
     allow_empty = getattr(options, "allow_empty_classes", False)

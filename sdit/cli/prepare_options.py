@@ -4,6 +4,12 @@
   sdit prepare fashion-mnist --out FOLDER --pad 32               60,000 images, 28 x 28 grey, 10 classes
   sdit prepare folder  --images TREE --size 256 --out FOLDER     one subfolder of images for each class
   sdit prepare latents --images TREE --size 256 --vae VAE --flip --out FOLDER
+  sdit prepare webdataset 'train-{0000..1023}.tar' --size 256 --out FOLDER     tars that others made
+  sdit prepare parquet 'data/train-*.parquet' --size 256 --out FOLDER          Hugging Face Parquet or Arrow files
+  sdit prepare zip imagenet.zip --size 64 --out FOLDER                         a zip of ADM, EDM or StyleGAN
+  sdit prepare npz images.npz --out FOLDER                                     arrays images and labels
+  sdit prepare latent-shards '*.safetensors' --out FOLDER                      latents of LightningDiT
+  sdit prepare index 'train-{0000..1023}.tar' --out FOLDER       no copy: train on the tars (data.source: webdataset)
   sdit prepare --verify FOLDER                                   check every shard and every sample
 
 The same command again continues where it was stopped and keeps what is intact. --skip-bad may be added later.
@@ -17,6 +23,15 @@ import argparse
 from pathlib import Path
 
 from sdit.cli.parser import Parser, positive_int
+
+ARCHIVES = {
+    "webdataset": "tars that others made, with an image and a label for each key",
+    "parquet": "Parquet or Arrow files of a Hugging Face image data set (pip install sdit[parquet])",
+    "zip": "a zip of images with labels in dataset.json, as ADM, EDM and StyleGAN use",
+    "npz": "an npz with the arrays images and labels (or arr_0 and arr_1)",
+}
+EMPTY_HELP = "keep the labels of classes without images (default: stop)"
+SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "latent-shards", "index")
 
 
 def command_line() -> Parser:
@@ -36,18 +51,34 @@ def command_line() -> Parser:
     _add_fashion(fashion)
     for each in (folder, latents):
         _add_images(each)
-    _add_vae(latents)
-    for each in (digits, fashion, folder, latents):
+    _add_vae(latents, required=True)
+    archives = [add_source(name, text) for name, text in ARCHIVES.items()]
+    for name, each in zip(ARCHIVES, archives, strict=True):
+        _add_archives(each, name)
+        _add_vae(each, required=False)
+    copied = add_source("latent-shards", "safetensors of LightningDiT with latents, latents_flip and labels")
+    copied.add_argument("files", nargs="+", metavar="FILE", help="files, folders, or patterns such as '*.safetensors'")
+    _add_labels(copied)
+    copied.add_argument("--skip-bad", action="store_true", help="leave out latents that cannot be used (default: stop)")
+    index = add_source("index", "tars that others made, without a copy, for data.source: webdataset")
+    _add_tars(index)
+    _add_reading(index)
+    for each in (digits, fashion, folder, latents, *archives, copied, index):
         each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
-        each.add_argument(
-            "--samples-per-shard",
-            type=positive_int,
-            default=1024,
-            metavar="N",
-            help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
-        )
         _add_jobs(each, default=argparse.SUPPRESS)  # a default here would override --jobs before the source
+        if each is not index:
+            _add_shard_size(each)
     return parser
+
+
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples-per-shard",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
+    )
 
 
 def _add_fashion(parser: argparse.ArgumentParser) -> None:
@@ -69,24 +100,70 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
     tree_help += "unlabelled; of an animation the first frame is read"
     add("--images", type=Path, required=True, metavar="TREE", help=tree_help)
-    size_help = "centre crop and resize the images to this square"
-    add("--size", type=positive_int, required=True, metavar="PIXELS", help=size_help)
-    add("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read (default: stop)")
-    background_help = (
-        "white, black or R,G,B behind transparent pixels (default: the colours that they hide show, as in ADM)"
-    )
-    add("--background", type=_colour, metavar="COLOUR", help=background_help)
+    _add_size(parser, required=True)
+    _add_reading(parser)
     switches = {
-        "--exif": "turn images as their EXIF orientation says (default: do not, as in ADM)",
         "--numeric-classes": "sort class folders by number, so that 2 comes before 10 (default: sorted as text)",
-        "--allow-empty-classes": "keep the labels of classes without images (default: stop)",
+        "--allow-empty-classes": EMPTY_HELP,
         "--nested-classes": "the subfolders are classes although they hold only folders or are called train, val "
         "(default: stop)",
         "--add-images": "append images that were added to TREE since FOLDER was written",
     }
     for name, text in switches.items():
         add(name, action="store_true", help=text)
+
+
+def _add_size(parser: argparse.ArgumentParser, required: bool) -> None:
+    size_help = "centre crop and resize the images to this square" + ("" if required else " (default: their own size)")
+    parser.add_argument("--size", type=positive_int, required=required, metavar="PIXELS", help=size_help)
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read (default: stop)")
+    background_help = (
+        "white, black or R,G,B behind transparent pixels (default: the colours that they hide show, as in ADM)"
+    )
+    add("--background", type=_colour, metavar="COLOUR", help=background_help)
+    exif_help = "turn images as their EXIF orientation says (default: do not, as in ADM)"
+    add("--exif", action="store_true", help=exif_help)
+
+
+def _add_archives(parser: argparse.ArgumentParser, name: str) -> None:
+    add = parser.add_argument
+    if name == "webdataset":
+        _add_tars(parser)
+    else:
+        files_help = {
+            "parquet": "files, folders, or patterns such as 'train-*.parquet'",
+            "zip": "the zip file",
+            "npz": "the npz file",
+        }[name]
+        add("files", nargs="+" if name == "parquet" else 1, metavar="FILE", help=files_help)
+        _add_labels(parser)
+    if name == "parquet":
+        add("--image-column", metavar="NAME", help="column of the images (default: the only one that holds images)")
+        add("--label-column", metavar="NAME", help="column of the labels (default: label, or the only ClassLabel)")
+    add("--allow-empty-classes", action="store_true", help=EMPTY_HELP)
+    _add_size(parser, required=name != "npz")
+    _add_reading(parser)
+
+
+def _add_tars(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    tars_help = "tar files, folders of them, or patterns such as 'train-{0000..1023}.tar'"
+    add("files", nargs="+", metavar="TAR", help=tars_help)
+    label_help = "member that holds the label (default: the first of cls, json, txt that a tar has)"
+    add("--label", choices=("cls", "json", "txt"), help=label_help)
+    add("--label-key", default="label", metavar="KEY", help="key of the label in a json member (default: label)")
+    _add_labels(parser)
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    names_help = "class names in the order of the labels: a text file with a name on each line, or JSON"
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help=names_help)
+    parser.add_argument("--unlabelled", action="store_true", help="do not read labels")
 
 
 def _colour(text: str) -> tuple[int, int, int]:
@@ -99,13 +176,14 @@ def _colour(text: str) -> tuple[int, int, int]:
     return values[0], values[1], values[2]
 
 
-def _add_vae(parser: argparse.ArgumentParser) -> None:
+def _add_vae(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--vae",
         type=Path,
-        required=True,
+        required=required,
         metavar="VAE",
-        help="local folder of a diffusers AutoencoderKL; nothing is fetched",
+        help="local folder of a diffusers AutoencoderKL; nothing is fetched"
+        + ("" if required else "; the latents of the images are stored"),
     )
     parser.add_argument(
         "--flip", action="store_true", help="also store mirrored images, for data.flip (twice the bytes)"

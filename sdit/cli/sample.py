@@ -48,7 +48,8 @@ what comes out:
   --npz   arr_0 (N, H, W, C) uint8 and arr_1 (N,) int64 labels, as evaluation code for ImageNet reads them
   --raw   (N, C, H, W) float32: pixels in [-1, 1], or, of a run on latents without --vae, scaled latents
   of a run on latents without --vae there is no image: --out and --npz leave an npz of `latents` (N, C, H, W) float32 as
-  the model draws them, `labels` (N,) and `latent_scale`, by which they are to be divided before they are decoded
+  the model draws them, `labels` (N,) and `latent_scale`, by which they are to be divided before they are decoded;
+  of a run with data.latent_stats also `latent_mean` and `latent_std`: decode latents / latent_scale * std + mean
 which labels:
   neither --labels nor --images   the grid of the run's config: sample.classes rows, sample.images_per_class columns
   --labels                        sample.images_per_class images of each
@@ -57,6 +58,7 @@ which labels:
 how to name labels:
   3  5-7  Trouser                 label 3, labels 5 to 7, the class that is called Trouser; several between commas
   '"tench, Tinca tinca"'          a name with commas, in double quotes; not needed if it is the whole LIST
+  tabby cat                       the class "tabby, tabby cat": one of its names is enough, if no other class has it
   name:10  label:10               the class that is called 10, and label number 10; a plain 10 is a label number, and is
                                   refused if another label is called 10
 Settings that are not given are those of the run's config. Exit status: 0 done, 64 wrong command line,
@@ -90,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     from sdit.observe.image_files import ImageFiles  # torch takes seconds to import: not for --help
-    from sdit.train.decode import draws_latents
+    from sdit.train.decode import draws_latents, latent_scaling
 
     info = find_launch(options)
     with ExitStack() as stack:
@@ -98,13 +100,13 @@ def run(options: argparse.Namespace) -> int:
         trained, settings = generator.trained, generator.settings
         labels, columns = chosen_labels(trained, settings, options)
         latents, grid, npz = None, options.out, options.npz
-        if generator.decoder is None and draws_latents(trained.config) and (grid or npz):
+        if generator.decoder is None and draws_latents(trained.config, trained.data) and (grid or npz):
             latents, grid, npz = npz or grid.with_suffix(".npz"), None, None
         files = show = None
         if info.rank == 0:
             facts = image_facts(generator, options.weights, labels)
-            scale = trained.config.data.latent_scale
-            files = stack.enter_context(ImageFiles(grid, npz, options.raw, labels, columns, facts, latents, scale))
+            scaling = latent_scaling(trained.config, trained.data) if latents is not None else None
+            files = stack.enter_context(ImageFiles(grid, npz, options.raw, labels, columns, facts, latents, scaling))
             show = stack.enter_context(progress_bar("step", f"{len(labels)} images"))
         for images in generator.images(labels, progress=show):
             if files is not None:
@@ -123,9 +125,9 @@ def image_facts(generator: Generator, weights: str, labels: np.ndarray) -> dict[
     trained, decoder = generator.trained, generator.decoder
     facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": weights}
     facts |= generator.settings.model_dump(include=set(SETTINGS))
-    facts["labels"] = ", ".join(map(trained.classes.describe, dict.fromkeys(labels.tolist())))
+    facts["labels"] = trained.classes.describe_all(labels.tolist())
     if decoder is not None:
-        facts |= {"vae_sha256": decoder.digest, "latent_scale": trained.config.data.latent_scale}
+        facts |= {"vae_sha256": decoder.digest, **decoder.scaling.facts}
     return facts
 
 

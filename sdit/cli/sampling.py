@@ -88,7 +88,8 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
         device = comm.device if comm is not None else choose_device(info, "auto")
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
         settings = chosen_settings(trained.config, options)
-        yield Generator(trained, settings, latent_decoder(trained.config, options.vae, device), comm, options.batch)
+        decoder = latent_decoder(trained.config, trained.data, options.vae, device)
+        yield Generator(trained, settings, decoder, comm, options.batch)
 
 
 def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig:

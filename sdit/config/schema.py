@@ -92,13 +92,27 @@ class DiffusionConfig(Section):
 
 
 class DataConfig(Section):
-    source: Literal["digits", "shards"] = field("digits", "digits: the embedded 8x8 digits; shards: a prepared folder")
-    path: PathText | None = field(None, "folder with index.json and tar shards, written by sdit prepare")
+    source: Literal["digits", "shards", "webdataset"] = field(
+        "digits",
+        "digits: the embedded 8x8 digits; shards: a prepared folder; webdataset: tars of others in place, cropped and resized to "
+        "model.input_size",
+    )
+    path: PathText | None = field(
+        None,
+        "folder with index.json and tar shards, written by sdit prepare; webdataset: the folder of sdit prepare index",
+    )
     flip: bool = field(False, "mirror half of the images, chosen by seed and sample")
     streams: int = field(8, "logical shard streams; memory holds one shard of each; the data order depends on it", ge=1)
     workers: int = field(1, "decoding threads per rank; does not change the order", ge=1)
     prefetch_batches: int = field(2, "micro-batches made ahead, per rank; at least one for each worker", ge=1)
-    latent_scale: float = field(0.18215, "factor on VAE latents (latent shards only)", gt=0)
+    latent_scale: float = field(
+        0.18215, "factor on VAE latents (latent shards only), after latent_stats; 1 if latent_stats is set", gt=0
+    )
+    latent_stats: PathText | None = field(
+        None,
+        "latents: index (the statistics that sdit prepare stored), or a file of mean and std (or var); null: latent_scale only",
+        min_length=1,
+    )
     max_bad_fraction: float = field(
         0.0, "fraction of an epoch's samples that may be unreadable before the run stops", ge=0, le=1
     )
@@ -107,10 +121,21 @@ class DataConfig(Section):
     )
     allow_change: bool = field(False, "resume although the checkpoint was trained on other images or classes")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_beside_stats(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("latent_stats") is not None and "latent_scale" not in values:
+            return {**values, "latent_scale": 1.0}
+        return values
+
     @model_validator(mode="after")
     def _path_is_set(self) -> DataConfig:
-        if self.source == "shards" and not self.path:
-            raise ValueError("path: must name a prepared folder when data.source is shards")
+        if self.source != "digits" and not self.path:
+            raise ValueError(f"path: must name a prepared folder when data.source is {self.source}")
+        if self.latent_stats is not None and self.source != "shards":
+            raise ValueError(
+                f"latent_stats: {self.latent_stats!r} needs latents; legal with data.source {self.source}: null"
+            )
         return self
 
 

@@ -40,6 +40,10 @@ class Classes:
         name = self.names[label] if label < len(self.names) else str(label)
         return str(label) if name == str(label) else f"{label} ({name})"
 
+    def describe_all(self, labels: Sequence[int]) -> str:
+        """Return the different labels in their order, as `1 (cat), 0 (dog)`."""
+        return ", ".join(map(self.describe, dict.fromkeys(labels)))
+
     def labels_named(self, name: str) -> list[int]:
         """Return the labels with a given name: none, one, or several if the data repeat the name.
 
@@ -47,11 +51,23 @@ class Classes:
         """
         return self._labels_by_name.get(_normal(name), [])
 
+    def labels_with_synonym(self, name: str) -> list[int]:
+        """Return the labels of which `name` is a synonym: `tabby cat` is one of the class `tabby, tabby cat`."""
+        return self._labels_by_synonym.get(_normal(name), [])
+
     @cached_property
     def _labels_by_name(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         for label, name in enumerate(self.names):
             found.setdefault(_normal(name), []).append(label)
+        return found
+
+    @cached_property
+    def _labels_by_synonym(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for label, name in enumerate(self.names):
+            for synonym in dict.fromkeys(_normal(part.strip()) for part in name.split(",")):
+                found.setdefault(synonym, []).append(label)
         return found
 
 
@@ -91,7 +107,8 @@ def choose_labels(given: str | int | Sequence[str | int], classes: Classes, key:
 
     A text holds items between commas: `3`, `5-7`, `Trouser`, `"tench, Tinca tinca"`. In a sequence each element is one
     item. `name:10` and `"10"` mean the class that is called 10. `label:10` means label 10. A plain `10` means label 10
-    and is refused if another label is called 10. If the whole text is a class name, it means that class.
+    and is refused if another label is called 10. If the whole text is a class name, it means that class. A name that no
+    class has means the class of which it is a synonym: `tabby cat` means `tabby, tabby cat`.
 
     Raises: ConfigError: if an item is not a label or a class name, or is ambiguous. The message names `key`.
     """
@@ -118,7 +135,9 @@ def _text_labels(text: str, classes: Classes, key: str) -> list[int]:
         if len(whole) == 1:
             return whole
         raise
-    if whole and labels != whole:
+    if whole and set(labels) == set(whole):
+        return whole
+    if whole:
         raise ConfigError(f'{key}: {text!r} is a class and also a list of classes; legal: "{text}" in double quotes')
     return labels
 
@@ -173,13 +192,15 @@ def _item_labels(prefix: str, item: str, quoted: bool, classes: Classes, key: st
 
 
 def _named_label(name: str, labels: list[int], classes: Classes, key: str) -> list[int]:
+    labels = labels or classes.labels_with_synonym(name)
     if len(labels) == 1:
         return labels
     if labels:
         raise ConfigError(f"{key}: {name!r} is the name of the labels {_numbers(labels)}; legal: one of these numbers")
     if not classes.names:
         raise ConfigError(f"{key}: {name!r} is no label, and the class names are not known; legal: {_legal(classes)}")
-    folded = {other.casefold(): other for other in classes.names}
+    folded = {part.strip().casefold(): other for other in classes.names for part in other.split(",")}
+    folded |= {other.casefold(): other for other in classes.names}
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     guess = f"did you mean {folded[near[0]]!r}? " if near else ""
     raise ConfigError(f"{key}: {name!r} is no class of the data; {guess}legal: {_legal(classes)}")

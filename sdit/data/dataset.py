@@ -11,11 +11,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from sdit.config import DataConfig, ModelConfig
+from sdit.data.classes import Classes
 from sdit.data.decode import DecodedSamples, Sample
 from sdit.data.digits import DIGITS_FACTS, digits
 from sdit.data.index import DatasetFacts, read_index
+from sdit.data.latent_stats import LatentStatistics, read_latent_stats
 from sdit.data.shards import read_shard
-from sdit.errors import DataError
+from sdit.data.tar_index import TAR_INDEX_NAME, read_tar_index
+from sdit.data.tars_in_place import TarsInPlace
+from sdit.errors import ConfigError, DataError
 
 DIGITS_PER_SHARD = 256
 _log = logging.getLogger(__name__)
@@ -34,7 +38,9 @@ class Shard(Protocol):
     def sample(self, member: int) -> Sample:
         """Return the sample at a position of the shard.
 
-        Raises: BadSample: if the sample cannot be used.
+        Raises:
+            BadSample: if the sample cannot be used.
+            BadShard: if its file changed after it was opened.
         """
         ...
 
@@ -109,36 +115,80 @@ class _DigitsShard:
         return Sample(self.decoded.values[member], int(self.decoded.labels[member]))
 
 
-def open_dataset(data: DataConfig) -> Dataset:
-    """Return the data set that the configuration names.
+def open_dataset(data: DataConfig, model: ModelConfig | None = None) -> Dataset:
+    """Return the data set that the configuration names. The source webdataset needs the `model`, whose size it takes.
 
     Raises: DataError: if the data set does not exist or its index is not valid.
     """
+    if data.source == "webdataset":
+        assert model is not None
+        if model.channels not in (1, 3):
+            raise DataError(
+                f"model.channels: {model.channels}, but data.source webdataset holds images; legal: 1 (grey), 3 (RGB)"
+            )
+        return TarsInPlace(_folder(data), model.input_size, model.channels)
     return EmbeddedDigits() if data.source == "digits" else PreparedFolder(_folder(data))
 
 
+def is_tar_index(folder: Path) -> bool:
+    """Return True if `sdit prepare index` wrote the folder."""
+    return (folder / TAR_INDEX_NAME).exists()
+
+
 def dataset_facts(data: DataConfig) -> DatasetFacts:
-    """Return the facts of a data set without reading a sample.
+    """Return the facts of a data set without reading a sample. The source webdataset has no size of its own.
 
     Raises: DataError: if the data set does not exist or its index is not valid.
     """
+    assert data.source != "webdataset"
     return DIGITS_FACTS if data.source == "digits" else read_index(_folder(data)).facts
 
 
 def data_kind(data: DataConfig) -> Literal["images", "latents"] | None:
     """Return the kind of the samples, or None if the data set cannot be read."""
     try:
-        return dataset_facts(data).kind
+        return "images" if data.source == "webdataset" else dataset_facts(data).kind
     except (DataError, OSError):
         return None
+
+
+def data_classes(data: DataConfig) -> Classes:
+    """Return the classes of a data set, none if it cannot be read."""
+    try:
+        facts = read_tar_index(_folder(data)) if data.source == "webdataset" else dataset_facts(data)
+    except (DataError, OSError):
+        return Classes(0)
+    return Classes(facts.classes, facts.class_names, facts.empty_classes)
 
 
 def data_recipe(data: DataConfig) -> dict[str, Any]:
     """Return the recipe of a prepared folder. Return an empty dict for the digits or if the folder cannot be read."""
     try:
-        return {} if data.source == "digits" else read_index(_folder(data)).recipe
+        return read_index(_folder(data)).recipe if data.source == "shards" else {}
     except (DataError, OSError):
         return {}
+
+
+def latent_stats_of(data: DataConfig, facts: DatasetFacts | None = None) -> LatentStatistics | None:
+    """Return the statistics that the configuration names, None if it names none. `facts` are those of the data set.
+
+    Raises:
+        ConfigError: if the data set or the file holds none.
+        DataError: if the data set cannot be read.
+    """
+    if data.latent_stats is None:
+        return None
+    if data.latent_stats == "index":
+        stored = (facts or dataset_facts(data)).latent_stats
+        if stored is None:
+            raise ConfigError(
+                f"data.latent_stats: index, but {data.path} holds no statistics; legal: null, a file, or the command of "
+                "sdit prepare latents again, which adds them"
+            )
+        return stored
+    if facts is not None and facts.kind != "latents":
+        raise ConfigError(f"data.latent_stats: {data.latent_stats}, but {data.path} holds images; legal: null")
+    return read_latent_stats(Path(data.latent_stats))
 
 
 def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: str = "data.path") -> None:
@@ -158,7 +208,7 @@ def check_fit(facts: DatasetFacts, data: DataConfig, model: ModelConfig, key: st
         raise DataError(f"model.classes: {model.classes}, but {where} holds {labels}")
     if data.flip and facts.kind == "latents" and not facts.mirrored:
         raise DataError(f"data.flip: True, but {where} holds no latents of mirrored images; prepare them with --flip")
-    if facts.latent_scale is not None and facts.latent_scale != data.latent_scale:
+    if data.latent_stats is None and facts.latent_scale is not None and facts.latent_scale != data.latent_scale:
         _log.warning("data.latent_scale: %g, but the VAE was made for %g", data.latent_scale, facts.latent_scale)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,9 @@ from sdit.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch
+
+
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -81,12 +85,17 @@ class LatentEncoder:
     dtype: str
     batch: int
     device: str
+    shift: float = 0.0
 
     def facts(self, images: DatasetFacts) -> DatasetFacts:
         if images.channels != self.picture_channels:
             raise ConfigError(f"--vae: takes {self.picture_channels} channels, the images have {images.channels}")
         if images.size % self.downsampling:
             raise ConfigError(f"--size: {images.size}; legal with this VAE: multiples of {self.downsampling}")
+        if self.shift:
+            _log.warning(
+                "--vae: its shift_factor %g is not applied; data.latent_stats: index centres the latents", self.shift
+            )
         return images.model_copy(
             update={
                 "kind": "latents",
@@ -107,7 +116,7 @@ class LatentEncoder:
                 yield image.key, {"npy": encode_moments(each), "cls": _label(image)}
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """Return posterior moments (B, O, 2C, H, W) of pixels (B, 3, 8H, 8W) uint8."""
+        """Return posterior moments (B, O, 2C, H, W) of pixels (B, 3, fH, fW) uint8, f the VAE's downsampling."""
         import torch
 
         # With one thread in each process, the bytes do not depend on the number of processes.
@@ -139,10 +148,8 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
         ) from None
     except ValueError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} is not JSON: {error}") from None
-    if config.get("_class_name") != "AutoencoderKL" or config.get("shift_factor") is not None:
-        raise ConfigError(
-            f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL without shift_factor"
-        )
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ConfigError(f"--vae: {vae} is a {config.get('_class_name')}; legal: an AutoencoderKL")
     read_header(vae / "diffusion_pytorch_model.safetensors")
     _autoencoder_class()
     recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
@@ -158,13 +165,14 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
             dtype=dtype,
             batch=batch,
             device=device,
+            shift=config.get("shift_factor") or 0.0,
         )
     except KeyError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} has no {error}") from None
 
 
 def _posterior(vae: Path, device: str, images: torch.Tensor) -> torch.Tensor:
-    """Return mean and log-variance (B, 2C, H, W) of images (B, 3, 8H, 8W) in [-1, 1]."""
+    """Return mean and log-variance (B, 2C, H, W) of images (B, 3, fH, fW) in [-1, 1]."""
     import torch
 
     posterior = load_autoencoder(vae, device).encode(images).latent_dist

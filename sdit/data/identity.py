@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from sdit.config import ModelConfig
 from sdit.data.classes import Classes, class_differences
 from sdit.data.index import DatasetFacts
+from sdit.data.latent_stats import LatentStatistics, without_statistics
 from sdit.errors import CheckpointError
 
 SHOWN_DIGITS = 12  # of a fingerprint in a message
@@ -17,7 +26,7 @@ SHOWN_DIGITS = 12  # of a fingerprint in a message
 class DataIdentity(BaseModel):
     """The `fingerprint` of a data set with its number of images and its classes. Equal fingerprints mean equal images.
 
-    Unknown fields, which later versions may add, are ignored.
+    `latent_stats` normalise the latents of the run. Unknown fields, which later versions may add, are ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -28,6 +37,11 @@ class DataIdentity(BaseModel):
     classes: int = Field(ge=0)
     class_names: tuple[str, ...] = ()
     empty_classes: tuple[int, ...] = ()
+    latent_stats: LatentStatistics | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialise: SerializerFunctionWrapHandler) -> Any:
+        return without_statistics(serialise(self))
 
     @model_validator(mode="after")
     def _consistent(self) -> DataIdentity:
@@ -38,8 +52,8 @@ class DataIdentity(BaseModel):
         return self
 
     @classmethod
-    def of(cls, facts: DatasetFacts, fingerprint: str) -> DataIdentity:
-        """Return the identity of an open data set."""
+    def of(cls, facts: DatasetFacts, fingerprint: str, latent_stats: LatentStatistics | None = None) -> DataIdentity:
+        """Return the identity of an open data set whose latents are normalised by `latent_stats`."""
         return cls(
             fingerprint=fingerprint,
             kind=facts.kind,
@@ -47,6 +61,7 @@ class DataIdentity(BaseModel):
             classes=facts.classes,
             class_names=facts.class_names,
             empty_classes=facts.empty_classes,
+            latent_stats=latent_stats,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import warnings
@@ -77,8 +78,23 @@ def read_image(path: Path, size: int, channels: int, reading: Reading = AS_ADM) 
         OSError: if the file system fails.
     """
     with _opened(path) as image:
-        _refuse_too_large(path, image.size, size)
-        pixels = np.asarray(center_crop(eight_bits(image, channels, reading), size))
+        return _square(image, path, size, channels, reading)
+
+
+def decode_image(data: bytes, name: str, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
+    """Return the central square of the image file whose bytes are `data`, as `read_image` does. `name` is for messages.
+
+    Raises: DataError: if the bytes cannot be decoded, the image is too large, or its values have an unknown range.
+    """
+    if not data:
+        raise DataError(f"{shown(name)}: cannot be decoded: the file is empty")
+    with _pillow_errors(name), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        return _square(image, name, size, channels, reading)
+
+
+def _square(image: Image.Image, name: object, size: int, channels: int, reading: Reading) -> np.ndarray:
+    _refuse_too_large(name, image.size, size)
+    pixels = np.asarray(center_crop(eight_bits(image, channels, reading), size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
@@ -123,14 +139,14 @@ def _fitted(sides: tuple[int, int], size: int) -> tuple[int, int]:
     return round(sides[0] * scale), round(sides[1] * scale)
 
 
-def _refuse_too_large(path: Path, sides: tuple[int, int], size: int) -> None:
+def _refuse_too_large(name: object, sides: tuple[int, int], size: int) -> None:
     width, height = sides
     if width * height > MAX_PIXELS:
-        raise DataError(f"{shown(path)}: {width} x {height} pixels; legal: up to {MAX_PIXELS} in all")
+        raise DataError(f"{shown(name)}: {width} x {height} pixels; legal: up to {MAX_PIXELS} in all")
     fitted = _fitted(sides, size)
     if min(sides) < size and fitted[0] * fitted[1] > MAX_PIXELS:
         raise DataError(
-            f"{shown(path)}: {width} x {height} pixels, {fitted[0]} x {fitted[1]} when enlarged to a short side of "
+            f"{shown(name)}: {width} x {height} pixels, {fitted[0]} x {fitted[1]} when enlarged to a short side of "
             f"{size}; legal: up to {MAX_PIXELS} in all"
         )
 
@@ -146,28 +162,43 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
             raise DataError(f"{shown(path)}: cannot be read: it is no regular file")
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about sizes, which are bounded here, and about metadata
+        if os.stat(path).st_size == 0:
+            raise DataError(f"{shown(path)}: cannot be decoded: the file is empty")
+        with path.open("rb") as file, warnings.catch_warnings(), _pillow_errors(path):
+            warnings.simplefilter("ignore")  # about sizes, which are bounded here, and about metadata
             with Image.open(file, formats=_PILLOW_FORMATS) as image:
                 yield image
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        empty = "the file is empty" if os.stat(path).st_size == 0 else f"it is none of {', '.join(_PILLOW_FORMATS)}"
-        raise DataError(f"{shown(path)}: cannot be decoded: {empty}") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{shown(path)}: too many pixels; legal: up to {MAX_PIXELS} in all") from None
-    except MemoryError as error:
-        raise DataError(f"{shown(path)}: cannot be decoded: not enough memory (MemoryError)") from error
     except OSError as error:
-        if error.errno is None:  # raised by Pillow, not by the file system
-            raise DataError(f"{shown(path)}: cannot be decoded: {error}") from error
         if error.errno not in FILE_ERRORS:
             raise OSError(error.errno, error.strerror, str(path)) from error
         broken = " (a broken symbolic link)" if path.is_symlink() and error.errno == errno.ENOENT else ""
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}{broken}") from error
+
+
+@contextmanager
+def _pillow_errors(name: object) -> Iterator[None]:
+    """Convert the errors of Pillow's decoders in the `with`.
+
+    Raises:
+        DataError: in place of an error of the decoder.
+        OSError: if the file system fails.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{shown(name)}: cannot be decoded: it is none of {', '.join(_PILLOW_FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{shown(name)}: too many pixels; legal: up to {MAX_PIXELS} in all") from None
+    except MemoryError as error:
+        raise DataError(f"{shown(name)}: cannot be decoded: not enough memory (MemoryError)") from error
+    except OSError as error:
+        if error.errno is not None:  # raised by the file system, not by Pillow
+            raise
+        raise DataError(f"{shown(name)}: cannot be decoded: {error}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        raise DataError(f"{shown(path)}: cannot be decoded: {str(error) or type(error).__name__}") from error
+        raise DataError(f"{shown(name)}: cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def _depth(image: Image.Image) -> int | None:

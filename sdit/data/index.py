@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdit.checked_files import NotRegularFile, read_regular
+from sdit.data.latent_stats import LatentStatistics
 from sdit.errors import DataError
 from sdit.files import replacing
 
@@ -32,6 +33,7 @@ class DatasetFacts(_Record):
     empty_classes: tuple[int, ...] = Field(default=(), description="labels that no sample has, on purpose")
     mirrored: bool = Field(default=False, description="latents: moments of the mirrored image are stored as well")
     latent_scale: float | None = Field(default=None, description="latents: the factor that the VAE's authors recommend")
+    latent_stats: LatentStatistics | None = Field(default=None, description="latents: mean and std of each channel")
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetFacts:
@@ -44,13 +46,19 @@ class DatasetFacts(_Record):
         return self
 
 
-class ShardRecord(_Record):
-    """One shard as it was written: name, size in bytes, checksum and number of samples."""
+class FileRecord(_Record):
+    """One file of samples: name, size in bytes, checksum and number of samples."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
+    name: str
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     samples: int = Field(ge=1)
+
+
+class ShardRecord(FileRecord):
+    """One shard as it was written. Its name has no folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
 
 
 class DatasetIndex(_Record):
@@ -116,6 +124,9 @@ def read_index(folder: Path) -> DatasetIndex:
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
     """Write index.json atomically. It is written last, so a folder with an index is complete."""
-    unused = {"facts": {"empty_classes"}} if not index.facts.empty_classes else None  # older versions refuse the field
+    facts = index.facts
+    unused = {
+        name for name in ("empty_classes", "latent_stats") if not getattr(facts, name)
+    }  # older versions refuse them
     with replacing(folder / INDEX_NAME) as file:
-        file.write(index.model_dump_json(indent=1, exclude=unused).encode() + b"\n")
+        file.write(index.model_dump_json(indent=1, exclude={"facts": unused} if unused else None).encode() + b"\n")

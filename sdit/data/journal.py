@@ -5,19 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from sdit.data.index import INDEX_NAME, ShardRecord, read_index
+from sdit.data.index import INDEX_NAME, FileRecord, ShardRecord, read_index
 from sdit.errors import ConfigError
 from sdit.files import naming
 
 JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]
+AnyRecord = TypeVar("AnyRecord", bound=FileRecord)
+SomeRecord = TypeVar("SomeRecord", bound=FileRecord, covariant=True)
 UNRECORDED = {
     "background": None,
     "exif": False,
@@ -26,36 +29,61 @@ UNRECORDED = {
 FREE = frozenset({"skip_bad"})  # keys that may change between two commands: finished shards are kept
 
 
-class Journal:
+class Index(Protocol[SomeRecord]):
+    """What a journal needs of an index: its recipe and its records."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def shards(self) -> Sequence[SomeRecord]: ...
+
+
+@dataclass(frozen=True)
+class IndexFormat(Generic[AnyRecord]):
+    """An index file `name`, the function that reads it from its folder, and the type of its records."""
+
+    name: str
+    read: Callable[[Path], Index[AnyRecord]]
+    record: type[AnyRecord]
+
+
+SHARDS = IndexFormat(INDEX_NAME, read_index, ShardRecord)
+
+
+class Journal(Generic[AnyRecord]):
     """The journal file: one JSON object per line, first the recipe, then each finished shard.
 
     `finished` maps a shard's name to its record.
     """
 
-    def __init__(self, file: BinaryIO, finished: dict[str, ShardRecord]) -> None:
+    def __init__(self, file: BinaryIO, finished: dict[str, AnyRecord]) -> None:
         self._file = file
         self.finished = finished
 
-    def add(self, record: ShardRecord) -> None:
+    def add(self, record: AnyRecord) -> None:
         """Append the record of a finished shard and flush it to disk."""
         _append(self._file, record.model_dump_json())
 
 
 @contextmanager
-def opened_journal(folder: Path, recipe: Recipe, earlier: Sequence[str] = ()) -> Iterator[Journal]:
+def opened_journal(
+    folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str] = ()
+) -> Iterator[Journal[AnyRecord]]:
     """Open the folder's journal and lock it against other processes. Remove it if the block ends without an error.
 
+    `form` is the index that the preparation ends with.
     `earlier` are fingerprints of the contents that the new recipe's content begins with.
 
     Raises: ConfigError: if the folder was made by another recipe, or another process writes it.
     """
-    finished = _finished_by_index(folder, recipe, earlier)
+    finished = _finished_by_index(folder, recipe, form, earlier)
     with (folder / JOURNAL_NAME).open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--out: {folder} is being written by another process") from None
-        yield Journal(file, finished | _finished_by_journal(file, folder, recipe, earlier))
+        yield Journal(file, finished | _finished_by_journal(file, folder, recipe, form, earlier))
         (folder / JOURNAL_NAME).unlink()
 
 
@@ -71,17 +99,19 @@ def begun_recipe(folder: Path) -> Recipe | None:
     return begun if isinstance(begun, dict) else None
 
 
-def _finished_by_index(folder: Path, recipe: Recipe, earlier: Sequence[str]) -> dict[str, ShardRecord]:
-    if not (folder / INDEX_NAME).exists():
+def _finished_by_index(
+    folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str]
+) -> dict[str, AnyRecord]:
+    if not (folder / form.name).exists():
         return {}
-    index = read_index(folder)
+    index = form.read(folder)
     _refuse_other_recipe(folder, index.recipe, recipe, earlier)
     return {record.name: record for record in index.shards}
 
 
 def _finished_by_journal(
-    file: BinaryIO, folder: Path, recipe: Recipe, earlier: Sequence[str]
-) -> dict[str, ShardRecord]:
+    file: BinaryIO, folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str]
+) -> dict[str, AnyRecord]:
     """Return the journal's records. An incomplete last line is removed. An empty journal gets its first line."""
     file.seek(0)
     text = file.read()
@@ -93,7 +123,7 @@ def _finished_by_journal(
     first, *lines = whole.splitlines()
     try:
         begun = json.loads(first)
-        records = [ShardRecord.model_validate_json(line) for line in lines]
+        records = [form.record.model_validate_json(line) for line in lines]
     except (ValueError, ValidationError):
         raise ConfigError(
             f"--out: {folder / JOURNAL_NAME} cannot be read; delete it, or choose another folder"

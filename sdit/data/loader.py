@@ -20,10 +20,11 @@ from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
 from sdit.data.bad_samples import BadSampleCounter
 from sdit.data.cache import ShardCache
-from sdit.data.dataset import Dataset, Shard, check_fit, open_dataset
+from sdit.data.dataset import Dataset, Shard, check_fit, latent_stats_of, open_dataset
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.identity import DataIdentity
+from sdit.data.latent_stats import LatentScaling, LatentStatistics
 from sdit.data.order import KeyColumns, SampleOrder
 from sdit.data.pixels import from_levels
 from sdit.errors import DataError
@@ -38,20 +39,27 @@ def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1
 
     Raises: DataError: if the data do not exist or do not fit the model.
     """
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, model)
     check_fit(dataset.facts, data, model)
-    return Loader(dataset, data, seed, ranks, labelled=model.classes > 0)
+    statistics = latent_stats_of(data, dataset.facts)
+    if statistics is not None:
+        statistics.check_fit(model.channels, model.input_size, str(data.latent_stats))
+    return Loader(dataset, data, seed, ranks, labelled=model.classes > 0, latent_stats=statistics)
 
 
 class Loader:
     """Reads samples by run index. It is a context manager, and `close` ends its threads."""
 
-    def __init__(self, dataset: Dataset, data: DataConfig, seed: int, ranks: int = 1, labelled: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset, data: DataConfig, seed: int, ranks: int = 1, labelled: bool = True,
+        latent_stats: LatentStatistics | None = None,
+    ) -> None:  # fmt: skip
         self.facts = dataset.facts
         self._dataset = dataset
         self._data = data
         self._seed = seed
         self._labelled = labelled
+        self._scaling = LatentScaling(data.latent_scale, latent_stats)
         self._order = SampleOrder(dataset.counts, data.streams, seed)
         self._bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
         # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
@@ -62,7 +70,7 @@ class Loader:
     @property
     def identity(self) -> DataIdentity:
         """The identity of the data set."""
-        return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint)
+        return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._scaling.statistics)
 
     @property
     def bad_samples(self) -> Counter[str]:
@@ -169,7 +177,7 @@ class Loader:
             return self._substitute(key)
         try:
             return shard.sample(key.member)
-        except BadSample as fault:
+        except (BadSample, BadShard) as fault:
             self._bad_samples.record(key, fault)
             return self._substitute(key)
 
@@ -187,20 +195,19 @@ class Loader:
             for candidate in chain([start], self._order.substitutes(start)):
                 try:
                     return shard.sample(candidate.member)
-                except BadSample:
+                except (BadSample, BadShard):
                     continue  # it is counted when its own run index is read
         raise DataError("no sample of the whole data set can be read")
 
     def _latents(self, moments: np.ndarray, keys: KeyColumns) -> np.ndarray:
-        """Return one posterior sample (B, C, H, W) float32 of each of the moments (B, 2C, H, W) float32, scaled.
+        """Return one posterior sample (B, C, H, W) float32 of each of the moments (B, 2C, H, W) float32, normalised.
 
         A sample is mean + exp(logvar / 2) eps.
         """
         mean, log_variance = np.split(moments, 2, axis=1)
         key = randomness.keys(self._seed, Purpose.POSTERIOR, keys.epoch, keys.shard, keys.member)
         eps = randomness.normals(key, mean[0].size).reshape(mean.shape)
-        x0: np.ndarray = (mean + np.exp(log_variance / 2) * eps) * np.float32(self._data.latent_scale)
-        return x0
+        return self._scaling.normalise(mean + np.exp(log_variance / 2) * eps)
 
     def _mirrored(self, keys: KeyColumns) -> np.ndarray:
         """Return (B,) bool, True for mirrored samples: one fair coin per key, or all False."""

@@ -14,7 +14,8 @@ from sdit.data.encoders import Encoder
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_list import write_image_list
 from sdit.data.index import INDEX_NAME, DatasetFacts, DatasetIndex, ShardRecord, read_index, write_index
-from sdit.data.journal import Journal, Recipe, opened_journal
+from sdit.data.journal import SHARDS, Journal, Recipe, opened_journal
+from sdit.data.measure_latents import measure_latents
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.shards import is_intact, read_shard, write_shard
@@ -78,7 +79,7 @@ def prepare(
     recipe = {**source.recipe, **encoder.recipe, "samples_per_shard": samples_per_shard, "skip_bad": skip_bad}
     out.mkdir(parents=True, exist_ok=True)
     earlier = () if source.listing is None else source.listing.contents()[:-1]
-    with opened_journal(out, recipe, earlier) as journal, _progress_bar(len(source)) as bar:
+    with opened_journal(out, recipe, SHARDS, earlier) as journal, _progress_bar(len(source)) as bar:
         if source.listing is not None:
             write_image_list(out, source.listing)
         tasks = _tasks(source, encoder, out, samples_per_shard, journal.finished, facts, skip_bad)
@@ -87,13 +88,16 @@ def prepare(
             _refuse_emptied_classes(source, finished)
         present = frozenset[int]().union(*(result.labels for result in finished))
         index = _index(facts, recipe, [result.record for result in finished if result.record is not None], present)
+        if facts.kind == "latents":
+            measured = index.facts.model_copy(update={"latent_stats": measure_latents(out, index.shards, index.facts)})
+            index = index.model_copy(update={"facts": measured})
         if not (out / INDEX_NAME).exists() or read_index(out) != index:
             write_index(out, index)
     kept = sum(result.kept for result in finished)
     return Summary(len(index.shards) - kept, kept, len(source) - index.facts.total, index)
 
 
-def _collect(results: Iterable[_Finished], journal: Journal, bar: tqdm) -> list[_Finished]:
+def _collect(results: Iterable[_Finished], journal: Journal[ShardRecord], bar: tqdm) -> list[_Finished]:
     """Return all results. Each is logged, written to the journal and counted by the bar as it arrives."""
     finished = []
     for result in results:

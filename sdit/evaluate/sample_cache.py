@@ -42,7 +42,7 @@ class SampleSet:
 
     def __post_init__(self) -> None:
         channels = self.trained.config.model.channels
-        if self.generator.decoder is None and draws_latents(self.trained.config):
+        if self.generator.decoder is None and draws_latents(self.trained.config, self.trained.data):
             raise ConfigError(f"--vae: is not set, and {channels} channels are latents, not pixels; legal: a folder")
 
     @property
@@ -82,7 +82,7 @@ class SampleSet:
             **({"empty_classes": list(empty)} if empty else {}),
             "diffusion": config.diffusion.model_dump(mode="json", exclude=TRAINING_KEYS),
             "vae_sha256": None if decoder is None else decoder.digest,
-            "latent_scale": None if decoder is None else config.data.latent_scale,
+            **({"latent_scale": None} if decoder is None else decoder.scaling.facts),
             "rounding": ROUNDING,
             "device": self.trained.model.device.type,
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
 from sdit.files import commit
@@ -21,10 +22,10 @@ class ImageFiles:
 
     def __init__(
         self, grid: Path | None, npz: Path | None, raw: Path | None, labels: np.ndarray, columns: int,
-        facts: Mapping[str, object], latents: Path | None = None, latent_scale: float = 1.0,
+        facts: Mapping[str, object], latents: Path | None = None, scaling: LatentScaling | None = None,
     ) -> None:  # fmt: skip
         self._grid, self._npz, self._raw, self._latents = grid, npz, raw, latents
-        self._latent_scale = latent_scale
+        self._scaling = scaling or LatentScaling(1.0)
         self._kept: list[np.ndarray] = []
         self._labels, self._columns, self._facts = labels, columns, facts
         self._shown: list[np.ndarray] = []
@@ -84,7 +85,7 @@ class ImageFiles:
                 np.savez(file, arr_0=self._pixels, arr_1=self._labels)
             commit(_partial(self._npz), self._npz)
         if self._latents is not None:
-            save_latents(self._latents, np.concatenate(self._kept), self._labels, self._latent_scale)
+            save_latents(self._latents, np.concatenate(self._kept), self._labels, self._scaling)
         if self._raw is not None and isinstance(self._floats, np.memmap):
             self._floats.flush()
             commit(_partial(self._raw), self._raw)

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 
 from sdit.config import Config
+from sdit.data.dataset import data_classes, latent_stats_of
+from sdit.data.latent_stats import LatentScaling
 from sdit.launch_environment import RankInfo
 from sdit.observe.folder_watch import FolderWatch
 from sdit.observe.metrics_file import MetricsFile
@@ -36,23 +38,29 @@ def build_observers(
     Raises: ConfigError: on all ranks, if the package of an optional sink is missing.
     """
     require_packages(config.observe)
-    latent_scale = config.data.latent_scale if draws_latents(config) and not config.sample.vae else None
+    scaling = None
+    if draws_latents(config) and not config.sample.vae:
+        scaling = LatentScaling(config.data.latent_scale, latent_stats_of(config.data))
     observers: list[Observer] = [RankLog(run_dir, info)]
     if metrics is not None:
         observers.append(metrics)
     if info.rank == 0:
-        if latent_scale is not None:
+        if scaling is not None:
             _log.warning(
                 "sample.vae: is not set; the model samples latents, written to samples/latents-N.npz; no images"
             )
-        observers += [MetricsFile(run_dir), Progress(), SampleGrids(run_dir, latent_scale)]
+        observers += [
+            MetricsFile(run_dir),
+            Progress(),
+            SampleGrids(run_dir, scaling, data_classes(config.data) if config.model.classes else None),
+        ]
         if config.model.variant == "switch":
             observers.append(RoutingMaps(run_dir, config))
         if config.observe.tensorboard:
-            observers.append(TensorBoard(Path(str(run_dir)), latent_scale is None))
+            observers.append(TensorBoard(Path(str(run_dir)), scaling is None))
         if config.observe.wandb != "off":
             facts = config.model_dump(mode="json")
-            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, latent_scale is None))
+            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, scaling is None))
     if heartbeat is not None and isinstance(run_dir, RunFolder):
         observers.append(FolderWatch(run_dir, heartbeat))
     return Observers(observers, info.rank == 0)

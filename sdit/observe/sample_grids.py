@@ -10,6 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdit.clock import Clock
+from sdit.data.classes import Classes
+from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.files import replacing
 from sdit.supervise.run_folder import RunFolder
@@ -25,8 +27,11 @@ class SampleGrids(Observer):
 
     name, on_failure = "sample grids", OnFailure.RETRY
 
-    def __init__(self, run_dir: Path | RunFolder, latent_scale: float | None = None) -> None:
-        self._run_dir, self._latent_scale = run_dir, latent_scale
+    def __init__(
+        self, run_dir: Path | RunFolder, scaling: LatentScaling | None = None, classes: Classes | None = None
+    ) -> None:
+        """Take how latents are normalised, None for a run on images, and the classes that name the rows of a grid."""
+        self._run_dir, self._scaling, self._classes = run_dir, scaling, classes
 
     @property
     def _folder(self) -> Path:
@@ -43,14 +48,16 @@ class SampleGrids(Observer):
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         self._folder.mkdir(exist_ok=True)
-        if self._latent_scale is None:
-            save_grid(self._path(clock), images, columns, {"images_seen": clock.images_seen})
+        if self._scaling is None:
+            named = "" if self._classes is None else self._classes.describe_all(labels.tolist())
+            facts = {"images_seen": clock.images_seen, **({"labels": named} if named else {})}
+            save_grid(self._path(clock), images, columns, facts)
         else:
-            save_latents(self._path(clock), images, labels, self._latent_scale)
+            save_latents(self._path(clock), images, labels, self._scaling)
 
     def _path(self, clock: Clock) -> Path:
         name = f"images-{clock.images_seen:012d}.png"
-        return self._folder / (name if self._latent_scale is None else latents_name(name))
+        return self._folder / (name if self._scaling is None else latents_name(name))
 
 
 def remove_after(folder: Path, images_seen: int) -> None:
@@ -71,10 +78,10 @@ def latents_name(name: str) -> str:
     return Path(name.replace("images-", "latents-")).with_suffix(".npz").name
 
 
-def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, latent_scale: float) -> None:
-    """Write `latents` (n, C, H, W) float32 as the model samples them, with `labels` (n,) and `latent_scale`."""
+def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, scaling: LatentScaling) -> None:
+    """Write `latents` (n, C, H, W) float32 as the model samples them, with `labels` (n,) and how to invert `scaling`."""
     with replacing(path) as file:
-        np.savez(file, latents=latents, labels=labels, latent_scale=np.float64(latent_scale))
+        np.savez(file, latents=latents, labels=labels, **scaling.arrays)  # type: ignore[arg-type]
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from sdit.checkpoint.store import Found
 from sdit.config import Config, DataConfig
-from sdit.data.dataset import check_fit, open_dataset
+from sdit.data.dataset import check_fit, is_tar_index, open_dataset
 from sdit.data.identity import DataIdentity, trained_classes
 from sdit.data.loader import Loader
 from sdit.distributed.comm import Comm
@@ -71,11 +72,16 @@ def open_held_out(
     validation = config.validation
     if validation.every_images is None or validation.path is None:
         return None, []
+    source: Literal["shards", "webdataset"] = "webdataset" if is_tar_index(Path(validation.path)) else "shards"
     data = DataConfig(
-        source="shards", path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
+        source=source, path=validation.path, workers=config.data.workers, latent_scale=config.data.latent_scale
     )
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, config.model)
     identity = DataIdentity.of(dataset.facts, dataset.fingerprint)
     notes = check_held_out(config, training, identity, was_accepted(manifest, where, training, identity))
     check_fit(dataset.facts, data, config.model, "validation.path")
-    return Loader(dataset, data, validation.seed, ranks, labelled=config.model.classes > 0), notes
+    labelled, stats = (
+        config.model.classes > 0,
+        training.latent_stats,
+    )  # held-out latents are normalised as those of training
+    return Loader(dataset, data, validation.seed, ranks, labelled, stats), notes

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from sdit.config import Config, DataConfig
 from sdit.data.classes import class_differences
 from sdit.data.identity import DataIdentity, describe_change, stored_identity
+from sdit.data.latent_stats import LatentStatistics
 from sdit.distributed.comm import Comm
-from sdit.errors import DataError
+from sdit.errors import ConfigError, DataError
 
 
 class Note(NamedTuple):
@@ -100,6 +101,7 @@ def check_unchanged(config: Config, data: RunData, manifest: Mapping[str, Any], 
     """
     notes = []
     before = stored_identity(manifest.get("data"), where)
+    _check_same_normalisation(None if before is None else before.latent_stats, data.training.latent_stats, where)
     change = "" if before is None else describe_change(before, data.training)
     if change:
         fact = f"{_where(config.data)} does not hold the images of the checkpoint {where}: {change}"
@@ -113,6 +115,16 @@ def check_unchanged(config: Config, data: RunData, manifest: Mapping[str, Any], 
             text = f"validation.path: {config.validation.path}: {change}; held-out losses before cannot be compared"
             notes.append(Note("held_out_data_changed", text))
     return notes
+
+
+def _check_same_normalisation(before: LatentStatistics | None, now: LatentStatistics | None, where: str) -> None:
+    """Raises: ConfigError if the run would see its latents normalised by other statistics than before."""
+    if before != now:
+        had, has = (f"{each.describe()}" if each is not None else "no statistics" for each in (before, now))
+        raise ConfigError(
+            f"data.latent_stats: {has}, but the checkpoint {where} was trained with {had}; "
+            "legal: the same statistics, or another run_dir"
+        )
 
 
 def check_same_on_all_ranks(data: RunData, comm: Comm) -> None:

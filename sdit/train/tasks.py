@@ -33,7 +33,8 @@ def build_tasks(
 ) -> PeriodicTasks:
     """Return the periodic tasks of a run. Raises: ConfigError for a sample.vae that does not fit."""
     config = context.run.config
-    sampler = GridSampler(context, config.sample, labels, latent_decoder(config, None, context.comm.device))
+    decoder = latent_decoder(config, context.state.data.training, None, context.comm.device)
+    sampler = GridSampler(context, config.sample, labels, decoder)
     started_from = None if found is None else found.folder
     return PeriodicTasks(
         Validator(context, config.validation, held_out),

@@ -568,6 +568,14 @@ def test_a_number_that_is_also_the_name_of_another_class(given: Any, expected: l
         (("a",), [], "is empty"),
         (("dog, small", "b"), ["dog, small"], [0]),
         (("a",), "a\nb", "is no class"),
+        (("tabby, tabby cat", "tiger cat"), "tabby cat", [0]),
+        (("tabby, tabby cat", "tiger cat"), "tabby, tabby cat", [0]),
+        (("tabby, tabby cat", "tiger cat"), "tiger cat,tabby cat", [1, 0]),
+        (("tabby, tabby cat", "tiger cat"), ["tabby cat"], [0]),
+        (("tabby, tabby cat", "tabby"), "tabby", [1]),
+        (("tabby, tabby cat", "tabby cat", "tabby"), "tabby, tabby cat", "is a class and also a list"),
+        (("crane, bird", "crane, machine"), "crane", "is the name of the labels 0, 1"),
+        (("tabby, tabby cat", "tiger cat"), "tabby dog", "did you mean 'tabby, tabby cat'"),
     ],
 )
 def test_names_as_people_have_them(names: tuple[str, ...], given: Any, expected: list[int] | str) -> None:
@@ -596,7 +604,7 @@ def test_the_rows_of_a_grid_are_named(place: Path, sdit: Command, tmp_path: Path
     (during,) = (place / "run" / "samples").glob("*.png")
     assert sdit("sample", "--checkpoint", place / "run", "--out", tmp_path / "x.png").status == 0
     with Image.open(tmp_path / "x.png") as grid, Image.open(during) as other:
-        assert grid.info["labels"] == "1 (cat), 0 (Zebra)"
+        assert grid.info["labels"] == other.info["labels"] == "1 (cat), 0 (Zebra)"
         assert grid.size == other.size
 
 

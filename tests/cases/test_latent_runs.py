@@ -27,13 +27,14 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra sdit[vae]")
 SCALE = 0.5
 
 
-def write_vae(folder: Path, channels: int, seed: int = 0) -> Any:
-    """A randomly initialised AutoencoderKL with a downsampling of 2."""
+def write_vae(folder: Path, channels: int, seed: int = 0, factor: int = 2) -> Any:
+    """A randomly initialised AutoencoderKL with a downsampling of `factor`, 2 or 4."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * factor.bit_length(),
+            up_block_types=("UpDecoderBlock2D",) * factor.bit_length(),
+            block_out_channels=(4, 8, 8)[: factor.bit_length()], layers_per_block=1, norm_num_groups=2, latent_channels=channels,
         )  # fmt: skip
     vae.save_pretrained(folder)
     return vae.eval()

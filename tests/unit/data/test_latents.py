@@ -144,3 +144,28 @@ def test_without_diffusers_the_extra_is_named(vae: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"pip install sdit\[vae\]"):
         encoder(vae)
+
+
+def test_a_vae_with_a_shift_is_told_how_to_centre(vae: Path, images: Path, tmp_path: Path, caplog: Any) -> None:
+    """The shift_factor of a VAE of 16 channels, such as SD3's, is not applied; the statistics of the index centre latents."""
+    import shutil
+
+    shutil.copytree(vae, tmp_path / "shifted")
+    config = json.loads((vae / "config.json").read_text())
+    (tmp_path / "shifted" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.0609}))
+    source = folder_source(images, SIZE, 3)
+    plain = prepare(source, encoder(vae), tmp_path / "set").index.facts
+    shifted = prepare(source, encoder(tmp_path / "shifted"), tmp_path / "other").index.facts
+    assert shifted == plain and shifted.latent_stats is not None
+    assert "shift_factor 0.0609 is not applied; data.latent_stats: index" in caplog.text
+
+
+def test_the_same_command_adds_the_statistics_to_an_older_folder(vae: Path, images: Path, tmp_path: Path) -> None:
+    source = folder_source(images, SIZE, 3)
+    prepare(source, encoder(vae), tmp_path / "set", samples_per_shard=3)
+    path = tmp_path / "set" / "index.json"
+    index, whole = json.loads(path.read_text()), path.read_bytes()
+    assert index["facts"].pop("latent_stats")["shape"] == [3, 1, 1]
+    path.write_text(json.dumps(index))
+    done = prepare(source, encoder(vae), tmp_path / "set", samples_per_shard=3)
+    assert (done.written, done.kept) == (0, 3) and path.read_bytes() == whole

@@ -1,0 +1,165 @@
+"""A data set in tars of others, read in place. Images are cropped and resized to model.input_size when they are read.
+
+A tar is compared with its checksum in the index when it is opened, in pieces. Its images are then read one by one, so that
+no tar is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from sdit.data.decode import Sample
+from sdit.data.faults import BadSample, BadShard
+from sdit.data.image_file import decode_image
+from sdit.data.index import DatasetFacts
+from sdit.data.names import shown
+from sdit.data.pool import run_tasks
+from sdit.data.shards import READ_ATTEMPTS
+from sdit.data.tar_headers import BLOCK
+from sdit.data.tar_index import HASHED_BYTES, MEMBER, TarIndex, TarRecord, members_digest, members_path, read_tar_index
+from sdit.errors import DataError
+
+VERIFY_SIZE = 32  # pixels of the images that --verify decodes
+
+
+class TarsInPlace:
+    """A data set of indexed tars, as square images of `size` pixels with `channels` channels."""
+
+    def __init__(self, folder: Path, size: int, channels: int) -> None:
+        self._index = read_tar_index(folder)
+        self._folder = folder
+        self.facts = tar_facts(self._index, size, channels)
+        self.counts = tuple(record.samples for record in self._index.shards)
+        self.fingerprint = self._index.fingerprint
+
+    def open(self, shard: int) -> OpenTar:
+        record = self._index.shards[shard]
+        members = self._members(shard, record)
+        return OpenTar(_opened(record), record, members, self.facts, self._index)
+
+    def _members(self, shard: int, record: TarRecord) -> np.ndarray:
+        path = members_path(self._folder, shard)
+        try:
+            members: np.ndarray = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise BadShard("missing", record.name, f"the index has no {path}") from None
+        except (ValueError, EOFError) as error:
+            raise BadShard("archive", record.name, f"{path} cannot be read: {error}") from None
+        if members.dtype != MEMBER or members_digest(members) != record.members:
+            raise BadShard("checksum", record.name, f"{path} does not have the sha256 of the index")
+        return members
+
+
+def tar_facts(index: TarIndex, size: int, channels: int) -> DatasetFacts:
+    """Return the facts of the images of an index, read at a size."""
+    return DatasetFacts(
+        kind="images", total=index.total, channels=channels, size=size, classes=index.classes,
+        class_names=index.class_names, empty_classes=index.empty_classes,
+    )  # fmt: skip
+
+
+class OpenTar:
+    """A verified tar. Its file stays open, so that another file in its place changes nothing."""
+
+    decoded = None
+
+    def __init__(
+        self, file: BinaryIO, record: TarRecord, members: np.ndarray, facts: DatasetFacts, index: TarIndex
+    ) -> None:
+        self._file, self._record, self._members, self._facts = file, record, members, facts
+        self._reading = index.reading
+        self._state = _state(file)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def sample(self, member: int) -> Sample:
+        """Return the sample at a position of the tar, decoded, cropped and resized.
+
+        Raises:
+            BadSample: if the image cannot be used.
+            BadShard: if the tar changed after it was opened.
+        """
+        offset, size, label = self._members[member].tolist()
+        data = os.pread(self._file.fileno(), size + BLOCK, offset - BLOCK)
+        if _state(self._file) != self._state:
+            raise BadShard("checksum", self._record.name, "changed while it was open")
+        name = data[:100].split(b"\0")[0].decode("utf-8", "backslashreplace")
+        try:
+            pixels = decode_image(data[BLOCK:], name, self._facts.size, self._facts.channels, self._reading)
+        except DataError as error:
+            detail = str(error).removeprefix(f"{shown(name)}: ")
+            raise BadSample("undecodable", self._record.name, shown(name), detail) from error
+        return Sample(pixels, label)
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _opened(record: TarRecord) -> BinaryIO:
+    """Open a tar and compare it with its record. Errors of the file system are retried, then raised.
+
+    Raises:
+        BadShard: if the tar is missing or differs from its record.
+        OSError: if the file system fails for READ_ATTEMPTS times.
+    """
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        try:
+            return _verified(record)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise BadShard("missing", record.name, f"cannot be opened: {error.strerror}") from error
+        except OSError:
+            if attempt == READ_ATTEMPTS:
+                raise
+            time.sleep(attempt)
+    raise AssertionError("unreachable")
+
+
+def _verified(record: TarRecord) -> BinaryIO:
+    if not stat.S_ISREG(os.stat(record.name).st_mode):  # opening a FIFO would wait for a writer
+        raise BadShard("missing", record.name, "is no regular file")
+    file = open(record.name, "rb", buffering=0)  # noqa: SIM115  # the caller keeps it open
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if size != record.bytes:
+            raise BadShard("size", record.name, f"has {size} bytes, the index says {record.bytes}")
+        digest = hashlib.sha256()
+        while data := file.read(HASHED_BYTES):
+            digest.update(data)
+        if digest.hexdigest() != record.sha256:
+            raise BadShard("checksum", record.name, "does not have the sha256 of the index")
+    except BaseException:
+        file.close()
+        raise
+    return file  # type: ignore[return-value]
+
+
+def verify_tars(folder: Path, jobs: int = 1) -> tuple[TarIndex, list[str]]:
+    """Return the folder's index and one line for each tar and image that does not match it. Each image is decoded."""
+    index = read_tar_index(folder)
+    tasks = [(folder, number) for number in range(len(index.shards))]
+    return index, sorted(problem for found in run_tasks(_verify_tar, tasks, jobs) for problem in found)
+
+
+def _verify_tar(task: tuple[Path, int]) -> list[str]:
+    folder, number = task
+    problems = []
+    try:
+        tar = TarsInPlace(folder, VERIFY_SIZE, channels=3).open(number)
+        for member in range(len(tar)):
+            try:
+                tar.sample(member)
+            except BadSample as fault:
+                problems.append(str(fault))
+    except BadShard as fault:
+        problems.append(str(fault))
+    return problems
