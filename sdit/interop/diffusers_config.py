@@ -35,6 +35,16 @@ COMMON = {
     "variant",
     "timesteps",
 }  # not options of the backbone
+EXPORTED = {
+    "mlp_ratio",
+    "norm",
+    "ffn",
+    "qk_norm",
+    "rope",
+    "positions",
+    "time_scale",
+    "position_base",
+}  # of CUSTOM_CLASS
 SECTIONS = {"switch": "experts", "dtr": "dtr"}  # the section that only this variant uses
 
 
@@ -83,8 +93,14 @@ def backbone_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def diffusers_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of the transformer: that of `DiTTransformer2DModel`, or of the class that we ship."""
+    """Return the config.json of the transformer: that of `DiTTransformer2DModel`, or of the class that is exported with it.
+
+    Raises: ConfigError: if neither class has an option of the model.
+    """
     plain = is_plain(config)
+    for key, value in backbone_options(config).items():
+        if key not in EXPORTED:
+            raise ConfigError(f"model.{key}: {str(value)[:80]} has no form in diffusers; legal: --format safetensors")
     values: dict[str, Any] = {"_class_name": STOCK_CLASS if plain else CUSTOM_CLASS}
     values |= {theirs: getattr(config, ours) for theirs, ours in STOCK_KEYS.items()}
     values |= {"attention_head_dim": config.width // config.heads, "out_channels": config.out_channels}

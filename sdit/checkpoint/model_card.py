@@ -1,0 +1,164 @@
+"""The model card of exported weights: what they are, the data, the recipe, the scores and the commit of their run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdit.clock import Clock
+from sdit.config import Config
+from sdit.config.yaml_text import dump_yaml
+from sdit.data.identity import DataIdentity
+from sdit.json_files import read_json
+from sdit.model import build_model, count_parameters
+
+NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dit": "DiT"}
+PAPERS = {"switch": "2403.09176", "dtr": "2310.07138", "dit": "2212.09748"}
+SECTIONS = (
+    "model",
+    "diffusion",
+    "optimizer",
+    "ema",
+    "prior",
+    "balance",
+)  # of the recipe; the others do not change the weights
+TRAIN_KEYS = ("global_batch", "precision")
+SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
+MOST_CLASSES = 20
+RUN_LEVELS = 2  # RUN/checkpoints/images-N
+
+
+def model_card(
+    config: Config, clock: Clock, weights: str, data: DataIdentity | None, run: Path | None, usage: str
+) -> str:
+    """Return README.md for the weights. `run` is the folder of their run, with environment.json and scores, if it is known."""
+    model = config.model
+    count = count_parameters(build_model(model, device="meta"))
+    kind = "averaged (EMA)" if weights == "ema" else "last"
+    used = f", {count.active:,} of them per sample" if count.active != count.total else ""
+    header = {"library_name": "sdit", "tags": ["image-generation", "diffusion", model.variant]}
+    lines = [
+        "---",
+        dump_yaml(header).strip(),
+        "---",
+        f"# {NAMES[model.variant]}, {model.input_size}x{model.input_size}x{model.channels}",
+        "",
+        f"A {NAMES[model.variant]} ([arXiv {PAPERS[model.variant]}](https://arxiv.org/abs/{PAPERS[model.variant]})) of "
+        f"{count.total:,} parameters{used}. The weights are the {kind} ones after {clock.images_seen:,} images "
+        f"({clock.steps:,} steps).",
+        "",
+        "## Use",
+        "",
+        usage.strip(),
+        "",
+        "## Data",
+        "",
+        *_data(config, data),
+        "",
+        "## Recipe",
+        "",
+        "Keys that differ from sdit's defaults. `config.json` or the metadata of the weights have all of them.",
+        "",
+        "```yaml",
+        dump_yaml(_recipe(config)).strip(),
+        "```",
+        "",
+        "## Scores",
+        "",
+        *_scores(run, clock),
+        "",
+        "## Code",
+        "",
+        _code(run),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that holds a checkpoint folder, None if it is elsewhere."""
+    folder = checkpoint.resolve().parents[RUN_LEVELS - 1] if len(checkpoint.resolve().parents) >= RUN_LEVELS else None
+    return folder if folder is not None and (folder / "checkpoints").is_dir() else None
+
+
+def _data(config: Config, data: DataIdentity | None) -> Iterator[str]:
+    if data is None:
+        yield f"The training data are unknown ({config.model.classes} classes)."
+        return
+    yield f"{data.describe()}."
+    if data.class_names:
+        more = f" and {len(data.class_names) - MOST_CLASSES} more" if len(data.class_names) > MOST_CLASSES else ""
+        yield f"Classes: {', '.join(data.class_names[:MOST_CLASSES])}{more}."
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """Return the keys of the recipe that differ from the defaults, by section. No path and no address is one of them."""
+    ours, defaults = config.model_dump(mode="json"), Config().model_dump(mode="json")
+    ours["train"] = {key: ours["train"][key] for key in TRAIN_KEYS}
+    recipe = {section: _different(ours[section], defaults[section]) for section in (*SECTIONS, "train")}
+    return {section: keys for section, keys in recipe.items() if keys}
+
+
+def _different(ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in ours.items():
+        if isinstance(value, dict):
+            value = _different(value, defaults[key] or {})
+            if value:
+                found[key] = value
+        elif value != defaults.get(key):
+            found[key] = value
+    return found
+
+
+def _scores(run: Path | None, clock: Clock) -> list[str]:
+    """Return a line for the held-out loss and for each result of `sdit evaluate` in the run."""
+    lines = []
+    if run is not None:
+        loss = _held_out(run / "metrics.jsonl", clock.images_seen)
+        if loss is not None:
+            lines.append(f"- held-out loss {loss[1]:.6g}, measured after {loss[0]:,} images")
+        for path in sorted([*run.glob("*.json"), *run.glob("scores/*.json")]):
+            lines += _score(path)
+    return lines or ["No score of this run is known."]
+
+
+def _held_out(path: Path, images_seen: int) -> tuple[int, float] | None:
+    """Return (images, loss) of the newest held-out loss up to `images_seen`, None if there is none."""
+    newest = None
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if '"validation_loss"' not in line:
+                    continue
+                found = json.loads(line)
+                images, loss = found.get("images_seen"), found.get("validation_loss")
+                if (
+                    isinstance(images, int)
+                    and images <= images_seen
+                    and isinstance(loss, float)
+                    and math.isfinite(loss)
+                ):
+                    newest = images, loss
+    except (OSError, ValueError):  # the run has no metrics, or the last line is incomplete
+        pass
+    return newest
+
+
+def _score(path: Path) -> list[str]:
+    body = read_json(path)
+    if body is None or "fid" not in body or not isinstance(body.get("images"), dict):
+        return []
+    values = [f"{name} {body[name]:.6g}" for name in SHOWN if isinstance(body.get(name), float)]
+    images, reference = body["images"].get("count"), body.get("reference")
+    against = reference.get("name") if isinstance(reference, dict) else None
+    name = Path(str(against)).name
+    return [f"- {', '.join(values)}: {images:,} images against {name} (`{path.name}`)"] if values else []
+
+
+def _code(run: Path | None) -> str:
+    body = read_json(run / "environment.json") if run is not None else None
+    found = body or {}
+    return f"Commit {found.get('git_commit', 'unknown')} of sdit, version {found.get('sdit', 'unknown')}."
