@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.diffusers_readme import diffusers_usage
-from sdit.checkpoint.export import Entry, Progress, export_safetensors, narrowed, write_safetensors
+from sdit.checkpoint.export import Entry, Progress, export_facts, export_safetensors, narrowed, write_safetensors
 from sdit.checkpoint.load import Trained, Weights, find_trained, load_model
 from sdit.checkpoint.model_card import model_card, run_folder
 from sdit.clock import Clock
@@ -26,6 +26,8 @@ from sdit.data.identity import stored_identity
 from sdit.errors import CheckpointError, ConfigError
 from sdit.interop.diffusers_config import CUSTOM_CLASS, diffusers_config, is_plain
 from sdit.interop.diffusers_names import to_diffusers_names
+from sdit.interop.pretrained import WEIGHTS as PRETRAINED_WEIGHTS
+from sdit.interop.pretrained import write_model_config
 from sdit.interop.schedulers import scheduler_config
 from sdit.model import build_model
 
@@ -56,17 +58,19 @@ def export_pretrained(
         ConfigError: if the model of the checkpoint's config cannot be built.
     """
     with new_folder(out) as folder:
-        facts = export_safetensors(checkpoint, folder / "model.safetensors", weights, dtype, progress)
+        facts = export_safetensors(checkpoint, folder / PRETRAINED_WEIGHTS, weights, dtype, progress)
         trained = _without_weights(checkpoint)
-        _write_json(folder / "config.json", trained.config.model.model_dump(mode="json"))
+        write_model_config(folder, trained.config.model)
         _write_card(folder, trained, weights, PRETRAINED_USAGE)
     return facts
 
 
 def export_diffusers(
     checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype, vae: Path | None = None
-) -> list[str]:
-    """Write the folder that diffusers' pipelines read, and return how its sampler differs from the run's.
+) -> tuple[dict[str, str], list[str]]:
+    """Write the folder that diffusers' pipelines read.
+
+    Return facts about the weights, and how the sampler of the folder differs from the run's, one sentence each.
 
     `vae` is the folder of the AutoencoderKL to copy (None: that of `sample.vae`, if it exists). The whole model is in memory.
 
@@ -92,7 +96,7 @@ def export_diffusers(
             _copy_module(TRANSFORMER, folder / "transformer")
         _write_json(folder / "model_index.json", _index(trained, transformer, scheduler, source is not None))
         _write_card(folder, trained, weights, diffusers_usage(config, differences, source is not None))
-    return differences
+    return export_facts(config, trained.clock, weights, trained.data), differences
 
 
 def _without_weights(checkpoint: Path) -> Trained:
@@ -185,8 +189,8 @@ def _copy_module(name: str, folder: Path) -> None:
 
 def _write_card(folder: Path, trained: Trained, weights: Weights, usage: str) -> None:
     run = run_folder(trained.origin)
-    card = model_card(trained.config, trained.clock, weights, trained.data, run, usage)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    facts = model_card(trained.model, trained.config, trained.clock, weights, trained.data, run)
+    trained.model.generate_model_card(usage=usage, **facts).save(folder / "README.md")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,10 +13,8 @@ from sdit.config import Config
 from sdit.config.yaml_text import dump_yaml
 from sdit.data.identity import DataIdentity
 from sdit.json_files import read_json
-from sdit.model import build_model, count_parameters
+from sdit.model import DiffusionTransformer, count_parameters
 
-NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dit": "DiT"}
-PAPERS = {"switch": "2403.09176", "dtr": "2310.07138", "dit": "2212.09748"}
 SECTIONS = (
     "model",
     "diffusion",
@@ -32,49 +30,23 @@ RUN_LEVELS = 2  # RUN/checkpoints/images-N
 
 
 def model_card(
-    config: Config, clock: Clock, weights: str, data: DataIdentity | None, run: Path | None, usage: str
-) -> str:
-    """Return README.md for the weights. `run` is the folder of their run, with environment.json and scores, if it is known."""
-    model = config.model
-    count = count_parameters(build_model(model, device="meta"))
+    model: DiffusionTransformer, config: Config, clock: Clock, weights: str, data: DataIdentity | None, run: Path | None
+) -> dict[str, str]:
+    """Return the texts of the card's sections. `run` is the run's folder, with environment.json and scores, if it is known.
+
+    `model` may be on the meta device.
+    """
     kind = "averaged (EMA)" if weights == "ema" else "last"
-    used = f", {count.active:,} of them per sample" if count.active != count.total else ""
-    header = {"library_name": "sdit", "tags": ["image-generation", "diffusion", model.variant]}
-    lines = [
-        "---",
-        dump_yaml(header).strip(),
-        "---",
-        f"# {NAMES[model.variant]}, {model.input_size}x{model.input_size}x{model.channels}",
-        "",
-        f"A {NAMES[model.variant]} ([arXiv {PAPERS[model.variant]}](https://arxiv.org/abs/{PAPERS[model.variant]})) of "
-        f"{count.total:,} parameters{used}. The weights are the {kind} ones after {clock.images_seen:,} images "
-        f"({clock.steps:,} steps).",
-        "",
-        "## Use",
-        "",
-        usage.strip(),
-        "",
-        "## Data",
-        "",
-        *_data(config, data),
-        "",
-        "## Recipe",
-        "",
-        "Keys that differ from sdit's defaults. `config.json` or the metadata of the weights have all of them.",
-        "",
-        "```yaml",
-        dump_yaml(_recipe(config)).strip(),
-        "```",
-        "",
-        "## Scores",
-        "",
-        *_scores(run, clock),
-        "",
-        "## Code",
-        "",
-        _code(run),
-    ]
-    return "\n".join(lines) + "\n"
+    count = count_parameters(model)
+    used = f"A sample uses {count.active:,} of them. " if count.active != count.total else ""
+    seen = f"{clock.images_seen:,} images ({clock.steps:,} steps)"
+    return {
+        "trained": f"{used}The weights are the {kind} ones after {seen}.",
+        "data": "\n".join(_data(config, data)),
+        "recipe": f"Keys that differ from sdit's defaults:\n\n```yaml\n{dump_yaml(_recipe(config)).strip()}\n```",
+        "scores": "\n".join(_scores(run, clock)),
+        "commit": _code(run),
+    }
 
 
 def run_folder(checkpoint: Path) -> Path | None:
