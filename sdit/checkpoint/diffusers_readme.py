@@ -71,6 +71,11 @@ def _stock(config: Config) -> list[str]:
         ]
     if config.diffusion.path == "flow":
         lines += ["", "`DiTPipeline` ends its flow times at 1/T. `pipeline.py` has the times of sdit."]
+    if config.data.model_dump().get("latent_stats") is not None:
+        lines += [
+            "",
+            "`DiTPipeline` ignores `latents_mean` and `latents_std` of `vae/config.json`. `pipeline.py` uses them.",
+        ]
     if config.sample.sampler == "ddpm" and config.model.learn_variance:
         lines += ["", "`DiTPipeline` ignores the learned variance. `pipeline.py` uses it."]
     return lines

@@ -90,7 +90,7 @@ def export_diffusers(
         _write_weights(folder / "transformer" / WEIGHTS, _tensors(trained), dtype)
         _write_json(folder / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": DIFFUSERS})
         if source is not None:
-            _copy_vae(source, folder / "vae", config.data.latent_scale)
+            _copy_vae(source, folder / "vae", _latent_config(trained))
         _copy_module(PIPELINE, folder)
         if transformer["_class_name"] == CUSTOM_CLASS:
             _copy_module(TRANSFORMER, folder / "transformer")
@@ -174,11 +174,21 @@ def _vae_folder(config: Config, vae: Path | None) -> Path | None:
     return folder
 
 
-def _copy_vae(source: Path, folder: Path, latent_scale: float) -> None:
-    """Copy the VAE. Its scale becomes that of the latents that the model was trained on."""
+def _latent_config(trained: Trained) -> dict[str, Any]:
+    """Return the keys of the VAE's config that say how the latents were normalised that the model was trained on."""
+    values: dict[str, Any] = {"scaling_factor": trained.config.data.latent_scale}
+    statistics = getattr(trained.data, "latent_stats", None)
+    if statistics is not None:
+        mean, std = statistics.arrays
+        values |= {"latents_mean": mean.squeeze().tolist(), "latents_std": std.squeeze().tolist()}
+    return values
+
+
+def _copy_vae(source: Path, folder: Path, latents: Mapping[str, Any]) -> None:
+    """Copy the VAE. Its config says how the latents of this model are normalised."""
     folder.mkdir()
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "config.json", {**values, "scaling_factor": latent_scale})
+    _write_json(folder / "config.json", {**values, **latents})
     shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
 
 

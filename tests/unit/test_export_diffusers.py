@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,3 +289,44 @@ def test_a_scaled_time_is_embedded_as_it_is(tmp_path: Path) -> None:
     with torch.no_grad():
         found = -model(x, (1 - t) * model.config.timesteps, y).sample
     assert relative_error(found, torch.from_numpy(vectors["out.published_flow"])) < 1e-4
+
+
+def test_latent_statistics_of_the_vae_are_used(tmp_path: Path) -> None:
+    """z = z' std / scale + mean, for statistics of each channel and of each position."""
+    vae = write_vae(tmp_path / "vae")
+    make_run(tmp_path / "run", "model.variant=dit", "data.latent_scale=0.5")
+    export_diffusers(tmp_path / "run", tmp_path / "out", "ema", torch.float32, tmp_path / "vae")
+    pipe = load_pipeline(tmp_path / "out", custom_pipeline="pipeline")
+    options = {"num_inference_steps": 5, "latents": torch.randn(1, 4, 4, 4)}
+    drawn = pipe([2], output_type="latent", **options).images
+    for shape in ((4,), (4, 4, 4)):
+        mean, std = torch.randn(shape), 0.5 + torch.rand(shape)
+        pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        mean, std = (each.view(-1, 1, 1) if len(shape) == 1 else each for each in (mean, std))
+        with torch.no_grad():
+            expected = (vae.decode(drawn * std / 0.5 + mean).sample / 2 + 0.5).clamp(0, 1)
+        assert relative_error(pipe([2], output_type="pt", **options).images, expected) < 1e-5
+
+
+WITHOUT_SDIT = """
+import sys
+sys.modules["sdit"] = None  # every import of it fails
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True, low_cpu_mem_usage=False)
+images = pipe([0, 1], 2.5, 10, latents=torch.load(sys.argv[2], weights_only=True), output_type="latent").images
+torch.save(images, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("variant", ["dtr", "switch"])
+def test_the_folder_needs_no_sdit(tmp_path: Path, variant: str) -> None:
+    config = make_run(tmp_path / "run", f"model.variant={variant}", "sample.steps=10")
+    export_diffusers(tmp_path / "run", tmp_path / "out", "ema", torch.float32)
+    expected = draw(load_model(tmp_path / "run").model, config)
+    torch.save(noise_of(config)[:2], tmp_path / "noise.pt")
+    words = [sys.executable, "-c", WITHOUT_SDIT, tmp_path / "out", tmp_path / "noise.pt", tmp_path / "images.pt"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert relative_error(torch.load(tmp_path / "images.pt", weights_only=True), expected[:2]) < 1e-4

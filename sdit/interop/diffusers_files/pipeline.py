@@ -26,6 +26,8 @@ from diffusers import (  # type: ignore[import-not-found,unused-ignore]
 from diffusers.utils.torch_utils import randn_tensor  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
+ROUNDING = 1e-6  # schedulers store flow times in float32
+
 
 def use_trained_frequencies(transformer: Any) -> None:
     """Set the time frequencies of a DiTTransformer2DModel to those of DiT. Other transformers have them already."""
@@ -106,7 +108,8 @@ class SditPipeline(DiffusionPipeline):
         step_options = self._step_options(generator)
         low, high = guidance_interval
         for t in self.progress_bar(self.scheduler.timesteps):
-            scale = guidance_scale if low <= float(t) / total <= high else 1.0
+            is_guided = low - ROUNDING <= float(t) / total <= high + ROUNDING
+            scale = guidance_scale if is_guided else 1.0
             inputs = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             output = self._predict(inputs, t, labels, scale, guided_channels)
             x = self.scheduler.step(output, t, x, return_dict=False, **step_options)[0]
@@ -171,7 +174,8 @@ class SditPipeline(DiffusionPipeline):
             mean, std = (getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std"))
             if mean is not None and std is not None:
                 mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype) for values in (mean, std))
-                x = x * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+                mean, std = (v if v.dim() == 3 else v.view(-1, 1, 1) for v in (mean, std))  # (C,), or one per position
+                x = x * std + mean
             x = self.vae.decode(x).sample
         elif x.shape[1] not in (1, 3):
             raise ValueError(f"vae: {x.shape[1]} channels are not pixels; pass a vae, or output_type='latent'")
