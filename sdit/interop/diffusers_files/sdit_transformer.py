@@ -69,6 +69,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values of `x` (..., size)."""
         values = x.float()
         scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS)
         return (values * scale * self.weight.float()).to(x.dtype)
@@ -83,6 +84,7 @@ class ExpertsLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(count, width))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) of z (B, L, D) for gates (B, M), or (1, M) for all samples."""
         gates = gates.to(self.w.dtype)
         merged = (gates @ self.w.flatten(1)).view(-1, *self.w.shape[1:])
         return z @ merged + (gates @ self.b)[:, None]
@@ -99,6 +101,7 @@ class ExpertsMlp(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(count, width))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
+        """Return the mixture (B, L, D) of z (B, L, D) for gates (B, M), or (1, M) for all samples."""
         gates = gates.to(z.dtype).expand(len(z), -1)
         out = torch.zeros_like(z)
         for j in range(gates.shape[1]):
@@ -146,6 +149,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """Return the attended tokens (B, L, D). `table`: cos and sin (2, L, head), None without rotation."""
         q, k, v = (row.unflatten(-1, (self.heads, -1)).transpose(1, 2) for row in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
@@ -162,6 +166,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -174,6 +179,7 @@ class SwiGlu(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D)."""
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
@@ -190,6 +196,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, z: Tensor, c: Tensor, table: Tensor | None) -> Tensor:
+        """Return the tokens z (B, L, D) with both branches added, for the condition c (B, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         z = z + gate_a * self.attn(self.norm1(z) * (1 + scale_a) + shift_a, table)
         return z + gate_m * self.mlp(self.norm2(z) * (1 + scale_m) + shift_m)
@@ -205,6 +212,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Return the values of the patches (B, L, p² C_out) for the condition c (B, D)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(z) * (1 + scale) + shift)
 
