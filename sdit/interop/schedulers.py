@@ -20,7 +20,7 @@ def scheduler_config(
     kind, options = SCHEDULERS[sample.sampler]
     config = {"_class_name": kind, "num_train_timesteps": timesteps} | _betas(diffusion, timesteps) | options
     clipping, differences = _clipping(diffusion, kind)
-    if kind != "DPMSolverMultistepScheduler" and timesteps % sample.steps:
+    if kind == "DDIMScheduler" and timesteps % sample.steps:
         steps = f"{sample.steps} steps do not divide {timesteps} timesteps"
         differences = [*differences, f"{steps}, so diffusers visits other timesteps than sdit."]
     return config | {"prediction_type": PREDICTIONS[diffusion.prediction]} | clipping, differences

@@ -181,3 +181,15 @@ def test_a_shard_with_more_than_the_index_lists_is_refused(tmp_path: Path) -> No
     index.write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=f"also holds {min(WEIGHTS)}; legal: the tensors that"):
         read_safetensors_index(index)
+
+
+def test_an_older_folder_with_a_pickle_is_read(tmp_path: Path) -> None:
+    """The folders of the first DiT pipelines: another class name, keys of other models, a .bin file."""
+    others = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None}
+    folder = write_folder(tmp_path / "dit", {k: v for k, v in CONFIG.items() if k != "norm_eps"} | others)
+    expected = read_diffusers_folder(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(WEIGHTS, folder / "diffusion_pytorch_model.bin")
+    found = read_diffusers_folder(folder)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert read_diffusers_config(folder) == MODEL

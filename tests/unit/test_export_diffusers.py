@@ -22,6 +22,7 @@ from sdit.config import Config
 from sdit.diffusion import SamplerSettings, sample
 from sdit.interop import load_published, read_diffusers_config, read_diffusers_folder
 from sdit.model import DiffusionTransformer, build_model, forward_with_guidance
+from sdit.randomness import Purpose, normal_noise
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra sdit[vae]")
 DATA = Path(__file__).parents[1] / "data"
@@ -44,6 +45,7 @@ SAMPLERS = {
         "diffusion.prediction=v",
     ),
     "ddim, epsilon": ("sample.sampler=ddim", "sample.steps=10", "diffusion.prediction=epsilon"),
+    "ddim, one step": ("sample.sampler=ddim", "sample.steps=1", "diffusion.prediction=v"),
     "dpm++2m": ("sample.sampler=dpm++2m", "sample.steps=8"),
     "euler": ("sample.sampler=euler", "sample.steps=7", "diffusion.path=flow", "model.learn_variance=false"),
 }
@@ -206,13 +208,34 @@ def test_the_folders_pipeline_decodes_draws_and_names(tmp_path: Path) -> None:
     assert config.sample.vae
 
 
-def test_ddpm_uses_the_learned_variance(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", "model.variant=dit", "sample.sampler=ddpm", "sample.steps=100")
-    export_diffusers(tmp_path / "run", tmp_path / "out", "ema", torch.float32)
-    pipe = load_pipeline(tmp_path / "out", custom_pipeline="pipeline")
-    assert pipe.scheduler.config.variance_type == "learned_range"
-    images = pipe([1, 2], num_inference_steps=100, output_type="latent").images
-    assert torch.isfinite(images).all()
+@pytest.mark.parametrize(("steps", "learned"), [(100, True), (7, True), (7, False)])
+def test_ddpm_with_our_noise_gives_our_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, learned: bool
+) -> None:
+    """The times, the mean and the variance, learned or of the posterior, are ours. The noise of each step is given."""
+    ddpm = ("sample.sampler=ddpm", f"sample.steps={steps}", f"model.learn_variance={str(learned).lower()}")
+    config = make_run(tmp_path / "run", "model.variant=dtr", *ddpm)
+    _, differences = export_diffusers(tmp_path / "run", tmp_path / "out", "ema", torch.float32)
+    assert not differences
+    numbers = iter(range(steps - 1, 0, -1))
+
+    def given_noise(shape: Any, **_: Any) -> Tensor:
+        noise = normal_noise(0, np.arange(shape[0]), tuple(shape[1:]), Purpose.SAMPLE_STEP, next(numbers))
+        return torch.from_numpy(noise).float()
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", given_noise)
+    found = draw_with_diffusers(tmp_path / "out", config)
+    assert next(numbers, None) is None
+    assert relative_error(found, draw(load_model(tmp_path / "run").model, config)) < 1e-4
+
+
+@pytest.mark.parametrize("model", ["dit", "dtr", "switch", "switch, mlp"])
+def test_the_pipeline_runs_in_bfloat16(tmp_path: Path, model: str) -> None:
+    config = make_run(tmp_path / "run", *MODELS[model], "sample.steps=10")
+    export_diffusers(tmp_path / "run", tmp_path / "out", "ema", torch.bfloat16)
+    pipe = load_pipeline(tmp_path / "out", custom_pipeline="pipeline", torch_dtype=torch.bfloat16)
+    images = pipe(labels_of(config), 1.5, 10, latents=noise_of(config), output_type="latent").images
+    assert images.dtype == torch.bfloat16 and torch.isfinite(images).all()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -136,10 +136,12 @@ class SditPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             self.scheduler.set_timesteps(sigmas=(np.arange(steps, 0, -1) / steps).tolist())
         elif isinstance(self.scheduler, DPMSolverMultistepScheduler):
-            alpha_bar = self.scheduler.alphas_cumprod.double().numpy()
+            alpha_bar = self.scheduler.alphas_cumprod.double().cpu().numpy()
             self.scheduler.set_timesteps(timesteps=log_snr_timesteps(alpha_bar, steps))
         else:
             self.scheduler.set_timesteps(steps)
+            if steps == 1:  # diffusers would visit timestep 0, at which there is no noise
+                self.scheduler.timesteps = torch.tensor([self.scheduler.config.num_train_timesteps - 1])
 
     def _step_options(self, generator: Any) -> dict[str, Any]:
         """Return the options of `scheduler.step`: the noise's generator, and in DDIM the noise that fits a clipped x0."""
