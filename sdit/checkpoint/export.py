@@ -56,7 +56,7 @@ def export_safetensors(
     """
     found, config = find_trained(checkpoint)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
-    facts = export_facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
+    facts = file_facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
     model = build_model(config.model, device="meta")
     with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
         entries = [
@@ -75,7 +75,7 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
     Raises: CheckpointError: if the checkpoint cannot be read, or `out` cannot be written.
     """
     trained = load_model(checkpoint, weights)
-    facts = export_facts(trained.config, trained.clock, weights, trained.data)
+    facts = file_facts(trained.config, trained.clock, weights, trained.data)
     tensors = {
         name: narrowed(name, value, dtype) if value.is_floating_point() else value
         for name, value in to_published(trained.model).items()
@@ -95,8 +95,8 @@ def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def export_facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
-    """Return what an exported file says about its weights: their run's config, clock and data."""
+def file_facts(config: Config, clock: Clock, weights: Weights, data: DataIdentity | None) -> dict[str, str]:
+    """Return the metadata of an exported file."""
     known = {} if data is None else {"data": json.dumps(data.model_dump(mode="json"))}
     return known | {
         "format": "pt",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.diffusers_readme import diffusers_usage
-from sdit.checkpoint.export import Entry, Progress, export_facts, export_safetensors, narrowed, write_safetensors
+from sdit.checkpoint.export import Entry, Progress, export_safetensors, file_facts, narrowed, write_safetensors
 from sdit.checkpoint.load import Trained, Weights, find_trained, load_model
 from sdit.checkpoint.model_card import model_card, run_folder
 from sdit.clock import Clock
@@ -57,9 +57,9 @@ def export_pretrained(
         CheckpointError: if the checkpoint cannot be read, or `out` cannot be written or is not empty.
         ConfigError: if the model of the checkpoint's config cannot be built.
     """
+    trained = _without_weights(checkpoint)
     with new_folder(out) as folder:
-        facts = export_safetensors(checkpoint, folder / PRETRAINED_WEIGHTS, weights, dtype, progress)
-        trained = _without_weights(checkpoint)
+        facts = export_safetensors(trained.origin, folder / PRETRAINED_WEIGHTS, weights, dtype, progress)
         write_model_config(folder, trained.config.model)
         _write_card(folder, trained, weights, PRETRAINED_USAGE)
     return facts
@@ -96,7 +96,7 @@ def export_diffusers(
             _copy_module(TRANSFORMER, folder / "transformer")
         _write_json(folder / "model_index.json", _index(trained, transformer, scheduler, source is not None))
         _write_card(folder, trained, weights, diffusers_usage(config, differences, source is not None))
-    return export_facts(config, trained.clock, weights, trained.data), differences
+    return file_facts(config, trained.clock, weights, trained.data), differences
 
 
 def _without_weights(checkpoint: Path) -> Trained:
@@ -179,8 +179,9 @@ def _latent_config(trained: Trained) -> dict[str, Any]:
     values: dict[str, Any] = {"scaling_factor": trained.config.data.latent_scale}
     statistics = getattr(trained.data, "latent_stats", None)
     if statistics is not None:
-        mean, std = statistics.arrays
-        values |= {"latents_mean": mean.squeeze().tolist(), "latents_std": std.squeeze().tolist()}
+        for key, array in zip(("latents_mean", "latents_std"), statistics.arrays, strict=True):
+            is_per_channel = array.shape[1:] == (1, 1)
+            values[key] = (array.reshape(-1) if is_per_channel else array).tolist()
     return values
 
 

@@ -36,7 +36,7 @@ def model_card(
 
     `model` may be on the meta device.
     """
-    kind = "averaged (EMA)" if weights == "ema" else "last"
+    kind = "last" if weights == "weight" else f"averaged ({weights})"
     count = count_parameters(model)
     used = f"A sample uses {count.active:,} of them. " if count.active != count.total else ""
     seen = f"{clock.images_seen:,} images ({clock.steps:,} steps)"

@@ -67,7 +67,7 @@ def test_an_exported_folder_loads_and_its_card_states_the_run(tmp_path: Path, we
     assert torch.equal(predict(loaded), predict(models[weights]))
     assert torch.equal(predict(load_trained(tmp_path / "out" / "model.safetensors", weights).model), predict(loaded))
     card = (tmp_path / "out" / "README.md").read_text()
-    kind = {"ema": "averaged (EMA)", "weight": "last"}[weights]
+    kind = {"ema": "averaged (ema)", "weight": "last"}[weights]
     for words in (
         "library_name: sdit",
         "# Switch-DiT, 4x4x1",
