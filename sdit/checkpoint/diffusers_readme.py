@@ -27,7 +27,7 @@ def diffusers_usage(config: Config, differences: Sequence[str], has_vae: bool) -
     if config.sample.vae is not None and not has_vae:
         lines += ["", "The folder has no `vae/`. Pass `vae=AutoencoderKL.from_pretrained(...)`."]
     if is_plain(config.model):
-        lines += ["", *_stock(config)]
+        lines += ["", *_stock(config, has_vae)]
     if differences:
         lines += ["", "Differences from the run's own sampler:", "", *(f"- {text}" for text in differences)]
     return "\n".join(lines)
@@ -49,7 +49,7 @@ def _call(config: Config) -> str:
     return ", ".join(words)
 
 
-def _stock(config: Config) -> list[str]:
+def _stock(config: Config, has_vae: bool) -> list[str]:
     """Return how diffusers' own pipeline computes the same function."""
     lines = [
         "diffusers' own pipeline needs one line more. `DiTTransformer2DModel` has other time frequencies than DiT: "
@@ -63,6 +63,11 @@ def _stock(config: Config) -> list[str]:
         FREQUENCY_LINE,
         "```",
     ]
+    if not has_vae:
+        lines += [
+            "",
+            "`DiTPipeline` needs a VAE, which this folder has not. Pass `vae=AutoencoderKL.from_pretrained(...)`.",
+        ]
     if config.model.classes != STOCK_CLASSES:
         lines += [
             "",

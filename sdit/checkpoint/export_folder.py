@@ -61,7 +61,7 @@ def export_pretrained(
     with new_folder(out) as folder:
         facts = export_safetensors(trained.origin, folder / PRETRAINED_WEIGHTS, weights, dtype, progress)
         write_model_config(folder, trained.config.model)
-        _write_card(folder, trained, weights, PRETRAINED_USAGE)
+        _write_card(folder, trained, weights, PRETRAINED_USAGE, "sdit")
     return facts
 
 
@@ -95,7 +95,8 @@ def export_diffusers(
         if transformer["_class_name"] == CUSTOM_CLASS:
             _copy_module(TRANSFORMER, folder / "transformer")
         _write_json(folder / "model_index.json", _index(trained, transformer, scheduler, source is not None))
-        _write_card(folder, trained, weights, diffusers_usage(config, differences, source is not None))
+        usage = diffusers_usage(config, differences, source is not None)
+        _write_card(folder, trained, weights, usage, "diffusers")
     return file_facts(config, trained.clock, weights, trained.data), differences
 
 
@@ -198,10 +199,12 @@ def _copy_module(name: str, folder: Path) -> None:
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def _write_card(folder: Path, trained: Trained, weights: Weights, usage: str) -> None:
+def _write_card(folder: Path, trained: Trained, weights: Weights, usage: str, library: str) -> None:
     run = run_folder(trained.origin)
     facts = model_card(trained.model, trained.config, trained.clock, weights, trained.data, run)
-    trained.model.generate_model_card(usage=usage, **facts).save(folder / "README.md")
+    card = trained.model.generate_model_card(usage=usage, **facts)
+    card.data.library_name = library
+    card.save(folder / "README.md")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

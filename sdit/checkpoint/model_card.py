@@ -131,6 +131,6 @@ def _score(path: Path) -> list[str]:
 
 
 def _code(run: Path | None) -> str:
-    body = read_json(run / "environment.json") if run is not None else None
-    found = body or {}
-    return f"Commit {found.get('git_commit', 'unknown')} of sdit, version {found.get('sdit', 'unknown')}."
+    """Return the commit and the version of sdit that trained the run, an empty text if they are unknown."""
+    found = read_json(run / "environment.json") if run is not None else None
+    return f"Commit {found.get('git_commit')} of sdit, version {found.get('sdit')}." if found else ""

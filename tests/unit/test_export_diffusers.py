@@ -172,6 +172,7 @@ def test_a_plain_dit_is_a_stock_pipeline_with_one_line(tmp_path: Path, frequenci
     assert type(pipe) is diffusers.DiTPipeline and type(pipe.transformer) is diffusers.DiTTransformer2DModel
     pipe.set_progress_bar_config(disable=True)
     readme = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: diffusers" in readme
     (line,) = (line for line in readme.splitlines() if line.startswith("for block in pipe"))
     if frequencies == "restored":
         exec(line, {"pipe": pipe})
