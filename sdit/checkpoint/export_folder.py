@@ -203,7 +203,7 @@ def _write_card(folder: Path, trained: Trained, weights: Weights, usage: str, li
     run = run_folder(trained.origin)
     facts = model_card(trained.model, trained.config, trained.clock, weights, trained.data, run)
     card = trained.model.generate_model_card(usage=usage, **facts)
-    card.data.library_name = library
+    card.data["library_name"] = library
     card.save(folder / "README.md")
 
 
