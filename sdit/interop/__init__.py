@@ -1,9 +1,11 @@
 """Published weights: their names, their files, and the way into sdit's models and back."""
 
+from sdit.interop.diffusers import read_diffusers_config, read_diffusers_folder
 from sdit.interop.flow_weights import FLOW_MODEL, convert_flow_weights
 from sdit.interop.names import published_names
 from sdit.interop.published import fixed_tables, load_published, published_buffers, to_published
 from sdit.interop.reading import read_weights
+from sdit.interop.safetensors_index import read_safetensors_index
 from sdit.interop.weight_files import SUFFIXES, read_published_file, write_published_file
 
 __all__ = [
@@ -14,7 +16,10 @@ __all__ = [
     "load_published",
     "published_buffers",
     "published_names",
+    "read_diffusers_config",
+    "read_diffusers_folder",
     "read_published_file",
+    "read_safetensors_index",
     "read_weights",
     "to_published",
     "write_published_file",

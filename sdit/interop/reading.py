@@ -8,7 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from sdit.errors import CheckpointError
+from sdit.interop.diffusers import read_diffusers_folder
 from sdit.interop.names import listed
+from sdit.interop.safetensors_index import read_safetensors_index
 from sdit.interop.weight_files import SUFFIXES, read_published_file, weights_in
 
 INDEX_PATTERN = "*.safetensors.index.json"
@@ -33,10 +35,7 @@ def read_weights(path: Path, weights: Literal["ema", "model"] = "ema") -> dict[s
 
 def _read_folder(path: Path, weights: Literal["ema", "model"]) -> dict[str, Tensor]:
     if is_diffusers_folder(path):
-        from sdit.interop.diffusers import read_diffusers_folder  # type: ignore[import-not-found,unused-ignore]
-
-        tensors: dict[str, Tensor] = read_diffusers_folder(path)
-        return tensors
+        return read_diffusers_folder(path)
     indices = sorted(path.glob(INDEX_PATTERN))
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(indices) == 1:
@@ -57,8 +56,4 @@ def is_diffusers_folder(path: Path) -> bool:
 
 
 def _read_index(path: Path) -> dict[str, Tensor]:
-    from sdit.interop.safetensors_index import (  # type: ignore[import-not-found,unused-ignore]
-        read_safetensors_index,
-    )
-
     return weights_in(read_safetensors_index(path), path, "ema")

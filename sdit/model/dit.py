@@ -12,6 +12,7 @@ from sdit.config import ModelConfig
 from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
+from sdit.model.hub import Pretrained
 from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
@@ -77,7 +78,7 @@ class Layer(nn.Module):
         return self.block.branches(z + extra, modulation, self.rope).sub_(extra)
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(nn.Module, Pretrained):
     """Predicts noise (and variance) of x (B, C, H, W) at time t for label y. The parameters have the published names."""
 
     pos_embed: Tensor
