@@ -178,7 +178,7 @@ def _vae_folder(config: Config, vae: Path | None) -> Path | None:
 def _latent_config(trained: Trained) -> dict[str, Any]:
     """Return the keys of the VAE's config that say how the latents were normalised that the model was trained on."""
     values: dict[str, Any] = {"scaling_factor": trained.config.data.latent_scale}
-    statistics = trained.data.latent_stats
+    statistics = None if trained.data is None else trained.data.latent_stats
     if statistics is not None:
         for key, array in zip(("latents_mean", "latents_std"), statistics.arrays, strict=True):
             is_per_channel = array.shape[1:] == (1, 1)
