@@ -57,10 +57,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The `prediction` (B, C_out, H, W) and the `routing` that it was computed with. It is the same type in train and eval."""
+    """The `prediction` (B, C_out, H, W) and the `routing` that it was computed with. It is the same type in train and eval.
+
+    `aux_loss` is the scalar that token-routed experts add to the loss in training, summed over blocks (None: no such experts).
+    """
 
     prediction: Tensor
     routing: Routing
+    aux_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class SampleSet:
             "vae_sha256": None if decoder is None else decoder.digest,
             "latent_scale": None if decoder is None else config.data.latent_scale,
             "rounding": ROUNDING,
-            "device": self.trained.model.pos_embed.device.type,
+            "device": self.trained.model.device.type,
         }
 
 

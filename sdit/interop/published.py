@@ -15,9 +15,11 @@ from sdit.interop.names import listed, published_names
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.base import Experts
+from sdit.model.rope import rope_tables
 from sdit.model.windows import TaskWindows, channel_windows, expert_windows
 
 POSITIONS = "pos_embed"
+ROPE = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 PRIOR_MASK = "prior._unit_mapping"
 TASKS = "full_time"
 CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
@@ -70,7 +72,7 @@ def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
 
 def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
     """Return the fixed buffers that published code expects, by name. They depend only on the config."""
-    buffers = {POSITIONS: _positions(config)}
+    buffers = fixed_tables(config)
     if config.variant == "switch":
         buffers[TASKS] = torch.arange(config.timesteps)
         buffers[PRIOR_MASK] = _float_mask(expert_windows(config))
@@ -79,13 +81,23 @@ def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
     return buffers
 
 
+def fixed_tables(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tables of positions that the model adds (1, L, D) or turns heads by (L, d), float32, by published name."""
+    tables = {}
+    if config.positions == "sincos":
+        tables[POSITIONS] = grid_positions(config.side, config.width, config.position_base)
+    if config.rope:
+        tables |= dict(zip(ROPE, rope_tables(config.side, config.head_width, config.position_base), strict=True))
+    return tables
+
+
 def _summary(config: ModelConfig) -> str:
     experts = f", {config.experts.count} {config.experts.kind} experts" if config.variant == "switch" else ""
     return f"variant {config.variant}, depth {config.depth}, width {config.width}{experts}, classes {config.classes}"
 
 
 def _is_buffer(name: str) -> bool:
-    return name in (POSITIONS, PRIOR_MASK, TASKS) or CHANNEL_MASK.fullmatch(name) is not None
+    return name in (POSITIONS, *ROPE, PRIOR_MASK, TASKS) or CHANNEL_MASK.fullmatch(name) is not None
 
 
 def _expert_ids(model: DiffusionTransformer, name: str) -> tuple[int, ...] | None:
@@ -107,10 +119,6 @@ def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
     return "" if tuple(tensor.shape) == shape else f"{name} has shape {tuple(tensor.shape)}, not {shape}"
 
 
-def _positions(config: ModelConfig) -> Tensor:
-    return grid_positions(config.input_size // config.patch_size, config.width)
-
-
 def _float_mask(windows: TaskWindows) -> Tensor:
     return torch.from_numpy(windows.mask).float()
 
@@ -120,15 +128,10 @@ def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
 
     Raises: ConfigError: if they differ, because the checkpoint then computes another function.
     """
-    if POSITIONS in given:
-        ours, theirs = _positions(config), given[POSITIONS].cpu()
-        if theirs.shape != ours.shape:
-            raise ConfigError(f"model.input_size: {POSITIONS} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
-        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)  # |position| <= 1, so eps bounds the rounding error
-        if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
-            raise ConfigError(
-                f"model: {POSITIONS} differs from the fixed sin-cos positions by more than {tolerance:.1e}"
-            )
+    tables = fixed_tables(config)
+    for name in (POSITIONS, *ROPE):
+        if name in given:
+            _check_table(config, name, given[name].cpu(), tables.get(name))
     active = _active_units(given.get(PRIOR_MASK))
     if config.variant == "switch" and active and active != config.depth * config.experts.top_k:
         raise ConfigError(
@@ -141,6 +144,24 @@ def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"model.dtr: alpha {config.dtr.alpha}, beta {config.dtr.beta} do not give the checkpoint's {name}"
             )
+
+
+def _check_table(config: ModelConfig, name: str, theirs: Tensor, ours: Tensor | None) -> None:
+    """Check a table of positions in the checkpoint. `ours` is None if the config has no such table. Raises: ConfigError."""
+    if ours is None:
+        key, legal = ("positions: none", "sincos") if name == POSITIONS else ("rope: false", "true")
+        raise ConfigError(f"model.{key}, but the checkpoint was trained with {name}; legal: {legal}")
+    if theirs.shape != ours.shape:
+        key = "heads" if name in ROPE and theirs.shape[:1] == ours.shape[:1] else "input_size"
+        raise ConfigError(f"model.{key}: {name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+    if not theirs.is_floating_point():
+        raise ConfigError(f"model: {name} has dtype {theirs.dtype}, not a float")
+    # |value| <= 1, so eps bounds its rounding error. Published code rounds the frequency (to float32: 2 eps) and the angle.
+    angle_error = 4 * torch.finfo(torch.float32).eps * config.side if name in ROPE else 0.0
+    tolerance = max(1e-5, angle_error, torch.finfo(theirs.dtype).eps)
+    if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
+        base = f" of model.position_base {config.position_base}" if config.position_base else ""
+        raise ConfigError(f"model: {name} differs from the fixed sin-cos positions{base} by more than {tolerance:.1e}")
 
 
 def _active_units(mask: Tensor | None) -> int:

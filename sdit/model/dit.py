@@ -16,6 +16,7 @@ from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
 from sdit.model.moe.local import LocalDispatcher
+from sdit.model.rope import RotaryEmbedding
 
 
 class Router(nn.Module):
@@ -45,13 +46,14 @@ class BlockIndex:
 
 
 class Layer(nn.Module):
-    """One block with its router. It is the unit of activation checkpointing and compilation."""
+    """One block with its router, and the rotary embedding of all blocks. The unit of activation checkpointing and compilation."""
 
-    def __init__(self, index: int, block: Block, router: Router | None) -> None:
+    def __init__(self, index: int, block: Block, router: Router | None, rope: RotaryEmbedding | None) -> None:
         super().__init__()
         self.index = BlockIndex(index)
         self.block = block
         self.router = router
+        self.rope = rope
 
     def forward(self, z: Tensor, c: Tensor, route: Tensor | None, forward_pass: ForwardPass | None) -> Tensor:
         """Return block(z s) + (1 - s) z (B, L, D) for tokens z (B, L, D) and condition c (B, D).
@@ -59,10 +61,10 @@ class Layer(nn.Module):
         `route` holds gates (G, M), a channel mask (B, D), or None for s = 1. With s = 1 + m, (1 - s) z is -m z.
         """
         if route is None:
-            return self.block(z, c)
+            return self.block(z, c, self.rope)
         if self.router is None:
             extra = z * (route[:, None] - 1)
-            return self.block(z + extra, c).sub_(extra)
+            return self.block(z + extra, c, self.rope).sub_(extra)
         assert forward_pass is not None
         computed = forward_pass.compute(forward_pass.dispatch(self.index, z, route, self.router.experts))
         modulation = self.block.modulation(
@@ -70,9 +72,9 @@ class Layer(nn.Module):
         )  # computed before `combine`, so that it overlaps with the transfer of the results
         m = forward_pass.combine(computed)
         if not self.block.training:  # saves one pass over the tokens; in training it would add two passes to backward
-            return self.block.branches(torch.addcmul(z, z, m), modulation).addcmul_(z, m, value=-1)
+            return self.block.branches(torch.addcmul(z, z, m), modulation, self.rope).addcmul_(z, m, value=-1)
         extra = z * m
-        return self.block.branches(z + extra, modulation).sub_(extra)
+        return self.block.branches(z + extra, modulation, self.rope).sub_(extra)
 
 
 class DiffusionTransformer(nn.Module):
@@ -88,23 +90,32 @@ class DiffusionTransformer(nn.Module):
         self.x_embedder = PatchEmbedding(config.channels, width, config.patch_size)
         self.t_embedder = TimestepEmbedding(width)
         self.y_embedder = LabelEmbedding(config.classes, width) if config.classes else None
-        blocks = [Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
+        self.feat_rope = RotaryEmbedding(config.tokens, config.head_width) if config.rope else None
+        blocks = [Block(config) for _ in range(config.depth)]
         routers = [Router(config) for _ in blocks] if config.variant == "switch" else []
         self.blocks, self.routers = nn.ModuleList(blocks), nn.ModuleList(routers)
-        self.final_layer = FinalLayer(width, config.patch_size**2 * config.out_channels)
-        self.register_buffer("pos_embed", torch.empty(1, config.tokens, width))
+        self.final_layer = FinalLayer(config)
+        if config.positions == "sincos":
+            self.register_buffer("pos_embed", torch.empty(1, config.tokens, width))
         if config.variant == "dtr":
             self.register_buffer(
                 "channel_mask", torch.empty(config.timesteps, width, dtype=torch.bool), persistent=False
             )
         self.dispatcher: Dispatcher = LocalDispatcher()
         # In a tuple the layers are not submodules, so blocks and routers keep their parameter names.
-        self.layers = tuple(Layer(i, block, routers[i] if routers else None) for i, block in enumerate(blocks))
+        self.layers = tuple(
+            Layer(i, block, routers[i] if routers else None, self.feat_rope) for i, block in enumerate(blocks)
+        )
 
     @property
     def null_label(self) -> int:
         """The label that means no class."""
         return self.config.classes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.x_embedder.proj.weight.device
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -127,7 +138,7 @@ class DiffusionTransformer(nn.Module):
     @torch.no_grad()
     def all_gate_probs(self) -> Tensor:
         """Return the gate probabilities (depth, T, M) float32 of all tasks, without gradient."""
-        return self.gate_probs(torch.arange(self.config.timesteps, device=self.pos_embed.device))
+        return self.gate_probs(torch.arange(self.config.timesteps, device=self.device))
 
     def forward(self, x: Tensor, t: Tensor | int | float, y: Tensor | None = None) -> ModelOutput:
         """Return prediction (B, C_out, H, W) float32 and routing for images x (B, C, H, W), times t and labels y (B,).
@@ -140,7 +151,9 @@ class DiffusionTransformer(nn.Module):
         if self.y_embedder is not None:
             assert y is not None, "a class-conditional model needs labels"
             c = c + self.y_embedder(y)
-        z = self.x_embedder(x) + self.pos_embed.to(self._dtype)
+        z = self.x_embedder(x)
+        if self.config.positions == "sincos":
+            z = z + self.pos_embed.to(self._dtype)
         c = c.to(z.dtype)
         for layer, route in zip(self.layers, routes, strict=True):
             z = layer(z, c, route, forward_pass)
@@ -169,8 +182,11 @@ class DiffusionTransformer(nn.Module):
         return t_emb, routing, list(gates.unbind()), forward_pass
 
     def _embed_time(self, time: Tensor) -> Tensor:
-        """Return the embeddings (N, D) float32 of times (N,). Continuous times are scaled by T."""
-        return self.t_embedder(time.float() * self.config.timesteps if time.is_floating_point() else time)
+        """Return the embeddings (N, D) float32 of times (N,). Continuous times are scaled by `time_scale` (by default T)."""
+        if not time.is_floating_point():
+            return self.t_embedder(time)
+        scale = self.config.timesteps if self.config.time_scale is None else self.config.time_scale
+        return self.t_embedder(time.float() * scale)
 
     def _gate_probs(self, task_emb: Tensor) -> Tensor:
         gates = [layer.router.gate for layer in self.layers if layer.router is not None]
@@ -178,7 +194,7 @@ class DiffusionTransformer(nn.Module):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Convert patches (B, L, p² C_out) to images (B, C_out, H, W)."""
-        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        p, side = self.config.patch_size, self.config.side
         grid = patches.view(-1, side, side, p, p, self.config.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side * p, side * p)
 

@@ -11,24 +11,39 @@ from torch import Tensor, nn
 SINUSOID_SIZE = 256
 
 
+def sinusoid_frequencies(device: torch.device) -> Tensor:
+    """Return f_i = 10000^(-i/128), (128,) float32."""
+    half = SINUSOID_SIZE // 2
+    return torch.exp(-math.log(10000) / half * torch.arange(half, device=device, dtype=torch.float32))
+
+
 def sinusoid(time: Tensor) -> Tensor:
     """Return (N, 256) float32 `[cos(t f), sin(t f)]` with f_i = 10000^(-i/128), for times (N,) on the scale 0..T.
 
     Source: DiT.
     """
-    half = SINUSOID_SIZE // 2
-    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=time.device, dtype=torch.float32))
-    angle = time.float()[:, None] * frequency
+    angle = time.float()[:, None] * sinusoid_frequencies(time.device)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def grid_positions(side: int, width: int) -> Tensor:
+def grid_angles(side: int, count: int, base: int | None = None) -> Tensor:
+    """Return coordinate · 10000^(-i/count) for i < count, (side, count) float64.
+
+    The coordinates are 0 .. side - 1. `base` scales them by base / side: a larger grid then has the range of the grid of
+    side `base` that was trained.
+    """
+    frequency = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
+    coordinate = torch.arange(side, dtype=torch.float64) * ((base or side) / side)
+    return coordinate[:, None] * frequency
+
+
+def grid_positions(side: int, width: int, base: int | None = None) -> Tensor:
     """Return the position embedding (1, side², width) float32.
 
-    The first half of the channels holds sin and cos of the column, the second half those of the row.
+    The first half of the channels holds sin and cos of the column, the second half those of the row. `base`: see
+    `grid_angles`.
     """
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    angle = grid_angles(side, width // 4, base)
     line = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (side, D/2)
     column = line[None, :, :].expand(side, side, -1)
     row = line[:, None, :].expand(side, side, -1)

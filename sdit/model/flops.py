@@ -26,11 +26,11 @@ def flops_per_image(config: ModelConfig) -> Flops:
     Recomputation is not counted. Linear experts count as one product with their merged matrix, plus the merging of k
     matrices.
     """
-    tokens, width, hidden = config.tokens, config.width, int(config.width * config.mlp_ratio)
+    tokens, width = config.tokens, config.width
     attention = (
         tokens * (4 * width * width) + 2 * tokens * tokens * width
     )  # qkv and projection, then scores and weighted sum
-    mlp = 2 * tokens * width * hidden
+    mlp = (3 if config.ffn == "swiglu" else 2) * tokens * width * config.hidden
     modulation = 6 * width * width
     block = attention + mlp + modulation + (_experts(config) if config.variant == "switch" else 0)
     patch = tokens * config.patch_size**2 * config.channels * width

@@ -34,7 +34,10 @@ def init_weights(model: DiffusionTransformer, seed: int) -> None:
 def fill_buffers(model: DiffusionTransformer) -> None:
     """Compute the fixed buffers, which `to_empty` leaves uninitialised."""
     config = model.config
-    model.pos_embed.copy_(grid_positions(config.input_size // config.patch_size, config.width))
+    if config.positions == "sincos":
+        model.pos_embed.copy_(grid_positions(config.side, config.width, config.position_base))
+    if model.feat_rope is not None:
+        model.feat_rope.fill(config.side, config.position_base)
     if config.variant == "dtr":
         model.channel_mask.copy_(torch.from_numpy(channel_windows(config).mask))
 
@@ -42,9 +45,12 @@ def fill_buffers(model: DiffusionTransformer) -> None:
 def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = None) -> Tensor:
     """Return the float32 initial value of a parameter, or of the row of one expert (`expert`: its id in the whole model).
 
-    Matrices are Xavier-uniform and biases are zero. The label table and the timestep MLP are N(0, 0.02). The output
-    layer, the last matrix of an expert, and the adaLN modulation are zero, so each block starts as an identity (adaLN-Zero).
+    Matrices are Xavier-uniform, biases are zero and the weights of norms are one. The label table and the timestep MLP are
+    N(0, 0.02). The output layer, the last matrix of an expert, and the adaLN modulation are zero, so each block starts as an
+    identity (adaLN-Zero).
     """
+    if len(shape) == 1 and name.endswith(".weight"):  # of a norm: all other vectors are biases
+        return torch.ones(shape)
     if name.endswith(("bias", ".b", ".b1", ".b2", ".experts.w", ".w2")) or _is_zero_matrix(name):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(named_seed(seed, name, expert))

@@ -13,6 +13,7 @@ from sdit.planner.layout import Group, Job
 from sdit.planner.traffic import Exchange
 
 MOMENTS = {"adamw": 2, "sgd": 0}
+NORM_STATS = {"layer": 2, "rms": 1, "none": 0}  # float32 numbers that a norm saves for each vector
 DeviceKind = Literal["cuda", "cpu"]
 
 
@@ -180,13 +181,16 @@ def block_activations(config: ModelConfig, size: int) -> int:
     """Return the bytes of one image in one block. Tests compare them with the tensors that autograd saves.
 
     Rows of (L, D): the block's input; per branch its norm, its scaled norm and its result; the residual between the
-    branches; q, k, v and the attention's output. The MLP adds 2 rows of H. A switch adds its mixture and the sum, DTR adds
-    the sum.
+    branches; q, k, v and the attention's output. Norms of q and k, and rope, add the q and k that the attention gets. (On a
+    CPU, torch has no fused RMSNorm and saves the normed q and k as well.) The MLP adds 2 rows of H, SwiGLU 3. A switch adds
+    its mixture and the sum, DTR adds the sum.
     """
-    length, width, hidden = config.tokens, config.width, int(config.width * config.mlp_ratio)
-    rows = length * (12 * width + 2 * hidden)
-    vectors = 10 * width
-    stats = 4 * (4 * length + config.heads * length)  # of the norms and the softmax, always float32
+    length, width = config.tokens, config.width
+    of_width = 14 if config.rope or config.qk_norm != "none" else 12
+    rows = length * (of_width * width + (3 if config.ffn == "swiglu" else 2) * config.hidden)
+    vectors = (12 if config.norm == "rms" else 10) * width  # rms: the weights are multiplied with the scales
+    norm_stats = 2 * NORM_STATS[config.norm] + 2 * config.heads * NORM_STATS[config.qk_norm]
+    stats = 4 * length * (norm_stats + config.heads)  # of the norms and the softmax, always float32
     if config.variant == "dit":
         return size * (rows + vectors) + stats
     if config.variant == "dtr":
@@ -212,7 +216,7 @@ def working_bytes(job: Job) -> int:
     They are the gradients of its rows, and the merged experts.
     """
     config, size = job.config.model, job.element_bytes
-    hidden = int(config.width * config.mlp_ratio)
+    hidden = (2 if config.ffn == "swiglu" else 1) * config.hidden
     rows = config.tokens * (4 * config.width + hidden)
     merged = 2 * config.width**2 if config.variant == "switch" and config.experts.kind == "linear" else 0
     return size * job.batch.micro_batch * (rows + merged)

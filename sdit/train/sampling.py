@@ -29,7 +29,7 @@ def sample_images(
     labels: np.ndarray, progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return images (n, C, H, W) float32 on the model's device. Image i is keyed by (settings.seed, indices[i]) and labels[i]."""
-    device, config = model.pos_embed.device, model.config
+    device, config = model.device, model.config
     shape = (config.channels, config.input_size, config.input_size)
     noise = torch.from_numpy(normal_noise(settings.seed, indices, shape, Purpose.SAMPLE_START)).to(device)
     sampler = SamplerSettings.from_config(diffusion, settings, config.timesteps)

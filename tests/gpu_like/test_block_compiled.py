@@ -21,6 +21,9 @@ DEPTH, WIDTH, SAMPLES, TOKENS = 12, 32, 6, 4
 SHAPE = {"width": WIDTH, "heads": 2, "input_size": 4, "channels": 3, "classes": 5, "timesteps": 50}
 
 
+MODERN = {"norm": "rms", "ffn": "swiglu", "qk_norm": "rms", "rope": True, "positions": "none"}
+
+
 class Compiled:
     """A backend that counts what it compiles."""
 
@@ -46,9 +49,9 @@ class OnePlan:
         return PlannedPass(group, pack_plan(plan, self._placement, 0).to_device(torch.device("cpu")))
 
 
-def _model(depth: int, kind: str, backend: Any) -> DiffusionTransformer:
+def _model(depth: int, kind: str, backend: Any, **options: Any) -> DiffusionTransformer:
     torch._dynamo.reset()
-    model = build_model({**SHAPE, "depth": depth, "experts": {"kind": kind, "count": 3, "top_k": 2}})
+    model = build_model({**SHAPE, "depth": depth, "experts": {"kind": kind, "count": 3, "top_k": 2}, **options})
     for layer in model.layers:
         layer.compile(backend=backend)
     return model
@@ -75,16 +78,18 @@ def test_a_compiled_block_saves_no_merged_matrices() -> None:
     assert not [shape for shape in shapes if shape[:1] == (SAMPLES,) and np.prod(shape) >= SAMPLES * WIDTH**2]
 
 
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["default", "modern"])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_the_pieces_between_exchanges_compile_once_for_all_blocks(kind: str) -> None:
+def test_the_pieces_between_exchanges_compile_once_for_all_blocks(kind: str, options: dict[str, Any]) -> None:
     backend = Compiled()
-    model = _model(DEPTH, kind, backend)
+    model = _model(DEPTH, kind, backend, **options)
     model.dispatcher = OnePlan(DEPTH)
     _step(model)
     assert backend.graphs == 2  # the modulation before the results arrive, and the branches after
 
 
-def test_a_block_with_all_its_experts_compiles_once_into_one_graph() -> None:
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["default", "modern"])
+def test_a_block_with_all_its_experts_compiles_once_into_one_graph(options: dict[str, Any]) -> None:
     backend = Compiled()
-    _step(_model(DEPTH, "linear", backend))
+    _step(_model(DEPTH, "linear", backend, **options))
     assert backend.graphs == 1

@@ -27,7 +27,7 @@ def _dense_count(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
 def test_presets_have_the_papers_shapes(size: str, patch: int) -> None:
     for variant in ("dit", "dtr", "switch"):
         model = build_model({"variant": variant, "size": f"{size}/{patch}"}, device="meta")
@@ -80,6 +80,20 @@ def test_any_shape_of_image_comes_back(variant: str, overrides: dict[str, Any]) 
         ({"width": 384, "heads": 5}, "model.heads: 5"),
         ({"variant": "moe"}, "model.variant: 'moe' is not legal (input should be 'switch', 'dtr' or 'dit')"),
         ({"experts": {"count": 2, "top_k": 3}}, "model.experts.top_k: 3"),
+        ({"size": "B/3"}, "model.size: 'B/3' is not known; legal: S, B, L, XL, 1.0B, 1.6B, then '/' and 1, 2, 4 or 8"),
+        ({"size": "1x0B/2"}, "model.size: '1x0B/2'"),
+        ({"norm": "batch"}, "model.norm: 'batch' is not legal (input should be 'layer' or 'rms')"),
+        ({"ffn": "relu"}, "model.ffn: 'relu' is not legal (input should be 'gelu' or 'swiglu')"),
+        ({"ffn": "swiglu", "width": 4, "heads": 1, "mlp_ratio": 0.25}, "model.mlp_ratio: 0.25 gives an MLP without"),
+        ({"qk_norm": True}, "model.qk_norm: True is not legal (input should be 'none', 'rms' or 'layer')"),
+        ({"rope": 1}, "model.rope: 1 is not legal"),
+        ({"rope": True, "width": 60, "heads": 6}, "model.rope: true is not legal with 10 channels per head"),
+        ({"positions": "learned"}, "model.positions: 'learned' is not legal (input should be 'sincos' or 'none')"),
+        ({"position_base": 0}, "model.position_base: 0 is not legal"),
+        ({"position_base": 16.0}, "model.position_base: 16.0 is not legal"),
+        ({"time_scale": 0}, "model.time_scale: 0 is not legal"),
+        ({"time_scale": float("inf")}, "model.time_scale: inf is not legal"),
+        ({"width": 6, "heads": 1}, "model.width: 6 is not a multiple of 4"),
         ({"experts": {"number": 2}}, "model.experts.number: unknown key"),
     ],
 )
@@ -145,6 +159,31 @@ def test_all_variants_compute_the_same_function_at_the_start() -> None:
     # DTR's masked and unmasked parts are added up again: one float32 rounding per block and channel
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(outputs[2], outputs[0])
+
+
+def test_parameters_of_the_options_are_counted() -> None:
+    """Against the shapes of section A: 2 D weights of norms per block and D behind them, 2 d of q and k, and W12, W3."""
+    options = {"norm": "rms", "ffn": "swiglu", "qk_norm": "layer", "rope": True, "positions": "none"}
+    plain, modern = (build_model({"variant": "dit", "size": "XL/1", **more}, device="meta") for more in ({}, options))
+    d, depth, hidden = 1152, 28, 3072  # of LightningDiT-XL/1
+    mlp = (2 * hidden * d + 2 * hidden) + (hidden * d + d)
+    dense_mlp = 2 * 4 * d * d + 4 * d + d
+    more = depth * (mlp - dense_mlp + 2 * d + 4 * 72) + d
+    assert modern.config.hidden == hidden
+    assert count_parameters(modern).total == count_parameters(plain).total + more
+
+
+def test_initial_weights_of_the_options() -> None:
+    options = {"norm": "rms", "ffn": "swiglu", "qk_norm": "layer", "rope": True}
+    plain, modern = (dict(build_model(SMALL | {"width": 64} | more).named_parameters()) for more in ({}, options))
+    norms = {name for name in modern if name.endswith("weight") and "norm" in name}
+    assert len(norms) == 2 * 4 + 1 and all((modern[name] == 1).all() for name in norms)
+    assert not modern["blocks.0.attn.q_norm.bias"].any() and not modern["blocks.1.mlp.w12.bias"].any()
+    for name, fan in {"mlp.w12": 64 + 2 * 170, "mlp.w3": 170 + 64}.items():
+        bound, weight = (6 / fan) ** 0.5, modern[f"blocks.1.{name}.weight"]
+        assert 0.99 * bound < weight.abs().max() <= bound
+    assert all(torch.equal(plain[name], modern[name]) for name in plain.keys() & modern.keys())
+    assert plain.keys() - modern.keys() == {name for name in plain if ".mlp.fc" in name}
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from sdit.model.moe.local import LocalPass, LocalWork
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MakeModel = Callable[..., DiffusionTransformer]
+MODERN = {"norm": "rms", "ffn": "swiglu", "qk_norm": "rms", "rope": True, "positions": "none"}
 KINDS = pytest.mark.parametrize("kind", ["linear", "mlp"])
 
 
@@ -49,10 +50,11 @@ class _GroupDispatcher(LocalDispatcher):
 @KINDS
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("variant", ["switch", "dtr", "dit"])
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["default", "modern"])
 def test_checkpointed_layers_give_the_same_gradients(
-    make_model: MakeModel, batch: Batch, kind: str, offload: bool, variant: str
+    make_model: MakeModel, batch: Batch, kind: str, offload: bool, variant: str, options: dict[str, Any]
 ) -> None:
-    model = make_model(variant=variant, experts={"kind": kind})
+    model = make_model(variant=variant, experts={"kind": kind}, **options)
     plain = _gradients(model, batch)
     for layer in model.layers:
         checkpoint_wrapper(layer, offload_to_cpu=offload)
@@ -64,6 +66,15 @@ def test_checkpointed_layers_give_the_same_gradients(
 def test_layers_add_no_parameter_names(make_model: MakeModel) -> None:
     heads = {name.split(".")[0] for name in make_model().state_dict()}
     assert heads == {"x_embedder", "t_embedder", "y_embedder", "blocks", "routers", "final_layer", "pos_embed"}
+
+
+def test_the_rotary_table_is_one_buffer_of_the_model(make_model: MakeModel) -> None:
+    model = make_model(**MODERN)
+    names = {name for name, _ in model.named_buffers()}
+    assert names == {"feat_rope.freqs_cos", "feat_rope.freqs_sin"} and names <= model.state_dict().keys()
+    twin = copy.deepcopy(model)
+    assert twin.feat_rope is not model.feat_rope
+    assert all(layer.rope is twin.feat_rope for layer in twin.layers)
 
 
 def test_a_copy_shares_no_weights(make_model: MakeModel, batch: Batch) -> None:

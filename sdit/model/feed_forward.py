@@ -1,0 +1,53 @@
+"""The MLPs of a block. B samples, L tokens, D width, H hidden width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class _SiluProduct(torch.autograd.Function):
+    """Returns SiLU(a) b (..., H) of [a, b] (..., 2H). It saves its input only; autograd would also save SiLU(a)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        a, b = both.chunk(2, dim=-1)
+        return F.silu(a) * b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)], dim=-1)
+
+
+class SwiGlu(nn.Module):
+    """A gated MLP, W3 (SiLU(a) b) with [a, b] = W12 x, (B, L, D) -> (B, L, D). Source: Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        gated: Tensor = _SiluProduct.apply(self.w12(x))
+        return self.w3(gated)
