@@ -88,8 +88,12 @@ def _batches(loader, images: int) -> Iterator[object]:  # type: ignore[no-untype
     """Yield the batches of a run on the device, by whichever interface the commit has."""
     import torch
 
-    from sdit.diffusion import draw_timesteps
+    try:
+        from sdit.time_law import TimeLaw
 
+        draw = TimeLaw().draw
+    except ImportError:
+        from sdit.diffusion import draw_timesteps as draw  # type: ignore[attr-defined,no-redef]
     indices = [np.arange(first, first + MICRO_BATCH) for first in range(0, images, MICRO_BATCH)]
     device = torch.device("cpu")
     try:
@@ -98,10 +102,10 @@ def _batches(loader, images: int) -> Iterator[object]:  # type: ignore[no-untype
         from sdit.train.batches import draw_batch  # type: ignore[attr-defined]
 
         for samples in loader.batches(iter(indices)):
-            times = draw_timesteps(SEED, int(samples.index[0]), MICRO_BATCH, 1000)
+            times = draw(SEED, int(samples.index[0]), MICRO_BATCH, 1000)
             yield draw_batch(samples, times, SEED, CLASSES, LABEL_DROP, device)
     else:
-        draws = BatchDraws(SEED, lambda first: draw_timesteps(SEED, first, MICRO_BATCH, 1000), CLASSES, LABEL_DROP)
+        draws = BatchDraws(SEED, lambda first: draw(SEED, first, MICRO_BATCH, 1000), CLASSES, LABEL_DROP)
         requests = (Request(int(index[0]), index) for index in indices)
         for micro_batch in micro_batches(loader, draws, device, requests):
             yield micro_batch.on_device()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
-from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
+from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.base import Experts
@@ -110,7 +110,7 @@ class GatedExpertParallel(ExpertParallel):
     def __init__(self, case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"], gate: TaskGate) -> None:
         config = case.config(exchange)
         batch = plan_batch(config.train.global_batch, None, case.ranks)
-        super().__init__(config.model, config.parallel, batch, comm, case.ranks, ELEMENT_BYTES["fp32"], config.seed)
+        super().__init__(config, batch, comm, case.ranks)
         self._gate = gate
         better = self.rebalancer.better_placement(gate.routes, placement_due=True, is_first=True)
         if better is not None:

@@ -119,7 +119,7 @@ def _last_gates(seeds: dict[int, Run]) -> dict[str, Any] | None:
 
 
 def _gates(gates: dict[str, dict[str, Any]]) -> Figure:
-    """Above, how much of their paths two tasks share; below, the share of tasks that use each expert of each block."""
+    """Above, how much of their paths two tasks share; below, the expected share of samples that use each expert of each block."""
     figure, axes = pyplot.subplots(2, len(gates), figsize=(2.6 * len(gates), 5), layout="constrained", squeeze=False)
     for column, (variant, found) in enumerate(gates.items()):
         shared = axes[0, column].imshow(found["overlap"], vmin=0, vmax=1, origin="lower", extent=(0, 1, 0, 1))
@@ -130,7 +130,7 @@ def _gates(gates: dict[str, dict[str, Any]]) -> Figure:
     axes[0, 0].set_ylabel("t / T", fontsize=8)
     axes[1, 0].set_ylabel("block", fontsize=8)
     figure.colorbar(shared, ax=axes[0], label="share of the path in common")
-    figure.colorbar(loads, ax=axes[1], label="share of tasks")
+    figure.colorbar(loads, ax=axes[1], label="share of samples")
     return figure
 
 

@@ -19,7 +19,8 @@ from sdit.evaluate.images import LabelledImages
 from sdit.evaluate.metrics import frechet_distance
 from sdit.evaluate.statistics import statistics_of
 from sdit.model import solve_assignment
-from sdit.observe.routing import chosen_experts, gate_entropy, path_overlap, prior_agreement, task_paths
+from sdit.observe.routing import Snapshot, chosen_experts, gate_entropy, path_overlap, prior_agreement, task_paths
+from sdit.time_law import TimeLaw, prior_law
 
 SAMPLER = "dpm++2m"
 NEAR, FAR = 50, 500  # tasks apart: neighbours, and strangers
@@ -70,14 +71,19 @@ class Scorer:
 def gates_of(trained: Trained) -> dict[str, Any]:
     """What the gates of all blocks choose for all T tasks, exactly: no images are needed.
 
-    `loads` (depth, M) share of the tasks that use an expert; `overlap` (25, 25) mean share of units that two tasks have in
-    common, over equal parts of the time axis; `near` and `far` its mean over tasks at most 50, and at least 500 apart.
+    `loads` (depth, M) expected share of the samples that use an expert; `overlap` (25, 25) mean share of units that two
+    tasks have in common, over equal parts of the time axis; `near` and `far` its mean over tasks at most 50, and at least
+    500 apart.
     """
     gate_probs = trained.model.all_gate_probs()
     probs, model = gate_probs.numpy(), trained.config.model
     top_k = model.experts.top_k
+    weights = TimeLaw.of(trained.config.diffusion).task_weights(model.timesteps)
     paths = task_paths(probs, top_k)
-    overlap, agreement = path_overlap(paths), prior_agreement(paths, solve_assignment(gate_probs, model))
+    overlap, agreement = (
+        path_overlap(paths),
+        prior_agreement(paths, solve_assignment(gate_probs, model, prior_law(trained.config))),
+    )
     tasks = np.arange(model.timesteps)
     apart = np.abs(tasks[:, None] - tasks[None, :])
     cell = model.timesteps // OVERLAP_CELLS
@@ -85,7 +91,7 @@ def gates_of(trained: Trained) -> dict[str, Any]:
     kept = np.take_along_axis(probs, chosen_experts(probs, top_k), axis=-1).sum(-1)  # (depth, T)
     return {
         "images_seen": trained.clock.images_seen,
-        "loads": paths.mean(0).reshape(model.depth, -1).round(4).tolist(),
+        "loads": Snapshot.take(0, probs, top_k, None, task_weights=weights).loads.round(4).tolist(),
         "unused_experts": int((~paths.any(0)).sum()),
         "distinct_paths": len(np.unique(paths, axis=0)),
         "near": float(overlap[(apart > 0) & (apart <= NEAR)].mean()),

@@ -31,7 +31,8 @@ class Batch:
     """One micro-batch of a rank.
 
     `x0` and `noise` are (B, C, H, W). `t` (B,) is int64, or float in [0, 1] for flow. `y` (B,) int64 are labels after label
-    drop. `index` (B,) int64 are sample indices in the run.
+    drop. `index` (B,) int64 are sample indices in the run. `other_target` (B, C, H, W) is noise - x0 of the sample before each
+    in the global batch, None without the contrastive loss.
     """
 
     index: Tensor
@@ -39,6 +40,7 @@ class Batch:
     noise: Tensor
     t: Tensor
     y: Tensor
+    other_target: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,17 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class LossParts:
-    """Per-sample loss terms of shape (B,): weighted `mse`, `vlb`, and their sum `loss`.
+    """Per-sample loss terms of shape (B,): weighted `mse`, `vlb`, the flow terms before their weights, and the sum `loss`.
 
-    `vlb` is zero if the variance is not learned.
+    `vlb` is zero if the variance is not learned. `direction` and `contrastive` are None if their weights are 0.
     """
 
     mse: Tensor
     vlb: Tensor
     loss: Tensor
     output: Any = None
+    direction: Tensor | None = None
+    contrastive: Tensor | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         return getattr(self, key)

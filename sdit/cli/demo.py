@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
     from sdit.distributed.comm import find_rank, set_threads
     from sdit.evaluate.generate import Generator
     from sdit.model import solve_assignment
-    from sdit.observe.routing_figures import routing_map
+    from sdit.observe.routing import Snapshot
+    from sdit.observe.routing_figures import draw_map
     from sdit.observe.sample_grids import save_grid
 
     set_threads(find_rank(os.environ), None)
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if model.variant == "switch":
         probs = trained.model.all_gate_probs()
         title = f"after {trained.clock.images_seen:,} images"
-        routing_map(probs.numpy(), model.experts.top_k, solve_assignment(probs, model), folder / "routing.png", title)
+        snapshot = Snapshot.take(0, probs.numpy(), model.experts.top_k, solve_assignment(probs, model))
+        draw_map(snapshot, folder / "routing.png", title)
         print(f"routing map: {folder / 'routing.png'}")
     return judge(options.run_dir, images, labels)
 

@@ -50,17 +50,21 @@ def run(options: argparse.Namespace) -> int:
     use_cache(run_caches(options.checkpoint))
     from sdit.checkpoint.load import load_trained
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
-    from sdit.observe.routing_figures import routing_map
+    from sdit.observe.routing import Snapshot
+    from sdit.observe.routing_figures import draw_map
+    from sdit.time_law import TimeLaw, prior_law
 
     trained = load_trained(options.checkpoint, options.weights, options.config)
-    model = trained.config.model
+    config, model = trained.config, trained.config.model
     if model.variant != "switch":
         raise ConfigError(f"model.variant: {model.variant} has no gates; legal for a routing map: switch")
     probs = trained.model.all_gate_probs()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"after {trained.clock.images_seen:,} images ({options.weights})"
-    assignment, dropped = solve_assignment(probs, model), expected_drops(trained.config, probs.numpy())
-    routing_map(probs.numpy(), model.experts.top_k, assignment, options.out, title, dropped)
+    assignment, dropped = solve_assignment(probs, model, prior_law(config)), expected_drops(config, probs.numpy())
+    weights, images_seen = TimeLaw.of(config.diffusion).task_weights(model.timesteps), trained.clock.images_seen
+    snapshot = Snapshot.take(images_seen, probs.numpy(), model.experts.top_k, assignment, dropped, weights)
+    draw_map(snapshot, options.out, title)
     print(options.out)
     return ExitCode.DONE
 
@@ -81,20 +85,25 @@ def draw_arrays(path: Path, out: Path) -> int:
 
 
 def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
-    """(depth,) samples that full experts drop per step, mean over DRAWS random batches; None without a capacity."""
+    """Return the samples (depth,) that full experts drop per step, the mean over DRAWS batches; None without a capacity.
+
+    The batches follow the law that training draws t from.
+    """
     import numpy as np
 
     from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
     from sdit.expert_parallel.routing_table import RoutingTable
     from sdit.observe.routing import chosen_experts
+    from sdit.time_law import TimeLaw
 
     experts = config.model.experts
     if experts.capacity_factor is None:
         return None
     chosen = chosen_experts(probs, experts.top_k)
-    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count)
+    weights = TimeLaw.of(config.diffusion).task_weights(probs.shape[1])
+    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count, weights)
     capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
-    batches = np.random.default_rng(config.seed).integers(0, probs.shape[1], (DRAWS, config.train.global_batch))
+    batches = routes.random_tasks(np.random.default_rng(config.seed), (DRAWS, config.train.global_batch))
     return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from sdit.launch_environment import RankInfo
 
 # Options that replace keys of the section `sample`.
-SETTINGS = ("sampler", "steps", "guidance", "guided_channels", "seed")
+SETTINGS = (
+    "sampler", "steps", "guidance", "guidance_interval", "guided_channels", "time_shift", "diffusion_form", "diffusion_norm",
+    "last_step", "last_step_size", "seed",
+)  # fmt: skip
 
 
 def add_model_options(add: Callable[..., Any]) -> None:
@@ -30,10 +33,18 @@ def add_model_options(add: Callable[..., Any]) -> None:
 
 def add_sampler_options(add: Callable[..., Any]) -> None:
     """Add the options of SETTINGS. They are None if they are not given."""
-    add("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun for flow")
+    add("--sampler", metavar="NAME", help="ddpm, ddim, dpm++2m; euler, heun, sde for flow")
     add("--steps", type=int, metavar="N", help="sampling steps")
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1: none")
+    interval_help = "times from 0 (data) to 1 (noise) with guidance; a step outside costs half"
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval_help)
     add("--guided-channels", type=int, metavar="C", help="channels guidance acts on (Switch-DiT: all, DiT: 3)")
+    add("--time-shift", type=float, metavar="S", help="flow: shift of the times; above 1: more steps at noise")
+    forms = "constant, sigma (or linear), decreasing, increasing-decreasing"
+    add("--diffusion-form", metavar="NAME", help=f"sde: diffusion coefficient: {forms}")
+    add("--diffusion-norm", type=float, metavar="C", help="sde: factor of the diffusion coefficient")
+    add("--last-step", metavar="NAME", help="sde: the last step, without noise: mean or euler")
+    add("--last-step-size", type=float, metavar="T", help="sde: time of the last step, before the shift")
     add("--seed", type=int, metavar="N", help="seed of all noise")
 
 

@@ -152,8 +152,24 @@ class DiffusionConfig(Section):
     p2_gamma: float = field(1.0, "gamma of the p2 weight 1/(k + SNR)^gamma", ge=0)
     p2_k: float = field(1.0, "k of the p2 weight", gt=0)
     uw_clusters: int = field(8, "uw: timestep clusters with a learned log-scale each", ge=1)
-    timestep_sampling: Literal["uniform", "stratified"] = field(
-        "uniform", "t of the samples: independent, or one per equal stratum of the global batch (unbiased, less noise)"
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "stratified_logit_normal"] = field(
+        "uniform",
+        "law of t in training: uniform, or logit(t) is normal; stratified: one t in each of global_batch parts of equal "
+        "probability (unbiased, less noise)",
+    )
+    logit_mean: float = field(0.0, "mean of logit(t) under logit_normal; t is 1 at noise")
+    logit_std: float = field(1.0, "standard deviation of logit(t) under logit_normal", gt=0)
+    time_shift: float = field(
+        1.0, "s, moves t to s t / (1 + (s - 1) t) in training; above 1: more noise; 1: none", gt=0
+    )
+    direction_weight: float = field(
+        0.0, "flow: weight of the velocity direction loss, 1 - cosine over the channels of a position; 0: off", ge=0
+    )
+    contrastive_weight: float = field(
+        0.0,
+        "flow: weight of contrastive flow matching, which drives the velocity away from another sample's target; 0: off",
+        ge=0,
+        lt=1,
     )
     label_drop: float = field(0.1, "probability that training replaces a label by the null label", ge=0, le=1)
     clip_x0: Literal["none", "fixed", "dynamic"] = field(
@@ -173,6 +189,26 @@ class DiffusionConfig(Section):
     def _flow_is_plain(self) -> DiffusionConfig:
         if self.path == "flow" and (self.weighting != "constant" and self.weighting != "uw"):
             raise ValueError(f"weighting: {self.weighting!r} needs an SNR; legal with path flow: constant, uw")
+        return self
+
+    @model_validator(mode="after")
+    def _flow_losses_need_a_velocity(self) -> DiffusionConfig:
+        for key in ("direction_weight", "contrastive_weight"):
+            if self.path != "flow" and getattr(self, key):
+                raise ValueError(f"{key}: {getattr(self, key):g} needs a velocity; legal with path {self.path}: 0")
+        return self
+
+    @model_validator(mode="after")
+    def _uw_clusters_are_equal(self) -> DiffusionConfig:
+        """Refuse `weighting: uw` with a law under which its clusters of equal size have unequal weight."""
+        if self.weighting != "uw":
+            return self
+        if self.timestep_sampling not in ("uniform", "stratified"):
+            raise ValueError(
+                f"timestep_sampling: {self.timestep_sampling} with weighting uw; legal with uw: uniform, stratified"
+            )
+        if self.time_shift != 1:
+            raise ValueError(f"time_shift: {self.time_shift:g} with weighting uw; legal with uw: 1")
         return self
 
 
@@ -222,6 +258,9 @@ class EmaConfig(Section):
 
 class PriorConfig(Section):
     weight: float = field(1.0, "lambda of the diffusion prior loss; 0: off", ge=0)
+    axis: Literal["time", "quantile"] = field(
+        "time", "what the prior's windows follow: t (the paper), or the quantiles of the law that training draws t from"
+    )
     every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = field(
         1,
         "steps between two solutions of the assignment; auto: chosen after the first steps, so that a solution takes at most "
@@ -286,3 +325,12 @@ class Config(Section):
         SuperviseConfig(), "deadlines, restarts and signals of the ranks' parent processes"
     )
     run_dir: PathText = field("runs/default", "folder of the run", min_length=1)
+
+    @model_validator(mode="after")
+    def _contrast_needs_two_samples(self) -> Config:
+        if self.diffusion.contrastive_weight and self.train.global_batch < 2:
+            raise ValueError(
+                f"train.global_batch: {self.train.global_batch} with diffusion.contrastive_weight "
+                f"{self.diffusion.contrastive_weight:g}; legal: >= 2"
+            )
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PATH_MARK = "path"  # `~` and variables are expanded in keys of this type, see sdit/config/paths.py
 PathText = Annotated[str, PATH_MARK]
@@ -72,9 +72,26 @@ class CheckpointConfig(Section):
 
 class SampleConfig(Section):
     every_images: int | None = field(None, "images between two sample grids; null: only at the end", ge=1)
-    sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "heun"] = field("ddim", "sampler (euler and heun: flow)")
+    sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"] = field(
+        "ddim", "sampler (euler, heun and sde: flow)"
+    )
     steps: int = field(50, "sampling steps", ge=1)
+    time_shift: float = field(
+        1.0, "flow: s, moves the evenly spaced times t to s t / (1 + (s - 1) t); above 1: more steps at noise", gt=0
+    )
+    diffusion_form: Literal["constant", "sigma", "linear", "decreasing", "increasing-decreasing"] = field(
+        "sigma", "sde: the diffusion coefficient w(t) (SiT); sigma and linear are the same"
+    )
+    diffusion_norm: float = field(1.0, "sde: the factor c in w(t)", gt=0)
+    last_step: Literal["mean", "euler"] = field(
+        "mean", "sde: the last step, without noise: the SDE's mean, or the ODE's"
+    )
+    last_step_size: float = field(0.04, "sde: t of the last step, before the shift", gt=0, lt=1)
     guidance: float = field(1.5, "classifier-free guidance scale; 1: none", ge=0)
+    guidance_interval: list[float] = field(
+        [0.0, 1.0],
+        "[low, high], the flow times (timestep / T on the diffusion path) with guidance; outside, a step costs half",
+    )
     guided_channels: int | None = field(None, "first channels that guidance applies to; null: all image channels", ge=1)
     images_per_class: int = field(8, "columns of the grid", ge=1)
     classes: int = field(10, "rows of the grid, one per label: the first labels of the data", ge=1)
@@ -83,6 +100,13 @@ class SampleConfig(Section):
     )
     seed: int = field(0, "seed of the initial noise", ge=0)
     vae: PathText | None = field(None, "folder of the AutoencoderKL that decodes a run on latents; null: no images")
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_is_ordered(cls, value: list[float]) -> list[float]:
+        if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError(f"{value} is not an interval; legal: [low, high] with 0 <= low <= high <= 1")
+        return value
 
 
 class ValidationConfig(Section):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdit.config import DiffusionConfig
 from sdit.diffusion.prediction import Prediction
@@ -46,6 +47,14 @@ def decoder_bits(x0: Tensor, x0_error: Tensor, model_log_variance: Tensor) -> Te
 def _normal_cdf(x: Tensor) -> Tensor:
     """Return the tanh approximation of the normal CDF that published losses use. Its error is at most 3e-4."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def direction_loss(velocity: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - cosine between velocity and target (B, C, H, W) over the channels, as the mean (B,) over the positions.
+
+    Source: LightningDiT, velocity direction loss.
+    """
+    return (1 - functional.cosine_similarity(velocity, target, dim=1, eps=1e-8)).flatten(1).mean(1)
 
 
 class ConstantWeight(nn.Module):

@@ -11,13 +11,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sdit.config import DiffusionConfig
+from sdit.config import DiffusionConfig, describe_error
 from sdit.contracts import LossParts
-from sdit.diffusion.draws import TimestepMode, draw_timesteps
-from sdit.diffusion.losses import ConstantWeight, UncertaintyWeight, decoder_bits, kl_bits, make_weighting
+from sdit.diffusion.losses import (
+    ConstantWeight,
+    UncertaintyWeight,
+    decoder_bits,
+    direction_loss,
+    kl_bits,
+    make_weighting,
+)
 from sdit.diffusion.prediction import learned_log_variance, split_variance, target_of, x0_slope
 from sdit.diffusion.schedule import DeviceTables, make_schedule
 from sdit.errors import ConfigError
+from sdit.time_law import TimeLaw
 
 Model = Callable[[Tensor, Tensor, Tensor], Any]  # (x_t, t, y) -> prediction, or an object with `.prediction`
 
@@ -27,7 +34,7 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, config: DiffusionConfig, timesteps: int | None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.time_law = config, TimeLaw.of(config)
         self.timesteps = timesteps  # T; None: t is continuous in [0, 1]
 
     @abstractmethod
@@ -35,14 +42,19 @@ class Objective(nn.Module, ABC):
         """Return the noisy images x_t (B, C, H, W) float32."""
 
     @abstractmethod
-    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
-        """Return the losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,)."""
+    def forward(
+        self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
+        other_target: Tensor | None = None,
+    ) -> LossParts:  # fmt: skip
+        """Return the losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,).
+
+        `other_target` (B, C, H, W) is the target of the sample before each in the global batch, for the contrastive loss of
+        the flow path. None: the batch is the global batch.
+        """
 
     def draw_timesteps(self, seed: int, first_index: int, global_batch: int) -> np.ndarray:
-        """Return t (global_batch,) of all samples of a step, in the mode that the config sets."""
-        mode: TimestepMode = "uw" if self.config.weighting == "uw" else self.config.timestep_sampling
-        clusters = self.config.uw_clusters
-        return draw_timesteps(seed, first_index, global_batch, self.timesteps, mode, clusters)
+        """Return t (global_batch,) of all samples of a step: int64 in 0..T-1, or float32 in [0, 1) on the flow path."""
+        return self.time_law.draw(seed, first_index, global_batch, self.timesteps)
 
 
 class DiffusionObjective(Objective):
@@ -60,7 +72,10 @@ class DiffusionObjective(Objective):
         alpha, sigma = _per_image(self._mixing.at(t))
         return alpha * x0.float() + sigma * noise.float()
 
-    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+    def forward(
+        self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
+        other_target: Tensor | None = None,
+    ) -> LossParts:  # fmt: skip
         """Return the losses (B,) of clean images `x0` (B, C, H, W) at timesteps `t` (B,) int64 with labels `y` (B,)."""
         x0, noise = _float_pair(x0, noise)
         output = model(self.q_sample(x0, t, noise), t, y)
@@ -89,7 +104,10 @@ class DiffusionObjective(Objective):
 
 
 class FlowObjective(Objective):
-    """Squared error of the velocity noise - x0 on the straight path from data (t = 0) to noise (t = 1)."""
+    """Squared error of the velocity v = noise - x0 on the straight path from data (t = 0) to noise (t = 1).
+
+    Two terms can be added: the direction of the velocity (LightningDiT), and contrastive flow matching.
+    """
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config, timesteps=None)
@@ -101,7 +119,10 @@ class FlowObjective(Objective):
         (t,) = _per_image((t.float(),))
         return (1 - t) * x0.float() + t * noise.float()
 
-    def forward(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None) -> LossParts:
+    def forward(
+        self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
+        other_target: Tensor | None = None,
+    ) -> LossParts:  # fmt: skip
         """Return the losses (B,) of clean images `x0` (B, C, H, W) at times `t` (B,) in [0, 1] with labels `y` (B,)."""
         x0, noise = _float_pair(x0, noise)
         t = t.float()
@@ -109,8 +130,17 @@ class FlowObjective(Objective):
         velocity, variance = split_variance(_prediction(output), x0.shape[1])
         if variance is not None:
             raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
-        mse = self.weighting(_image_mean((velocity.float() - (noise - x0)).square()), t)
-        return LossParts(mse, torch.zeros_like(mse), mse, output)
+        velocity, target = velocity.float(), noise - x0
+        loss = mse = self.weighting(_image_mean((velocity - target).square()), t)
+        direction = contrastive = None
+        if self.config.direction_weight:
+            direction = direction_loss(velocity, target)
+            loss = loss + self.config.direction_weight * direction
+        if self.config.contrastive_weight:
+            other = target.roll(1, 0) if other_target is None else other_target
+            contrastive = _image_mean((velocity - other).square())  # contrastive flow matching, eq. 5
+            loss = loss - self.config.contrastive_weight * contrastive
+        return LossParts(mse, torch.zeros_like(mse), loss, output, direction, contrastive)
 
 
 def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int = 1000) -> Objective:
@@ -124,9 +154,7 @@ def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int 
         try:
             config = DiffusionConfig(**keys)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(["diffusion", *map(str, first["loc"])])
-            raise ConfigError(f"{key}: {first['msg']}, got {first['input']!r}") from None
+            raise ConfigError(f"diffusion.{describe_error(error, DiffusionConfig)}") from None
     return FlowObjective(config) if config.path == "flow" else DiffusionObjective(config, timesteps)
 
 

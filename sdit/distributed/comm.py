@@ -110,6 +110,16 @@ class Comm:
         dist.all_gather(gathered, rows.contiguous())
         return torch.stack(gathered, dim=1).flatten(0, 1)
 
+    def from_rank_before(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, ...) of rank r - 1 on rank r, and those of the last rank on rank 0. All have equally many."""
+        if self.world == 1:
+            return rows
+        received, sizes = torch.empty_like(rows), [0] * self.world
+        send, receive = sizes.copy(), sizes.copy()
+        send[(self.rank + 1) % self.world] = receive[(self.rank - 1) % self.world] = len(rows)
+        dist.all_to_all_single(received, rows.contiguous(), receive, send)
+        return received
+
     def from_first(self, value: Any) -> Any:
         """Return rank 0's `value` on each rank (JSON types only, nothing is unpickled)."""
         data = json.dumps(value).encode() if self.is_first else b""

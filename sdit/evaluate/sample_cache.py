@@ -17,12 +17,17 @@ import numpy as np
 
 from sdit.checkpoint.files import MANIFEST
 from sdit.checkpoint.load import Trained
+from sdit.config import SampleConfig
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Generator, Progress
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
 from sdit.train.decode import draws_latents
+
+# Keys of `diffusion` that only training reads, and keys of `sample`, both younger than the names of the oldest caches.
+TRAINING_KEYS = {"logit_mean", "logit_std", "time_shift", "direction_weight", "contrastive_weight"}
+SAMPLER_KEYS = ("time_shift", "guidance_interval", "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 _log = logging.getLogger(__name__)
 
@@ -71,15 +76,22 @@ class SampleSet:
             "steps": chosen.steps,
             "guidance": chosen.guidance,
             "guided_channels": chosen.guided_channels,
+            **_changed(chosen),
             "seed": chosen.seed,
             "classes": self.trained.classes.count,
             **({"empty_classes": list(empty)} if empty else {}),
-            "diffusion": config.diffusion.model_dump(mode="json"),
+            "diffusion": config.diffusion.model_dump(mode="json", exclude=TRAINING_KEYS),
             "vae_sha256": None if decoder is None else decoder.digest,
             "latent_scale": None if decoder is None else config.data.latent_scale,
             "rounding": ROUNDING,
             "device": self.trained.model.device.type,
         }
+
+
+def _changed(chosen: SampleConfig) -> dict[str, Any]:
+    """Return the SAMPLER_KEYS that differ from their defaults, so that a cache of an older version keeps its name."""
+    defaults = SampleConfig()
+    return {key: value for key in SAMPLER_KEYS if (value := getattr(chosen, key)) != getattr(defaults, key)}
 
 
 def checkpoint_digest(path: Path) -> str:

@@ -128,23 +128,26 @@ class ExpertGroup:
 
 
 def exchange_samples(group: ExpertGroup, exchange: SampleExchange, batch: Batch, index: np.ndarray) -> Batch:
-    """Send samples with their noise, times and labels to the ranks of the group that compute them.
+    """Send samples with all that belongs to them to the ranks of the group that compute them.
 
     Return the batch with the run indices `index` (B,). Times and labels are sent as float32, exact for integers below 2^24.
     """
     device, shape = batch.x0.device, batch.x0.shape
-    columns = (batch.x0.flatten(1), batch.noise.flatten(1), batch.t[:, None].float(), batch.y[:, None].float())
+    images = [image for image in (batch.x0, batch.noise, batch.other_target) if image is not None]
+    columns = (batch.t[:, None].float(), batch.y[:, None].float(), *(image.flatten(1) for image in images))
     rows = torch.cat(columns, dim=1)[upload(torch.from_numpy(exchange.send_rows), device)]
     received, work = group.send(rows, exchange.send_splits.tolist(), exchange.receive_splits.tolist(), "samples")
     group.wait(work)
     ordered = received[upload(torch.from_numpy(exchange.order), device)]
-    x0, noise, t, y = ordered.split([column.shape[1] for column in columns], dim=1)
+    t, y, *received_images = ordered.split([column.shape[1] for column in columns], dim=1)
+    x0, noise, *other = (image.contiguous().view(shape) for image in received_images)
     return Batch(
         index=torch.from_numpy(index),
-        x0=x0.contiguous().view(shape),
-        noise=noise.contiguous().view(shape),
+        x0=x0,
+        noise=noise,
         t=t[:, 0].contiguous().to(batch.t.dtype),
         y=y[:, 0].to(batch.y.dtype),
+        other_target=other[0] if other else None,
     )
 
 

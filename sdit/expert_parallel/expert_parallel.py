@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdit.config import ModelConfig, ParallelConfig
+from sdit.config import Config
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
@@ -22,6 +22,7 @@ from sdit.expert_parallel.routing_table import PendingTable, RoutingTable
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.model import DiffusionTransformer
+from sdit.time_law import TimeLaw
 from sdit.topology import BatchPlan, ExpertGroups
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -31,20 +32,19 @@ class ExpertParallel:
     """Everything that sharded experts and limited capacity add to a run. For a model without gates it does nothing.
 
     The trainer calls `begin_step`, `rebalance_if_due` and `begin_micro_step`; the model calls `forward_pass`. `group` is the
-    communicator of this rank's group, `placed` its experts.
+    communicator of this rank's group, `placed` its experts. `ranks` is EP.
     """
 
-    def __init__(
-        self, model: ModelConfig, parallel: ParallelConfig, batch: BatchPlan, comm: Comm, ranks: int, element_bytes: int,
-        seed: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: Config, batch: BatchPlan, comm: Comm, ranks: int) -> None:
+        model, parallel = config.model, config.parallel
         self._parallel, self._comm = parallel, comm
+        self._task_weights = TimeLaw.of(config.diffusion).task_weights(model.timesteps)
         groups = ExpertGroups(comm.world, ranks)
         self.group = ExpertGroup.create(groups.ep_rank_of(comm.rank), ranks, parallel.overlap, comm.device)
         self.placed = PlacedExperts(model, comm, ranks, self.group.ep_rank)
-        self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, element_bytes)
+        self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, ELEMENT_BYTES[config.train.precision])
         rank_batch = RankBatch(batch, groups, comm.rank)
-        self._planner = StepPlanner(model, parallel.seating, rank_batch, seed, lambda: self.table)
+        self._planner = StepPlanner(model, parallel.seating, rank_batch, config.seed, lambda: self.table)
         self._model: DiffusionTransformer | None = None
         self._pending: PendingTable | None = None
         self._table: RoutingTable | None = None
@@ -82,7 +82,7 @@ class ExpertParallel:
         """Start to copy the routing table to the host. `table` waits for it, and other work can be launched before."""
         if self._table is None and self._pending is None:
             assert self._model is not None
-            self._pending = PendingTable(self._model)
+            self._pending = PendingTable(self._model, self._task_weights)
 
     def forget(self) -> None:
         """Drop what was derived from weights that are no longer there."""

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sdit.expert_parallel.assignment import assign_samples
-from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, expert_counts, hottest
+from sdit.expert_parallel.routing_table import RoutingTable, hottest, sum_over_users
 
 PlacementKind = Literal["index", "balanced", "path"]
 # Target of the path placement for expected loads. With it, the imbalance of real batches stays below 1.3.
@@ -83,7 +83,7 @@ def place_experts(
     by_index = np.tile(np.arange(routes.count) // (routes.count // ranks), (routes.depth, 1))
     if kind == "index" or ranks == 1:
         return by_index
-    loads = exact_loads(routes.experts, routes.count)
+    loads = routes.loads
     replicated = hottest(loads, routes.top_k) if replicated is None else replicated
     if kind == "balanced":
         return _largest_first(np.where(replicated, 0, loads), ranks)
@@ -98,15 +98,13 @@ def _rank_loads(loads: np.ndarray, expert_to_rank: np.ndarray, ranks: int) -> np
 
 
 def _mean_task(routes: RoutingTable) -> np.ndarray:
-    """Return (depth, M), the mean of the tasks that use the expert.
+    """Return (depth, M), the expected task of a sample that uses the expert.
 
-    It is infinite for unused experts, so they are sorted last.
+    It is infinite for experts that no sample uses, so they are sorted last.
     """
-    unit = routes.experts + np.arange(routes.depth)[:, None, None] * routes.count
-    task = np.broadcast_to(np.arange(routes.tasks)[None, :, None], unit.shape)
-    total = np.bincount(unit.ravel(), task.ravel(), minlength=routes.depth * routes.count).reshape(routes.depth, -1)
-    users = expert_counts(routes.experts, routes.count)
-    return np.where(users > 0, total / np.maximum(users, 1), np.inf)
+    used = sum_over_users(routes.experts, routes.count, routes.weights)
+    total = sum_over_users(routes.experts, routes.count, np.arange(routes.tasks) * routes.weights)
+    return np.divide(total, used, out=np.full(used.shape, np.inf), where=used > 0)
 
 
 def _largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
@@ -128,7 +126,7 @@ def _largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
 
 def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np.ndarray:
     """Return ranks (depth, M) after experts were swapped, worst block first, until the mean imbalance is within `limit`."""
-    loads = exact_loads(routes.experts, routes.count)
+    loads = routes.loads
     expert_to_rank, imbalance = placement.expert_to_rank.copy(), expected_load_imbalance(loads, placement)
     if imbalance.mean() <= limit:
         return expert_to_rank
@@ -153,12 +151,12 @@ def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np
 
 
 def _affinity(routes: RoutingTable, placement: ExpertPlacement) -> np.ndarray:
-    """Return (depth, M, P), the fraction of tasks that use the expert and are assigned to rank p by path.
+    """Return (depth, M, P), the expected fraction of samples that use the expert and are assigned to rank p by path.
 
     It is 0 for replicated experts.
     """
     samples = -(-routes.tasks // placement.ranks) * placement.ranks
-    tasks = np.arange(samples) * routes.tasks // samples
+    tasks = routes.tasks_at(np.arange(samples) * routes.tasks / samples)
     assigned_rank = assign_samples(tasks, path_need(routes.experts, placement), samples // placement.ranks)
     affinity = np.zeros((routes.depth, routes.count, placement.ranks))
     for choice in range(routes.top_k):
@@ -183,7 +181,7 @@ def _best_swap(expert_to_rank: np.ndarray, loads: np.ndarray, affinity: np.ndarr
     relief = np.minimum(work[full] - fuller, work[full] - target)
     loss = affinity[inside, full][:, None] + affinity[outside, there][None]
     loss = loss - affinity[inside][:, there] - affinity[outside, full][None]
-    smallest = 1e-9  # loads are multiples of 1 / T, so smaller differences are rounding errors
+    smallest = 1e-9  # of a load; a smaller difference is a rounding error, or is not worth a swap
     price = np.where(relief > smallest, (loss + smallest) / np.maximum(relief, smallest), np.inf)
     i, j = np.unravel_index(price.argmin(), price.shape)
     return None if np.isinf(price[i, j]) else [int(inside[i]), int(outside[j])]

@@ -85,8 +85,11 @@ class PlanAhead:
 
 
 def chance_of_same_routes(before: RoutingTable, routes: RoutingTable, tasks: Sequence[np.ndarray]) -> float:
-    """Return the chance that the next update keeps the routes of all `tasks`, if it changes as many tasks as the last one."""
-    changed = (before.experts != routes.experts).any(axis=(0, 2)).mean()
+    """Return the chance that the next update keeps the routes of all `tasks`, if it changes as large a share as the last.
+
+    The share is that of the samples, by the weights of the tasks.
+    """
+    changed = ((before.experts != routes.experts).any(axis=(0, 2)) * routes.weights).mean()
     return float((1 - changed) ** len(np.unique(np.concatenate(tasks))))
 
 

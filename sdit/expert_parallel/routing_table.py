@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """The chosen experts of each task and their gates.
+    """The chosen experts of each task and their gates, and how often each task is drawn.
 
-    `experts` (depth, T, k) int64 in descending order of their `gates` (depth, T, k) float32. `count` = M.
+    `experts` (depth, T, k) int64 in descending order of their `gates` (depth, T, k) float32. `count` = M. `task_weights` (T,)
+    is T times the probability of each task (`TimeLaw.task_weights`). None: all tasks are drawn equally often.
     """
 
     experts: np.ndarray
     gates: np.ndarray
     count: int
+    task_weights: np.ndarray | None = None
 
     @property
     def depth(self) -> int:
@@ -40,31 +42,58 @@ class RoutingTable:
         """The number k of experts used per task and block."""
         return self.experts.shape[2]
 
+    @property
+    def weights(self) -> np.ndarray:
+        """T times the probability of each task, float64 (T,)."""
+        return np.ones(self.tasks) if self.task_weights is None else self.task_weights
+
+    @property
+    def loads(self) -> np.ndarray:
+        """The expected fraction of samples that use each expert, (depth, M). A row sums to k."""
+        return exact_loads(self.experts, self.count, self.task_weights)
+
+    def tasks_at(self, position: np.ndarray) -> np.ndarray:
+        """Return the task int64 at each `position` in [0, T), where every task takes as much space as its weight."""
+        return np.minimum(np.searchsorted(np.cumsum(self.weights), position, side="right"), self.tasks - 1)
+
+    def random_tasks(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Return independent tasks int64 of this shape. If all weights are 1, they are `generator.integers(0, T, shape)`."""
+        return self.tasks_at(generator.integers(0, self.tasks, shape) + generator.random(shape))
+
 
 class PendingTable:
     """The routing table of the model's current weights. Its copy from the device has begun, and `wait` returns it."""
 
-    def __init__(self, model: DiffusionTransformer) -> None:
+    def __init__(self, model: DiffusionTransformer, task_weights: np.ndarray) -> None:
         import torch  # the functions are also used in processes that must not import torch
 
         from sdit.transfers import Download
 
         top = model.all_gate_probs().topk(model.config.experts.top_k)
-        self._count = model.config.experts.count
+        self._count, self._task_weights = model.config.experts.count, task_weights
         self._copy = Download(torch.stack([top.indices.float(), top.values]))  # ids < 2^24 are exact in float32
 
     def wait(self) -> RoutingTable:
         """Return the table. The host waits for the copy."""
         host = self._copy.wait().numpy()
-        return RoutingTable(host[0].astype(np.int64), host[1], self._count)
+        return RoutingTable(host[0].astype(np.int64), host[1], self._count, self._task_weights)
 
 
-def exact_loads(experts: np.ndarray, count: int) -> np.ndarray:
-    """Return (depth, M), the fraction of the T tasks that use the expert, for `experts` (depth, T, k). A row sums to k.
+def exact_loads(experts: np.ndarray, count: int, task_weights: np.ndarray | None = None) -> np.ndarray:
+    """Return (depth, M), the exact probability that a sample uses the expert, for `experts` (depth, T, k).
 
-    It is the exact expected fraction of samples, because t is uniform over the tasks.
+    `task_weights` (T,) are T times the probabilities of the tasks (None: 1). A row sums to k.
     """
-    return expert_counts(experts, count) / experts.shape[1]
+    tasks = experts.shape[1]
+    return sum_over_users(experts, count, np.ones(tasks) if task_weights is None else task_weights) / tasks
+
+
+def sum_over_users(experts: np.ndarray, count: int, values: np.ndarray) -> np.ndarray:
+    """Return (depth, M) float64, the sum of the `values` (T,) of the tasks that use each expert."""
+    depth = len(experts)
+    flat = experts + np.arange(depth)[:, None, None] * count
+    repeated = np.broadcast_to(values[:, None], experts.shape)
+    return np.bincount(flat.ravel(), repeated.ravel(), minlength=depth * count).reshape(depth, count)
 
 
 def expert_counts(experts: np.ndarray, count: int, kept: np.ndarray | None = None) -> np.ndarray:

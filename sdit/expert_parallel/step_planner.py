@@ -15,7 +15,7 @@ from sdit.config import ModelConfig
 from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.plan_ahead import PlanAhead, PlanInputs, ReadyPlan, make_plan
-from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, load_max_over_mean
+from sdit.expert_parallel.routing_table import RoutingTable, load_max_over_mean
 from sdit.expert_parallel.step_plan import MicroStepPlan, RankBatch, StepSamples
 from sdit.expert_parallel.traffic_model import AssignmentKind, rank_work
 
@@ -24,7 +24,7 @@ from sdit.expert_parallel.traffic_model import AssignmentKind, rank_work
 class ExpertStatistics:
     """What the plans of the present step say.
 
-    `loads` (depth, M) is the share of the tasks that use the expert (empty without gates). `dropped_fraction` of the
+    `loads` (depth, M) is the expected share of the samples that use the expert (empty without gates). `dropped_fraction` of the
     (sample, expert) pairs, `dropped_by_block` (depth,) pairs of this step and `dropped_since_logged` of the steps since the last
     call. `planned_ahead_fraction` is the share of the plans since the last call that were made ahead (None: no plans).
     `load_imbalance` and `rank_imbalance` are the largest over the mean load of experts, and work of ranks.
@@ -123,8 +123,7 @@ class StepPlanner:
         self._plans, self._plans_ahead = 0, 0
         loads, imbalance, work = np.empty((0, 0)), 1.0, 1.0
         if self._config.variant == "switch":
-            table = self._table()
-            loads = exact_loads(table.experts, table.count)
+            loads = self._table().loads
             imbalance = float((loads.max(1) / loads.mean(1)).max())
         if self.is_planned:
             by_rank = [rank_work(plan.experts, placement, plan.kept).sum(axis=0) for plan, placement in self._computed]

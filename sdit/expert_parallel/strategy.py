@@ -18,7 +18,7 @@ from sdit.expert_parallel.placement import (
     relabel,
     replacement_moves,
 )
-from sdit.expert_parallel.routing_table import exact_loads, hottest
+from sdit.expert_parallel.routing_table import hottest
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts
 
 ExchangeKind = Literal["auto", "tokens", "weights"]
@@ -86,8 +86,7 @@ def choose_exchange(
     else:
         start = none if at_least is None else ExpertPlacement(expert_to_rank, at_least, traffic.ranks)
         best, size = _cheapest(traffic, start, costs)
-    loads = exact_loads(traffic.routes.experts, traffic.routes.count)
-    load_imbalance = float(expected_load_imbalance(loads, best).mean())
+    load_imbalance = float(expected_load_imbalance(traffic.routes.loads, best).mean())
     return Choice(best, size, samples_bytes, weights_bytes, traffic.random_placement_bytes(costs), load_imbalance)
 
 
@@ -104,7 +103,7 @@ def decide_placement(
     `current` is the current placement (depth, M). Ranks are renamed so that the fewest experts move from it.
     """
     routes = traffic.routes
-    hot = hottest(exact_loads(routes.experts, routes.count), routes.top_k)
+    hot = hottest(routes.loads, routes.top_k)
     found: list[Choice] = []
     for counted_on in (hot, np.zeros_like(hot)):
         expert_to_rank = place_experts(kind, routes, traffic.ranks, counted_on)
@@ -127,7 +126,7 @@ def worth_moving(now: Choice, then: Choice, expert_parameters: int, micro_steps:
 
 def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -> tuple[ExpertPlacement, float]:
     """Return the cheapest placement found with at least `start.replicated`, and its bytes per micro-step."""
-    hot = hottest(exact_loads(traffic.routes.experts, traffic.routes.count), traffic.routes.top_k)
+    hot = hottest(traffic.routes.loads, traffic.routes.top_k)
     with_hot = ExpertPlacement(start.expert_to_rank, start.replicated | hot, start.ranks)
     best, best_bytes = start, traffic.bytes(start, costs)
     for assigned_rank in (traffic.ranks_in_order(), traffic.assigned_ranks(start), traffic.assigned_ranks(with_hot)):

@@ -60,13 +60,13 @@ class UnitCosts:
 
 
 class TrafficModel:
-    """A fixed set of random micro-batches of one group. Placements are compared on it before they are used."""
+    """A fixed set of micro-batches of one group, drawn by the weights of the tasks. Placements are compared on it."""
 
     def __init__(self, routes: RoutingTable, ranks: int, per_rank: int, assignment: AssignmentKind = "path") -> None:
         self.routes, self.ranks, self.per_rank, self.assignment = routes, ranks, per_rank, assignment
         samples = ranks * per_rank
         batches = min(max(1, MODEL_SAMPLES // samples), MODEL_BATCHES)
-        self.tasks = np.random.default_rng(0).integers(0, routes.tasks, (batches, samples))
+        self.tasks = routes.random_tasks(np.random.default_rng(0), (batches, samples))
 
     @property
     def batches(self) -> int:

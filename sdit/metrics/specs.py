@@ -76,7 +76,9 @@ RANK_METRICS = (
         "Expected load of an expert over its block's mean; 0: unused",
         ("block", "expert"),
     ),
-    MetricSpec("sdit_dead_experts", "gauge", "Experts of a block that no timestep uses", ("block",)),
+    MetricSpec(
+        "sdit_dead_experts", "gauge", "Experts of a block that less than 0.005 % of the samples use", ("block",)
+    ),
     MetricSpec("sdit_expert_load_max_over_mean_ratio", "gauge", "Largest load of an expert over the mean, worst block"),
     MetricSpec(
         "sdit_expert_dropped_samples_total",

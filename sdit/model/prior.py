@@ -17,6 +17,7 @@ from sdit.config import ModelConfig
 from sdit.contracts import Routing
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.windows import TaskWindows, expert_windows
+from sdit.time_law import TimeLaw
 from sdit.transfers import upload
 
 EPSILON = 1e-6
@@ -47,10 +48,13 @@ class Assignment:
 
 
 class UnitMatcher:
-    """Matches units with columns of the prior's mask, and solves the problem again only if a chosen set changed."""
+    """Matches units with columns of the prior's mask, and solves the problem again only if a chosen set changed.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.windows = expert_windows(config)
+    `law` is that of `expert_windows`.
+    """
+
+    def __init__(self, config: ModelConfig, law: TimeLaw | None = None) -> None:
+        self.windows = expert_windows(config, law)
         self._count = config.experts.count
         self._tasks_of_columns = self.windows.tasks_of_units
         self._experts = self._sets = np.empty((0, 0, 0), dtype=np.int64)
@@ -96,12 +100,13 @@ class UnitMatcher:
         return cost
 
 
-def solve_assignment(gate_probs: Tensor, config: ModelConfig) -> Assignment:
+def solve_assignment(gate_probs: Tensor, config: ModelConfig, law: TimeLaw | None = None) -> Assignment:
     """Return the matching of units to mask columns that minimises `sum_t |A[t, a] - B[t, pi(a)]|` over all T tasks.
 
-    gate_probs: (depth, T, M) of all tasks. A marks the top-k experts, B is the prior's mask. No gradient.
+    gate_probs: (depth, T, M) of all tasks, which have equal weight. A marks the top-k experts, B is the prior's mask. No
+    gradient. `law` is that of `expert_windows`.
     """
-    return UnitMatcher(config).match(gate_probs.detach().topk(config.experts.top_k).indices.cpu().numpy())
+    return UnitMatcher(config, law).match(gate_probs.detach().topk(config.experts.top_k).indices.cpu().numpy())
 
 
 def prior_divergence(routing: Routing, assignment: Assignment) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdit.config import ModelConfig
+from sdit.time_law import TimeLaw
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class TaskWindows:
         return first, np.searchsorted(self.starts, unit, side="right")
 
 
-def task_windows(timesteps: int, units: int, active: int, alpha: float) -> TaskWindows:
-    """Return windows that slide from the first unit at t = 0 to the last at t = T - 1, by (t / (T - 1))^alpha."""
-    progress = (np.arange(timesteps) / (timesteps - 1)) ** alpha
+def task_windows(timesteps: int, units: int, active: int, alpha: float, law: TimeLaw | None = None) -> TaskWindows:
+    """Return windows that slide from the first unit at t = 0 to the last at t = T - 1, by u^alpha.
+
+    u is t / (T - 1), or with a `law` of t its quantile there, F(t / (T - 1)).
+    """
+    position = np.arange(timesteps) / (timesteps - 1)
+    progress = (position if law is None else law.cdf(position)) ** alpha
     return TaskWindows(np.round(progress * (units - active)).astype(np.int64), active, units)
 
 
@@ -45,10 +50,10 @@ def channel_windows(config: ModelConfig) -> TaskWindows:
     return task_windows(config.timesteps, config.width, active, config.dtr.alpha)
 
 
-def expert_windows(config: ModelConfig) -> TaskWindows:
+def expert_windows(config: ModelConfig, law: TimeLaw | None = None) -> TaskWindows:
     """Return the diffusion prior's windows over the depth * M experts of all blocks.
 
-    depth * k of them are active (beta = k/M).
+    depth * k of them are active (beta = k/M). They follow the quantiles of `law` (`prior.axis: quantile`), or t if it is None.
     """
     units, active = config.depth * config.experts.count, config.depth * config.experts.top_k
-    return task_windows(config.timesteps, units, active, config.dtr.alpha)
+    return task_windows(config.timesteps, units, active, config.dtr.alpha, law)

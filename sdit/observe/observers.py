@@ -47,7 +47,7 @@ def build_observers(
             )
         observers += [MetricsFile(run_dir), Progress(), SampleGrids(run_dir, latent_scale)]
         if config.model.variant == "switch":
-            observers.append(RoutingMaps(run_dir, config.model))
+            observers.append(RoutingMaps(run_dir, config))
         if config.observe.tensorboard:
             observers.append(TensorBoard(Path(str(run_dir)), latent_scale is None))
         if config.observe.wandb != "off":

@@ -77,7 +77,8 @@ class Snapshot:
 
     `paths` are exact where rounded probs tie. `prior` (T, units) bool and `columns` (units,), the prior's column of each
     unit, are None without a prior. `dropped` (depth,) are the samples that experts at capacity dropped in one step. It is
-    None if capacity is not limited.
+    None if capacity is not limited. `task_weights` (T,) is T times the probability of each task in training. None: all are
+    drawn equally often.
     """
 
     images_seen: int
@@ -87,22 +88,25 @@ class Snapshot:
     prior: np.ndarray | None = None
     columns: np.ndarray | None = None
     dropped: np.ndarray | None = None
+    task_weights: np.ndarray | None = None
 
     @classmethod
     def take(
         cls, images_seen: int, probs: np.ndarray, top_k: int, assignment: Assignment | None,
-        dropped: np.ndarray | None = None,
+        dropped: np.ndarray | None = None, task_weights: np.ndarray | None = None,
     ) -> Snapshot:  # fmt: skip
         """Return a snapshot of gate probabilities (depth, T, M)."""
         paths = task_paths(probs, top_k)
         if assignment is None:
-            return cls(images_seen, top_k, probs, paths, dropped=dropped)
-        return cls(images_seen, top_k, probs, paths, prior_mask(assignment), assignment.columns, dropped)
+            return cls(images_seen, top_k, probs, paths, dropped=dropped, task_weights=task_weights)
+        mask, columns = prior_mask(assignment), assignment.columns
+        return cls(images_seen, top_k, probs, paths, mask, columns, dropped, task_weights)
 
     @property
     def loads(self) -> np.ndarray:
-        """(depth, M), the fraction of the tasks that use each expert. Each row sums to k."""
-        return self.paths.mean(0).reshape(self.probs.shape[0], -1)
+        """(depth, M), the expected fraction of samples that use each expert. Each row sums to k."""
+        used = self.paths if self.task_weights is None else self.paths * self.task_weights[:, None]
+        return used.mean(0).reshape(self.probs.shape[0], -1)
 
     @property
     def agreement(self) -> float | None:
@@ -124,6 +128,8 @@ class Snapshot:
             arrays |= {"prior": np.packbits(self.prior, axis=1), "columns": self.columns}
         if self.dropped is not None:
             arrays["dropped"] = self.dropped
+        if self.task_weights is not None:
+            arrays["task_weights"] = self.task_weights
         with replacing(path) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -144,6 +150,7 @@ class Snapshot:
             return cls(
                 images_seen, top_k, stored["probs"].astype(np.float32), bits("paths"),
                 bits("prior") if has_prior else None, stored.get("columns"), stored.get("dropped"),
+                stored.get("task_weights"),
             )  # fmt: skip
 
 

@@ -28,8 +28,6 @@ from sdit.observe.routing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sdit.model import Assignment
-
 CELLS_WITH_NUMBERS = 128  # above this, the numbers in the load map would be too small to read
 SHARP_UNITS = 256  # up to this number each unit has its own pixels; above it, the image is smoothed
 MAX_BLOCK_TICKS = 14
@@ -42,14 +40,6 @@ ROW_FRAMES = 6
 ANIMATION_FRAMES = 60
 FRAME_MILLISECONDS = 250
 LAST_FRAME_MILLISECONDS = 2000
-
-
-def routing_map(
-    probs: np.ndarray, top_k: int, assignment: Assignment | None, path: Path, title: str = "",
-    dropped: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """Write one PNG of six maps for gate probabilities (depth, T, M) of all tasks."""
-    draw_map(Snapshot.take(0, probs, top_k, assignment, dropped), path, title)
 
 
 def draw_run(folder: Path, report: Callable[[str], None]) -> None:
@@ -157,7 +147,7 @@ def _draw_loads(axes: Axes, loads: np.ndarray, dropped: np.ndarray | None) -> No
         shown = range(0, len(loads), -(-len(loads) // MAX_BLOCK_TICKS))
         axes.set_yticks(list(shown), [f"{block}: {dropped[block]:.3g}" for block in shown])
         axes.set(ylabel="block: samples dropped per step")
-    _colour_bar(axes, image, "share of the tasks that use the expert")
+    _colour_bar(axes, image, "expected share of samples that use the expert")
 
 
 def _tasks_down(axes: Axes, values: np.ndarray, **style: Any) -> Any:

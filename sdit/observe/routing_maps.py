@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sdit.clock import Clock
-from sdit.config import ModelConfig
+from sdit.config import Config
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
 from sdit.observe.sample_grids import remove_after
 from sdit.supervise.run_folder import RunFolder
+from sdit.time_law import TimeLaw, prior_law
 from sdit.train.events import ROUTING, Observer, OnFailure
 from sdit.train.record import StepRecord
 
@@ -26,8 +27,9 @@ class RoutingMaps(Observer):
 
     name, on_failure = "routing maps", OnFailure.RETRY
 
-    def __init__(self, run_dir: Path | RunFolder, model: ModelConfig) -> None:
-        self._run_dir, self._model = run_dir, model
+    def __init__(self, run_dir: Path | RunFolder, config: Config) -> None:
+        self._run_dir, self._model, self._prior_law = run_dir, config.model, prior_law(config)
+        self._task_weights = TimeLaw.of(config.diffusion).task_weights(config.model.timesteps)
         self._dropped: np.ndarray | None = None
         self._total_images = 0
         self._is_complete, self._may_draw = False, True
@@ -49,8 +51,9 @@ class RoutingMaps(Observer):
     def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
         assignment = None
         if columns is not None:
-            assignment = Assignment(np.asarray(columns, dtype=np.int64), expert_windows(self._model))
-        snapshot = Snapshot.take(clock.images_seen, probs, self._model.experts.top_k, assignment, self._dropped)
+            assignment = Assignment(np.asarray(columns, dtype=np.int64), expert_windows(self._model, self._prior_law))
+        top_k = self._model.experts.top_k
+        snapshot = Snapshot.take(clock.images_seen, probs, top_k, assignment, self._dropped, self._task_weights)
         snapshot.save(self._path(clock))
 
     def on_stop(self, clock: Clock) -> None:

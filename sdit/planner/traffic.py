@@ -12,6 +12,7 @@ from sdit.expert_parallel.strategy import decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
+from sdit.time_law import TimeLaw, prior_law
 
 Mode = Literal["tokens", "weights", "auto"]
 MODES: tuple[Mode, ...] = ("tokens", "weights", "auto")
@@ -76,11 +77,11 @@ def prior_routes(job: Job) -> RoutingTable:
     Column c of the prior's mask is expert c // depth of block c % depth.
     """
     model = job.config.model
-    mask = expert_windows(model).mask
+    mask = expert_windows(model, prior_law(job.config)).mask
     by_block = mask.reshape(model.timesteps, model.experts.count, model.depth).transpose(2, 0, 1)
     experts = np.argsort(~by_block, axis=2, kind="stable")[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count)
+    return RoutingTable(experts, gates, model.experts.count, task_weights(job))
 
 
 def random_routes(job: Job) -> RoutingTable:
@@ -89,4 +90,9 @@ def random_routes(job: Job) -> RoutingTable:
     scores = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
     experts = np.argsort(scores, axis=2)[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count)
+    return RoutingTable(experts, gates, model.experts.count, task_weights(job))
+
+
+def task_weights(job: Job) -> np.ndarray:
+    """Return T times the probability of each task in training, float64 (T,)."""
+    return TimeLaw.of(job.config.diffusion).task_weights(job.config.model.timesteps)

@@ -9,7 +9,10 @@ from sdit.report.figures import Mark, Series, line_chart, lines_of, together
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean
 
-TERMS = (("loss", "total"), ("mse", "mse"), ("vlb", "vlb"), ("prior_loss", "prior"), ("balance_loss", "balance"))
+TERMS = (
+    ("loss", "total"), ("mse", "mse"), ("vlb", "vlb"), ("prior_loss", "prior"), ("balance_loss", "balance"),
+    ("direction_loss", "direction"), ("contrastive_loss", "contrastive"),
+)  # fmt: skip
 BANDS = 5  # number of curves; twenty could not be distinguished
 MARKS = {"start": ("restart", "bad"), "skipped_step": ("skipped step", "warn"), "loss_spike": ("loss spike", "warn")}
 

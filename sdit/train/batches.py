@@ -5,8 +5,8 @@ N samples of the global batch, B samples of a micro-batch of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from sdit.contracts import Batch
 from sdit.data.loader import Loader
 from sdit.data.order import rank_indices
 from sdit.diffusion import draw_label_drop
+from sdit.distributed.comm import Comm
 from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
@@ -123,6 +124,21 @@ class BatchStream:
         clock = state.clock
         for images_seen in range(clock.images_seen, state.length_images, plan.global_batch):
             yield from rank_requests(plan, clock.sample_at(images_seen), comm.rank, comm.world)
+
+
+def with_other_targets(batches: Sequence[Batch], first_sample: int, comm: Comm) -> list[Batch]:
+    """Return this rank's micro-batches of a step, each with the flow targets of the samples before its own.
+
+    The sample before the first of the global batch is the last one. `batches` are all micro-batches of the step that begins
+    at `first_sample`, in order. Rank r loads the samples whose run index is r modulo the number of ranks, so the sample before
+    each of its own was loaded by rank r - 1, in the same step. All ranks call this together: one transfer to the next rank.
+    """
+    targets = torch.cat([batch.noise - batch.x0 for batch in batches])
+    others = comm.from_rank_before(targets)
+    if first_sample % comm.world == comm.rank:  # the rank before loads its first sample after this rank's first
+        others = others.roll(1, 0)
+    parts = others.split([len(batch.x0) for batch in batches])
+    return [replace(batch, other_target=part) for batch, part in zip(batches, parts, strict=True)]
 
 
 def rank_requests(plan: BatchPlan, first_sample: int, rank: int, world: int) -> Iterator[Request]:

@@ -16,7 +16,7 @@ from sdit.diffusion import Objective, SamplerSettings, build_objective
 from sdit.distributed.comm import Comm
 from sdit.distributed.deepspeed_internals import expert_group_of
 from sdit.distributed.engine import Engine
-from sdit.expert_parallel.expert_parallel import ELEMENT_BYTES, ExpertParallel
+from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.model.moe.kernels import has_triton
 from sdit.train.module import TrainModule
@@ -54,10 +54,7 @@ def build_sharded_model(
 ) -> tuple[DiffusionTransformer, ExpertParallel]:
     """Return the model with its initial weights, and with the experts of this rank only."""
     config = run.config
-    experts = ExpertParallel(
-        config.model, config.parallel, run.batch, comm, run.expert_parallel, ELEMENT_BYTES[config.train.precision],
-        config.seed,
-    )  # fmt: skip
+    experts = ExpertParallel(config, run.batch, comm, run.expert_parallel)
     if found is not None:
         experts.restore(found.manifest.get("expert_layout"))
     model = build_model(config.model, device="meta")

@@ -15,7 +15,7 @@ from sdit.train.sums import bin_by_timestep
 
 
 class Losses(NamedTuple):
-    """Means over the micro-batch: `total` with gradient; `parts` float64 (5,) = loss, mse, vlb, prior, balance.
+    """Means over the micro-batch: `total` with gradient; `parts` float64 (7,) in the order of `sums.PARTS`.
 
     `bins` (2, BINS) float64: sum and count of the samples' mse by timestep.
     """
@@ -26,7 +26,7 @@ class Losses(NamedTuple):
 
 
 class TrainModule(nn.Module):
-    """The model under its objective: L = L_noise + L_vlb + lambda L_prior + mu L_balance."""
+    """The model under its objective: L = L_noise + L_vlb + flow terms + lambda L_prior + mu L_balance."""
 
     def __init__(
         self, model: DiffusionTransformer, objective: Objective, prior_weight: float, balance_weight: float
@@ -43,13 +43,14 @@ class TrainModule(nn.Module):
         `assignment` and `loads` (depth, M) come from the gates of all tasks. They are called after the forward pass has been
         launched. None: the loss on the gates is off.
         """
-        parts = self.objective(self.model, batch.x0, batch.t, batch.y, batch.noise)
+        parts = self.objective(self.model, batch.x0, batch.t, batch.y, batch.noise, batch.other_target)
         routing: Routing = parts.output.routing
         noise_loss = parts.loss.mean()
         zero = torch.zeros_like(noise_loss)
         prior = prior_divergence(routing, assignment()).mean() if assignment is not None else zero
         balance = balance_loss(routing, loads()) if loads is not None else zero
         total = noise_loss + self.prior_weight * prior + self.balance_weight * balance
-        values = (total, parts.mse.mean(), parts.vlb.mean(), prior, balance)
+        flow = (zero if term is None else term.mean() for term in (parts.direction, parts.contrastive))
+        values = torch.stack([total, parts.mse.mean(), parts.vlb.mean(), prior, balance, *flow]).detach()
         bins = bin_by_timestep(parts.mse, batch.t, self.model.config.timesteps)
-        return Losses(total, torch.stack([value.detach().double() for value in values]), bins)
+        return Losses(total, values.double(), bins)

@@ -13,6 +13,7 @@ import numpy as np
 from sdit.config import ModelConfig, PriorConfig
 from sdit.errors import CheckpointError
 from sdit.model import Assignment, UnitMatcher
+from sdit.time_law import TimeLaw
 
 MEASURED_STEPS = 20  # before `prior.every_steps: auto` chooses an interval
 MAX_SHARE = 0.01  # of the time of a step, for the assignment
@@ -25,8 +26,9 @@ class PriorSchedule:
     not chosen it yet. Checkpoints store the columns and the choice of `auto`, so that a resumed run solves at the same steps.
     """
 
-    def __init__(self, config: PriorConfig, model: ModelConfig) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: PriorConfig, model: ModelConfig, law: TimeLaw | None = None) -> None:
+        """`law`: the law whose quantiles the windows follow (`prior_law`); None: they follow t."""
+        self._config, self._model, self._law = config, model, law
         self.is_on = model.variant == "switch" and config.weight > 0
         self.every_steps = None if config.every_steps == "auto" else config.every_steps
         self._assignment: Assignment | None = None
@@ -35,7 +37,7 @@ class PriorSchedule:
 
     @cached_property
     def _matcher(self) -> UnitMatcher:
-        return UnitMatcher(self._model)
+        return UnitMatcher(self._model, self._law)
 
     @property
     def columns(self) -> list[int] | None:

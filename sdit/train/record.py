@@ -54,6 +54,12 @@ class StepRecord(Validation):
     vlb: float | None = metric("loss", "variational bound's term (learned variance)")
     prior_loss: float | None = metric("loss", "diffusion prior loss, before its weight")
     balance_loss: float | None = metric("loss", "load-balance loss, before its weight")
+    direction_loss: float | None = metric(
+        "loss", "flow: 1 - cosine between velocity and target, before its weight; only if it is on"
+    )
+    contrastive_loss: float | None = metric(
+        "loss", "flow: squared distance of the velocity to another sample's target, before its weight; only if it is on"
+    )
     grad_norm: float | None = metric("norm", "global gradient norm before clipping", gauge="sdit_grad_norm")
     learning_rate: float | None = metric("rate", "learning rate of the step", gauge="sdit_learning_rate")
     exchange_bytes: float | None = metric("bytes", "sent by all ranks for experts in the step")
@@ -90,7 +96,9 @@ class StepRecord(Validation):
     planned_ahead_fraction: float | None = metric(
         "fraction", "plans of the exchange that were ready before their step, since the last logged step"
     )
-    expert_load: list[list[float]] | None = metric("fraction, [block][expert]", "share of the tasks that use an expert")
+    expert_load: list[list[float]] | None = metric(
+        "fraction, [block][expert]", "expected share of samples that use an expert"
+    )
     dropped_by_block: list[int] | None = metric("pairs, by block", "pairs over capacity, of the step")
     dropped_by_block_since_logged: list[int] | None = metric("pairs, by block", "the same since the last logged step")
     rank_step_seconds_p50: float | None = metric(

@@ -21,6 +21,11 @@ class Recorder:
     def __init__(self, context: TrainContext) -> None:
         self._context, self._config = context, context.run.config
         self._bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
+        weights = {
+            "direction_loss": self._config.diffusion.direction_weight,
+            "contrastive_loss": self._config.diffusion.contrastive_weight,
+        }
+        self._off = {name for name, weight in weights.items() if not weight}
         self._train_flops = flops_per_image(self._config.model).train
 
     def add(self, sums: StepSums) -> None:
@@ -37,7 +42,8 @@ class Recorder:
         """Return the record of a step. A logged one also has what was measured since the last logged step."""
         context = self._context
         seconds, global_batch = context.timer.step_seconds, context.run.batch.global_batch
-        summed: dict[str, Any] = {**dict(zip(PARTS, sums.parts, strict=True)), **sums.traffic(context.comm.world)}
+        losses = {name: loss for name, loss in zip(PARTS, sums.parts, strict=True) if name not in self._off}
+        summed: dict[str, Any] = {**losses, **sums.traffic(context.comm.world)}
         times: dict[str, Any] = context.timer.take_phases()
         record = StepRecord(
             step=span.clock.steps, images_seen=span.clock.images_seen, **summed, **times,

@@ -36,7 +36,8 @@ def sample_images(
     guidance = settings.guidance if config.classes else 1.0
 
     def predict(x: Tensor, t: int | float, y: Tensor) -> Tensor:
-        return forward_with_guidance(model, x, t, y, guidance, settings.guided_channels)
+        scale = guidance if sampler.guides_at(t) else 1.0
+        return forward_with_guidance(model, x, t, y, scale, settings.guided_channels)
 
     return sample(predict, noise, torch.from_numpy(labels).to(device), sampler, settings.seed, indices, progress)
 

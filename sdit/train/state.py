@@ -20,6 +20,7 @@ from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.base import Experts
+from sdit.time_law import prior_law
 from sdit.train.ema import Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed, compare_configs
@@ -35,7 +36,11 @@ class RunState:
         config = run.config
         self._run, self.config, self.engine, self.store = run, config, engine, store
         self.ema = Ema(engine.owned)
-        self.experts, self.prior, self.data = experts, PriorSchedule(config.prior, config.model), data
+        self.experts, self.prior, self.data = (
+            experts,
+            PriorSchedule(config.prior, config.model, prior_law(config)),
+            data,
+        )
         self.clock = Clock()
         self.length_images = config.train.total_images
         self.last_batch = config.train.global_batch  # images of the newest step, perhaps of an earlier process

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
 import torch
 
 from sdit.clock import StepSpan, ema_decay, learning_rate_factor
+from sdit.contracts import Batch
 from sdit.errors import DataError
-from sdit.expert_parallel.routing_table import exact_loads
 from sdit.model import Assignment
-from sdit.train.batches import MicroBatch
+from sdit.train.batches import MicroBatch, with_other_targets
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
@@ -93,8 +93,11 @@ class TrainStep:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
-        for micro_step, loaded in enumerate(micro_batches):
-            batch = context.experts.begin_micro_step(micro_step, loaded.on_device())
+        batches: Iterable[Batch] = (loaded.on_device() for loaded in micro_batches)
+        if self._config.diffusion.contrastive_weight:
+            batches = with_other_targets([*batches], first, context.comm)
+        for micro_step, loaded in enumerate(batches):
+            batch = context.experts.begin_micro_step(micro_step, loaded)
             with context.timer.device_work():
                 losses = context.engine.forward(batch, assignment, loads)
             context.heartbeat.progress()
@@ -126,7 +129,7 @@ class TrainStep:
 
         @cache  # of all micro-steps
         def loads() -> torch.Tensor:
-            share = torch.from_numpy(exact_loads(experts.table.experts, experts.table.count)).float()
+            share = torch.from_numpy(experts.table.loads).float()
             return upload(share, self._context.comm.device)
 
         return assignment if prior.is_on else None, loads if is_balanced else None

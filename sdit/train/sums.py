@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdit.transfers import Download, upload
 
-PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss")
+PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss", "direction_loss", "contrastive_loss")
 BINS = 20  # equal parts of the time axis
 FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "samples", "waited_seconds")
 

@@ -10,14 +10,15 @@ import torch
 from sdit.clock import StepSpan
 from sdit.config import ValidationConfig
 from sdit.data.loader import Loader
-from sdit.diffusion import draw_timesteps
 from sdit.supervise.heartbeat import Phase
+from sdit.time_law import TimeLaw
 from sdit.train.batches import BatchDraws, Request, micro_batches, rank_requests
 from sdit.train.context import TrainContext
 from sdit.train.record import Validation
 from sdit.train.sums import BINS, bin_means
 
 SEED_OFFSET = 0x5EED_0FF5E7  # the held-out set shares no noise with training, for any two seeds
+HELD_OUT = TimeLaw("stratified")  # under any law of training, so that held-out losses of runs can be compared
 
 
 class Validator:
@@ -76,7 +77,7 @@ class Validator:
     def _times(self, first: int) -> np.ndarray:
         """One t in each equal part of the time axis for every global batch: less noise than independent ones."""
         global_batch, timesteps = self._context.run.batch.global_batch, self._context.objective.timesteps
-        return draw_timesteps(self._seed, first, global_batch, timesteps, mode="stratified")
+        return HELD_OUT.draw(self._seed, first, global_batch, timesteps)
 
     def _requests(self) -> Iterator[Request]:
         plan, comm = self._context.run.batch, self._context.comm

@@ -9,22 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import ParallelConfig
+from sdit.config import Config, ParallelConfig
 from sdit.contracts import Batch
+from sdit.diffusion import build_objective
 from sdit.distributed.comm import Comm
+from sdit.expert_parallel.all_to_all import MODES
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement, place_experts
 from sdit.expert_parallel.routing_table import RoutingTable, load_max_over_mean
 from sdit.expert_parallel.sharded_experts import ShardedExperts
+from sdit.expert_parallel.step_planner import gate_tasks
 from sdit.expert_parallel.strategy import decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters, rank_work
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
+from sdit.planner.layout import plan_job
+from sdit.planner.traffic import plan_exchange, prior_routes
 from sdit.topology import plan_batch
 from tests.distributed.exchange_state import model_config
 
 S2_DEPTH, S2_COUNT, S2_TOP_K, S2_WIDTH, S2_TOKENS = 12, 16, 2, 384, 256
 LATENT = (4, 32, 32)
+LAWS: list[dict[str, Any]] = [
+    {"timestep_sampling": "uniform"},
+    {"timestep_sampling": "logit_normal", "time_shift": 3.0},
+    {"timestep_sampling": "stratified_logit_normal", "logit_mean": -0.5, "logit_std": 0.8},
+]
+LAW_STEPS, LAW_BATCH = 12, 64
+LAW_CONFIG: dict[str, Any] = {
+    "model": {
+        "depth": S2_DEPTH, "width": S2_WIDTH, "heads": 6, "learn_variance": False,
+        "experts": {"count": S2_COUNT, "top_k": S2_TOP_K},
+    },
+    "train": {"steps": 1, "global_batch": LAW_BATCH},
+    "sample": {"sampler": "euler"},
+}  # fmt: skip
 SMALL = 4  # width of what really travels in the byte counts; a row is one token of it
 
 
@@ -60,13 +79,25 @@ def our_bytes(
     """Bytes counted on the group, tokens and weights scaled to S/2, and the work of the most loaded rank over the mean."""
     ranks, per_rank = comm.world, len(tasks) // comm.world
     parallel = ParallelConfig(expert=ranks, exchange=exchange, placement=placement, seating=seating)
+    traffic = TrafficModel(routes, ranks, per_rank, seating)  # type: ignore[arg-type]
+    placed = placement_for(routes, traffic, s2_costs(ranks), exchange, placement)
+    sizes, load_imbalance = placed_bytes(comm, routes, tasks, parallel, placed)
+    return sum(sizes.values()), load_imbalance
+
+
+def s2_costs(ranks: int) -> UnitCosts:
+    return UnitCosts(4 * S2_TOKENS * S2_WIDTH, 4 * expert_parameters("linear", S2_WIDTH, 0), ranks)
+
+
+def placed_bytes(
+    comm: Comm, routes: RoutingTable, tasks: np.ndarray, parallel: ParallelConfig, placement: ExpertPlacement
+) -> tuple[dict[str, float], float]:
+    """Bytes by mode of one step on all ranks under a placement, scaled to S/2, and the work of the most loaded rank."""
+    ranks, per_rank = comm.world, len(tasks) // comm.world
     model = model_config(SMALL, "linear", S2_COUNT, S2_DEPTH)
     batch = plan_batch(len(tasks), per_rank, comm.world)
-    expert_bytes = 4 * expert_parameters("linear", S2_WIDTH, 0)
-    costs = UnitCosts(4 * S2_TOKENS * S2_WIDTH, expert_bytes, ranks)
-    experts = TableExpertParallel(routes, model, parallel, batch, comm, ranks, 4, 0)
-    traffic = TrafficModel(routes, ranks, per_rank, seating)  # type: ignore[arg-type]
-    experts.placed.placement = placement_for(routes, traffic, costs, exchange, placement)
+    experts = TableExpertParallel(routes, Config(model=model, parallel=parallel), batch, comm, ranks)
+    experts.placed.placement = placement
     experts.begin_step(0, tasks)
     own = np.arange(comm.rank, len(tasks), comm.world)
     image, number = torch.zeros(per_rank, *LATENT), torch.zeros(per_rank, dtype=torch.int64)
@@ -86,10 +117,35 @@ def our_bytes(
     scale = {
         "tokens": S2_TOKENS * S2_WIDTH / SMALL,
         "samples": 1,
-        "weights": expert_bytes / 4 / expert_parameters("linear", SMALL, 0),
+        "weights": s2_costs(ranks).expert_bytes / 4 / expert_parameters("linear", SMALL, 0),
     }
-    total = comm.sum(torch.tensor(sum(size * scale[mode] for mode, size in sizes.items()), dtype=torch.float64))
-    return float(total), float(load_max_over_mean(rank_work(view.experts.numpy(), experts.placed.placement)).mean())
+    total = comm.sum(torch.tensor([sizes.get(mode, 0) * scale[mode] for mode in MODES], dtype=torch.float64))
+    load_imbalance = load_max_over_mean(rank_work(view.experts.numpy(), placement)).mean()
+    return dict(zip(MODES, total.tolist(), strict=True)), float(load_imbalance)
+
+
+def bytes_under_a_law(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """Bytes of experts that S/2 sends per step for the routes of the prior: as planned, and measured for drawn times."""
+    found = []
+    for law in LAWS:
+        config = Config.model_validate({**LAW_CONFIG, "diffusion": {"path": "flow", **law}})
+        job = plan_job(config, {"zero_optimization": {"stage": 1}}, "case", comm.world, comm.world)
+        planned, routes = plan_exchange(job, "prior"), prior_routes(job)
+        assert planned is not None
+        objective = build_objective(config.diffusion, config.model.timesteps)
+        parallel = config.parallel
+        traffic = TrafficModel(routes, comm.world, job.batch.micro_batch, parallel.seating)
+        for mode in ("tokens", "auto"):
+            choice = decide_placement(parallel.placement, mode, traffic, s2_costs(comm.world))  # type: ignore[arg-type]
+            steps = []
+            for step in range(LAW_STEPS):
+                times = objective.draw_timesteps(config.seed, step * LAW_BATCH, LAW_BATCH)
+                tasks = gate_tasks(times, config.model.timesteps)
+                sizes, _ = placed_bytes(comm, routes, tasks, parallel, choice.placement)
+                steps.append(sizes["tokens"] + sizes["weights"])
+            measured = float(np.mean(steps))
+            found.append({"law": law, "mode": mode, "planned": planned.step_bytes[mode], "measured": measured})  # type: ignore[index]
+    return found
 
 
 class TableExpertParallel(ExpertParallel):

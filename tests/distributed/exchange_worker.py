@@ -33,7 +33,7 @@ from sdit.expert_parallel.traffic_model import UnitCosts, expert_parameters
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
 from sdit.topology import ExpertGroups
-from tests.distributed.exchange_bytes import measured_bytes, more_measured_bytes
+from tests.distributed.exchange_bytes import bytes_under_a_law, measured_bytes, more_measured_bytes
 from tests.distributed.exchange_state import error, held_sizes, more_moved_experts, moved_experts, sampled_images
 
 ROUTINGS, MORE_ROUTINGS, TOKENS, WIDTH = 180, 320, 2, 6
@@ -209,7 +209,7 @@ JOBS = {
     job.__name__: job
     for job in (
         random_routings, more_random_routings, sampled_images, moved_experts, more_moved_experts, held_sizes,
-        measured_bytes, more_measured_bytes,
+        measured_bytes, more_measured_bytes, bytes_under_a_law,
     )
 }  # fmt: skip
 

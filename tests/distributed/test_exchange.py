@@ -13,6 +13,7 @@ import pytest
 
 from sdit.config import load_config
 from sdit.model import build_model
+from tests.distributed.exchange_bytes import LAWS
 from tests.distributed.exchange_worker import MORE_ROUTINGS, ROUTINGS, SCENARIOS
 from tests.distributed.harness import fork_ranks
 from tests.unit.expert_parallel.learned_gates import shared_learned_routes
@@ -47,7 +48,10 @@ def found_by(folder: Path, jobs: Sequence[str]) -> dict[str, list[dict[str, Any]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What four ranks found, by job."""
     folder = with_learned_gates(tmp_path_factory)
-    return found_by(folder, ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes"))
+    return found_by(
+        folder,
+        ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes", "bytes_under_a_law"),
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -148,3 +152,13 @@ def test_auto_by_path_moves_at_most_a_fifth_of_samples_in_order_on_learned_route
     for row in byte_rows(found, "learned"):
         assert row["auto"] <= 0.2 * row["tokens"], row
         assert row["load_imbalance"] <= 1.3, row
+
+
+def test_the_planned_bytes_are_those_of_drawn_times_under_every_law(found: dict) -> None:
+    rows = found["bytes_under_a_law"]
+    assert len(rows) == 2 * len(LAWS)
+    for row in rows:
+        assert row["measured"] > 0 and row["planned"] == pytest.approx(row["measured"], rel=0.05), row
+    # The routes are the same: only a planner that knows the law can be right for all.
+    by_law = [row["measured"] for row in rows if row["mode"] == "tokens"]
+    assert max(by_law) > 1.1 * min(by_law), by_law

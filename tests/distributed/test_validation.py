@@ -13,8 +13,9 @@ from sdit.data.digits import digits
 from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
-from sdit.diffusion import build_objective, draw_timesteps
+from sdit.diffusion import build_objective
 from sdit.randomness import Purpose, normal_noise
+from sdit.time_law import TimeLaw
 from sdit.train.validation import SEED_OFFSET
 from tests.distributed.harness import case, metrics_of, train_together
 
@@ -89,7 +90,7 @@ def test_it_is_what_a_plain_loop_computes_from_the_averaged_weights(runs: Path) 
         index = np.arange(first, first + BATCH)
         order = held_out_order(runs / "held-out", trained.config.model, index)
         x0 = torch.from_numpy(pictures[order].astype(np.float32) / 127.5 - 1)
-        t = torch.from_numpy(draw_timesteps(SEED_OFFSET, first, BATCH, 1000, mode="stratified"))
+        t = torch.from_numpy(TimeLaw("stratified").draw(SEED_OFFSET, first, BATCH, 1000))
         noise = torch.from_numpy(normal_noise(SEED_OFFSET, index, tuple(x0.shape[1:]), Purpose.NOISE))
         with torch.no_grad():
             losses.append(objective(trained.model, x0, t, torch.from_numpy(labels[order]), noise).loss)

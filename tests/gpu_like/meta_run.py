@@ -15,6 +15,7 @@ from sdit.diffusion import build_objective
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model
+from sdit.time_law import prior_law
 from sdit.topology import BatchPlan
 from sdit.train.batches import MicroBatch
 from sdit.train.module import TrainModule
@@ -33,6 +34,7 @@ GLOBAL_BATCH = 8
 def make_config(variant: str, kind: str = "linear", expert: int = 1, **sections: Any) -> Config:
     """A config that trains `variant` with four experts of `kind` per block, two of them used."""
     model = {**MODEL, "variant": variant, "experts": {"count": 4, "top_k": 2, "kind": kind}}
+    model |= sections.pop("more_model", {})
     return Config.model_validate(
         {
             "seed": 3,
@@ -56,6 +58,9 @@ class FakeComm:
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def from_rank_before(self, rows: Tensor) -> Tensor:
+        return rows
 
     def from_first(self, value: int) -> int:
         return value
@@ -99,14 +104,16 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     """Return the training step and the model of rank 0 of `world` ranks."""
     comm: Any = FakeComm(world)
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world, 1)
-    experts = ExpertParallel(config.model, config.parallel, plan, comm, world, 4, config.seed)
+    experts = ExpertParallel(config, plan, comm, world)
     model = build_model(config.model, device="meta")
     experts.shard(model, lambda _: None)
     objective = build_objective(config.diffusion, config.model.timesteps).to(META)
     model.final_layer.register_forward_hook(lambda *_: waits.events.append("forward"))
     engine = MetaEngine(TrainModule(model, objective, config.prior.weight, config.balance.weight), comm, waits)
     state = SimpleNamespace(
-        clock=Clock(), prior=PriorSchedule(config.prior, config.model), ema=SimpleNamespace(update=lambda _: None)
+        clock=Clock(),
+        prior=PriorSchedule(config.prior, config.model, prior_law(config)),
+        ema=SimpleNamespace(update=lambda _: None),
     )
     quiet = SimpleNamespace(progress=lambda: None)
     context: Any = SimpleNamespace(

@@ -90,6 +90,39 @@ def test_sampling_never_waits(waits: Waits, variant: str, kind: str, sampler: st
     assert waits.events == []
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_sampling_with_an_interval_and_a_shift_never_waits(waits: Waits, sampler: str) -> None:
+    config = make_config("switch", diffusion={"path": "flow"})
+    model = build_model(config.model.model_copy(update={"learn_variance": False}), device="meta").eval()
+    changes = {"sampler": sampler, "steps": 4, "time_shift": 3.0, "guidance_interval": [0.2, 0.9]}
+    settings = SamplerSettings.from_config(config.diffusion, config.sample.model_copy(update=changes), 64)
+
+    def predict(x: torch.Tensor, t: int | float, y: torch.Tensor) -> torch.Tensor:
+        return forward_with_guidance(model, x, t, y, 1.5 if settings.guides_at(t) else 1.0)
+
+    start, labels = torch.empty(2, 1, 8, 8, device=META), torch.zeros(2, dtype=torch.int64, device=META)
+    with torch.no_grad():
+        sample(predict, start, labels, settings, 0, np.arange(2), None)
+    assert waits.events == [] and not any("noise" in name for name in waits.pageable)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_losses_of_a_flow_run_and_its_law_add_no_wait(waits: Waits, two_ranks: None, ranks: int) -> None:
+    law = {"timestep_sampling": "logit_normal", "time_shift": 3.0}
+    flow = {"path": "flow", "direction_weight": 1.0, "contrastive_weight": 0.05, **law}
+    model = {"learn_variance": False}
+    parallel = {"expert": ranks, "exchange": "tokens", "placement": "index"}
+    step, _ = meta_step(
+        make_config("switch", diffusion=flow, parallel=parallel, balance={"weight": 0.1}, more_model=model),
+        ranks,
+        waits,
+    )
+    run_step(step)
+    waits.pageable.clear()  # tables that stay on the device are copied in the first step
+    run_step(step)
+    assert waits.events == (ONE_RANK if ranks == 1 else TWO_RANKS) * 2 and not waits.pageable
+
+
 @pytest.mark.parametrize(
     "read",
     [

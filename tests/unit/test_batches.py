@@ -12,9 +12,10 @@ import torch
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.data.loader import Loader, build_loader
-from sdit.diffusion import draw_label_drop, draw_timesteps
+from sdit.diffusion import draw_label_drop
 from sdit.errors import DataError
 from sdit.randomness import Purpose, normal_noise
+from sdit.time_law import TimeLaw
 from sdit.topology import plan_batch
 from sdit.train.batches import BatchDraws, micro_batches, rank_requests
 from sdit.transfers import PendingUpload, UploadStream
@@ -34,7 +35,7 @@ def test_the_threads_draw_what_the_training_thread_would_draw(
     timesteps: int | None, workers: int, prefetch: int, ranks: int, micro_batch: int
 ) -> None:
     def times(first: int) -> np.ndarray:
-        return draw_timesteps(SEED, first, GLOBAL_BATCH, timesteps, "stratified")
+        return TimeLaw("stratified").draw(SEED, first, GLOBAL_BATCH, timesteps)
 
     plan = plan_batch(GLOBAL_BATCH, micro_batch, ranks)
     firsts = range(100, 100 + 20 * GLOBAL_BATCH, GLOBAL_BATCH)  # more steps than times are kept for

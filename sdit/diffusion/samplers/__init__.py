@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.diffusion.draws import Indices
+from sdit.diffusion.draws import Indices, draw_step_noise
 from sdit.diffusion.samplers.discrete import (
     Predict,
     ReverseProcess,
@@ -17,7 +18,7 @@ from sdit.diffusion.samplers.discrete import (
     dpm_solver_2m,
     single_steps,
 )
-from sdit.diffusion.samplers.flow import euler, heun, velocity_of
+from sdit.diffusion.samplers.flow import euler, heun, sde, velocity_of
 from sdit.diffusion.samplers.settings import SamplerSettings
 
 __all__ = ["Predict", "SamplerSettings", "sample", "trajectory"]
@@ -36,8 +37,9 @@ def sample(
     """Return images x0 (B, C, H, W) from `noise` (B, C, H, W).
 
     Args:
-        predict: (x, t, y) -> (B, C_out, H, W), guidance included. t is an int timestep, or a float in (0, 1] for flow.
-        seed: ddpm, and ddim with eta > 0, add noise in each step. It is a function of `seed`, sample index and step.
+        predict: (x, t, y) -> (B, C_out, H, W), guidance included where `settings.guides_at(t)`. t is an int timestep, or a
+            float in (0, 1] for flow.
+        seed: ddpm, sde, and ddim with eta > 0 add noise in each step. It is a function of `seed`, sample index and step.
         indices: sample indices (B,), default 0..B-1.
         progress: called with (steps done, all steps) after each step.
     """
@@ -58,7 +60,9 @@ def trajectory(
     assert len(keys) == len(x), f"{len(keys)} indices for {len(x)} images"
     if settings.path == "flow":
         velocity = velocity_of(predict, y, settings)
-        return (euler if settings.sampler == "euler" else heun)(velocity, x, settings.steps)
+        if settings.sampler == "sde":
+            return sde(velocity, x, settings, partial(draw_step_noise, seed, keys))
+        return (euler if settings.sampler == "euler" else heun)(velocity, x, settings)
     process = ReverseProcess(predict, y, settings, seed, keys)
     if settings.sampler == "dpm++2m":
         return dpm_solver_2m(process, x)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from sdit.diffusion.draws import draw_step_noise
 from sdit.diffusion.prediction import learned_log_variance, split_variance, x0_of
 from sdit.diffusion.samplers.clipping import clip_x0
 from sdit.diffusion.samplers.settings import SamplerSettings
 from sdit.diffusion.schedule import Schedule
-from sdit.randomness import Indices, Purpose, normal_noise
+from sdit.randomness import Indices
 
 Predict = Callable[[Tensor, int | float, Tensor], Tensor]  # (x, t, y) -> (B, C_out, H, W); all samples share t
 
@@ -60,8 +60,7 @@ class ReverseProcess:
 
     def noise(self, x: Tensor, step: int) -> Tensor:
         """Return normal noise like `x`, a function of seed, sample index and step."""
-        noise = normal_noise(self.seed, self.indices, tuple(x.shape[1:]), Purpose.SAMPLE_STEP, step)
-        return torch.from_numpy(noise).to(x)
+        return draw_step_noise(self.seed, self.indices, step, x).to(x.dtype)
 
 
 def ddpm_step(process: ReverseProcess, x: Tensor, step: int) -> Tensor:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdit.diffusion.draws import draw_label_drop, draw_timesteps
+from sdit.diffusion.draws import draw_label_drop
 from sdit.diffusion.losses import UncertaintyWeight
 from sdit.randomness import Purpose, normal_noise, philox, uniform
+from sdit.time_law import TimeLaw
 
 SIGMAS = 5.0  # a correct draw is further out than this with probability 6e-7
 
@@ -20,6 +21,11 @@ def assert_uniform_counts(counts, total, shares=None):
     chi_square = ((counts - expected) ** 2 / expected).sum()
     freedom = len(counts) - 1
     assert abs(chi_square - freedom) < SIGMAS * math.sqrt(2 * freedom)
+
+
+def draw_timesteps(seed, first_index, global_batch, timesteps, mode="uniform", clusters=8):
+    law = TimeLaw("stratified", clusters=clusters) if mode == "uw" else TimeLaw(mode)
+    return law.draw(seed, first_index, global_batch, timesteps)
 
 
 def words(*values):

@@ -24,7 +24,7 @@ from sdit.observe.routing import (
     task_affinity,
     task_paths,
 )
-from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_run, routing_map
+from sdit.observe.routing_figures import ANIMATION_FRAMES, MAP_PIXELS, draw_map, draw_run
 from sdit.observe.routing_maps import RoutingMaps
 from sdit.train.events import ROUTING, Observers
 from sdit.train.record import StepRecord
@@ -92,7 +92,7 @@ def test_a_map_of_any_shape_is_one_png(tmp_path: Path, shape: tuple[int, int, in
     experts = {"count": count, "top_k": top_k}
     config = ModelConfig.model_validate(CONFIG | {"depth": depth, "timesteps": tasks, "experts": experts})
     assignment = Assignment(np.arange(depth * count), expert_windows(config)) if prior else None
-    routing_map(probs, top_k, assignment, tmp_path / "map.png", "after 1 image")
+    draw_map(Snapshot.take(0, probs, top_k, assignment), tmp_path / "map.png", "after 1 image")
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
     with Image.open(tmp_path / "map.png") as picture:
         assert picture.format == "PNG" and picture.size == MAP_PIXELS
@@ -157,7 +157,7 @@ def test_frames_are_few_and_hold_both_ends() -> None:
 
 def maps_after(run_dir: Path, probs: np.ndarray, moments: tuple[int, ...], total: int) -> RoutingMaps:
     """The observer of a run of `total` images after the given steps."""
-    maps = RoutingMaps(run_dir, ModelConfig.model_validate(CONFIG))
+    maps = RoutingMaps(run_dir, Config.model_validate({"model": CONFIG}))
     maps.on_start(Clock(), total, "fresh")
     for step, images in enumerate(moments, start=1):
         clock = Clock(images, step)
@@ -189,7 +189,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
         maps.on_stop(Clock(images_seen, 1))
     maps.close()
     assert files_of(tmp_path) == {f"images-{images_seen:012d}.npz"}
-    again = RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG))
+    again = RoutingMaps(tmp_path, Config.model_validate({"model": CONFIG}))
     again.on_start(Clock(images_seen, 1), images_seen, "resumed")  # at the end of the run
     again.close()
     assert f"images-{images_seen:012d}.png" in files_of(tmp_path)
@@ -198,7 +198,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
 def test_a_run_that_did_not_start_draws_nothing(tmp_path: Path, probs: np.ndarray) -> None:
     (tmp_path / "routing").mkdir()
     save_snapshots(tmp_path / "routing", probs, [64])
-    RoutingMaps(tmp_path, ModelConfig.model_validate(CONFIG)).close()
+    RoutingMaps(tmp_path, Config.model_validate({"model": CONFIG})).close()
     assert files_of(tmp_path) == {"images-000000000064.npz"}
 
 
