@@ -6,8 +6,8 @@
   recipes.py --write                        only the table, from results/recipes-*.json
 
 The learning rate of each recipe is searched in short runs, which also measure its time per image. The modern recipe then gets
-as many images as the paper's recipe has time for. The runs of a seed train in turns, so that other load on the machine slows
-both alike. Killed, the same command goes on, and what is finished is skipped. Fashion-MNIST needs Debian's
+as many images as the paper's recipe has time for. Times are CPU time of one thread, which other load on the machine hardly
+changes. The runs of a seed train in turns. Killed, the same command goes on, and what is finished is skipped. Fashion-MNIST needs Debian's
 dataset-fashion-mnist.
 """
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         set_threads(info, 1)
         with Comm(info) as comm:
             for data in options.data:
-                scale = replace(QUICK, data=data) if options.quick else replace(FULL, data=data)
+                scale = replace(QUICK, data=data, search_images=256) if options.quick else replace(FULL, data=data)
                 if data == "digits" and not options.quick:
                     scale = replace(scale, overrides=DIGITS)
                 folder = work / data
@@ -117,7 +117,7 @@ class Comparison:
                 cost = seconds_per_image(run_dir, config.train.global_batch)
                 found[f"{rate:g}"] = {
                     "validation_loss": held_out_curve(run_dir)[-1]["validation_loss"],
-                    "seconds_per_image": cost["wall_seconds_per_image"],
+                    "seconds_per_image": cost["cpu_seconds_per_image"],
                 }
                 self._write()
         return ExitCode.DONE
@@ -164,8 +164,8 @@ class Comparison:
         config = self._run_of(recipe, seed)
         scorer = Scorer(self._scale, self._work)
         cost = seconds_per_image(Path(config.run_dir), config.train.global_batch)
-        score = scorer.score(load_trained(config.run_dir), **SAMPLERS[recipe])
-        seconds = cost["wall_seconds_per_image"] * config.train.total_images
+        score = scorer.score(load_trained(Path(config.run_dir)), **SAMPLERS[recipe])
+        seconds = cost["cpu_seconds_per_image"] * config.train.total_images
         facts = {
             "images": config.train.total_images,
             "learning_rate": config.optimizer.learning_rate,
@@ -187,7 +187,7 @@ def write_table(results: Path, page: Path) -> None:
     from experiments.study import fill_blocks
 
     lines = [
-        "| data | recipe | images | seconds of training | learning rate | FID | class accuracy, % |",
+        "| data | recipe | images | CPU seconds of training | learning rate | FID | class accuracy, % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for path in sorted(results.glob("recipes-*.json")):
