@@ -33,6 +33,8 @@ PAGE = HERE.parent / "docs" / "recipe.md"
 PAPER, MODERN = "recipe-paper", "recipe-modern"
 NAMES = {PAPER: "paper", MODERN: "modern"}
 SEARCH_SEED = 1000  # none of the seeds that are compared
+IMAGES, SEARCH_IMAGES = 32_768, 4_096  # of a compared run under the recipe of the paper, and of a short one
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 NETWORK_CALLS = 50  # of the sampler for one image
 SAMPLERS = {
     PAPER: {"sampler": "dpm++2m", "steps": NETWORK_CALLS},
@@ -49,16 +51,14 @@ def run(options: argparse.Namespace) -> int:
     results = work if options.quick else HERE / "results"
     if not options.write:
         from experiments.stages import prepare_data  # torch takes seconds to import: not for --help
-        from experiments.variants import FULL, QUICK
+        from experiments.variants import QUICK
         from sdit.distributed.comm import Comm, find_rank, set_threads
 
         info = find_rank(os.environ)
         set_threads(info, 1)
         with Comm(info) as comm:
             for data in options.data:
-                scale = replace(QUICK, data=data, search_images=256) if options.quick else replace(FULL, data=data)
-                if data == "digits" and not options.quick:
-                    scale = replace(scale, overrides=DIGITS)
+                scale = replace(QUICK, data=data, search_images=256) if options.quick else full_scale(data)
                 folder = work / data
                 prepare_data(scale, folder)
                 code = Comparison(scale, folder, results / f"recipes-{data}.json", comm).run(options.seeds)
@@ -66,6 +66,17 @@ def run(options: argparse.Namespace) -> int:
                     return code
     write_table(results, PAGE if results != work else work / "recipes.md")
     return ExitCode.DONE
+
+
+def full_scale(data: str) -> Any:
+    """The sizes of the comparison on one data set."""
+    from experiments.variants import FULL
+
+    shape = DIGITS if data == "digits" else ()
+    return replace(
+        FULL, data=data, overrides=(f"train.images={IMAGES}", *shape), learning_rates=LEARNING_RATES,
+        search_images=SEARCH_IMAGES, turn_images=IMAGES // 4,
+    )  # fmt: skip
 
 
 class Comparison:
