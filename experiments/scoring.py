@@ -37,31 +37,40 @@ class Scorer:
         self._network = trained_features(pixels, labels, real.classes, seed=0, cache=work / "features")
         self._real = statistics_of(real.batches(), self._network)
 
-    def score(self, trained: Trained) -> dict[str, Any]:
-        """Scores of a model's samples: the same labels, noise and sampler for every model."""
-        settings, images = self._settings(trained), self._scale.sampled_images
-        facts = {"sampler": settings.sampler, "steps": settings.steps, "guidance": settings.guidance}
-        fid = self._fid(self._draw(trained, images))
-        return {"images_seen": trained.clock.images_seen, "fid": fid, "images": images, **facts, "weights": "ema"}
+    def score(self, trained: Trained, **settings: Any) -> dict[str, Any]:
+        """Scores of a model's samples: the same labels and noise for every model, and the same sampler without `settings`.
+
+        `accuracy` is the share of samples that the classifier gives the label they were drawn for.
+        """
+        sampler, images = self._settings(trained, **settings), self._scale.sampled_images
+        facts = {"sampler": sampler.sampler, "steps": sampler.steps, "guidance": sampler.guidance}
+        labels = np.resize(np.array(trained.classes.labels, dtype=np.int64), images)
+        pixels = np.concatenate(list(self._draw(trained, labels, sampler)))
+        scores = {"fid": self._fid(iter([pixels])), "accuracy": self._accuracy(pixels, labels)}
+        return {"images_seen": trained.clock.images_seen, **scores, "images": images, **facts, "weights": "ema"}
 
     def strip(self, trained: Trained) -> np.ndarray:
         """(classes, H, W, C) uint8: the first image of every class, as it is scored."""
-        return next(self._draw(trained, len(trained.classes.labels)))
+        labels = np.array(trained.classes.labels, dtype=np.int64)
+        return next(self._draw(trained, labels, self._settings(trained)))
 
-    def _draw(self, trained: Trained, images: int) -> Iterator[np.ndarray]:
+    def _draw(self, trained: Trained, labels: np.ndarray, settings: SampleConfig) -> Iterator[np.ndarray]:
         """(n, H, W, C) uint8 pixels at a time."""
-        labels = np.resize(np.array(trained.classes.labels, dtype=np.int64), images)
-        return map(to_pixels, Generator(trained, self._settings(trained), batch=100).images(labels))
+        return map(to_pixels, Generator(trained, settings, batch=100).images(labels))
 
-    def _settings(self, trained: Trained) -> SampleConfig:
-        values = trained.config.sample.model_dump() | {"sampler": SAMPLER, "steps": self._scale.sampler_steps}
-        return SampleConfig(**values)
+    def _settings(self, trained: Trained, **settings: Any) -> SampleConfig:
+        common = {"sampler": SAMPLER, "steps": self._scale.sampler_steps}
+        return SampleConfig(**trained.config.sample.model_dump() | common | settings)
 
     def floor(self) -> dict[str, Any]:
-        """The FID of as many real held-out images: what a perfect model would get."""
-        pixels, _ = LabelledImages("held-out images", PreparedFolder(self._work / "data" / "test")).arrays()
+        """The scores of as many real held-out images: what a perfect model would get."""
+        pixels, labels = LabelledImages("held-out images", PreparedFolder(self._work / "data" / "test")).arrays()
         real = pixels[: self._scale.sampled_images]
-        return {"fid": self._fid(iter([real])), "images": len(real), "features": self._network.facts}
+        scores = {"fid": self._fid(iter([real])), "accuracy": self._accuracy(real, labels[: len(real)])}
+        return {**scores, "images": len(real), "features": self._network.facts}
+
+    def _accuracy(self, pixels: np.ndarray, labels: np.ndarray) -> float:
+        return float((self._network(pixels)[1].argmax(1) == labels).mean())
 
     def _fid(self, images: Iterator[np.ndarray]) -> float:
         drawn, real = statistics_of(images, self._network), self._real

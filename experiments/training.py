@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.variants import CONFIG, VARIANTS, Scale
+from experiments.variants import CONFIG, RECIPES, VARIANTS, Scale
 from sdit.clock import Clock
 from sdit.config import Config, load_config, resolve_run
 from sdit.contracts import Batch
@@ -74,7 +74,7 @@ class Turn(Observer):
 def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path, *more: str) -> Config:
     """The config of one run; all variants of a seed share initial weights, data order, timesteps and noise."""
     places = (f"data.path={work}/data/train", f"validation.path={work}/data/test", f"run_dir={run_dir}", f"seed={seed}")
-    return load_config(CONFIG, [*scale.overrides, *VARIANTS[variant].overrides, *places, *more])
+    return load_config(CONFIG, [*scale.overrides, *(VARIANTS | RECIPES)[variant].overrides, *places, *more])
 
 
 def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:

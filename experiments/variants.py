@@ -40,6 +40,16 @@ VARIANTS = {
     "switch-mlp": _switch("Switch-DiT, MLP experts", "model.experts.count=3", "model.experts.kind=mlp"),
 }
 
+_EXPERTS = ("model.experts.count=3", "model.experts.top_k=2")
+RECIPES = {  # of experiments/recipes.py
+    "recipe-paper": _switch("Switch-DiT, recipe of the paper", *_EXPERTS),
+    "recipe-modern": _switch(
+        "Switch-DiT, modern recipe", *_EXPERTS, "model.norm=rms", "model.ffn=swiglu", "model.qk_norm=rms", "model.rope=true",
+        "model.learn_variance=false", "diffusion.path=flow", "diffusion.timestep_sampling=stratified_logit_normal",
+        "diffusion.clip_x0=none", "diffusion.direction_weight=1", "sample.sampler=heun",
+    ),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Scale:
