@@ -5,10 +5,10 @@
   recipes.py --data digits --quick          the same with tiny models, in a minute; writes into the work folder only
   recipes.py --write                        only the table, from results/recipes-*.json
 
-The learning rate of each recipe is searched in short runs, which also measure its time per image. The modern recipe then gets
-as many images as the paper's recipe has time for. Times are CPU time of one thread, which other load on the machine hardly
-changes. The runs of a seed train in turns. Killed, the same command goes on, and what is finished is skipped. Fashion-MNIST needs Debian's
-dataset-fashion-mnist.
+The learning rate of each recipe is searched in short runs, which also measure its time per image. The modern recipe then gets as
+many images as the paper's recipe has time for. Times are CPU time of one thread, which other load on the machine hardly changes.
+The runs of a seed train in turns. Killed, the same command goes on, and what is finished is skipped. Fashion-MNIST needs
+Debian's dataset-fashion-mnist.
 """
 
 from __future__ import annotations
