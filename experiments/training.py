@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import experiments.flop_formulas  # noqa: F401  # the counter then knows the products of merged experts
 from experiments.variants import CONFIG, RECIPES, VARIANTS, Scale
 from sdit.clock import Clock
 from sdit.config import Config, load_config, resolve_run

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
+import experiments.flop_formulas  # noqa: F401  # the counter then knows the products of merged experts
 from sdit.cli.plan import main
 from sdit.config import Config, EmaConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
@@ -36,29 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WITH_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 BATCH = 4
 COUNTED = SDPBackend.MATH  # torch counts no FLOPs of a CPU's fused attention
-
-
-Shape = tuple[int, ...]
-
-
-@register_flop_formula(torch.ops.sdit.merged_mix)
-def _mix_flops(z: Shape, gates: Shape, w: Shape, b: Shape, **_: Any) -> int:
-    return _merge_flops(gates, w) + 2 * z[0] * z[1] * w[1] * w[2] + 2 * gates[0] * gates[1] * b[1]
-
-
-@register_flop_formula(torch.ops.sdit.merged_grad_tokens)
-def _grad_tokens_flops(grad: Shape, gates: Shape, w: Shape, **_: Any) -> int:
-    return _merge_flops(gates, w) + 2 * grad[0] * grad[1] * w[1] * w[2]
-
-
-@register_flop_formula(torch.ops.sdit.merged_grad_experts)
-def _grad_experts_flops(grad: Shape, z: Shape, gates: Shape, w: Shape, b: Shape, **_: Any) -> int:
-    product = 2 * grad[0] * grad[1] * w[1] * w[2]
-    return product + 2 * _merge_flops(gates, w) + 2 * 2 * gates[0] * gates[1] * b[1]
-
-
-def _merge_flops(gates: Shape, w: Shape) -> int:
-    return 2 * gates[0] * gates[1] * w[1] * w[2]
 
 
 def model_config(variant: str, kind: str, **more: Any) -> ModelConfig:
