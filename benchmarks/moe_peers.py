@@ -17,7 +17,7 @@ from deepspeed.moe.layer import MoE
 from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdit.config import SIZES, Config, ExpertsConfig, ModelConfig, ParallelConfig, ResolvedRun, TrainConfig
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.expert_parallel import ExpertParallel
@@ -110,7 +110,7 @@ class GatedExpertParallel(ExpertParallel):
     def __init__(self, case: Case, comm: Comm, exchange: Literal["auto", "tokens", "weights"], gate: TaskGate) -> None:
         config = case.config(exchange)
         batch = plan_batch(config.train.global_batch, None, case.ranks)
-        super().__init__(config, batch, comm, case.ranks)
+        super().__init__(ResolvedRun(config, {}, batch, case.ranks, case.ranks, 0), comm)
         self._gate = gate
         better = self.rebalancer.better_placement(gate.routes, placement_due=True, is_first=True)
         if better is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdit.config import Config
+from sdit.config import ResolvedRun
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
@@ -18,12 +18,11 @@ from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
-from sdit.expert_parallel.routing_table import PendingTable, RoutingTable
+from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.model import DiffusionTransformer
-from sdit.time_law import TimeLaw
-from sdit.topology import BatchPlan, ExpertGroups
+from sdit.topology import ExpertGroups
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -35,10 +34,11 @@ class ExpertParallel:
     communicator of this rank's group, `placed` its experts. `ranks` is EP.
     """
 
-    def __init__(self, config: Config, batch: BatchPlan, comm: Comm, ranks: int) -> None:
+    def __init__(self, run: ResolvedRun, comm: Comm) -> None:
+        config, batch, ranks = run.config, run.batch, run.expert_parallel
         model, parallel = config.model, config.parallel
         self._parallel, self._comm = parallel, comm
-        self._task_weights = TimeLaw.of(config.diffusion).task_weights(model.timesteps)
+        self._task_weights = task_weights(config)
         groups = ExpertGroups(comm.world, ranks)
         self.group = ExpertGroup.create(groups.ep_rank_of(comm.rank), ranks, parallel.overlap, comm.device)
         self.placed = PlacedExperts(model, comm, ranks, self.group.ep_rank)

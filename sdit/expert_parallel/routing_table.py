@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdit.config import Config
+from sdit.time_law import TimeLaw
+
 if TYPE_CHECKING:
     from sdit.model import DiffusionTransformer
 
@@ -59,6 +62,11 @@ class RoutingTable:
     def random_tasks(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Return independent tasks int64 of this shape. If all weights are 1, they are `generator.integers(0, T, shape)`."""
         return self.tasks_at(generator.integers(0, self.tasks, shape) + generator.random(shape))
+
+
+def task_weights(config: Config) -> np.ndarray:
+    """Return T times the probability of each gate task in training, float64 (T,)."""
+    return TimeLaw.of(config.diffusion).task_weights(config.model.timesteps)
 
 
 class PendingTable:

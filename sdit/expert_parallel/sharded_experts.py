@@ -58,3 +58,8 @@ class TrainedShardedExperts(ShardedExperts, MoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create DeepSpeed's groups, once for all layers. The engine calls this."""
         make_expert_groups(self.ep_size)
+
+
+def expert_stacks(module: nn.Module) -> dict[str, Experts | ShardedExperts]:
+    """Return the submodules of a network whose parameters have one row per expert, by name."""
+    return {name: each for name, each in module.named_modules() if isinstance(each, (Experts, ShardedExperts))}

@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 
 from sdit.config import Config
-from sdit.data.dataset import data_classes, latent_stats_of
-from sdit.data.latent_stats import LatentScaling
 from sdit.launch_environment import RankInfo
 from sdit.observe.folder_watch import FolderWatch
 from sdit.observe.metrics_file import MetricsFile
@@ -38,29 +36,23 @@ def build_observers(
     Raises: ConfigError: on all ranks, if the package of an optional sink is missing.
     """
     require_packages(config.observe)
-    scaling = None
-    if draws_latents(config) and not config.sample.vae:
-        scaling = LatentScaling(config.data.latent_scale, latent_stats_of(config.data))
+    shows_images = bool(config.sample.vae) or not draws_latents(config)
     observers: list[Observer] = [RankLog(run_dir, info)]
     if metrics is not None:
         observers.append(metrics)
     if info.rank == 0:
-        if scaling is not None:
+        if not shows_images:
             _log.warning(
                 "sample.vae: is not set; the model samples latents, written to samples/latents-N.npz; no images"
             )
-        observers += [
-            MetricsFile(run_dir),
-            Progress(),
-            SampleGrids(run_dir, scaling, data_classes(config.data) if config.model.classes else None),
-        ]
+        observers += [MetricsFile(run_dir), Progress(), SampleGrids.of(config, run_dir, shows_images)]
         if config.model.variant == "switch":
-            observers.append(RoutingMaps(run_dir, config))
+            observers.append(RoutingMaps.of(config, run_dir))
         if config.observe.tensorboard:
-            observers.append(TensorBoard(Path(str(run_dir)), scaling is None))
+            observers.append(TensorBoard(Path(str(run_dir)), shows_images))
         if config.observe.wandb != "off":
             facts = config.model_dump(mode="json")
-            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, scaling is None))
+            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, shows_images))
     if heartbeat is not None and isinstance(run_dir, RunFolder):
         observers.append(FolderWatch(run_dir, heartbeat))
     return Observers(observers, info.rank == 0)

@@ -10,7 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdit.clock import Clock
+from sdit.config import Config
 from sdit.data.classes import Classes
+from sdit.data.dataset import data_classes, latent_stats_of
 from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.files import replacing
@@ -32,6 +34,12 @@ class SampleGrids(Observer):
     ) -> None:
         """Take how latents are normalised, None for a run on images, and the classes that name the rows of a grid."""
         self._run_dir, self._scaling, self._classes = run_dir, scaling, classes
+
+    @classmethod
+    def of(cls, config: Config, run_dir: Path | RunFolder, shows_images: bool) -> SampleGrids:
+        """Return the observer of a run. `shows_images` False: the run samples latents that nothing decodes."""
+        scaling = None if shows_images else LatentScaling(config.data.latent_scale, latent_stats_of(config.data))
+        return cls(run_dir, scaling, data_classes(config.data) if config.model.classes else None)
 
     @property
     def _folder(self) -> Path:

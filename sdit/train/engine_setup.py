@@ -75,7 +75,7 @@ def build_sharded_model(
             origin = initial.copy_into(built)
         freeze(built, config.train.freeze)
 
-    experts = ExpertParallel(config, run.batch, comm, run.expert_parallel)
+    experts = ExpertParallel(run, comm)
     if found is not None:
         experts.restore(found.manifest.get("expert_layout"))
     model = build_model(config.model, device="meta")

@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from sdit.config import ModelConfig, PriorConfig
+from sdit.config import Config, ModelConfig, PriorConfig
 from sdit.errors import CheckpointError
 from sdit.model import Assignment, UnitMatcher
-from sdit.time_law import TimeLaw
+from sdit.time_law import TimeLaw, prior_law
 
 MEASURED_STEPS = 20  # before `prior.every_steps: auto` chooses an interval
 MAX_SHARE = 0.01  # of the time of a step, for the assignment
@@ -34,6 +34,11 @@ class PriorSchedule:
         self._assignment: Assignment | None = None
         self._solve_seconds = 0.0  # in the present step
         self._measured: list[tuple[float, float]] = []  # seconds of the solution and of the step
+
+    @classmethod
+    def of(cls, config: Config) -> PriorSchedule:
+        """Return the schedule of a run."""
+        return cls(config.prior, config.model, prior_law(config))
 
     @cached_property
     def _matcher(self) -> UnitMatcher:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
-from sdit.checkpoint.snapshots import SnapshotStore
 from sdit.config import ResolvedRun
 from sdit.data.loader import build_loader
 from sdit.distributed.comm import Comm
@@ -45,7 +44,7 @@ def open_trainer(
             run, comm, network.engine, network.model, network.objective, network.experts, loader, state, observers,
             worker.heartbeat, signals, StepTimer(comm.device),
         )  # fmt: skip
-        tasks = build_tasks(context, opened.held_out, opened.grid_labels, found, SnapshotStore(folder, comm))
+        tasks = build_tasks(context, opened.held_out, opened.grid_labels, found, folder)
         tasks.snapshots.begin()
         observers.on_start(state.clock, state.length_images, message)
         if comm.is_first:

@@ -19,9 +19,7 @@ from sdit.distributed.engine import Engine
 from sdit.distributed.shards import Shard
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
-from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.model.moe.base import Experts
-from sdit.time_law import prior_law
+from sdit.expert_parallel.sharded_experts import expert_stacks
 from sdit.train.ema import Average, Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed, compare_configs
@@ -47,12 +45,11 @@ class RunState:
         self._run, self.config, self.engine, self.store = run, config, engine, store
         self.ema = Ema(config.ema, engine.owned)
         self.experts, self.data = experts, data
-        self.prior = PriorSchedule(config.prior, config.model, prior_law(config))
+        self.prior = PriorSchedule.of(config)
         self.clock = Clock()
         self.length_images = config.train.total_images
         self.last_batch = config.train.global_batch  # images of the newest step, perhaps of an earlier process
-        stacks = (Experts, ShardedExperts)
-        self._stacks = {name: module for name, module in engine.module.named_modules() if isinstance(module, stacks)}
+        self._stacks = expert_stacks(engine.module)
 
     def keep_length(self, resumed: Resumed) -> None:
         """Continue with the length of the run that the checkpoint, or a changed setting, gives."""

@@ -9,6 +9,7 @@ import numpy as np
 from sdit.checkpoint.snapshots import SnapshotStore
 from sdit.checkpoint.store import Found
 from sdit.data.loader import Loader
+from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.decode import latent_decoder
@@ -29,7 +30,7 @@ class PeriodicTasks:
 
 
 def build_tasks(
-    context: TrainContext, held_out: Loader | None, labels: np.ndarray, found: Found | None, snapshots: SnapshotStore
+    context: TrainContext, held_out: Loader | None, labels: np.ndarray, found: Found | None, folder: RunFolder
 ) -> PeriodicTasks:
     """Return the periodic tasks of a run. Raises: ConfigError for a sample.vae that does not fit."""
     config = context.run.config
@@ -38,7 +39,7 @@ def build_tasks(
     started_from = None if found is None else found.folder
     return PeriodicTasks(
         Validator(context, config.validation, held_out),
-        Snapshots(context, config.ema, snapshots),
+        Snapshots(context, config.ema, SnapshotStore(folder, context.comm)),
         Checkpoints(context, config.checkpoint, config.train.rollbacks, started_from),
         RoutingMaps(context, sampler, config.observe.routing_every_images),
         sampler,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config, ParallelConfig
+from sdit.config import Config, ParallelConfig, ResolvedRun
 from sdit.contracts import Batch
 from sdit.diffusion import build_objective
 from sdit.distributed.comm import Comm
@@ -96,7 +96,8 @@ def placed_bytes(
     ranks, per_rank = comm.world, len(tasks) // comm.world
     model = model_config(SMALL, "linear", S2_COUNT, S2_DEPTH)
     batch = plan_batch(len(tasks), per_rank, comm.world)
-    experts = TableExpertParallel(routes, Config(model=model, parallel=parallel), batch, comm, ranks)
+    config = Config(model=model, parallel=parallel)
+    experts = TableExpertParallel(routes, ResolvedRun(config, {}, batch, ranks, comm.world, 0), comm)
     experts.placed.placement = placement
     experts.begin_step(0, tasks)
     own = np.arange(comm.rank, len(tasks), comm.world)

@@ -77,7 +77,7 @@ def sharded_model(config: Config, comm: Comm, ranks: int) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(1)
     for parameter in whole.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    experts = ExpertParallel(config, BatchPlan(8 * comm.world, 8, 1), comm, ranks)
+    experts = ExpertParallel(ResolvedRun(config, {}, BatchPlan(8 * comm.world, 8, 1), ranks, comm.world, 0), comm)
     owners = np.random.default_rng(0).permuted(experts.placed.placement.expert_to_rank, axis=1)
     experts.restore({"ranks": ranks, "place": owners.tolist(), "at_hand": experts.placed.placement.replicated.tolist()})
     model = build_model(config.model, device="meta")

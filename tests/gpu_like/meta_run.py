@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from sdit.clock import Clock, StepSpan
-from sdit.config import Config
+from sdit.config import Config, ResolvedRun
 from sdit.diffusion import build_objective
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model
-from sdit.time_law import prior_law
 from sdit.topology import BatchPlan
 from sdit.train.batches import MicroBatch
 from sdit.train.module import TrainModule
@@ -104,7 +103,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     """Return the training step and the model of rank 0 of `world` ranks."""
     comm: Any = FakeComm(world)
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world, 1)
-    experts = ExpertParallel(config, plan, comm, world)
+    experts = ExpertParallel(ResolvedRun(config, {}, plan, world, world, 0), comm)
     model = build_model(config.model, device="meta")
     experts.shard(model, lambda _: None)
     objective = build_objective(config.diffusion, config.model.timesteps).to(META)
@@ -112,7 +111,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     engine = MetaEngine(TrainModule(model, objective, config.prior.weight, config.balance.weight), comm, waits)
     state = SimpleNamespace(
         clock=Clock(),
-        prior=PriorSchedule(config.prior, config.model, prior_law(config)),
+        prior=PriorSchedule.of(config),
         ema=SimpleNamespace(update=lambda _: None),
     )
     quiet = SimpleNamespace(progress=lambda: None)
