@@ -146,8 +146,8 @@ def write_bad(name: str) -> Path:
 @pytest.mark.filterwarnings("error")  # a warning would be a second line
 @pytest.mark.parametrize(
     "name",
-    ["none.pt", "short.json", "text.pt", "keys.json", "zero.json", "nan.npz", "negative.npz", "shapes.npz", "wide.npz", "objects.npz",
-     "evil.pt", "folder.pt", "stats.bin"],
+    ["none.pt", "short.json", "text.pt", "keys.json", "zero.json", "nan.npz", "negative.npz", "shapes.npz", "wide.npz",
+     "objects.npz", "evil.pt", "folder.pt", "stats.bin"],
 )  # fmt: skip
 def test_a_bad_file_is_one_line_and_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
