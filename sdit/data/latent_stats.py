@@ -140,7 +140,8 @@ def read_latent_stats(path: Path) -> LatentStatistics:
         if "std" in arrays:
             std = np.asarray(arrays["std"], np.float64)
         else:
-            std = np.sqrt(np.asarray(arrays["var"], np.float64) + VARIANCE_EPSILON)
+            with np.errstate(invalid="ignore"):  # a negative variance gives NaN, which is refused below
+                std = np.sqrt(np.asarray(arrays["var"], np.float64) + VARIANCE_EPSILON)
         return latent_statistics(mean, std)
     except OSError as error:
         raise ConfigError(f"{KEY}: {shown(path)}: {error.strerror}; legal: {_LEGAL}") from None
@@ -168,12 +169,14 @@ def _arrays(path: Path) -> Mapping[str, Any]:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
+        from safetensors.torch import load_file  # not of numpy, which has no bfloat16
 
-        return load_file(path)
-    from sdit.pickles import load_tensors
+        tensors = load_file(path)
+    else:
+        from sdit.pickles import load_tensors
 
-    return {name: tensor.numpy() for name, tensor in load_tensors(path).items() if name in ("mean", "std", "var")}
+        tensors = load_tensors(path)
+    return {name: tensors[name].detach().double().numpy() for name in ("mean", "std", "var") if name in tensors}
 
 
 def _of_index(index: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column
+from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.zip_records import read_local_header
 from sdit.errors import DataError
@@ -48,6 +48,7 @@ class NpzArchive:
             )
         values = [as_label(label) for label in array.tolist()]
         faults = {row: f"image {row}: has the label {array[row]}" for row, label in enumerate(values) if label is None}
+        faults |= {row: f"image {row}: {reason}" for row, reason in odd_labels(values).items()}
         return Listing(table, label_column(values, self.path), faults)
 
     @property

@@ -47,16 +47,32 @@ class LabelColumn:
     has_labels: bool = True
 
 
+def odd_labels(labels: Sequence[int | str | None]) -> dict[int, str]:
+    """Return why labels cannot be used, by position: they are texts, and most labels of the archive are numbers."""
+    texts = {
+        position: label
+        for position, label in enumerate(labels)
+        if isinstance(label, str) and not _NUMBER.fullmatch(label)
+    }
+    numbers = sum(label is not None for label in labels) - len(texts)
+    if len(texts) >= numbers:
+        return {}
+    reason = "but most labels of the file are numbers"
+    return {position: f"has the label {shown(repr(text)[:40])}, {reason}" for position, text in texts.items()}
+
+
 def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNames = ()) -> LabelColumn:
     """Return the labels of an archive's records, each a number, a text, or None. Texts of digits are numbers.
 
-    Raises: DataError: if some labels are numbers and others are texts.
+    The labels that `odd_labels` returns count as None.
+
+    Raises: DataError: if some labels are numbers and at least as many are texts.
     """
     values = np.full(len(labels), NO_LABEL, dtype=np.int64)
     texts: dict[str, int] = {}
-    numbers = 0
+    numbers, odd = 0, odd_labels(labels)
     for position, label in enumerate(labels):
-        if label is None:
+        if label is None or position in odd:
             continue
         if isinstance(label, int) or _NUMBER.fullmatch(label):
             values[position] = int(label)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sdit.data.names import shown
-from sdit.data.record_labels import ClassNames, LabelColumn, as_label, label_column
+from sdit.data.record_labels import ClassNames, LabelColumn, as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Content, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.errors import ConfigError, DataError
@@ -58,6 +58,7 @@ class TableArchive:
             for row, value in enumerate(values)
             if value is None
         }
+        faults |= {row: f"row {row}: {reason}" for row, reason in odd_labels(values).items()}
         return Listing(_table(len(values)), label_column(values, self.path, _class_names(schema, name)), faults)
 
     def read(self, records: np.ndarray) -> Iterator[Named]:

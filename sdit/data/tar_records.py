@@ -18,7 +18,7 @@ import numpy as np
 
 from sdit.data.decode import IMAGE_FORMATS
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column
+from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.data.tar_headers import BLOCK
@@ -84,6 +84,8 @@ class TarArchive:
             labels.append(label)
             offset, size = each.image or (0, 0)
             table[position] = (0, each.row, offset, size, 0, 0)
+        for position, reason in odd_labels(labels).items():
+            faults.setdefault(found[keys[position]].row, f"sample {shown(keys[position])}: {reason}")
         if cut:
             faults[-1] = cut
             table[-1]["row"] = -1

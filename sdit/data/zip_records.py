@@ -19,7 +19,7 @@ import numpy as np
 
 from sdit.data.image_file import FILE_FORMATS
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column
+from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.errors import DataError
@@ -79,6 +79,8 @@ class ZipArchive:
                 fault = f"has no class number in {LABELS_NAME}"
             if fault:
                 faults[row] = f"{shown(each.filename)}: {fault}"
+        for row, reason in odd_labels(values).items():
+            faults.setdefault(row, f"{shown(members[row].filename)}: {reason}")
         if labels is None:
             return Listing(table, LabelColumn(np.zeros(len(table), np.int64), has_labels=False), faults, left_out)
         return Listing(table, label_column(values, self.path), faults, left_out)

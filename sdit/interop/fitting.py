@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.errors import ConfigError
-from sdit.interop.published import POSITIONS
+from sdit.interop.published import POSITIONS, table_tolerance
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
+from sdit.model.rope import rope_tables
 
 LABELS = "y_embedder.embedding_table.weight"
 ROUTERS = "routers."
-POSITION_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _is_position(name: str) -> bool:
 
 def _other_positions(config: ModelConfig, given: Mapping[str, Tensor]) -> str:
     """Return how the resolution of the weights differs, or an empty string. Positions of another size must be those of it."""
-    ours = config.input_size // config.patch_size
+    ours = config.side
     sides: set[int] = set()
     for name in filter(_is_position, given):
         tokens = given[name].shape[-2] if given[name].dim() >= 2 else 0
@@ -76,25 +76,24 @@ def _other_positions(config: ModelConfig, given: Mapping[str, Tensor]) -> str:
         if side == 0 or side * side != tokens:
             raise ConfigError(f"train.init_from: {name} has shape {tuple(given[name].shape)}; legal: one row per token")
         if side != ours:
-            _check_positions(name, given[name], side)
+            _check_positions(config, name, given[name], side)
             sides.add(side)
     if not sides:
         return ""
     return f"its positions are of side {', '.join(map(str, sorted(sides)))}, the model's of side {ours}"
 
 
-def _check_positions(name: str, values: Tensor, side: int) -> None:
-    """Check positions of another size against those of their own side."""
-    want = grid_positions(side, values.shape[-1])
-    if name != POSITIONS:
-        from sdit.model.rope import rope_tables  # type: ignore[import-not-found,unused-ignore]
-
-        want = rope_tables(side, values.shape[-1], None)[name.endswith("sin")]
-    tolerance = max(POSITION_TOLERANCE, torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0)
-    if values.shape != want.shape or not torch.allclose(values.float(), want, rtol=0, atol=tolerance):
-        raise ConfigError(
-            f"train.init_from: {name} is not the fixed table of side {side}; legal: positions as published"
-        )
+def _check_positions(config: ModelConfig, name: str, values: Tensor, side: int) -> None:
+    """Check positions of another size against those of their own side, as they are or scaled to `model.position_base`."""
+    tolerance = table_tolerance(name, side, values.dtype) if values.is_floating_point() else 0.0
+    for base in {None, config.position_base}:
+        want = grid_positions(side, values.shape[-1], base)
+        if name != POSITIONS:
+            want = rope_tables(side, values.shape[-1], base)[name.endswith("sin")]
+        if values.shape == want.shape and torch.allclose(values.float(), want, rtol=0, atol=tolerance):
+            return
+    legal = "positions as published" + (f", or scaled to {config.position_base}" if config.position_base else "")
+    raise ConfigError(f"train.init_from: {name} is not the fixed table of side {side}; legal: {legal}")
 
 
 def _other_labels(model: DiffusionTransformer, given: Mapping[str, Tensor]) -> str:

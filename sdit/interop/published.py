@@ -158,12 +158,17 @@ def _check_table(config: ModelConfig, name: str, theirs: Tensor, ours: Tensor | 
         raise ConfigError(f"model.{key}: {name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
     if not theirs.is_floating_point():
         raise ConfigError(f"model: {name} has dtype {theirs.dtype}, not a float")
-    # |value| <= 1, so eps bounds its rounding error. Published code rounds the frequency (to float32: 2 eps) and the angle.
-    angle_error = 4 * torch.finfo(torch.float32).eps * config.side if name in ROPE else 0.0
-    tolerance = max(1e-5, angle_error, torch.finfo(theirs.dtype).eps)
+    tolerance = table_tolerance(name, config.side, theirs.dtype)
     if not torch.allclose(theirs.float(), ours, rtol=0, atol=tolerance):
         base = f" of model.position_base {config.position_base}" if config.position_base else ""
         raise ConfigError(f"model: {name} differs from the fixed sin-cos positions{base} by more than {tolerance:.1e}")
+
+
+def table_tolerance(name: str, side: int, dtype: torch.dtype) -> float:
+    """Return the largest error of a published table of positions of a grid of `side` patches."""
+    # |value| <= 1, so eps bounds its rounding error. Published code rounds the frequency (to float32: 2 eps) and the angle.
+    angle_error = 4 * torch.finfo(torch.float32).eps * side if name in ROPE else 0.0
+    return max(1e-5, angle_error, torch.finfo(dtype).eps)
 
 
 def _active_units(mask: Tensor | None) -> int:

@@ -158,6 +158,15 @@ def test_rotations_of_another_side_are_checked(name: str) -> None:
         copy_into(random_model(input_size=8, rope=True), given, "positions")
 
 
+def test_a_model_with_scaled_positions_starts_another_resolution() -> None:
+    given = to_published(random_model(rope=True, position_base=6))
+    model = random_model(rope=True, position_base=6, input_size=8)
+    copy_into(model, given, "positions")
+    assert torch.equal(model.pos_embed, grid_positions(4, 16, 6))
+    with pytest.raises(ConfigError, match=r"pos_embed is not the fixed table of side 2; legal: .* or scaled to 5"):
+        copy_into(random_model(rope=True, position_base=5, input_size=8), given, "positions")
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(5, 9), (9, 5), (5, 0), (0, 5)])
 def test_another_number_of_classes_needs_permission_and_draws_the_table_anew(theirs: int, ours: int) -> None:
     given = to_published(random_model(classes=theirs))

@@ -114,6 +114,7 @@ def write_bad(folder: Path, kind: str) -> tuple[list[str], dict[str, str]]:
     if kind == "webdataset":
         good = {f"{number}.png": encoded(number) for number in range(6)}
         bad = {"2.png": b"no image", "6.cls": b"1", "7.png": encoded(7), "8.png": encoded(8), "8.cls": b"-1"}
+        bad |= {"9.png": encoded(9), "9.cls": b"1.5"}
         labels = {f"{number}.cls": b"%d" % (number % 2) for number in range(6)}
         members = dict(sorted({**good, **labels, **bad}.items()))
         write_members(folder / "a.tar", **members)
@@ -121,14 +122,16 @@ def write_bad(folder: Path, kind: str) -> tuple[list[str], dict[str, str]]:
         files = [str(folder / "a.tar"), str(folder / "b.tar")]
         return ["webdataset", *files, "--size", "8"], {
             "2.png": "cannot be decoded", "sample 6": "has no image", "sample 7": "has no label", "sample 8": "has the label",
-            "b.tar": "cannot be read after",
+            "sample 9": "has the label '1.5', but most labels of the file are numbers", "b.tar": "cannot be read after",
         }  # fmt: skip
     if kind == "zip":
-        archives.write_zip(folder / "a.zip", labels=[["00000/img00000001.png", 0], ["00000/img00000002.png", 1]])
+        archives.write_zip(
+            folder / "a.zip", labels=[[f"00000/img0000000{n}.png", label] for n, label in enumerate([None, 0, 1, "x"])]
+        )
         data = (folder / "a.zip").read_bytes()
         (folder / "a.zip").write_bytes(data.replace(encoded(1)[60:70], bytes(10)))
         return ["zip", str(folder / "a.zip"), "--size", "8"], {
-            "img00000001": "CRC-32", "img00000000": "no class number in dataset.json",
+            "img00000001": "CRC-32", "img00000000": "no class number in dataset.json", "img00000003": "but most labels",
         }  # fmt: skip
     import pyarrow
     import pyarrow.parquet

@@ -88,6 +88,22 @@ def test_every_file_format_holds_the_same_statistics(tmp_path: Path) -> None:
         assert read_latent_stats(tmp_path / name) == expected, name
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "trained"])
+def test_tensors_of_any_float_type_are_read(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import save_file
+
+    mean, std = torch.tensor([0.25, -1.5]), torch.tensor([0.5, 2.0])
+    expected = latent_statistics(mean.numpy(), std.numpy())
+    stored = {"mean": mean.bfloat16(), "std": std.bfloat16()}
+    if kind == "trained":
+        stored = {"mean": mean, "std": torch.nn.Parameter(std)}
+    else:
+        save_file(stored, tmp_path / "a.safetensors")
+        assert read_latent_stats(tmp_path / "a.safetensors") == expected
+    torch.save(stored, tmp_path / "a.pt")
+    assert read_latent_stats(tmp_path / "a.pt") == expected
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "shape"),
     [((), (), (1, 1, 1)), ((3,), (), (3, 1, 1)), ((2, 4), (1,), (1, 2, 4)), ((1, 3, 1, 1), (3, 4, 4), (3, 4, 4))],
@@ -112,6 +128,8 @@ def write_bad(name: str) -> Path:
             path.write_text('{"mean": [0, 0], "std": [1, 0]}')
         case "nan":
             np.savez(path, mean=np.array([np.nan]), std=np.ones(1))
+        case "negative":
+            np.savez(path, mean=np.zeros(2), var=np.array([1.0, -1.0]))
         case "shapes":
             np.savez(path, mean=np.zeros(3), std=np.ones(2))
         case "wide":
@@ -125,10 +143,11 @@ def write_bad(name: str) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
 @pytest.mark.parametrize(
     "name",
-    ["none.pt", "short.json", "text.pt", "keys.json", "zero.json", "nan.npz", "shapes.npz", "wide.npz", "objects.npz",
-     "evil.pt", "folder.pt", "stats.bin"],
+    ["none.pt", "short.json", "text.pt", "keys.json", "zero.json", "nan.npz", "negative.npz", "shapes.npz", "wide.npz",
+     "objects.npz", "evil.pt", "folder.pt", "stats.bin"],
 )  # fmt: skip
 def test_a_bad_file_is_one_line_and_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
