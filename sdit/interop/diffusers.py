@@ -45,7 +45,7 @@ def read_diffusers_folder(path: str | Path) -> dict[str, Tensor]:
     folder, config = _transformer(Path(path))
     model = model_config_of(config, str(folder))
     tensors = _weights(folder)
-    if config.get("_class_name") in STOCK_CLASSES:
+    if config.get("_class_name") in STOCK_CLASSES and "x_embedder.proj.weight" not in tensors:
         try:
             tensors = from_diffusers_names(tensors)
         except ConfigError as error:

@@ -66,6 +66,14 @@ def to_diffusers_names(mapping: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def without_diffusers_names(mapping: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors under published names: `mapping`, converted if its names are those of a `DiTTransformer2DModel`.
+
+    Raises: ConfigError: see `from_diffusers_names`.
+    """
+    return from_diffusers_names(mapping) if any(name.startswith("transformer_blocks.") for name in mapping) else mapping
+
+
 def from_diffusers_names(mapping: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a `DiTTransformer2DModel` under published names.
 

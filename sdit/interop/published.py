@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.errors import ConfigError
+from sdit.interop.diffusers_names import without_diffusers_names
 from sdit.interop.names import listed, published_names
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
@@ -29,7 +30,7 @@ CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
 def load_published(
     model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray], kept: Collection[str] = ()
 ) -> None:
-    """Copy published weights (tensors or arrays) of any float dtype into the model.
+    """Copy published weights (tensors or arrays) of any float dtype into the model. Names of diffusers' DiT are legal too.
 
     The model may hold a subset of the M experts. The parameters in `kept` stay as they are, and are not in the mapping.
 
@@ -39,6 +40,7 @@ def load_published(
         given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    given = dict(without_diffusers_names(given))
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in kept}
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]

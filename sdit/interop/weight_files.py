@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdit.checked_files import open_regular
-from sdit.errors import CheckpointError
+from sdit.errors import CheckpointError, ConfigError
 from sdit.files import replacing_path
+from sdit.interop.diffusers_names import without_diffusers_names
 from sdit.interop.names import EMA_HOLDERS, listed, published_names
 from sdit.pickles import load_tensors
 from sdit.safetensors_file import read_header
@@ -64,8 +65,9 @@ def weights_in(payload: Any, path: Path, weights: Literal["ema", "model"], or_mo
     if bad:
         raise CheckpointError(f"{path}: {listed(bad)} hold{'s' * (len(bad) == 1)} NaN or infinite numbers")
     try:
-        return {name: Tensor.detach(tensor) for name, tensor in published_names(state, weights).items()}
-    except ValueError as error:
+        named = {name: Tensor.detach(tensor) for name, tensor in published_names(state, weights).items()}
+        return dict(without_diffusers_names(named))
+    except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

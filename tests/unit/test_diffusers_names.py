@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdit.errors import CheckpointError, ConfigError, SditError
-from sdit.interop import load_published, to_published
+from sdit.interop import load_published, read_weights, to_published
 from sdit.interop.diffusers import (
     diffusers_config,
     from_diffusers_names,
@@ -193,3 +193,12 @@ def test_an_older_folder_with_a_pickle_is_read(tmp_path: Path) -> None:
     found = read_diffusers_folder(folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert read_diffusers_config(folder) == MODEL
+
+
+@pytest.mark.parametrize("way", ["names", "file"])
+def test_names_of_diffusers_are_read_without_a_folder(tmp_path: Path, way: str) -> None:
+    model = build_model(MODEL).eval()
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    load_published(model, WEIGHTS if way == "names" else read_weights(tmp_path / "a.safetensors"))
+    expected = from_diffusers_names(WEIGHTS)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())

@@ -47,8 +47,11 @@ SAMPLERS = {
     "ddim, epsilon": ("sample.sampler=ddim", "sample.steps=10", "diffusion.prediction=epsilon"),
     "ddim, one step": ("sample.sampler=ddim", "sample.steps=1", "diffusion.prediction=v"),
     "dpm++2m": ("sample.sampler=dpm++2m", "sample.steps=8"),
+    "euler, shifted": (  # one of the times is exactly a boundary of two tasks: 0.8
+        "sample.sampler=euler", "sample.steps=7", "sample.time_shift=3", "diffusion.path=flow", "model.learn_variance=false",
+    ),
     "euler": ("sample.sampler=euler", "sample.steps=7", "diffusion.path=flow", "model.learn_variance=false"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

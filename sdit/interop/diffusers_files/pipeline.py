@@ -134,7 +134,11 @@ class SditPipeline(DiffusionPipeline):
     def _set_times(self, steps: int) -> None:
         """Set the times of sdit's samplers, where diffusers chooses others for the same scheduler."""
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            self.scheduler.set_timesteps(sigmas=(np.arange(steps, 0, -1) / steps).tolist())
+            even, shift = np.arange(steps, 0, -1) / steps, self.scheduler.config.shift
+            times = shift * even / (1 + (shift - 1) * even)
+            # diffusers shifts in float32, which moves some times to another task. It takes these times as they are.
+            timesteps = times.astype(np.float32) * np.float32(self.scheduler.config.num_train_timesteps)
+            self.scheduler.set_timesteps(sigmas=even.tolist(), timesteps=timesteps.tolist())
         elif isinstance(self.scheduler, DPMSolverMultistepScheduler):
             alpha_bar = self.scheduler.alphas_cumprod.double().cpu().numpy()
             self.scheduler.set_timesteps(timesteps=log_snr_timesteps(alpha_bar, steps))
