@@ -70,9 +70,13 @@ def check_trainable(config: Config) -> None:
         raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
     if config.train.steps is None and config.train.images is None:
         raise ConfigError("train.steps: is not set; legal: train.steps or train.images, the length of the run")
+    if config.diffusion.path == "diffusion" and config.sample.time_shift != 1:
+        raise ConfigError(f"sample.time_shift: {config.sample.time_shift:g} with diffusion.path diffusion; legal: 1")
     guided = config.sample.guided_channels
     if guided is not None and guided > config.model.channels:
-        raise ConfigError(f"sample.guided_channels: {guided} is more than model.channels {config.model.channels}")
+        raise ConfigError(
+            f"sample.guided_channels: {guided} is more than model.channels; legal: 1..{config.model.channels}"
+        )
 
 
 def largest_world(config: Config, ranks: int) -> int:
