@@ -207,7 +207,12 @@ def write_table(results: Path, page: Path) -> None:
         for recipe, name in NAMES.items():
             runs = [run for key, run in result["runs"].items() if key.startswith(recipe)]
             if runs:
-                row = [data, f"{name}, {len(runs)} seeds", f"{runs[0]['images']:,}", spread(runs, "seconds", 0)]
+                row = [
+                    data,
+                    f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}",
+                    f"{runs[0]['images']:,}",
+                    spread(runs, "seconds", 0),
+                ]
                 row += [f"{runs[0]['learning_rate']:g}", spread(runs, "fid", 1), spread(runs, "accuracy", 1, 100)]
                 lines.append(f"| {' | '.join(row)} |")
         if "floor" in result:
