@@ -78,8 +78,8 @@ def as_table(results: list[Result]) -> str:
     for result in results:
         for row in result.rows:
             value = row["value"] if isinstance(row["value"], str) else f"{row['value']:.4g}"
-            verdict = {True: "yes", False: "**no**", None: ""}[row["is_good"]]
-            lines.append(f"| {result.stage} | {row['name']} | {value} | {row['unit']} | {row['wanted']} | {verdict} |")
+            kept = {True: "yes", False: "**no**", None: ""}[row["is_good"]]
+            lines.append(f"| {result.stage} | {row['name']} | {value} | {row['unit']} | {row['wanted']} | {kept} |")
         if result.problem:
             lines.append(f"| {result.stage} | the stage | {result.problem} | | | **no** |")
         lines.append(f"| {result.stage} | duration | {result.seconds:.0f} | s | | |")

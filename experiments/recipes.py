@@ -7,7 +7,7 @@
 
 The learning rate of each recipe is searched in short runs, which also measure its time per image. The modern recipe then gets as
 many images as the paper's recipe has time for. Times are CPU time of one thread, which other load on the machine hardly changes.
-The runs of a seed train in turns. Killed, the same command goes on, and what is finished is skipped. Fashion-MNIST needs
+The runs of a seed train in turns. After a kill, the same command continues and skips what is finished. Fashion-MNIST needs
 Debian's dataset-fashion-mnist.
 """
 

@@ -42,6 +42,23 @@ def replacing_path(path: Path, shared: bool = False) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder to fill. If the block ends without an error, it becomes `path` atomically and durably.
+
+    Raises: OSError: if it cannot be written. FileExistsError: if `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "already exists; legal: a new or an empty folder", str(path))
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        commit(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a small text file atomically.
 

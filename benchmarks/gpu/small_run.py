@@ -45,7 +45,7 @@ def model_keys(machine: Machine, size: str) -> dict[str, Any]:
 
 @contextmanager
 def comm_of_one(machine: Machine) -> Iterator[Comm]:
-    """The process group of this process alone."""
+    """The process group of this process, which is its only rank."""
     with Comm(find_rank(os.environ), device=machine.device.type) as comm:  # type: ignore[arg-type]
         yield comm
 

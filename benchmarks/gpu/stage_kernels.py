@@ -1,4 +1,4 @@
-"""Expert products alone, forward and backward: merged linear experts and MLP experts, as used and in their plain form."""
+"""Expert products without a model, forward and backward: merged linear and MLP experts, as used and in their plain form."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY_RUN = ROOT / "tests" / "distributed" / "tiny.yaml"
 LIMIT = 1e-4  # of the difference of two losses over the loss; the layout law on CPUs has the same
 RANK_SECONDS = 300
-ALONE: tuple[str, ...] = ("parallel.expert=1",)
+NOT_SHARDED: tuple[str, ...] = ("parallel.expert=1",)
 LAYOUTS: Mapping[str, tuple[str, ...]] = {
-    "data parallel": ALONE,
+    "data parallel": NOT_SHARDED,
     "EP 2, tokens": ("parallel.expert=2", "parallel.exchange=tokens"),
     "EP 2, weights": ("parallel.expert=2", "parallel.exchange=weights"),
     "EP 2, auto, experts placed again": ("parallel.expert=2", "parallel.placement_refresh_images=64"),
@@ -35,7 +35,7 @@ def measure(machine: Machine) -> list[Row]:
     steps = f"train.steps={3 if machine.is_tiny else 20}"
     kinds: dict[str, tuple[str, ...]] = {"": (steps,)} if machine.is_tiny else {"": (steps,), ", MLP": (steps, MLP)}
     with tempfile.TemporaryDirectory() as folder:
-        exact = train(machine, 1, {kind: (*ALONE, *keys) for kind, keys in kinds.items()}, Path(folder, "one"))
+        exact = train(machine, 1, {kind: (*NOT_SHARDED, *keys) for kind, keys in kinds.items()}, Path(folder, "one"))
         split = {name + kind: (*ways, *keys) for name, ways in layouts.items() for kind, keys in kinds.items()}
         found = train(machine, 2, split, Path(folder, "two"))
     rows = []

@@ -1,4 +1,4 @@
-"""Images per second of the loader alone, latents of 4 x 32 x 32 with their noise, by decoding threads."""
+"""Images per second of the loader without training, latents of 4 x 32 x 32 with their noise, by decoding threads."""
 
 from __future__ import annotations
 

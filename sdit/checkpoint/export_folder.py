@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,19 +16,17 @@ from torch import Tensor
 
 from sdit.checkpoint.diffusers_readme import diffusers_usage
 from sdit.checkpoint.export import Entry, Progress, export_safetensors, file_facts, narrowed, write_safetensors
-from sdit.checkpoint.load import Trained, Weights, find_trained, load_model
+from sdit.checkpoint.load import Trained, Weights, describe_trained, load_model
 from sdit.checkpoint.model_card import model_card, run_folder
-from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.encoders import latent_encoder
-from sdit.data.identity import stored_identity
 from sdit.errors import CheckpointError, ConfigError
+from sdit.files import new_folder
 from sdit.interop.diffusers_config import CUSTOM_CLASS, diffusers_config, is_plain
 from sdit.interop.diffusers_names import to_diffusers_names
 from sdit.interop.pretrained import WEIGHTS as PRETRAINED_WEIGHTS
 from sdit.interop.pretrained import write_model_config
 from sdit.interop.schedulers import scheduler_config
-from sdit.model import build_model
 
 DIFFUSERS = "0.42.1"  # the version that the files were tested with
 PIPELINE, TRANSFORMER = "pipeline", "sdit_transformer"  # modules in `sdit/interop/diffusers_files`
@@ -57,8 +54,8 @@ def export_pretrained(
         CheckpointError: if the checkpoint cannot be read, or `out` cannot be written or is not empty.
         ConfigError: if the model of the checkpoint's config cannot be built.
     """
-    trained = _without_weights(checkpoint)
-    with new_folder(out) as folder:
+    trained = describe_trained(checkpoint)
+    with _exported(out) as folder:
         facts = export_safetensors(trained.origin, folder / PRETRAINED_WEIGHTS, weights, dtype, progress)
         write_model_config(folder, trained.config.model)
         _write_card(folder, trained, weights, PRETRAINED_USAGE, "sdit")
@@ -83,7 +80,7 @@ def export_diffusers(
     transformer = diffusers_config(config.model)
     scheduler, differences = scheduler_config(config.diffusion, config.sample, config.model.timesteps)
     source = _vae_folder(config, vae)
-    with new_folder(out) as folder:
+    with _exported(out) as folder:
         for name in ("transformer", "scheduler"):
             (folder / name).mkdir()
         _write_json(folder / "transformer" / "config.json", {**transformer, "_diffusers_version": DIFFUSERS})
@@ -100,33 +97,19 @@ def export_diffusers(
     return file_facts(config, trained.clock, weights, trained.data), differences
 
 
-def _without_weights(checkpoint: Path) -> Trained:
-    """Return what a checkpoint says about its model. The model is on the meta device."""
-    found, config = find_trained(checkpoint)
-    data = stored_identity(found.manifest.get("data"), str(found.folder))
-    model = build_model(config.model, device="meta")
-    return Trained(model, config, Clock.from_json(found.manifest["clock"]), found.folder, data)
-
-
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill. It becomes `path` if the block ends without an error; `path` must be missing or empty.
+def _exported(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `out`.
 
-    Raises: CheckpointError: if `path` is not empty, or cannot be written.
+    Raises: CheckpointError: if `out` is not a new or an empty folder, or cannot be written.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise CheckpointError(f"{path}: already exists; legal: a new or an empty folder")
-        partial.mkdir(parents=True)
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
+        with new_folder(out) as folder:
+            yield folder
+    except FileExistsError as error:
+        raise CheckpointError(f"{out}: {error.strerror}") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 def _tensors(trained: Trained) -> dict[str, Tensor]:

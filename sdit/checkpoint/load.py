@@ -94,8 +94,21 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
         fill_buffers(model)
         for name, view in logical_tensors(model):
             fill_tensor(view, shards, weights, name)
+    return _trained(model.eval(), config, found)
+
+
+def describe_trained(path: Path) -> Trained:
+    """Return the same without reading the weights: the model is on the meta device.
+
+    Raises: CheckpointError: if there is no good checkpoint, or its config is not legal.
+    """
+    found, config = find_trained(path)
+    return _trained(build_model(config.model, device="meta"), config, found)
+
+
+def _trained(model: DiffusionTransformer, config: Config, found: Found) -> Trained:
     data = stored_identity(found.manifest.get("data"), str(found.folder))
-    return Trained(model.eval(), config, Clock.from_json(found.manifest["clock"]), found.folder, data)
+    return Trained(model, config, Clock.from_json(found.manifest["clock"]), found.folder, data)
 
 
 def find_trained(path: Path) -> tuple[Found, Config]:

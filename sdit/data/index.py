@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +16,7 @@ from sdit.errors import DataError
 from sdit.files import replacing
 
 INDEX_NAME = "index.json"
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Record(BaseModel):
@@ -104,22 +106,31 @@ def read_index(folder: Path) -> DatasetIndex:
 
     Raises: DataError: if the folder has no index, or the index is not valid.
     """
-    path = folder / INDEX_NAME
-    try:
-        return DatasetIndex.model_validate_json(read_regular(path))
-    except (FileNotFoundError, NotADirectoryError):
-        advice = f"run: sdit prepare <source> --out {folder}"
+
+    def how_to_write() -> str:
         if any(folder.glob("*.tar")):
-            advice = (
-                f"its preparation did not finish; give the same command, sdit prepare ... with --out {folder} again"
-            )
-        raise DataError(f"{path}: no such file; {advice}") from None
+            return f"its preparation did not finish; give the same command, sdit prepare ... with --out {folder} again"
+        return f"run: sdit prepare <source> --out {folder}"
+
+    return read_json_model(folder / INDEX_NAME, DatasetIndex, how_to_write, "prepare the folder again")
+
+
+def read_json_model(path: Path, kind: type[Model], how_to_write: Callable[[], str], how_to_mend: str) -> Model:
+    """Return the object of type `kind` in a JSON file.
+
+    Raises: DataError: if the file is missing (then the message ends with `how_to_write()`), cannot be read, or is not valid
+        (then it ends with `how_to_mend`).
+    """
+    try:
+        return kind.model_validate_json(read_regular(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: no such file; {how_to_write()}") from None
     except (NotRegularFile, PermissionError) as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(name) for name in first["loc"]) or "file"
-        raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
+        raise DataError(f"{path}: {where}: {first['msg']}; {how_to_mend}") from None
 
 
 def write_index(folder: Path, index: DatasetIndex) -> None:

@@ -119,7 +119,7 @@ def _mapped(path: Path, name: str) -> np.ndarray | None:
         try:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, column_major, dtype = read[np.lib.format.read_magic(file)](file)
-        except Exception:  # as above; `_array` reports it
+        except Exception:  # a damaged header can raise any error; `_array` reads the file again and reports it
             return None
         whole = file.tell() - start + int(np.prod(shape)) * dtype.itemsize == member.file_size
         if column_major or dtype != np.uint8 or not whole or start + member.file_size > os.fstat(file.fileno()).st_size:

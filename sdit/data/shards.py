@@ -6,9 +6,9 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped]
@@ -25,6 +25,7 @@ from sdit.files import replacing
 MAX_MEMBER_BYTES = 64 * 2**20
 READ_ATTEMPTS = 3
 Encoded = Mapping[str, bytes]
+Content = TypeVar("Content")
 
 
 class TarShard:
@@ -103,7 +104,8 @@ def is_intact(folder: Path, record: ShardRecord) -> bool:
 
 
 def _read_verified(folder: Path, record: ShardRecord) -> bytes:
-    data = _read_patiently(folder / record.name)
+    path = folder / record.name
+    data = patiently(lambda: read_regular(path), path.name, f" in {path.parent}")
     if len(data) != record.bytes:
         raise BadShard("size", record.name, f"has {len(data)} bytes, the index says {record.bytes}")
     if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -111,20 +113,20 @@ def _read_verified(folder: Path, record: ShardRecord) -> bytes:
     return data
 
 
-def _read_patiently(path: Path) -> bytes:
-    """Return the file's bytes. Errors of the file system are retried, then raised.
+def patiently(read: Callable[[], Content], name: str, place: str = "") -> Content:
+    """Return `read()` of the file `name`. Errors of the file system are retried, then raised.
 
     Such an error never leads to a substitute sample, because the ranks would then disagree on it.
 
     Raises:
-        BadShard: if the file is missing or is not a regular file, such as a FIFO.
+        BadShard: if the file is missing or is not a regular file, such as a FIFO. `place` is part of the message.
         OSError: if reading fails for READ_ATTEMPTS times.
     """
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            return read_regular(path)
+            return read()
         except (FileNotFoundError, NotADirectoryError, NotRegularFile, PermissionError) as error:
-            raise BadShard("missing", path.name, f"cannot be opened in {path.parent}: {error.strerror}") from error
+            raise BadShard("missing", name, f"cannot be opened{place}: {error.strerror}") from error
         except OSError:
             if attempt == READ_ATTEMPTS:
                 raise

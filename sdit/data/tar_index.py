@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from sdit.checked_files import NotRegularFile, read_regular
 from sdit.data.image_file import AS_ADM, Reading
-from sdit.data.index import FileRecord
+from sdit.data.index import FileRecord, read_json_model
 from sdit.data.journal import IndexFormat, opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
@@ -81,17 +80,8 @@ def read_tar_index(folder: Path) -> TarIndex:
 
     Raises: DataError: if the folder has no index, or the index is not valid.
     """
-    path = folder / TAR_INDEX_NAME
-    try:
-        return TarIndex.model_validate_json(read_regular(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: no such file; run: sdit prepare index TARS --out {folder}") from None
-    except (NotRegularFile, PermissionError) as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(name) for name in first["loc"]) or "file"
-        raise DataError(f"{path}: {where}: {first['msg']}; index the tars again") from None
+    command = f"run: sdit prepare index TARS --out {folder}"
+    return read_json_model(folder / TAR_INDEX_NAME, TarIndex, lambda: command, "index the tars again")
 
 
 FORMAT = IndexFormat(TAR_INDEX_NAME, read_tar_index, TarRecord)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +20,7 @@ from sdit.data.image_file import decode_image
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
-from sdit.data.shards import READ_ATTEMPTS
+from sdit.data.shards import patiently
 from sdit.data.tar_headers import BLOCK
 from sdit.data.tar_index import HASHED_BYTES, MEMBER, TarIndex, TarRecord, members_digest, members_path, read_tar_index
 from sdit.errors import DataError
@@ -42,7 +41,7 @@ class TarsInPlace:
     def open(self, shard: int) -> OpenTar:
         record = self._index.shards[shard]
         members = self._members(shard, record)
-        return OpenTar(_opened(record), record, members, self.facts, self._index)
+        return OpenTar(patiently(lambda: _verified(record), record.name), record, members, self.facts, self._index)
 
     def _members(self, shard: int, record: TarRecord) -> np.ndarray:
         path = members_path(self._folder, shard)
@@ -105,26 +104,8 @@ def _state(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _opened(record: TarRecord) -> BinaryIO:
-    """Open a tar and compare it with its record. Errors of the file system are retried, then raised.
-
-    Raises:
-        BadShard: if the tar is missing or differs from its record.
-        OSError: if the file system fails for READ_ATTEMPTS times.
-    """
-    for attempt in range(1, READ_ATTEMPTS + 1):
-        try:
-            return _verified(record)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise BadShard("missing", record.name, f"cannot be opened: {error.strerror}") from error
-        except OSError:
-            if attempt == READ_ATTEMPTS:
-                raise
-            time.sleep(attempt)
-    raise AssertionError("unreachable")
-
-
 def _verified(record: TarRecord) -> BinaryIO:
+    """Open a tar and compare it with its record. Raises: BadShard: if it differs."""
     if not stat.S_ISREG(os.stat(record.name).st_mode):  # opening a FIFO would wait for a writer
         raise BadShard("missing", record.name, "is no regular file")
     file = open(record.name, "rb", buffering=0)  # noqa: SIM115  # the caller keeps it open

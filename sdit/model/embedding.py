@@ -89,7 +89,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
-        # Not by `nn.Embedding(...)`: it draws initial values, which on device "meta" imports torch's compiler (2 s of CPU).
+        # Not by `nn.Embedding(...)`: it draws initial values, which on device "meta" imports torch's compiler.
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:

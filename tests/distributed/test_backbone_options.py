@@ -24,15 +24,15 @@ FLOW = (
     "sample.guidance=2", "model.time_scale=50",
 )  # fmt: skip
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], int]] = {  # name -> ranks, what sets it apart, ZeRO stage
-    "alone": (1, (), 0),
+    "one rank": (1, (), 0),
     "checkpointed": (1, ("parallel.activation_checkpointing=block", "train.micro_batch=8"), 1),
     "two ranks": (2, ("parallel.expert=1",), 2),
     "spread": (2, SPREAD, 1),
     "weights": (2, ("parallel.expert=2", "parallel.exchange=weights", "train.micro_batch=8"), 1),
     "flow": (2, (*SPREAD, *FLOW), 1),
-    "flow alone": (1, FLOW, 1),
+    "flow on one rank": (1, FLOW, 1),
     "bf16": (2, (*SPREAD, "train.precision=bf16"), 1),
-    "bf16 alone": (1, ("train.precision=bf16",), 1),
+    "bf16 on one rank": (1, ("train.precision=bf16",), 1),
 }
 
 
@@ -60,16 +60,16 @@ def assert_same_losses(
 
 @pytest.mark.parametrize("layout", ["checkpointed", "two ranks", "spread", "weights"])
 def test_losses_do_not_depend_on_the_layout(runs: Path, layout: str) -> None:
-    assert_same_losses(runs / layout, runs / "alone")
+    assert_same_losses(runs / layout, runs / "one rank")
 
 
 def test_losses_of_flow_do_not_depend_on_the_layout(runs: Path) -> None:
-    assert_same_losses(runs / "flow", runs / "flow alone")
+    assert_same_losses(runs / "flow", runs / "flow on one rank")
 
 
 def test_losses_in_bfloat16_follow_the_layout_to_rounding(runs: Path) -> None:
     """A bf16 value is rounded by up to 2^-9 of itself. Two runs differ by two of those, where they round differently."""
-    assert_same_losses(runs / "bf16", runs / "bf16 alone", 2**-8, ("loss",))
+    assert_same_losses(runs / "bf16", runs / "bf16 on one rank", 2**-8, ("loss",))
 
 
 def test_the_weights_of_norms_are_trained_and_stored(runs: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_weights_of_norms_are_trained_and_stored(runs: Path) -> None:
     assert all(not torch.equal(values, torch.ones_like(values)) for values in norms.values())
 
 
-@pytest.mark.parametrize("layout", ["alone", "spread"])
+@pytest.mark.parametrize("layout", ["one rank", "spread"])
 def test_a_resumed_run_has_the_same_bits(runs: Path, layout: str, tmp_path: Path) -> None:
     straight, resumed = runs / layout, tmp_path / "resumed"
     name = f"checkpoints/images-{HALF * 32:012d}"
@@ -96,7 +96,7 @@ def test_a_resumed_run_has_the_same_bits(runs: Path, layout: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-@pytest.mark.parametrize("layout", ["alone", "spread"])
+@pytest.mark.parametrize("layout", ["one rank", "spread"])
 def test_compiled_blocks_make_the_same_run(runs: Path, layout: str, tmp_path: Path) -> None:
     world, more, stage = LAYOUTS[layout]
     train_together(

@@ -157,8 +157,11 @@ def test_sharded_weights_equal_those_of_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": "../outside.safetensors"}, "x is in '../outside.safetensors'; legal: a .safetensors file beside it"),
-        ({"x": 3}, "x is in '3'; legal: a .safetensors file beside it"),
+        (
+            {"x": "../outside.safetensors"},
+            "x is in '../outside.safetensors'; legal: a .safetensors file in the same folder",
+        ),
+        ({"x": 3}, "x is in '3'; legal: a .safetensors file in the same folder"),
         ({"x": "model-00001-of-00002.safetensors"}, r"model-00001-of-00002.safetensors: does not contain x; legal"),
         ({"x": "gone.safetensors"}, r"gone.safetensors: no such file"),
         (None, "weight_map is not a mapping of tensors to files"),

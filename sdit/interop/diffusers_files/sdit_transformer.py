@@ -245,6 +245,12 @@ def channel_mask(timesteps: int, width: int, alpha: float, beta: float) -> Tenso
     return (channel >= start) & (channel < start + active)
 
 
+def register_tables(module: nn.Module, **tables: Tensor | None) -> None:
+    """Add buffers that depend only on the config, and that no file of weights holds."""
+    for name, table in tables.items():
+        module.register_buffer(name, table, persistent=False)
+
+
 class SditTransformer2DModel(ModelMixin, ConfigMixin):
     """Predicts noise, x0, v or velocity, and the variance if it was learned.
 
@@ -280,22 +286,21 @@ class SditTransformer2DModel(ModelMixin, ConfigMixin):
         width, side = num_attention_heads * attention_head_dim, sample_size // patch_size
         options = {"norm": norm, "ffn": ffn, "qk_norm": qk_norm}
         self.x_embedder = Holder(proj=nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
-        layers = nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
-        self.t_embedder = Holder(mlp=nn.Sequential(*layers))
+        self.t_embedder = Holder(
+            mlp=nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        )
         if num_embeds_ada_norm:
             self.y_embedder = Holder(embedding_table=nn.Embedding(num_embeds_ada_norm + 1, width))
         self.blocks = nn.ModuleList(Block(width, num_attention_heads, mlp_ratio, options) for _ in range(num_layers))
         if variant == "switch":
-            assert experts is not None, "variant switch needs experts"
-            self.routers = nn.ModuleList(Router(width, experts) for _ in range(num_layers))
+            self.routers = nn.ModuleList(Router(width, experts or {}) for _ in range(num_layers))
         self.final_layer = FinalLayer(width, patch_size**2 * out_channels, norm)
-        tables = {
-            "position_table": grid_positions(side, width, position_base) if positions == "sincos" else None,
-            "rotation_table": rotation(side, attention_head_dim, position_base) if rope else None,
-            "channel_mask": channel_mask(timesteps, width, **(dtr or {})) if variant == "dtr" else None,
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        register_tables(
+            self,
+            position_table=grid_positions(side, width, position_base) if positions == "sincos" else None,
+            rotation_table=rotation(side, attention_head_dim, position_base) if rope else None,
+            channel_mask=channel_mask(timesteps, width, **(dtr or {})) if variant == "dtr" else None,
+        )
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True

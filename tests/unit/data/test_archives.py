@@ -1,4 +1,4 @@
-"""Images in archives that others made: each image once, with its label; the same bytes whatever happens on the way."""
+"""Images in archives that others made: each image once, with its label, and the same bytes after an interruption."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_prepared_is_one_line(
 
 
 def test_images_of_other_sizes_are_cropped_as_files_are(tmp_path: Path) -> None:
-    """Whatever holds an image: its pixels are those of the same file in a folder."""
+    """The pixels of an image are the same in each kind of archive as in a folder."""
     from sdit.data.image_file import read_image
 
     (tmp_path / "a.jpg").write_bytes(encoded(0, "JPEG", 37, 50))

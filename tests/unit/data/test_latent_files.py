@@ -23,7 +23,7 @@ def prepare(*words: object) -> int:
 
 
 def write_shards(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Two files, sorted by class, and `latents_stats.pt` beside them. The latents (20, 5, 4, 4); the flipped are negated."""
+    """Two files, sorted by class, and `latents_stats.pt` in one folder. The latents (20, 5, 4, 4); the flipped are negated."""
     folder.mkdir()
     latents = torch.randn(COUNT, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.arange(COUNT) // 2

@@ -190,7 +190,7 @@ def test_the_loader_normalises_by_the_index_or_by_a_file(folder: Path, tmp_path:
     for name in ("index", str(tmp_path / "s.json"), str(folder / "index.json")):
         assert np.array_equal(read(folder, latent_stats=name), expected), name
         assert np.array_equal(read(folder, latent_stats=name, latent_scale=0.5), expected * np.float32(0.5))
-    assert np.array_equal(read(folder, latent_scale=1.0), plain)  # an index with statistics alone changes nothing
+    assert np.array_equal(read(folder, latent_scale=1.0), plain)  # only an index with statistics changes nothing
 
 
 def test_the_scale_is_one_beside_statistics_unless_it_is_given() -> None:

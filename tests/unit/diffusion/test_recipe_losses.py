@@ -1,4 +1,4 @@
-"""The losses of the flow path beside the squared error: direction of the velocity, and contrastive flow matching."""
+"""The losses of the flow path that are added to the squared error: direction of the velocity, and contrastive flow matching."""
 
 from __future__ import annotations
 

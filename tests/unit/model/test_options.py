@@ -1,4 +1,4 @@
-"""Each backbone option against its plain form, alone, in half precision and while sampling."""
+"""Each backbone option against its plain form, in half precision and while sampling."""
 
 from __future__ import annotations
 
