@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -43,3 +44,17 @@ def test_a_stage_that_hangs_or_fails_is_in_the_table(tmp_path: Path, code: str, 
     result = run_check(tmp_path / "out", "--stages", "numerics", "--minutes", minutes, PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     assert f"| numerics | the stage | {expected}" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("is_good", "problem", "expected"), [(True, "", True), (None, "", True), (False, "", False), (True, "x", False)]
+)
+def test_a_missed_limit_fails_the_check(
+    is_good: bool | None, problem: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CHECK.parent))
+    gpu_check = importlib.import_module("gpu_check")
+    row = {"name": "loss", "value": 0.5, "unit": "", "wanted": "at most 0.1", "is_good": is_good}
+    result = gpu_check.Result("numerics", [row], 1.0, problem)
+    assert gpu_check.is_good(result) is expected
+    assert ("**no**" in gpu_check.as_table([result])) is not expected
