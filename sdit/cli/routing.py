@@ -49,10 +49,11 @@ def run(options: argparse.Namespace) -> int:
         return draw_arrays(options.checkpoint, options.out)
     use_cache(run_caches(options.checkpoint))
     from sdit.checkpoint.load import load_trained
+    from sdit.expert_parallel.routing_table import task_weights
     from sdit.model import solve_assignment  # torch takes seconds to import: not for --help
     from sdit.observe.routing import Snapshot
     from sdit.observe.routing_figures import draw_map
-    from sdit.time_law import TimeLaw, prior_law
+    from sdit.time_law import prior_law
 
     trained = load_trained(options.checkpoint, options.weights, options.config)
     config, model = trained.config, trained.config.model
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"after {trained.clock.images_seen:,} images ({options.weights})"
     assignment, dropped = solve_assignment(probs, model, prior_law(config)), expected_drops(config, probs.numpy())
-    weights, images_seen = TimeLaw.of(config.diffusion).task_weights(model.timesteps), trained.clock.images_seen
+    images_seen, weights = trained.clock.images_seen, task_weights(config)
     snapshot = Snapshot.take(images_seen, probs.numpy(), model.experts.top_k, assignment, dropped, weights)
     draw_map(snapshot, options.out, title)
     print(options.out)
@@ -92,16 +93,14 @@ def expected_drops(config: Config, probs: np.ndarray) -> np.ndarray | None:
     import numpy as np
 
     from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
-    from sdit.expert_parallel.routing_table import RoutingTable
+    from sdit.expert_parallel.routing_table import RoutingTable, task_weights
     from sdit.observe.routing import chosen_experts
-    from sdit.time_law import TimeLaw
 
     experts = config.model.experts
     if experts.capacity_factor is None:
         return None
     chosen = chosen_experts(probs, experts.top_k)
-    weights = TimeLaw.of(config.diffusion).task_weights(probs.shape[1])
-    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count, weights)
+    routes = RoutingTable(chosen, np.take_along_axis(probs, chosen, axis=-1), experts.count, task_weights(config))
     capacity = Capacity(experts.capacity_factor, experts.drop_policy, config.seed)
     batches = routes.random_tasks(np.random.default_rng(config.seed), (DRAWS, config.train.global_batch))
     return np.mean([dropped_per_block(keep_samples(routes, tasks, 0, capacity)) for tasks in batches], axis=0)

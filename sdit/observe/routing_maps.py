@@ -10,6 +10,7 @@ import numpy as np
 
 from sdit.clock import Clock
 from sdit.config import Config, ModelConfig
+from sdit.expert_parallel.routing_table import task_weights
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
@@ -27,10 +28,11 @@ class RoutingMaps(Observer):
 
     name, on_failure = "routing maps", OnFailure.RETRY
 
-    def __init__(self, run_dir: Path | RunFolder, model: ModelConfig, law: TimeLaw, windows: TimeLaw | None) -> None:
-        """Take the law of the training times, and the law whose quantiles the prior's windows follow (`prior_law`)."""
-        self._run_dir, self._model, self._prior_law = run_dir, model, windows
-        self._task_weights = law.task_weights(model.timesteps)
+    def __init__(
+        self, run_dir: Path | RunFolder, model: ModelConfig, weights: np.ndarray, windows: TimeLaw | None
+    ) -> None:
+        """Take the `task_weights`, and the law whose quantiles the prior's windows follow (`prior_law`)."""
+        self._run_dir, self._model, self._task_weights, self._prior_law = run_dir, model, weights, windows
         self._dropped: np.ndarray | None = None
         self._total_images = 0
         self._is_complete, self._may_draw = False, True
@@ -38,7 +40,7 @@ class RoutingMaps(Observer):
     @classmethod
     def of(cls, config: Config, run_dir: Path | RunFolder) -> RoutingMaps:
         """Return the observer of a run."""
-        return cls(run_dir, config.model, TimeLaw.of(config.diffusion), prior_law(config))
+        return cls(run_dir, config.model, task_weights(config), prior_law(config))
 
     @property
     def _folder(self) -> Path:

@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from sdit.expert_parallel.routing_table import RoutingTable
+from sdit.expert_parallel.routing_table import RoutingTable, task_weights
 from sdit.expert_parallel.strategy import decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
-from sdit.time_law import TimeLaw, prior_law
+from sdit.time_law import prior_law
 
 Mode = Literal["tokens", "weights", "auto"]
 MODES: tuple[Mode, ...] = ("tokens", "weights", "auto")
@@ -81,7 +81,7 @@ def prior_routes(job: Job) -> RoutingTable:
     by_block = mask.reshape(model.timesteps, model.experts.count, model.depth).transpose(2, 0, 1)
     experts = np.argsort(~by_block, axis=2, kind="stable")[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count, task_weights(job))
+    return RoutingTable(experts, gates, model.experts.count, task_weights(job.config))
 
 
 def random_routes(job: Job) -> RoutingTable:
@@ -90,9 +90,4 @@ def random_routes(job: Job) -> RoutingTable:
     scores = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
     experts = np.argsort(scores, axis=2)[:, :, : model.experts.top_k]
     gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count, task_weights(job))
-
-
-def task_weights(job: Job) -> np.ndarray:
-    """Return T times the probability of each task in training, float64 (T,)."""
-    return TimeLaw.of(job.config.diffusion).task_weights(job.config.model.timesteps)
+    return RoutingTable(experts, gates, model.experts.count, task_weights(job.config))

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sdit.config import Config, DiffusionConfig, ModelConfig
+from sdit.clock import Clock
+from sdit.config import Config, DiffusionConfig, ModelConfig, ResolvedRun
 from sdit.contracts import Routing
 from sdit.diffusion import build_objective
+from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import place_experts
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads
 from sdit.expert_parallel.step_planner import gate_tasks
 from sdit.expert_parallel.traffic_model import TrafficModel
-from sdit.model import balance_loss, build_model
+from sdit.model import UnitMatcher, balance_loss, build_model, init_weights
 from sdit.model.windows import expert_windows, task_windows
+from sdit.observe.routing import Snapshot
+from sdit.observe.routing_maps import RoutingMaps
 from sdit.time_law import BELOW_ONE, TimeLaw, prior_law
+from sdit.topology import BatchPlan
+from sdit.train.prior import PriorSchedule
 from tests.cases.commands import ROOT
 
 NUMBERS = np.load(ROOT / "tests" / "data" / "recipe_timesteps.npz")
@@ -163,3 +171,62 @@ def test_the_windows_of_the_prior_follow_t_or_the_quantiles_of_the_law() -> None
     assert (found.starts[0], found.starts[-1]) == (0, 6)
     uniform = task_windows(200, 12, 6, 4.0, TimeLaw())
     assert np.array_equal(uniform.starts, expert_windows(by_time.model).starts)
+
+
+SHIFTED = {"path": "flow", "timestep_sampling": "logit_normal", "time_shift": 3.0}
+MODEL = {
+    "variant": "switch", "depth": 2, "width": 16, "heads": 2, "patch_size": 4, "input_size": 8, "timesteps": 40,
+    "learn_variance": False, "experts": {"count": 4, "top_k": 2},
+}  # fmt: skip
+
+
+def shifted_config(**sections: Any) -> Config:
+    return Config.model_validate({"model": MODEL, "diffusion": SHIFTED, **sections})
+
+
+def test_the_trainer_s_routing_table_has_the_law_of_the_run() -> None:
+    """Balance loss, alarms, placement and exchange read their loads from this table."""
+    config = shifted_config()
+    comm: Any = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    experts = ExpertParallel(ResolvedRun(config, {}, BatchPlan(8, 8, 1), 1, 1, 0), comm)
+    model = build_model(config.model, device="meta")
+    experts.shard(model.to_empty(device="cpu"), lambda built: init_weights(built, 0))
+    weights = law_of(SHIFTED).task_weights(40)
+    assert np.array_equal(experts.table.weights, weights) and np.ptp(weights) > 1
+    expected = exact_loads(experts.table.experts, 4, weights)
+    assert np.array_equal(experts.table.loads, expected)
+    assert not np.allclose(expected, exact_loads(experts.table.experts, 4))
+
+
+def test_path_placement_orders_experts_by_their_mean_time_under_the_law() -> None:
+    tasks = np.arange(10)
+    experts = np.where(tasks == 5, 1, 0)[None, :, None]  # expert 0 serves both ends, expert 1 the middle
+    gates = np.ones(experts.shape, np.float32)
+    late = np.where(tasks == 9, 5.5, 0.5)
+    replicated = np.zeros((1, 2), dtype=bool)
+    owners = [
+        place_experts("path", RoutingTable(experts, gates, 2, weights), 2, replicated).tolist()
+        for weights in (np.ones(10), late)
+    ]
+    assert owners == [[[0, 1]], [[1, 0]]]
+
+
+@pytest.mark.parametrize(("axis", "follows"), [("time", False), ("quantile", True)])
+def test_the_prior_s_windows_follow_the_axis_of_the_run(axis: str, follows: bool) -> None:
+    config = shifted_config(prior={"axis": axis})
+    matcher = PriorSchedule.of(config)._matcher
+    by_time, by_quantile = (UnitMatcher(config.model, law) for law in (None, law_of(SHIFTED)))
+    assert not np.array_equal(by_time.windows.mask, by_quantile.windows.mask)
+    assert np.array_equal(matcher.windows.mask, (by_quantile if follows else by_time).windows.mask)
+
+
+def test_maps_of_a_run_show_the_loads_of_its_law(tmp_path: Path) -> None:
+    config = shifted_config()
+    maps = RoutingMaps.of(config, tmp_path)
+    maps.on_start(Clock(), 100, "")
+    probs = torch.rand(2, 40, 4, generator=torch.Generator().manual_seed(0)).softmax(-1).numpy()
+    maps.on_routing(Clock(), probs, None)
+    (path,) = (tmp_path / "routing").iterdir()
+    loads = Snapshot.load(path).loads
+    chosen = np.argsort(-probs, axis=-1, kind="stable")[:, :, :2]
+    np.testing.assert_allclose(loads.reshape(2, 4), exact_loads(chosen, 4, law_of(SHIFTED).task_weights(40)), rtol=1e-6)
