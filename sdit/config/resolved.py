@@ -70,6 +70,11 @@ def check_trainable(config: Config) -> None:
         raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
     if config.train.steps is None and config.train.images is None:
         raise ConfigError("train.steps: is not set; legal: train.steps or train.images, the length of the run")
+    if config.train.init_code is not None and (config.diffusion.path, config.model.time_scale) != ("flow", 1.0):
+        raise ConfigError(
+            f"train.init_code: {config.train.init_code} with diffusion.path {config.diffusion.path} and model.time_scale "
+            f"{config.model.time_scale}; legal: flow and 1, or train.init_code null"
+        )
     if config.diffusion.path == "diffusion" and config.sample.time_shift != 1:
         raise ConfigError(f"sample.time_shift: {config.sample.time_shift:g} with diffusion.path diffusion; legal: 1")
     guided = config.sample.guided_channels

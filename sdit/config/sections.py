@@ -43,6 +43,11 @@ class TrainConfig(Section):
         min_length=1,
     )
     init_ema: bool = field(True, "of init_from, read the averaged weights if it has them; false: the last weights")
+    init_code: Literal["lightningdit", "sit", "dsmoe", "diffmoe", "dit_moe"] | None = field(
+        None,
+        "the code base that trained init_from, if it is a published flow model: its weights are converted to the time and "
+        "the sign of sdit (needs diffusion.path flow and model.time_scale 1); null: as they are",
+    )
     init_allow: list[Literal["positions", "labels"]] = field(
         [],
         "what init_from may hold for another model: positions (another resolution; computed anew), labels (another number "
@@ -62,6 +67,8 @@ class TrainConfig(Section):
     def _init_is_used(self) -> TrainConfig:
         if self.init_allow and self.init_from is None:
             raise ValueError(f"init_allow: {self.init_allow} without init_from; legal: [] or a path in train.init_from")
+        if self.init_code is not None and self.init_from is None:
+            raise ValueError(f"init_code: {self.init_code} without init_from; legal: null or a path in train.init_from")
         return self
 
     @property

@@ -16,7 +16,7 @@ from sdit.checkpoint.store import list_checkpoints
 from sdit.config import TrainConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError, SditError
-from sdit.interop import load_published, published_buffers, read_weights
+from sdit.interop import convert_flow_weights, load_published, published_buffers, read_weights
 from sdit.interop.fitting import fit_weights
 from sdit.model import DiffusionTransformer
 from sdit.safetensors_file import read_header
@@ -57,6 +57,8 @@ def read_initial_weights(config: TrainConfig, comm: Comm) -> InitialWeights | No
     weights: Literal["ema", "model"] = "ema" if config.init_ema else "model"
     try:
         tensors = _read(path, weights)
+        if config.init_code is not None:
+            tensors = convert_flow_weights(tensors, config.init_code)
     except SditError as error:
         problem, is_setting = str(error), isinstance(error, ConfigError)
     answers = comm.gather([problem, is_setting, _digest(tensors)])

@@ -17,7 +17,7 @@ LENGTH_KEYS = ("train.steps", "train.images")
 FIXED = (
     "seed", "diffusion.path", "diffusion.prediction", "diffusion.schedule", "data.source", "data.streams", "train.freeze",
 )  # fmt: skip
-INIT_KEYS = ("train.init_from", "train.init_ema", "train.init_allow")
+INIT_KEYS = ("train.init_from", "train.init_ema", "train.init_code", "train.init_allow")
 AVERAGE_KEYS = ("ema.decays", "ema.sigma_rel")
 FREE_MODEL_KEYS = ("experts.capacity_factor", "experts.capacity_factor_eval", "experts.drop_policy", "size")
 

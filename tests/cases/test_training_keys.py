@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.config import load_config
+from sdit.config import check_trainable, load_config
 from sdit.errors import ConfigError
 from tests.cases.commands import TINY, start
 
@@ -15,6 +15,8 @@ REFUSED = {  # override -> words of the line
     "train.init_ema=1": "train.init_ema: 1",
     "train.init_allow=[labels]": "train.init_allow: ['labels'] without init_from; legal: []",
     "train.init_allow=[sizes]": "'sizes' is not legal (input should be 'positions' or 'labels')",
+    "train.init_code=sit": "train.init_code: sit without init_from; legal: null",
+    "train.init_code=unet": "train.init_code: 'unet' is not legal",
     "train.freeze=blocks": "train.freeze: 'blocks' is not legal (input should be a valid list)",
     "train.freeze=['']": "train.freeze: '' is not legal",
     "ema.decays=[1.0]": "ema.decays: 1.0 is not legal (input should be less than 1)",
@@ -33,7 +35,7 @@ REFUSED = {  # override -> words of the line
     "optimizer.kind=adam": "optimizer.kind: 'adam' is not legal",
 }
 LEGAL = (
-    "train.init_from=weights.pt", "train.init_allow=[positions,labels]", "train.init_ema=false",
+    "train.init_from=weights.pt", "train.init_code=lightningdit", "train.init_allow=[positions,labels]", "train.init_ema=false",
     "train.freeze=['blocks.*','*.bias']", "ema.decays=[0.99,0.999]", "ema.sigma_rel=[0.05,0.1]", "ema.snapshot_images=64",
     "optimizer.decay=wsd", "optimizer.decay_images=64", "optimizer.kind=muon",
 )  # fmt: skip
@@ -71,3 +73,14 @@ def test_what_a_rank_refuses_ends_a_launch_with_78(override: str, words: str, tm
     done = start(*command, seconds=300)
     (line,) = [text for text in done.err.splitlines() if text.startswith("error:")]
     assert done.status == 78 and words in line
+
+
+@pytest.mark.parametrize("keys", [("diffusion.path=flow",), ("model.time_scale=1",), ()], ids=str)
+def test_converted_weights_need_their_time(keys: tuple[str, ...]) -> None:
+    more = ("train.init_from=w.pt", "train.init_code=sit", "model.learn_variance=false", "sample.sampler=euler")
+    with pytest.raises(
+        ConfigError, match=r"^train\.init_code: sit with diffusion\.path .* legal: flow and 1"
+    ) as caught:
+        check_trainable(load_config(TINY, [*more, *keys]))
+    assert "\n" not in str(caught.value)
+    check_trainable(load_config(TINY, [*more, "diffusion.path=flow", "model.time_scale=1"]))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from written_run import tiny_config, write_run
 from sdit.clock import Clock
 from sdit.config import Config, TrainConfig
 from sdit.errors import CheckpointError, ConfigError
-from sdit.interop import load_published, read_weights, to_published, write_published_file
+from sdit.interop import FLOW_MODEL, load_published, read_weights, to_published, write_published_file
+from sdit.interop.flow_weights import DATA_AT_ONE
 from sdit.model import DiffusionTransformer, build_experts, build_model
 from sdit.model.embedding import grid_positions
 from sdit.train.freezing import freeze
@@ -334,3 +335,26 @@ def test_a_pattern_that_fits_nothing_and_all_patterns_are_refused() -> None:
         ConfigError, match=r"train.freeze: \['\*'\] leaves no parameter to train; legal: fewer patterns"
     ):
         freeze(random_model(), ["*"])
+
+
+@pytest.mark.parametrize("variant", ["dit", "switch"])
+def test_a_published_flow_model_starts_a_run(variant: str, tmp_path: Path) -> None:
+    """The first prediction is the published network's, in the time and with the sign of sdit."""
+    numbers = np.load(DATA / "recipe_lightning.npz")
+    weights = {
+        name.removeprefix("w."): torch.from_numpy(numbers[name]) for name in numbers.files if name.startswith("w.")
+    }
+    save_file(weights, tmp_path / "lightningdit.safetensors")
+    keys = TrainConfig(init_from=str(tmp_path / "lightningdit.safetensors"), init_code="lightningdit")
+    initial = read_initial_weights(keys, one_rank())
+    assert initial is not None
+    shape = json.loads(str(numbers["meta"])) | FLOW_MODEL | {"variant": variant}
+    model = build_model(shape, seed=2).eval()
+    initial.copy_into(model)
+    x, t, y = (torch.from_numpy(numbers[f"in.{name}"]) for name in ("x", "t_flow", "y"))
+    assert relative(model(x, t, y).prediction, numbers["out.published_flow"]) < 1e-4
+
+
+def test_init_code_knows_each_code_base() -> None:
+    legal = get_args(get_args(TrainConfig.model_fields["init_code"].annotation)[0])
+    assert set(legal) == set(DATA_AT_ONE)
