@@ -105,7 +105,7 @@ def merged_labels(columns: Sequence[LabelColumn], given: ClassNames) -> tuple[np
     names = given or next(iter(stated), ())
     used = [column for column in columns if (column.values != NO_LABEL).any()]
     if not used:
-        raise DataError("no record has a label; legal: --unlabelled")
+        raise DataError("no record has a label; legal: another --label or --label-key, or --unlabelled")
     if len({bool(column.texts) for column in used}) > 1:
         raise DataError("labels are numbers in some archives and texts in others; legal: only numbers, or only texts")
     if used[0].texts:
