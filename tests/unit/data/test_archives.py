@@ -170,7 +170,7 @@ def test_bad_records_are_one_clear_line_each_and_counted(
         (("webdataset", "t.tar", "t.tar", "--size", 8), "TAR: t.tar is named twice"),
         (("webdataset", "t.tar", "--size", 8, "--class-names", "none.txt"), "--class-names: none.txt: No such file"),
         (("webdataset", "t.tar", "--size", 8, "--class-names", "one.txt"), "--class-names: 1 names, but label"),
-        (("webdataset", "t.tar", "--size", 8, "--label", "txt"), "no record has a label; legal: another --label or --label-key, or --unlabelled"),
+        (("webdataset", "t.tar", "--size", 8, "--label", "txt"), "no record has a label; legal: another --label or --label-key"),
         (("parquet", "t.tar", "--size", 8), "t.tar: cannot be read"),
         (("parquet", "p.parquet", "--size", 8, "--image-column", "x"), "--image-column: x for p.parquet; legal here: image"),
         (("parquet", "p.parquet", "--size", 8, "--label-column", "x"), "p.parquet; legal here: image, label"),
