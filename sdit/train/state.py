@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import sdit
-from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.clock import Clock, StepSpan
 from sdit.config import ResolvedRun
@@ -147,7 +147,7 @@ class RunState:
             CheckpointError: a tensor is missing or of another shape.
         """
         changes = compare_configs(found.manifest["config"], self.config.model_dump(mode="json"), str(found.folder))
-        with ShardSet(found.folder, manifest_files(found.manifest)) as shards, torch.no_grad():
+        with ShardSet(found.folder, found.manifest) as shards, torch.no_grad():
             for local in (self.engine.local, self.engine.frozen_local):
                 restore(shards, "weight", local, [shard.master for shard in local], self.expert_ids)
             for key in self.engine.moment_keys:

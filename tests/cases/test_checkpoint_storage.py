@@ -60,6 +60,10 @@ class ThreadRank:
     def gather(self, value: Any) -> list[Any]:
         return self._group.exchange(self.rank, value)
 
+    def gather_to_first(self, value: Any) -> list[Any]:
+        gathered = self.gather(value)
+        return gathered if self.is_first else []
+
     def from_first(self, value: Any) -> Any:
         return self._group.exchange(self.rank, value)[0]
 

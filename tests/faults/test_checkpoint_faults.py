@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sdit.checkpoint.files import ShardSet, manifest_files, write_shard
+from sdit.checkpoint.files import write_shard
 from sdit.checkpoint.saver import MAX_FAILURES, Saver
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.space import check_space
 from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.config import CheckpointConfig
@@ -33,6 +34,8 @@ class OneRank:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+    gather_to_first = gather
 
     def from_first(self, value: Any) -> Any:
         return value
@@ -56,7 +59,7 @@ def names(folder: Path) -> list[str]:
 
 
 def content(folder: Path, manifest: dict) -> np.ndarray:
-    with ShardSet(folder, manifest_files(manifest)) as shards:
+    with ShardSet(folder, manifest) as shards:
         return shards.tensor("weight/w").numpy()
 
 
