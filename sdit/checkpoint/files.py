@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,7 +57,7 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields in a manifest. Those of format 1 have no `start` and no `file_bytes`."""
-        fields = asdict(self)
+        fields = dict(vars(self))
         if not self.is_shared:
             del fields["start"], fields["file_bytes"]
         return fields
@@ -140,9 +140,9 @@ def _entry(key: str, flat: np.ndarray) -> TensorEntry:
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
     """Write the manifest together with its checksum, so that an incomplete manifest is detected."""
     text = json.dumps(body, indent=1, sort_keys=True)
-    sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
+    seal = hashlib.sha256(text.encode()).hexdigest()
     path = folder / MANIFEST
-    path.write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")
+    path.write_text(f'{{"body": {text},\n "sha256": "{seal}"}}\n', encoding="utf-8")
     fsync(path)
 
 
@@ -169,8 +169,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return check_manifest(body, path)
 
 
-def verify_shard(folder: Path, record: ShardRecord, expected: Mapping[str, tuple[int, int]] | None = None) -> None:
-    """Read a shard once and compare it with its record, and its header with the ranges that the index expects in it.
+def verify_shard(folder: Path, record: ShardRecord, expected: ShardTable | None = None) -> None:
+    """Read a shard once and compare it with its record, and its header with what the index says of it.
 
     Raises: CheckpointError: if the file is missing or not a regular file, if its size, checksum or header is wrong, or if
         a tensor holds NaN or infinite numbers. The message names the file, and the bytes of a shard that shares it.
@@ -186,12 +186,18 @@ def verify_shard(folder: Path, record: ShardRecord, expected: Mapping[str, tuple
                 raise CheckpointError(f"{where}: does not match its checksum")
             header, shapes = _parse_shard(file, folder / record.name, record)
             table = ShardTable({key: (t.start, t.shape[0]) for key, t in header.tensors.items()}, shapes)
-            if expected is not None and table.ranges != expected:
+            if expected is not None and not _agree(table, expected):
                 raise CheckpointError(f"{where}: its header differs from the index of the manifest")
             if not is_finite or any(tensor.start % 4 for tensor in header.tensors.values()):
                 _name_non_finite(file, folder / record.name, header)
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
+
+
+def _agree(stored: ShardTable, expected: ShardTable) -> bool:
+    """Return True if a shard has the ranges of the index, of tensors with these shapes."""
+    shapes = {name: stored.shapes.get(name) for name in expected.shapes}
+    return stored.ranges == expected.ranges and shapes == expected.shapes
 
 
 def _scan(file: BinaryIO, record: ShardRecord) -> tuple[str, bool]:

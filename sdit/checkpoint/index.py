@@ -60,7 +60,7 @@ class ShardIndex:
         self._tensor, self._start, self._count, self._shard, self._offset = (column[order] for column in columns)
         self._first = np.searchsorted(self._tensor, np.arange(len(self._names) + 1))
         self._check_ranges()
-        self._of_shard: np.ndarray | None = None
+        self._by_shard: np.ndarray | None = None
 
     def _check_ranges(self) -> None:
         sizes = np.array([min(math.prod(shape), LARGEST) for shape in self.shapes.values()] or [0], dtype=np.int64)
@@ -118,13 +118,15 @@ class ShardIndex:
         first, last = self._rows(tensor)
         return int(self._count[first:last].sum())
 
-    def ranges_of(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Return the first byte and the elements of each range of a shard, by key."""
-        if self._of_shard is None:
-            self._of_shard = np.argsort(self._shard, kind="stable")
-        order = self._of_shard
-        low, high = np.searchsorted(self._shard, [shard, shard + 1], sorter=order)
-        return {self._key(row): (int(self._offset[row]), int(self._count[row])) for row in order[low:high]}
+    def table_of(self, shard: int) -> ShardTable:
+        """Return what a shard holds."""
+        if self._by_shard is None:
+            self._by_shard = np.argsort(self._shard, kind="stable")
+        low, high = np.searchsorted(self._shard, [shard, shard + 1], sorter=self._by_shard)
+        rows = self._by_shard[low:high]
+        names = [self._names[number] for number in self._tensor[rows]]
+        ranges = {self._key(row): (int(self._offset[row]), int(self._count[row])) for row in rows}
+        return ShardTable(ranges, {name: self.shapes[name] for name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Return the index for the manifest. Kinds share the names and shapes of their tensors."""

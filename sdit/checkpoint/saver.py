@@ -108,6 +108,7 @@ class Saver:
         """
         if not snapshot.is_live:
             return snapshot
+        snapshot.wait()
         for key, flat in snapshot.tensors.items():
             if key not in self._copies or self._copies[key].shape != flat.shape:
                 self._copies[key] = np.empty_like(flat)

@@ -36,7 +36,7 @@ from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
 from sdit.expert_parallel.logical_tensors import ExpertIds, logical_shards, shards_with_values
-from sdit.files import DISK_FULL, fsync, replace_text
+from sdit.files import DISK_FULL, fsync, remove_folder, replace_text
 from sdit.supervise.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -137,14 +137,15 @@ def _verify_share(folder: Path, manifest: Mapping[str, Any], rank: int, world: i
     """
     index = None if manifest.get("index") is None else index_of(folder, manifest)
     for number, record in list(enumerate(manifest_shards(manifest)))[rank::world]:
-        verify_shard(folder, record, None if index is None else index.ranges_of(number))
+        verify_shard(folder, record, None if index is None else index.table_of(number))
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state of this rank: flat float32 `tensors` by key, logical `shapes`, and `facts` for the manifest.
 
-    `is_live`: some tensors are views of the state, which the next step changes.
+    `is_live`: some tensors are views of the state, which the next step changes. `wait` returns once the tensors hold the
+    state, which may be on its way from a GPU.
     """
 
     images_seen: int
@@ -152,6 +153,7 @@ class Snapshot:
     shapes: Mapping[str, tuple[int, ...]]
     facts: Mapping[str, Any]
     is_live: bool = True
+    wait: Callable[[], None] = lambda: None
 
 
 class CheckpointStore:
@@ -229,6 +231,7 @@ class CheckpointStore:
             temporary.parent.mkdir(parents=self._run_folder is None, exist_ok=True)
             temporary.mkdir(exist_ok=True)
             if snapshot.tensors:
+                snapshot.wait()
                 more = () if place is None else (place,)
                 records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes, *more))
 
@@ -274,7 +277,7 @@ class CheckpointStore:
         if not records:
             return None
         table = shard_table(snapshot.tensors, snapshot.shapes, records[0].start)
-        return {"record": asdict(records[0]), "ranges": table.ranges, "shapes": table.shapes}
+        return {"record": vars(records[0]), "ranges": table.ranges, "shapes": table.shapes}
 
     def _temporary(self, images_seen: int) -> Path:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
@@ -283,7 +286,7 @@ class CheckpointStore:
         """Remove the checkpoints that were set aside, or else the oldest checkpoint. The newest one is kept."""
         for oldest in list_aside(self.folder) or list_checkpoints(self.folder)[1:][-1:]:
             _log.warning("%s: removed, because the disk or the quota is full", oldest)
-            shutil.rmtree(oldest, ignore_errors=True)
+            remove_folder(oldest)
 
     def _publish(self, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         write_manifest(temporary, manifest)
@@ -302,7 +305,7 @@ class CheckpointStore:
             for old in folders[keep_last:]:
                 images = int(old.name.rpartition("-")[2])
                 if not (keep_every and images % keep_every == 0):
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_folder(old)
 
     def find(self) -> Found | None:
         """Return the checkpoint that `checkpoint.resume` selects, or None for a new run. All ranks verify it together.
@@ -377,13 +380,13 @@ def make_manifest(gathered: Sequence[Mapping[str, Any] | None], facts: Mapping[s
 
 def collect(
     kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
-    """Return the checkpoint entries of one kind of state: flat float32 host arrays by key, and the logical shapes."""
-    tensors: dict[str, np.ndarray] = {}
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the checkpoint entries of one kind of state: flat float32 views by key, and the logical shapes."""
+    tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard, view in shards_with_values(local, values, expert_ids):
         name = f"{kind}/{shard.name}"
-        tensors[f"{name}@{shard.start}"] = view.detach().cpu().numpy()
+        tensors[f"{name}@{shard.start}"] = view
         shapes[name] = shard.shape
     return tensors, shapes
 
