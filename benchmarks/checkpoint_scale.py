@@ -6,7 +6,7 @@ usage: python benchmarks/checkpoint_scale.py [--ranks 8 64 512 4096] [--experts 
 One process makes the shard tables that W ranks would send (XL/2, ZeRO 1: each rank has a range of the flattened weights, of the
 EMA and of two moments), and W small files in place of their shards. Measured are the real functions of rank 0: reading the
 tables, `CheckpointStore.commit`, with the removal of an older checkpoint of W files, and of a reader: `read_manifest` and
-`index_of`.
+`index_of`. Times are by the wall and, in parentheses, of the process on a CPU, which other load on the machine does not change.
 """
 
 from __future__ import annotations
@@ -38,17 +38,28 @@ HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Seconds by the wall, and of this process on a CPU."""
+
+    wall: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{1000 * self.wall:.0f} ms ({1000 * self.cpu:.0f} ms)"
+
+
+@dataclass(frozen=True)
 class CommitCost:
-    """Seconds of rank 0 and of a reader, and sizes, for a checkpoint of `ranks` shard files."""
+    """Costs of rank 0 and of a reader, and sizes, for a checkpoint of `ranks` shard files."""
 
     ranks: int
     ranges: int
     sent_bytes: int
-    read_tables_seconds: float
-    commit_seconds: float
     manifest_bytes: int
-    read_manifest_seconds: float
-    read_index_seconds: float
+    read_tables: Cost
+    commit: Cost
+    read_manifest: Cost
+    read_index: Cost
 
 
 class FirstRank:
@@ -81,12 +92,13 @@ def simulate_commit(folder: Path, ranks: int, experts: int = 16) -> CommitCost:
     manifest, read = _timed(lambda: read_manifest(newest))
     _, index = _timed(lambda: index_of(newest, manifest))
     size, sent = (newest / MANIFEST).stat().st_size, max(map(len, texts))
-    return CommitCost(ranks, manifest["index"]["count"], sent, read_tables, commit, size, read, index)
+    return CommitCost(ranks, manifest["index"]["count"], sent, size, read_tables, commit, read, index)
 
 
-def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    return action(), time.perf_counter() - started
+def _timed(action: Callable[[], Any]) -> tuple[Any, Cost]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = action()
+    return result, Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def _shards(ranks: int, experts: int) -> Iterator[dict[str, Any]]:
@@ -139,8 +151,7 @@ def main() -> None:
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             cost = simulate_commit(Path(folder), ranks, options.experts)
-        seconds = (cost.read_tables_seconds, cost.commit_seconds, cost.read_manifest_seconds, cost.read_index_seconds)
-        times = " | ".join(f"{1000 * each:.0f} ms" for each in seconds)
+        times = " | ".join(map(str, (cost.read_tables, cost.commit, cost.read_manifest, cost.read_index)))
         print(f"| {ranks} | {cost.ranges} | {cost.manifest_bytes / 1e3:.0f} KB | {times} |", flush=True)
 
 

@@ -97,7 +97,7 @@ class CopyRun:
 
 def copy_runs(views: Sequence[Tensor], indices: Sequence[int]) -> list[CopyRun]:
     """Return the fewest copies that hold the flat views with these indices: one for each stretch of a storage."""
-    places = [(views[i].untyped_storage()._cdata, views[i].storage_offset(), i) for i in indices]
+    places = [(views[i].untyped_storage()._cdata, int(views[i].storage_offset()), i) for i in indices]
     stretches: list[list[tuple[int, int, int]]] = []
     end = 0
     for place in sorted(places):

@@ -30,8 +30,8 @@ class SnapshotStore(CheckpointStore):
 
     subfolder = SUBFOLDER
 
-    def __init__(self, folder: RunFolder, comm: Comm) -> None:
-        super().__init__(folder.path / SUBFOLDER, CheckpointConfig(), comm, folder)
+    def __init__(self, folder: RunFolder, comm: Comm, config: CheckpointConfig) -> None:
+        super().__init__(folder.path / SUBFOLDER, CheckpointConfig(files=config.files), comm, folder)
 
     def _free_space(self) -> None:
         """Remove nothing: a snapshot cannot be made again."""

@@ -17,7 +17,7 @@ def check_space(folder: Path, checkpoint_bytes: int, keep_last: int, ranks: int)
 
     Raises: ConfigError: if they do not fit, or too few files can be created.
     """
-    existing = sum(path.stat().st_size for path in folder.glob("*images-*/shard-*.safetensors"))
+    existing = sum(path.stat().st_size for path in folder.glob("*images-*/*"))
     needed = (keep_last + 1) * checkpoint_bytes - existing
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize

@@ -24,10 +24,10 @@ from sdit.checkpoint.load import load_model
 from sdit.checkpoint.node_files import nodes_of, places_of
 from sdit.checkpoint.shard_set import MAX_OPEN_FILES, ShardSet
 from sdit.checkpoint.store import CheckpointStore, Snapshot, _verify_share, find_checkpoint, restore
-from sdit.config import CheckpointConfig
+from sdit.config import CheckpointConfig, load_config
 from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
-from sdit.errors import CheckpointError
+from sdit.errors import CheckpointError, ConfigError
 from tests.faults.test_checkpoint_faults import OneRank
 from tests.unit.written_run import tiny_config, write_run
 
@@ -180,6 +180,11 @@ def test_a_rank_without_state_has_no_shard_in_the_file_of_its_node(tmp_path: Pat
 )
 def test_nodes_follow_from_hosts_and_local_ranks(members: list[tuple[str, int]], nodes: list[int]) -> None:
     assert nodes_of(members) == nodes
+
+
+def test_another_kind_of_files_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.files: 'disk' is not legal .*'rank' or 'node'"):
+        load_config(None, ["checkpoint.files=disk"])
 
 
 def truncate(path: Path) -> None:
