@@ -20,7 +20,7 @@ import numpy as np
 from sdit.errors import CheckpointError
 
 COLUMNS = 5  # tensor, start, count, shard, offset
-MAX_RANGES = 1 << 24
+MAX_RANGES = 1 << 22  # of an index that is stored; a row takes at most 12 bytes of the manifest
 LARGEST = 1 << 60  # sums of two, and four times a count, fit in int64
 ELEMENT_BYTES = 4
 
@@ -96,6 +96,9 @@ class ShardIndex:
                 if name in numbers:  # an older reader takes no notice of a range without a shape
                     rows.append((numbers[name], int(start), count, shard, offset))
         return cls(shapes, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS).T)
+
+    def __len__(self) -> int:
+        return len(self._tensor)
 
     def find(self, tensor: str, start: int, end: int) -> Iterator[StoredRange]:
         """Yield the stored ranges that can hold elements [start, end) of a tensor, by their start."""

@@ -28,7 +28,7 @@ from sdit.checkpoint.files import (
     write_manifest,
     write_shard,
 )
-from sdit.checkpoint.index import ShardIndex, ShardTable
+from sdit.checkpoint.index import MAX_RANGES, ShardIndex, ShardTable
 from sdit.checkpoint.node_files import NodeFiles
 from sdit.checkpoint.shard_set import ShardSet, index_of
 from sdit.config import CheckpointConfig
@@ -365,7 +365,10 @@ class CheckpointStore:
 
 
 def make_manifest(gathered: Sequence[Mapping[str, Any] | None], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, given what `CheckpointStore.listed` returned on each rank."""
+    """Return the manifest of a checkpoint, given what `CheckpointStore.listed` returned on each rank.
+
+    An index that would be too large for a manifest is left out. Readers then read the headers of all shards.
+    """
     shards = [shard for shard in gathered if shard is not None]
     records = [ShardRecord(**shard["record"]) for shard in shards]
     order = sorted(range(len(shards)), key=lambda n: (records[n].name, records[n].start))
@@ -373,7 +376,7 @@ def make_manifest(gathered: Sequence[Mapping[str, Any] | None], facts: Mapping[s
     return {
         "format": NODE_FORMAT if any(record.is_shared for record in records) else FORMAT,
         "files": [records[n].to_json() for n in order],
-        "index": index.to_json(),
+        **({"index": index.to_json()} if len(index) <= MAX_RANGES else {}),
         **facts,
     }
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import FORMAT, NODE_FORMAT, ShardPlace, read_manifest, shard_size, write_manifest
 from sdit.checkpoint.index import ShardIndex, ShardTable
 from sdit.checkpoint.load import load_model
@@ -255,6 +256,14 @@ def test_a_checkpoint_with_an_index_is_still_of_format_1(tmp_path: Path) -> None
     del manifest["index"]
     write_manifest(folder, manifest)
     assert digest_of(folder) == with_index
+
+
+def test_an_index_that_is_too_large_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "MAX_RANGES", 3)
+    folder = save(tmp_path, 4, [0, 0, 1, 1])
+    assert "index" not in read_manifest(folder) and find_checkpoint(folder).folder == folder
+    for rank in range(3):
+        load_rank(folder, rank, 3)
 
 
 def unpack(index: dict[str, Any]) -> np.ndarray:
