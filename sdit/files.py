@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,8 +113,13 @@ def remove_folder(folder: Path) -> None:
     """
     with suppress(OSError), ThreadPoolExecutor(REMOVERS) as pool, os.scandir(folder) as entries:
         paths = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
-        list(pool.map(os.unlink, paths))
+        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unlink_all(paths: Sequence[str]) -> None:
+    for path in paths:
+        os.unlink(path)
 
 
 def free_bytes(folder: Path) -> int:
