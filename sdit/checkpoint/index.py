@@ -93,7 +93,7 @@ class ShardIndex:
         for shard, table in enumerate(tables):
             for key, (offset, count) in table.ranges.items():
                 name, _, start = key.rpartition("@")
-                if name in numbers:  # an older reader takes no notice of a range without a shape
+                if name in numbers:  # a range without a shape cannot be read
                     rows.append((numbers[name], int(start), count, shard, offset))
         return cls(shapes, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS).T)
 

@@ -126,11 +126,11 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _verified(folder: Path) -> dict[str, Any]:
     manifest = _read(folder)
-    _verify_share(folder, manifest, 0, 1)
+    verify_share(folder, manifest, 0, 1)
     return manifest
 
 
-def _verify_share(folder: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
+def verify_share(folder: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
     """Verify a rank's share of the shards.
 
     Raises: CheckpointError: if one is damaged, or the index is not legal.
@@ -357,7 +357,7 @@ class CheckpointStore:
         if manifest is None:
             return None, problem
         try:
-            _verify_share(folder, manifest, self._comm.rank, self._comm.world)
+            verify_share(folder, manifest, self._comm.rank, self._comm.world)
         except CheckpointError as error:
             problem = str(error)
         problems = [text for text in self._comm.gather(problem) if text]

@@ -294,9 +294,9 @@ def test_what_was_put_aside_counts_as_room(tmp_path: Path, monkeypatch: pytest.M
     os.truncate(shard, 1 << 43)
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     size = ((1 << 43) + free) // 4
-    check_space(tmp_path, size, keep_last=2, ranks=1)
+    check_space(tmp_path, size, keep_last=2, files=1)
     with pytest.raises(ConfigError, match="bytes more are needed"):
-        check_space(tmp_path, 2 * size, keep_last=2, ranks=1)
+        check_space(tmp_path, 2 * size, keep_last=2, files=1)
 
 
 def test_the_report_lists_what_was_put_aside(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_failures_in_a_row_end_the_run_and_a_success_forgets_them(small_disk: Pa
 
 def test_start_is_refused_when_there_is_no_room(small_disk: Path) -> None:
     with pytest.raises(ConfigError, match=f"{3 * (1 << 20)} bytes more are needed"):
-        check_space(small_disk, 1 << 20, keep_last=2, ranks=1)
-    check_space(small_disk, 600 << 10, keep_last=2, ranks=1)
+        check_space(small_disk, 1 << 20, keep_last=2, files=1)
+    check_space(small_disk, 600 << 10, keep_last=2, files=1)
 
 
 def test_background_write_holds_the_moment_it_began_at(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sdit.checkpoint.index import ShardIndex, ShardTable
 from sdit.checkpoint.load import load_model
 from sdit.checkpoint.node_files import nodes_of, places_of
 from sdit.checkpoint.shard_set import MAX_OPEN_FILES, ShardSet
-from sdit.checkpoint.store import CheckpointStore, Snapshot, _verify_share, find_checkpoint, restore
+from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, restore, verify_share
 from sdit.config import CheckpointConfig, load_config
 from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
@@ -127,7 +127,7 @@ def most_opens(folder: Path, ranks: int) -> int:
     most = 0
     for rank in range(ranks):
         with opens() as found:
-            _verify_share(folder, read_manifest(folder), rank, ranks)
+            verify_share(folder, read_manifest(folder), rank, ranks)
             load_rank(folder, rank, ranks)
         most = max(most, len(found))
     return most
@@ -212,7 +212,7 @@ def test_damage_of_a_node_file_is_named_with_its_range(
         find_checkpoint(folder)
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(CheckpointError, match=rf"bytes {last['start']}\.\.{last['file_bytes']}: "):
-        _verify_share(folder, read_manifest(folder), 1, 2)
+        verify_share(folder, read_manifest(folder), 1, 2)
 
 
 def test_a_read_beyond_the_end_of_a_file_names_the_missing_bytes(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_two_ranks_without_an_index_is_read_bit_for_bit() -> Non
 
 
 def test_a_checkpoint_with_an_index_is_still_of_format_1(tmp_path: Path) -> None:
-    """An older version reads it: it takes no notice of the index, and reads the headers."""
+    """An older version reads it: it ignores the index and reads the headers."""
     folder = save(tmp_path, 4)
     manifest = read_manifest(folder)
     assert manifest["format"] == FORMAT and set(manifest["files"][0]) == {"name", "size_bytes", "xxh3"}
