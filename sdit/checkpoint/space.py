@@ -13,7 +13,8 @@ FILES_BESIDE_SHARDS = 16  # manifest, folder, latest, metrics, logs
 def check_space(folder: Path, checkpoint_bytes: int, keep_last: int, files: int) -> None:
     """Check that the checkpoints that retention keeps fit, together with the one being written.
 
-    A checkpoint has `files` files of shards. The space of existing and of set-aside checkpoints counts as free, because new checkpoints replace them.
+    A checkpoint has `files` files of shards. The space of existing and of set-aside checkpoints counts as free, because new
+    checkpoints replace them.
 
     Raises: ConfigError: if they do not fit, or too few files can be created.
     """
