@@ -44,6 +44,7 @@ class ShardSet:
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self._folder, self._records = folder, manifest_shards(manifest)
         self._index = index_of(folder, manifest)
+        self.shapes: dict[str, Shape] = self._index.shapes  # by KIND/NAME
         self._files: OrderedDict[str, BufferedReader] = OrderedDict()
 
     def __enter__(self) -> ShardSet:
@@ -52,11 +53,6 @@ class ShardSet:
     def __exit__(self, *_: object) -> None:
         while self._files:
             self._files.popitem()[1].close()
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """The logical shapes by `KIND/NAME`."""
-        return self._index.shapes
 
     def read_into(self, tensor: str, start: int, target: Tensor) -> None:
         """Fill `target` (n,) with the elements [start, start + n) of a logical tensor.
