@@ -49,11 +49,16 @@ def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedRead
         CheckpointError: if the path is not a regular file.
         OSError: if it cannot be opened.
     """
+    with opened_regular(path, follow_links) as file:
+        yield file
+
+
+def opened_regular(path: Path, follow_links: bool = True) -> BufferedReader:
+    """Return the same file. The caller closes it."""
     problem = _kind_problem(path, follow_links)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    with path.open("rb") as file:
-        yield file
+    return path.open("rb")
 
 
 def _kind_problem(path: Path, follow_links: bool) -> str:

@@ -6,11 +6,13 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+REMOVERS = 16  # threads of `remove_folder`
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user, group or project
 
 
@@ -102,6 +104,22 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that may hold thousands of files. What cannot be removed stays.
+
+    Threads unlink the files, because a shared file system takes about a millisecond for each.
+    """
+    with suppress(OSError), ThreadPoolExecutor(REMOVERS) as pool, os.scandir(folder) as entries:
+        paths = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
+        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unlink_all(paths: Sequence[str]) -> None:
+    for path in paths:
+        os.unlink(path)
 
 
 def free_bytes(folder: Path) -> int:

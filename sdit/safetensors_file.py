@@ -54,13 +54,17 @@ def read_header(path: Path, follow_links: bool = True) -> Header:
     """
     try:
         with open_regular(path, follow_links) as file:
-            return _parse(file, path)
+            return parse_header(file, path, 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _parse(file: BinaryIO, path: Path) -> Header:
-    size = os.fstat(file.fileno()).st_size
+def parse_header(file: BinaryIO, path: Path, start: int, size: int) -> Header:
+    """Return the header of the safetensors image in the bytes [start, start + size) of a file, with bytes of that file.
+
+    Raises: CheckpointError: as `read_header`. OSError: if the file cannot be read.
+    """
+    file.seek(start)
     prefix = file.read(LENGTH_BYTES)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
@@ -71,7 +75,7 @@ def _parse(file: BinaryIO, path: Path) -> Header:
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not a mapping of names to texts")
-    first = LENGTH_BYTES + length
+    first = start + LENGTH_BYTES + length
     tensors = {name: _tensor(path, name, entry, first) for name, entry in values.items()}
     end = first
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -79,8 +83,8 @@ def _parse(file: BinaryIO, path: Path) -> Header:
             kind = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
             raise CheckpointError(f"{path}: {_short(name)} {kind}")
         end = tensor.end
-    if end != size:
-        raise CheckpointError(f"{path}: its tensors end at byte {end}, the file at {size}")
+    if end != start + size:
+        raise CheckpointError(f"{path}: its tensors end at byte {end}, the file at {start + size}")
     return Header(tensors, metadata)
 
 
@@ -135,6 +139,19 @@ def stream_tensors(
     The safetensors package is not used, for three reasons. This function keeps only one chunk in memory, does not block
     other threads while it writes, and preserves the reason of a failure.
     """
+    header = encode_header(entries, metadata)
+    write(header)
+    written = 0
+    for entry in entries:
+        for chunk in entry.chunks():
+            write(chunk)
+            written += chunk.nbytes
+    assert written == sum(entry.size_bytes for entry in entries), written
+    return len(header) + written
+
+
+def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a file before its first tensor."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
@@ -146,12 +163,4 @@ def stream_tensors(
         end += entry.size_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write(len(text).to_bytes(LENGTH_BYTES, "little"))
-    write(text)
-    written = 0
-    for entry in entries:
-        for chunk in entry.chunks():
-            write(chunk)
-            written += chunk.nbytes
-    assert written == end, (written, end)
-    return LENGTH_BYTES + len(text) + end
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -1,10 +1,11 @@
 """Copies between host memory and the device. Only this file chooses pinned memory, by the type of the device.
 
-On CUDA the host waits in `Download.wait` only. On a CPU nothing is copied.
+On CUDA the host waits in `Download.wait` and `PendingCopies.wait` only. On a CPU nothing is copied.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -81,3 +82,99 @@ class Download:
         if self._copied is not None:
             self._copied.synchronize()
         return self._host
+
+
+MAX_GAP = 1 << 18  # unused elements between two views that are copied together
+
+
+@dataclass(frozen=True)
+class CopyRun:
+    """Elements of one storage that are copied at once: the source (n,), and (index, offset in it) of each view."""
+
+    source: Tensor
+    members: tuple[tuple[int, int], ...]
+
+
+def copy_runs(views: Sequence[Tensor], indices: Sequence[int]) -> list[CopyRun]:
+    """Return the fewest copies that hold the flat views with these indices: one for each stretch of a storage."""
+    places = [(views[i].untyped_storage()._cdata, int(views[i].storage_offset()), i) for i in indices]
+    stretches: list[list[tuple[int, int, int]]] = []
+    end = 0
+    for place in sorted(places):
+        storage, offset, index = place
+        if not stretches or stretches[-1][0][0] != storage or offset > end + MAX_GAP:
+            stretches.append([])
+            end = 0
+        stretches[-1].append(place)
+        end = max(end, offset + views[index].numel())
+    return [_run(views, stretch) for stretch in stretches]
+
+
+def _run(views: Sequence[Tensor], stretch: Sequence[tuple[int, int, int]]) -> CopyRun:
+    first = stretch[0][1]
+    end = max(offset + views[index].numel() for _, offset, index in stretch)
+    source = views[stretch[0][2]].as_strided((end - first,), (1,), first)
+    return CopyRun(source, tuple((index, offset - first) for _, offset, index in stretch))
+
+
+@dataclass(frozen=True)
+class PendingCopies:
+    """Copies in host memory that have begun. `copied` is recorded after them. None: they have ended."""
+
+    tensors: tuple[Tensor, ...]
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Wait until the host has the values."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class HostCopies:
+    """Copies large state to the host, in pinned memory that is kept, with one copy for each flat tensor.
+
+    On CUDA a stream of its own makes the copies. The kernels that follow wait for them, because they may change the state. The
+    host does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def begin(self, views: Sequence[Tensor]) -> PendingCopies:
+        """Begin to copy flat views (n,). Those in host memory are returned as they are.
+
+        The copies of the call before are overwritten.
+        """
+        hosts = [view.detach() for view in views]
+        away = [index for index, view in enumerate(hosts) if _is_away(view)]
+        device = next((hosts[index].device for index in away if hosts[index].is_cuda), None)
+        if device is not None and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        stream = self._stream if device is not None else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for number, run in enumerate(copy_runs(hosts, away)):
+                buffer = self._buffer(number, run.source)
+                buffer.copy_(run.source, non_blocking=True)
+                for index, offset in run.members:
+                    hosts[index] = buffer.narrow(0, offset, hosts[index].numel())
+        if stream is None:
+            return PendingCopies(tuple(hosts), None)
+        copied = stream.record_event()
+        torch.cuda.current_stream(device).wait_event(copied)
+        return PendingCopies(tuple(hosts), copied)
+
+    def _buffer(self, number: int, source: Tensor) -> Tensor:
+        """Return host memory for the copy `number`, that of the call before if it has the size."""
+        if number == len(self._buffers):
+            self._buffers.append(torch.empty(0))
+        if self._buffers[number].shape != source.shape or self._buffers[number].dtype != source.dtype:
+            self._buffers[number] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        return self._buffers[number]
+
+
+def _is_away(values: Tensor) -> bool:
+    """Return True if values are not in host memory."""
+    return values.device.type != "cpu"

@@ -6,6 +6,10 @@ or an optimizer moment. NAME is a parameter or, for a stack of experts, `PARAMET
 of the range in the flattened tensor. The keys say where each range belongs, so any layout can read the checkpoints of
 any other layout.
 
+With `checkpoint.files: node` the shards of a node are stored one after another in `node-NNNNN.shards`. The manifest then lists
+each shard with its first byte in the file, and its format is 2. `index.py` defines the index in the manifest, which says where
+each range is stored.
+
 `manifest.py` defines the fields of a manifest. Later versions may add fields. `length_images` is the length of the run,
 which is fixed when the run starts.
 

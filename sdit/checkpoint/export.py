@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import sdit
-from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.load import (
     StoredTensors,
     Weights,
@@ -23,6 +22,7 @@ from sdit.checkpoint.load import (
     load_model,
     logical_tensors,
 )
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
@@ -65,7 +65,7 @@ def export_safetensors(
     found, config = find_trained(checkpoint)
     data = stored_identity(found.manifest.get("data"), str(found.folder))
     facts = file_facts(config, Clock.from_json(found.manifest["clock"]), weights, data)
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         check_kind(shards.kinds, weights, found.folder)
         write_safetensors(out, model_entries(config, shards, weights, dtype), facts, progress)
     return facts

@@ -3,66 +3,133 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from sdit.checked_files import open_regular, parse_json, read_bytes
+from sdit.checkpoint.index import Shape, ShardTable
 from sdit.checkpoint.manifest import check_manifest
 from sdit.errors import CheckpointError
 from sdit.files import fsync
-from sdit.safetensors_file import Header, TensorEntry, read_header, stream_tensors
+from sdit.safetensors_file import Header, TensorEntry, encode_header, parse_header, stream_tensors
 
-FORMAT = 1
+FORMAT = 1  # each shard has a file of its own
+NODE_FORMAT = 2  # the shards of a node share a file
+FORMATS = (FORMAT, NODE_FORMAT)
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 24
+SHARED_SUFFIX = ".shards"
+MAX_MANIFEST_BYTES = 1 << 26
 MANIFEST_DEPTH = 16  # checksum and body, then the sections and lists of a config
 SHAPES_DEPTH = 2  # shapes by name
 HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """Name, size in bytes and xxh3-128 checksum of one shard file."""
+class ShardRecord:
+    """One shard: the bytes [start, start + size_bytes) of the file `name`, and their xxh3-128 checksum.
+
+    A shard has a file of its own, or the shards of a node share one of `file_bytes`.
+    """
 
     name: str
     size_bytes: int
     xxh3: str
+    start: int
+    file_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size_bytes
+
+    @property
+    def is_shared(self) -> bool:
+        """Return True if the shards of a node share the file."""
+        return self.name.endswith(SHARED_SUFFIX)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields in a manifest. Those of format 1 have no `start` and no `file_bytes`."""
+        fields = dict(vars(self))
+        if not self.is_shared:
+            del fields["start"], fields["file_bytes"]
+        return fields
+
+    def where(self, folder: Path) -> str:
+        """Return the file, and the range of a shard that shares it, for errors."""
+        shared = f": bytes {self.start}..{self.end}" if self.is_shared else ""
+        return f"{folder / self.name}{shared}"
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """The bytes that one rank writes: from `start` of the file `name`, which will have `file_bytes`."""
+
+    name: str
+    start: int
+    file_bytes: int
+
+
+def shard_header(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape]) -> bytes:
+    """Return the bytes of a shard before its first tensor."""
+    return encode_header([_entry(key, flat) for key, flat in tensors.items()], _metadata(shapes))
+
+
+def shard_size(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape]) -> int:
+    """Return the bytes of a shard, 0 if it holds nothing."""
+    return len(shard_header(tensors, shapes)) + sum(flat.nbytes for flat in tensors.values()) if tensors else 0
+
+
+def shard_table(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], start: int) -> ShardTable:
+    """Return what a shard at byte `start` of its file holds."""
+    offset = start + len(shard_header(tensors, shapes))
+    ranges = {}
+    for key, flat in tensors.items():
+        ranges[key] = (offset, flat.size)
+        offset += flat.nbytes
+    return ShardTable(ranges, shapes)
 
 
 def write_shard(
-    folder: Path, name: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> FileRecord:
-    """Write flat float32 ranges by key, with the logical shapes, as a safetensors file, and fsync it.
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Shape],
+    place: ShardPlace | None = None,
+) -> ShardRecord:
+    """Write flat float32 ranges by key, with the logical shapes, as a safetensors image, and fsync the file.
+
+    Without a `place` the file holds this shard only. With a place other ranks write the other bytes of the file.
 
     Raises: OSError: if the file cannot be written.
     """
-    metadata = {"shapes": json.dumps({key: list(shape) for key, shape in shapes.items()})}
-    entries = [_entry(key, flat) for key, flat in tensors.items()]
+    place = place or ShardPlace(name, 0, shard_size(tensors, shapes))
     digest = xxhash.xxh3_128()
-    with (folder / name).open("wb") as file:
+    descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "wb") as file:
+        os.ftruncate(descriptor, place.file_bytes)  # a killed writer may have left more
+        file.seek(place.start)
 
         def write(chunk: bytes | memoryview) -> None:
             digest.update(chunk)
             file.write(chunk)
 
-        size_bytes = stream_tensors(entries, metadata, write)
+        entries = [_entry(key, flat) for key, flat in tensors.items()]
+        size_bytes = stream_tensors(entries, _metadata(shapes), write)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(name, size_bytes, digest.hexdigest())
+    return ShardRecord(name, size_bytes, digest.hexdigest(), place.start, place.file_bytes)
+
+
+def _metadata(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    return {"shapes": json.dumps({key: list(shape) for key, shape in shapes.items()})}
 
 
 def _entry(key: str, flat: np.ndarray) -> TensorEntry:
@@ -73,9 +140,9 @@ def _entry(key: str, flat: np.ndarray) -> TensorEntry:
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
     """Write the manifest together with its checksum, so that an incomplete manifest is detected."""
     text = json.dumps(body, indent=1, sort_keys=True)
-    sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
+    seal = hashlib.sha256(text.encode()).hexdigest()
     path = folder / MANIFEST
-    path.write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")
+    path.write_text(f'{{"body": {text},\n "sha256": "{seal}"}}\n', encoding="utf-8")
     fsync(path)
 
 
@@ -96,65 +163,89 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
         raise CheckpointError(f"{path}: does not match its checksum")
     body = sealed["body"]
-    if isinstance(body, dict) and body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {FORMAT}")
+    if isinstance(body, dict) and body.get("format") not in FORMATS:
+        legal = ", ".join(map(str, FORMATS))
+        raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {legal}")
     return check_manifest(body, path)
 
 
-def verify_file(folder: Path, record: FileRecord) -> None:
-    """Read a shard file once and compare it with its record.
+def verify_shard(folder: Path, record: ShardRecord, expected: ShardTable | None = None) -> None:
+    """Read a shard once and compare it with its record, and its header with what the index says of it.
 
     Raises: CheckpointError: if the file is missing or not a regular file, if its size, checksum or header is wrong, or if
-        a tensor holds NaN or infinite numbers. The message names the file.
+        a tensor holds NaN or infinite numbers. The message names the file, and the bytes of a shard that shares it.
     """
-    path = folder / record.name
+    where = record.where(folder)
     try:
-        with open_regular(path, follow_links=False) as file:
+        with open_regular(folder / record.name, follow_links=False) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != record.size_bytes:
-                raise CheckpointError(f"{path}: has {size} bytes, the manifest says {record.size_bytes}")
-            digest, is_finite = _scan(file)
-        if digest != record.xxh3:
-            raise CheckpointError(f"{path}: does not match its checksum")
-        header, _ = read_shard_header(path)
-        starts = [tensor.start for tensor in header.tensors.values()]
-        if not is_finite or any(start % 4 for start in starts):
-            _name_non_finite(path, header)
+            if size != record.file_bytes:
+                raise CheckpointError(f"{where}: the file has {size} bytes, the manifest says {record.file_bytes}")
+            digest, is_finite = _scan(file, record)
+            if digest != record.xxh3:
+                raise CheckpointError(f"{where}: does not match its checksum")
+            header, shapes = _parse_shard(file, folder / record.name, record)
+            table = ShardTable({key: (t.start, t.shape[0]) for key, t in header.tensors.items()}, shapes)
+            if expected is not None and not _agree(table, expected):
+                raise CheckpointError(f"{where}: its header differs from the index of the manifest")
+            if not is_finite or any(tensor.start % 4 for tensor in header.tensors.values()):
+                _name_non_finite(file, folder / record.name, header)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
 
 
-def _scan(file: BinaryIO) -> tuple[str, bool]:
-    """Return the xxh3-128 of a file, and True if all its float32 words are finite.
+def _agree(stored: ShardTable, expected: ShardTable) -> bool:
+    """Return True if a shard has the ranges of the index, of tensors with these shapes."""
+    shapes = {name: stored.shapes.get(name) for name in expected.shapes}
+    return stored.ranges == expected.ranges and shapes == expected.shapes
+
+
+def _scan(file: BinaryIO, record: ShardRecord) -> tuple[str, bool]:
+    """Return the xxh3-128 of a shard, and True if all its float32 words are finite.
 
     isfinite reads 30 GB/s, xxh3 35 GB/s.
     """
-    digest, is_finite = xxhash.xxh3_128(), True
-    while chunk := file.read(HASH_CHUNK_BYTES):
+    digest, is_finite, left = xxhash.xxh3_128(), True, record.size_bytes
+    file.seek(record.start)
+    while left and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
         digest.update(chunk)
         words = np.frombuffer(chunk, dtype="<f4", count=len(chunk) // 4)
         is_finite = is_finite and bool(np.isfinite(words).all())
+        left -= len(chunk)
     return digest.hexdigest(), is_finite
 
 
-def _name_non_finite(path: Path, header: Header) -> None:
+def _name_non_finite(file: BinaryIO, path: Path, header: Header) -> None:
     """Raise an error that names the first tensor with NaN or infinite numbers, if the shard has one.
 
     Raises: CheckpointError: if a tensor of the shard is not finite.
     """
     for key, tensor in header.tensors.items():
         count = (tensor.end - tensor.start) // 4
-        if count and not np.isfinite(np.memmap(path, "<f4", "r", tensor.start, (count,))).all():
+        if count and not np.isfinite(np.memmap(file, "<f4", "r", tensor.start, (count,))).all():
             raise CheckpointError(f"{path}: {key.rpartition('@')[0]} holds NaN or infinite numbers")
 
 
-def read_shard_header(path: Path) -> tuple[Header, dict[str, tuple[int, ...]]]:
-    """Return the header of a shard file and the logical shapes in it, by tensor.
+def read_shard_table(folder: Path, record: ShardRecord) -> ShardTable:
+    """Return what a shard holds, from its header.
 
-    Raises: CheckpointError: if the file is not a safetensors file, or if it holds anything but flat float32 ranges that are
+    Raises: CheckpointError: if it is not a safetensors image, or if it holds anything but flat float32 ranges that are
         inside the tensors that they name.
     """
-    header = read_header(path, follow_links=False)
+    path = folder / record.name
+    try:
+        with open_regular(path, follow_links=False) as file:
+            header, shapes = _parse_shard(file, path, record)
+    except OSError as error:
+        raise CheckpointError(f"{record.where(folder)}: cannot be read ({error.strerror})") from error
+    return ShardTable({key: (stored.start, stored.shape[0]) for key, stored in header.tensors.items()}, shapes)
+
+
+def _parse_shard(file: BinaryIO, path: Path, record: ShardRecord) -> tuple[Header, dict[str, Shape]]:
+    """Return the header of a shard, and the logical shapes in it, by tensor."""
+    header = parse_header(
+        file, path, record.start, min(record.size_bytes, os.fstat(file.fileno()).st_size - record.start)
+    )
     text = header.metadata.get("shapes", "{}")
     shapes = parse_json(text, f"{path}: shapes", "a mapping of names to shapes", SHAPES_DEPTH)
     if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
@@ -172,82 +263,9 @@ def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
 
 
-def manifest_files(body: Mapping[str, Any]) -> list[FileRecord]:
-    """Return the records of the shard files that a manifest lists."""
-    return [FileRecord(str(f["name"]), int(f["size_bytes"]), str(f["xxh3"])) for f in body["files"]]
-
-
-class ShardSet:
-    """All shard files of one checkpoint. They are read lazily, so a slice reads only that slice. A context manager."""
-
-    def __init__(self, folder: Path, records: list[FileRecord]) -> None:
-        self._stack = ExitStack()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ranges: dict[str, list[tuple[int, int, Any, str]]] = {}
-        for record in records:
-            self._index(folder / record.name)
-        for name, ranges in self._ranges.items():
-            ranges.sort(key=lambda stored: stored[:2])
-            for before, after in itertools.pairwise(ranges):
-                if before[0] + before[1] > after[0]:
-                    raise CheckpointError(f"{folder}: {after[3]} overlaps {before[3]}, both of {name}")
-
-    def _index(self, path: Path) -> None:
-        header, shapes = read_shard_header(path)
-        for name, shape in shapes.items():
-            if self.shapes.setdefault(name, shape) != shape:
-                raise CheckpointError(f"{path}: {name} has shape {shape}, another shard says {self.shapes[name]}")
-        try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
-        for key, stored in header.tensors.items():
-            tensor, _, start = key.rpartition("@")
-            self._ranges.setdefault(tensor, []).append((int(start), stored.shape[0], handle, key))
-
-    def __enter__(self) -> ShardSet:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def read_into(self, tensor: str, start: int, target: Tensor) -> None:
-        """Fill `target` (n,) with the elements [start, start + n) of a logical tensor.
-
-        Raises: CheckpointError: if an element is missing.
-        """
-        filled, end = start, start + target.numel()
-        for first, count, handle, key in self._ranges.get(tensor, ()):
-            low, high = max(first, filled), min(first + count, end)
-            if low != filled or high <= low:
-                continue
-            values = handle.get_slice(key)[low - first : high - first]
-            target.narrow(0, low - start, high - low).copy_(values)
-            filled = high
-        if filled != end:
-            raise CheckpointError(f"{tensor}: elements {filled}..{end} are not in the checkpoint")
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a whole logical tensor, float32 in its logical shape.
-
-        Raises: CheckpointError: if the tensor or a range of it is missing.
-        """
-        if name not in self.shapes:
-            raise CheckpointError(f"{name}: is not in the checkpoint")
-        shape = self.shapes[name]
-        size, stored = math.prod(shape), sum(count for _, count, _, _ in self._ranges.get(name, ()))
-        if size != stored:
-            raise CheckpointError(f"{name}: {stored} elements are in the checkpoint, shape {shape} has {size}")
-        flat = torch.empty(size, dtype=torch.float32)
-        self.read_into(name, 0, flat)
-        return flat.view(shape)
-
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of the logical tensors: `weight`, the averages, and the moments."""
-        return {name.partition("/")[0] for name in self.shapes}
-
-    def names(self, kind: str) -> Iterator[str]:
-        """Yield the names of the logical tensors of a kind (`weight`, `ema`, ...), without the prefix."""
-        prefix = f"{kind}/"
-        return (name.removeprefix(prefix) for name in sorted(self.shapes) if name.startswith(prefix))
+def manifest_shards(body: Mapping[str, Any]) -> list[ShardRecord]:
+    """Return the records of the shards that a manifest lists."""
+    return [
+        ShardRecord(f["name"], f["size_bytes"], f["xxh3"], f.get("start") or 0, f.get("file_bytes") or f["size_bytes"])
+        for f in body["files"]
+    ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sdit.checked_files import parse_json
-from sdit.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
+from sdit.checkpoint.files import MANIFEST_DEPTH
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import Found, find_checkpoint
 from sdit.clock import Clock
 from sdit.config import Config, load_config, parse_stored_config
@@ -86,7 +87,7 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     """
     found, config = find_trained(path)
     model = build_model(config.model, device="meta")
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         check_kind(shards.kinds, weights, found.folder)
         for name, view in logical_tensors(model):  # before memory is allocated: the files may not have this size
             check_tensor(view, shards, weights, name)

@@ -21,9 +21,23 @@ class _Section(BaseModel):
 
 
 class _File(_Section):
-    name: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")  # without a path, so the file is in the folder
+    """A shard. In a file of one node, it begins at byte `start` of a file of `file_bytes`."""
+
+    # without a path, so the file is in the folder
+    name: str = Field(pattern=r"^(shard-[0-9]{5,}\.safetensors|node-[0-9]{5,}\.shards)$")
     size_bytes: Count
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+    start: Count | None = None
+    file_bytes: Count | None = None
+
+
+class _Index(_Section):
+    """Packed by `sdit/checkpoint/index.py`, which checks the rows."""
+
+    kinds: list[str]
+    shapes: dict[str, Annotated[list[Count], Field(max_length=64)]]
+    count: Count
+    ranges: str
 
 
 class _Clock(_Section):
@@ -55,12 +69,18 @@ class _Body(_Section):
     expert_layout: _ExpertLayout | None = None
     written_by: dict[str, Any] = {}
     length_images: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    index: _Index | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> _Body:
-        names = [file.name for file in self.files]
-        if len(set(names)) < len(names):
-            raise ValueError("files names a shard twice")
+        ends = dict[str, int]()
+        for file in self.files:
+            if (file.start or 0) != ends.get(file.name, 0):
+                raise ValueError("files names a shard twice" if file.start is None else f"{file.name} has a gap")
+            ends[file.name] = (file.start or 0) + file.size_bytes
+        for file in self.files:
+            if ends[file.name] != (file.size_bytes if file.file_bytes is None else file.file_bytes):
+                raise ValueError(f"{file.name} has not the size of its shards")
         if self.prior_columns is not None and sorted(self.prior_columns) != list(range(len(self.prior_columns))):
             raise ValueError("prior_columns is not a permutation")
         return self

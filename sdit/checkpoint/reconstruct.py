@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.export import Progress, file_facts, model_entries, write_safetensors
-from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.load import stored_config
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.snapshots import StoredAverage
 from sdit.clock import Clock
 from sdit.data.identity import stored_identity
@@ -30,8 +30,7 @@ class CombinedAverages:
         self._stack = ExitStack()
         folders = {average.found.folder: average.found for average, _ in terms}
         opened = {
-            folder: self._stack.enter_context(ShardSet(folder, manifest_files(found.manifest)))
-            for folder, found in folders.items()
+            folder: self._stack.enter_context(ShardSet(folder, found.manifest)) for folder, found in folders.items()
         }
         self._terms = [(opened[average.found.folder], average.kind, coefficient) for average, coefficient in terms]
         first, kind, _ = self._terms[0]

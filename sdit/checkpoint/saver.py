@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdit.checkpoint.files import FileRecord
+from sdit.checkpoint.files import ShardRecord
 from sdit.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
@@ -108,6 +108,7 @@ class Saver:
         """
         if not snapshot.is_live:
             return snapshot
+        snapshot.wait()
         for key, flat in snapshot.tensors.items():
             if key not in self._copies or self._copies[key].shape != flat.shape:
                 self._copies[key] = np.empty_like(flat)
@@ -132,10 +133,11 @@ class BackgroundWrite:
         self._store, self._comm, self.snapshot, self.is_retry = store, comm, snapshot, is_retry
         self.images_seen = snapshot.images_seen
         self._started = time.perf_counter()
-        self._records: list[FileRecord] = []
+        self._records: list[ShardRecord] = []
         self._problem: Problem | None = None
         self._is_committing = False
-        self._run(lambda: self._store.write_shard(snapshot, self._records))
+        place = store.place(snapshot)  # together with the other ranks, so not in the thread
+        self._run(lambda: self._store.write_shard(snapshot, self._records, place))
 
     def _run(self, action: Callable[[], Problem | None]) -> None:
         def work() -> None:
@@ -177,7 +179,8 @@ class BackgroundWrite:
             if failed:
                 self._store.agree(self._problem, self.snapshot.images_seen)
         elif written + failed == self._comm.world:
-            gathered = self._store.agree(self._problem, self.snapshot.images_seen, self._store.listed(self._records))
+            shard = self._store.listed(self._records, self.snapshot)
+            gathered = self._store.agree(self._problem, self.snapshot.images_seen, shard)
             self._is_committing = True
             if self._comm.is_first:
                 self._run(lambda: self._store.commit(self.snapshot, gathered))

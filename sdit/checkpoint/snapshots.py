@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.load import stored_config
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import CheckpointStore, Found, find_checkpoint, list_aside, list_checkpoints
 from sdit.clock import gamma_of
 from sdit.config import CheckpointConfig
@@ -30,8 +30,8 @@ class SnapshotStore(CheckpointStore):
 
     subfolder = SUBFOLDER
 
-    def __init__(self, folder: RunFolder, comm: Comm) -> None:
-        super().__init__(folder.path / SUBFOLDER, CheckpointConfig(), comm, folder)
+    def __init__(self, folder: RunFolder, comm: Comm, config: CheckpointConfig) -> None:
+        super().__init__(folder.path / SUBFOLDER, CheckpointConfig(files=config.files), comm, folder)
 
     def _free_space(self) -> None:
         """Remove nothing: a snapshot cannot be made again."""
@@ -72,7 +72,7 @@ def find_averages(run: Path) -> list[StoredAverage]:
 def _averages_of(found: Found) -> list[StoredAverage]:
     widths = stored_config(found.manifest["config"], str(found.folder)).ema.widths
     images = found.manifest["clock"]["images_seen"]
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         kinds = shards.kinds
         return [StoredAverage(found, kind, gamma_of(width), images) for kind, width in widths.items() if kind in kinds]
 

@@ -12,24 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sdit.checkpoint.files import (
     FORMAT,
-    FileRecord,
-    ShardSet,
-    manifest_files,
+    NODE_FORMAT,
+    ShardPlace,
+    ShardRecord,
+    manifest_shards,
     read_manifest,
-    verify_file,
+    shard_size,
+    shard_table,
+    verify_shard,
     write_manifest,
     write_shard,
 )
+from sdit.checkpoint.index import MAX_RANGES, ShardIndex, ShardTable
+from sdit.checkpoint.node_files import NodeFiles
+from sdit.checkpoint.shard_set import ShardSet, index_of
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
 from sdit.errors import CheckpointError
 from sdit.expert_parallel.logical_tensors import ExpertIds, logical_shards, shards_with_values
-from sdit.files import DISK_FULL, fsync, replace_text
+from sdit.files import DISK_FULL, fsync, remove_folder, replace_text
 from sdit.supervise.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -119,16 +126,26 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _verified(folder: Path) -> dict[str, Any]:
     manifest = _read(folder)
-    for record in manifest_files(manifest):
-        verify_file(folder, record)
+    verify_share(folder, manifest, 0, 1)
     return manifest
+
+
+def verify_share(folder: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
+    """Verify a rank's share of the shards.
+
+    Raises: CheckpointError: if one is damaged, or the index is not legal.
+    """
+    index = None if manifest.get("index") is None else index_of(folder, manifest)
+    for number, record in list(enumerate(manifest_shards(manifest)))[rank::world]:
+        verify_shard(folder, record, None if index is None else index.table_of(number))
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state of this rank: flat float32 `tensors` by key, logical `shapes`, and `facts` for the manifest.
 
-    `is_live`: some tensors are views of the state, which the next step changes.
+    `is_live`: some tensors are views of the state, which the next step changes. `wait` returns once the tensors hold the
+    state, which may be on its way from a GPU.
     """
 
     images_seen: int
@@ -136,6 +153,7 @@ class Snapshot:
     shapes: Mapping[str, tuple[int, ...]]
     facts: Mapping[str, Any]
     is_live: bool = True
+    wait: Callable[[], None] = lambda: None
 
 
 class CheckpointStore:
@@ -149,6 +167,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm, run_folder: RunFolder | None = None) -> None:
         self._folder, self._config, self._comm = folder, config, comm
         self._run_folder = run_folder
+        self._nodes = NodeFiles(comm) if config.files == "node" else None
 
     @property
     def folder(self) -> Path:
@@ -190,43 +209,58 @@ class CheckpointStore:
             return self._save(snapshot)
 
     def _save(self, snapshot: Snapshot) -> Path:
-        records: list[FileRecord] = []
-        problem = self.write_shard(snapshot, records)
-        gathered = self.agree(problem, snapshot.images_seen, self.listed(records))
+        records: list[ShardRecord] = []
+        problem = self.write_shard(snapshot, records, self.place(snapshot))
+        gathered = self.agree(problem, snapshot.images_seen, self.listed(records, snapshot))
         problem = self.commit(snapshot, gathered) if self._comm.is_first else None
         self.agree(problem, snapshot.images_seen)
         return self.folder_of(snapshot.images_seen)
 
-    def write_shard(self, snapshot: Snapshot, records: list[FileRecord]) -> Problem | None:
+    def place(self, snapshot: Snapshot) -> ShardPlace | None:
+        """Return where this rank writes its shard, None for a file of its own. All ranks call it before they write."""
+        return None if self._nodes is None else self._nodes.place(shard_size(snapshot.tensors, snapshot.shapes))
+
+    def write_shard(
+        self, snapshot: Snapshot, records: list[ShardRecord], place: ShardPlace | None = None
+    ) -> Problem | None:
         """Write and fsync this rank's shard and append its record. Return the problem, or None if there was none."""
         temporary = self._temporary(snapshot.images_seen)
-        name = f"shard-{self._comm.rank:05d}.safetensors"
+        name = f"shard-{self._comm.rank:05d}.safetensors" if place is None else place.name
 
         def write() -> None:
             temporary.parent.mkdir(parents=self._run_folder is None, exist_ok=True)
             temporary.mkdir(exist_ok=True)
             if snapshot.tensors:
-                records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes))
+                snapshot.wait()
+                more = () if place is None else (place,)
+                records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes, *more))
 
         return _attempt(write, temporary / name)
 
-    def commit(self, snapshot: Snapshot, gathered: Sequence[list[dict[str, Any]]]) -> Problem | None:
-        """Publish the checkpoint. Rank 0 calls it after all shards are on storage. Return the problem, or None."""
-        files = [record for records in gathered for record in records]
-        manifest = {"format": FORMAT, "files": files, **snapshot.facts}
+    def commit(self, snapshot: Snapshot, gathered: Sequence[Mapping[str, Any] | None]) -> Problem | None:
+        """Publish the checkpoint. Rank 0 calls it after all shards are on storage. Return the problem, or None.
+
+        `gathered` is what `listed` returned on each rank.
+        """
         final = self.folder_of(snapshot.images_seen)
-        return _attempt(lambda: self._publish(self._temporary(snapshot.images_seen), final, manifest), final)
+        return _attempt(
+            lambda: self._publish(
+                self._temporary(snapshot.images_seen), final, make_manifest(gathered, snapshot.facts)
+            ),
+            final,
+        )
 
     def agree(self, problem: Problem | None, images_seen: int, payload: Any = None) -> list[Any]:
-        """Return the `payload` of each rank.
+        """Return the `payload` of each rank on rank 0, and an empty list on the others.
 
         Raises: CheckpointError: on all ranks, if one has a problem. The message holds the problems. No rank returns before
             rank 0 has removed the shards and freed space. Otherwise a rank could rewrite a shard that rank 0 then removes.
         """
-        answers = self._comm.gather([None if problem is None else asdict(problem), payload])
-        problems = {rank: Problem(**answer[0]) for rank, answer in enumerate(answers) if answer[0] is not None}
-        if not problems:
-            return [answer[1] for answer in answers]
+        flag = torch.tensor([problem is not None], dtype=torch.float64, device=self._comm.device)
+        if not self._comm.sum(flag).item():
+            return self._comm.gather_to_first(payload)
+        answers = self._comm.gather(None if problem is None else asdict(problem))
+        problems = {rank: Problem(**answer) for rank, answer in enumerate(answers) if answer is not None}
         if self._run_folder is not None and self._run_folder.now is None:
             self._run_folder.check()
         is_full = any(found.is_full for found in problems.values())
@@ -238,9 +272,12 @@ class CheckpointStore:
         raise (DiskFullError if is_full else CheckpointError)(f"checkpoint not written: {_described(problems)}")
 
     @staticmethod
-    def listed(records: Sequence[FileRecord]) -> list[dict[str, Any]]:
-        """Return records as JSON types, for `agree`."""
-        return [asdict(record) for record in records]
+    def listed(records: Sequence[ShardRecord], snapshot: Snapshot) -> dict[str, Any] | None:
+        """Return this rank's shard for `agree`, as JSON types: its record and what it holds. None if it has none."""
+        if not records:
+            return None
+        table = shard_table(snapshot.tensors, snapshot.shapes, records[0].start)
+        return {"record": vars(records[0]), "ranges": table.ranges, "shapes": table.shapes}
 
     def _temporary(self, images_seen: int) -> Path:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
@@ -249,7 +286,7 @@ class CheckpointStore:
         """Remove the checkpoints that were set aside, or else the oldest checkpoint. The newest one is kept."""
         for oldest in list_aside(self.folder) or list_checkpoints(self.folder)[1:][-1:]:
             _log.warning("%s: removed, because the disk or the quota is full", oldest)
-            shutil.rmtree(oldest, ignore_errors=True)
+            remove_folder(oldest)
 
     def _publish(self, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         write_manifest(temporary, manifest)
@@ -268,7 +305,7 @@ class CheckpointStore:
             for old in folders[keep_last:]:
                 images = int(old.name.rpartition("-")[2])
                 if not (keep_every and images % keep_every == 0):
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_folder(old)
 
     def find(self) -> Found | None:
         """Return the checkpoint that `checkpoint.resume` selects, or None for a new run. All ranks verify it together.
@@ -309,26 +346,50 @@ class CheckpointStore:
         return None, skipped
 
     def _verify_together(self, folder: Path) -> tuple[dict[str, Any] | None, str]:
+        """Return the manifest, read by rank 0, and the first problem that a rank found."""
         manifest, problem = None, ""
+        if self._comm.is_first:
+            try:
+                manifest = _read(folder)
+            except CheckpointError as error:
+                problem = str(error)
+        manifest, problem = self._comm.from_first([manifest, problem])
+        if manifest is None:
+            return None, problem
         try:
-            manifest = _read(folder)
-            for record in manifest_files(manifest)[self._comm.rank :: self._comm.world]:
-                verify_file(folder, record)
+            verify_share(folder, manifest, self._comm.rank, self._comm.world)
         except CheckpointError as error:
             problem = str(error)
         problems = [text for text in self._comm.gather(problem) if text]
         return (None, problems[0]) if problems else (manifest, "")
 
 
+def make_manifest(gathered: Sequence[Mapping[str, Any] | None], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, given what `CheckpointStore.listed` returned on each rank.
+
+    An index that would be too large for a manifest is left out. Readers then read the headers of all shards.
+    """
+    shards = [shard for shard in gathered if shard is not None]
+    records = [ShardRecord(**shard["record"]) for shard in shards]
+    order = sorted(range(len(shards)), key=lambda n: (records[n].name, records[n].start))
+    index = ShardIndex.of([ShardTable(shards[n]["ranges"], shards[n]["shapes"]) for n in order])
+    return {
+        "format": NODE_FORMAT if any(record.is_shared for record in records) else FORMAT,
+        "files": [records[n].to_json() for n in order],
+        **({"index": index.to_json()} if len(index) <= MAX_RANGES else {}),
+        **facts,
+    }
+
+
 def collect(
     kind: str, local: Sequence[Shard], values: Sequence[Tensor], expert_ids: ExpertIds
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
-    """Return the checkpoint entries of one kind of state: flat float32 host arrays by key, and the logical shapes."""
-    tensors: dict[str, np.ndarray] = {}
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the checkpoint entries of one kind of state: flat float32 views by key, and the logical shapes."""
+    tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard, view in shards_with_values(local, values, expert_ids):
         name = f"{kind}/{shard.name}"
-        tensors[f"{name}@{shard.start}"] = view.detach().cpu().numpy()
+        tensors[f"{name}@{shard.start}"] = view
         shapes[name] = shard.shape
     return tensors, shapes
 

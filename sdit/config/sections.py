@@ -88,6 +88,9 @@ class CheckpointConfig(Section):
         "auto", "auto: newest that verifies, else a new run; must: fail if none verifies; never; or a checkpoint's path"
     )
     asynchronous: bool = field(False, "write in the background; training waits only for the copy to host memory")
+    files: Literal["rank", "node"] = field(
+        "rank", "rank: each rank writes a file; node: the ranks of a node write one file together, for very many ranks"
+    )
 
     @model_validator(mode="after")
     def _one_interval(self) -> CheckpointConfig:

@@ -130,20 +130,36 @@ class Comm:
             box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if box.numel():
             dist.broadcast(box, 0)
-        return json.loads(bytes(box.cpu().tolist()))
+        return json.loads(_bytes(box))
 
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of each rank, in rank order, on all ranks (JSON types only)."""
+        padded, sizes = self._padded(value)
+        gathered = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(gathered, padded)
+        return [json.loads(_bytes(p[:n])) for p, n in zip(gathered, sizes, strict=True)]
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Return the `value` of each rank, in rank order, on rank 0, and an empty list on the others (JSON types only)."""
+        padded, sizes = self._padded(value)
+        gathered = [torch.empty_like(padded) for _ in range(self.world)] if self.is_first else None
+        dist.gather(padded, gathered)
+        return [json.loads(_bytes(p[:n])) for p, n in zip(gathered or (), sizes, strict=False)]
+
+    def _padded(self, value: Any) -> tuple[torch.Tensor, list[int]]:
+        """Return a value as JSON in the uint8 tensor of the largest rank's size, and the sizes of all ranks."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         sizes[self.rank] = data.numel()
         dist.all_reduce(sizes)
-        largest = int(sizes.max().item())
-        padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
+        padded = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
-        gathered = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(gathered, padded)
-        return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(gathered, sizes.tolist(), strict=True)]
+        return padded, sizes.tolist()
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    """Return the content of a uint8 tensor."""
+    return values.cpu().numpy().tobytes()
 
 
 def _set_rendezvous(info: RankInfo, device: torch.device) -> None:

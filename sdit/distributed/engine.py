@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,11 +53,13 @@ class Engine:
         self.set_steps(0)  # DeepSpeed takes a step on zero gradients to create the moments (ZeRO 0 in bf16)
         self._backend = optimizer_backend(self.deepspeed)
         self.local = self._backend.shards()
-        self.owned = owned_shards(self.local, self._backend.replicas())
+        replicas = self._backend.replicas()
+        self.owned = owned_shards(self.local, replicas)
         self._restore_exact_masters(exact)
         self.frozen_local = [self._frozen_shard(name, exact[name]) for name in sorted(self._frozen())]
         shares = {name: replica_share(parameter) for name, parameter in self._frozen().items()}
         self.frozen_owned = owned_shards(self.frozen_local, shares)
+        self._replicated = {name for name, share in (*replicas.items(), *shares.items()) if share.count > 1}
 
     @property
     def module(self) -> nn.Module:
@@ -144,21 +146,25 @@ class Engine:
         """Write one tensor per owned shard into the masters of all ranks that have a replica of it."""
         for shard, values in zip(self.owned, owned_values, strict=True):
             shard.master.copy_(values)
-        if len(self.owned) != len(self.local) or any(
-            o.numel != h.numel for o, h in zip(self.owned, self.local, strict=True)
-        ):
-            self._copy_to_replicas()
+        self.copy_to_replicas(self.local, self.owned, lambda shard: shard.master)
 
-    def _copy_to_replicas(self) -> None:
-        """Copy the owned shards of each replicated master to the other ranks (ZeRO 0)."""
-        mine = {shard.name: shard for shard in self.owned}
-        for shard in self.local:
-            box = torch.zeros_like(shard.master)
-            owned = mine.get(shard.name)
-            if owned is not None:
-                box.narrow(0, owned.start - shard.start, owned.numel).copy_(owned.master)
-            torch.distributed.all_reduce(box, group=replica_group(self.module.get_parameter(shard.name)))
-            shard.master.copy_(box)
+    def copy_to_replicas(
+        self, local: Sequence[Shard], owned: Sequence[Shard], values_of: Callable[[Shard], Tensor]
+    ) -> None:
+        """Copy the owned values of each replicated parameter to the other ranks, bit for bit. All ranks call it together."""
+        mine = {shard.name: shard for shard in owned}
+        for shard in local:
+            if shard.name not in self._replicated:
+                continue
+            own = mine.get(shard.name)
+            box = torch.zeros_like(values_of(shard))
+            if own is not None:
+                box.narrow(0, own.start - shard.start, own.numel).copy_(values_of(own))
+            # The owned ranges do not overlap. A sum of integers keeps all bits, also that of -0.0.
+            torch.distributed.all_reduce(
+                box.view(torch.int32), group=replica_group(self.module.get_parameter(shard.name))
+            )
+            values_of(shard).copy_(box)
 
     def _restore_exact_masters(self, exact: dict[str, Tensor]) -> None:
         """Set the masters to the unrounded weights. In bf16 DeepSpeed creates them from rounded weights."""

@@ -85,11 +85,12 @@ def begin_checkpoints(state: RunState, config: Config) -> None:
     """Ready the folder of checkpoints. Raises: ConfigError, on every rank, when there is no room for them."""
     comm, store = state.engine.comm, state.store
     size = state.checkpoint_bytes()
+    files = comm.world if config.checkpoint.files == "rank" else -(-comm.world // comm.info.local_world)
     problem = ""
     if comm.is_first:
         store.begin(state.clock.images_seen)
         try:
-            check_space(store.folder, size, config.checkpoint.keep_last, comm.world)
+            check_space(store.folder, size, config.checkpoint.keep_last, files)
         except ConfigError as error:
             problem = str(error)
     problem = comm.from_first(problem)

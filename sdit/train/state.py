@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 import sdit
-from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import CheckpointStore, Found, Snapshot, collect, restore
 from sdit.clock import Clock, StepSpan
 from sdit.config import ResolvedRun
 from sdit.distributed.engine import Engine
 from sdit.distributed.shards import Shard
+from sdit.errors import CheckpointError
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.migration import ExpertState, expert_state
 from sdit.expert_parallel.sharded_experts import expert_stacks
@@ -24,6 +24,7 @@ from sdit.train.ema import Average, Ema
 from sdit.train.prior import PriorSchedule
 from sdit.train.resume import Resumed, compare_configs
 from sdit.train.rundata import RunData
+from sdit.transfers import HostCopies
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RunState:
         self.length_images = config.train.total_images
         self.last_batch = config.train.global_batch  # images of the newest step, perhaps of an earlier process
         self._stacks = expert_stacks(engine.module)
+        self._copies, self._power_copies = HostCopies(), HostCopies()  # both may be written at the same time
 
     def keep_length(self, resumed: Resumed) -> None:
         """Continue with the length of the run that the checkpoint, or a changed setting, gives."""
@@ -66,21 +68,23 @@ class RunState:
 
     def snapshot(self) -> Snapshot:
         """This rank's part of the state; arrays of what lives on the host (on a CPU all, or what is offloaded) are views."""
-        return self._collect([*self._weights(), *self._averages(self.ema.averages), *self._moments()])
+        return self._collect([*self._weights(), *self._averages(self.ema.averages), *self._moments()], self._copies)
 
     def power_snapshot(self) -> Snapshot:
         """This rank's part of the power-function averages."""
-        return self._collect(self._averages(self.ema.power))
+        return self._collect(self._averages(self.ema.power), self._power_copies)
 
-    def _collect(self, kinds: Sequence[StateKind]) -> Snapshot:
-        tensors: dict[str, np.ndarray] = {}
+    def _collect(self, kinds: Sequence[StateKind], copies: HostCopies) -> Snapshot:
+        views: dict[str, torch.Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for kind in kinds:
-            more_tensors, more_shapes = collect(kind.name, kind.shards, kind.values, self.expert_ids)
-            tensors |= more_tensors
+            more_views, more_shapes = collect(kind.name, kind.shards, kind.values, self.expert_ids)
+            views |= more_views
             shapes |= more_shapes
-        is_live = any(value.device.type == "cpu" for kind in kinds for value in kind.values)
-        return Snapshot(self.clock.images_seen, tensors, shapes, self._facts(), is_live)
+        pending = copies.begin(list(views.values()))
+        tensors = {key: host.numpy() for key, host in zip(views, pending.tensors, strict=True)}
+        is_live = any(view.device.type == "cpu" for view in views.values())
+        return Snapshot(self.clock.images_seen, tensors, shapes, self._facts(), is_live, pending.wait)
 
     def _weights(self) -> list[StateKind]:
         owned, frozen = self.engine.owned, self.engine.frozen_owned
@@ -147,19 +151,36 @@ class RunState:
             CheckpointError: a tensor is missing or of another shape.
         """
         changes = compare_configs(found.manifest["config"], self.config.model_dump(mode="json"), str(found.folder))
-        with ShardSet(found.folder, manifest_files(found.manifest)) as shards, torch.no_grad():
-            for local in (self.engine.local, self.engine.frozen_local):
-                restore(shards, "weight", local, [shard.master for shard in local], self.expert_ids)
-            for key in self.engine.moment_keys:
-                local = _with_moment(self.engine.local, key)
-                restore(shards, key, local, [shard.moment(key) for shard in local], self.expert_ids)
-            self._load_averages(shards)
+        engine = self.engine
+        with ShardSet(found.folder, found.manifest) as shards, torch.no_grad():
+            problem = ""
+            try:
+                self._read(shards)
+            except CheckpointError as error:
+                problem = str(error)
+            problems = [text for text in engine.comm.gather(problem) if text]
+            if problems:
+                raise CheckpointError(problems[0])
+            for local, owned in ((engine.local, engine.owned), (engine.frozen_local, engine.frozen_owned)):
+                engine.copy_to_replicas(local, owned, lambda shard: shard.master)
+            for key in engine.moment_keys:
+                local, owned = _with_moment(engine.local, key), _with_moment(engine.owned, key)
+                engine.copy_to_replicas(local, owned, lambda shard: shard.moment(key))  # noqa: B023
         self.engine.sync_compute_weights()
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
         stored = found.manifest
         self.prior.load(stored.get("prior_columns"), stored.get("prior_every_steps"), str(found.folder))
         return changes
+
+    def _read(self, shards: ShardSet) -> None:
+        """Read the owned state. The other ranks with a replica of it receive it afterwards, so each range is read once."""
+        for owned in (self.engine.owned, self.engine.frozen_owned):
+            restore(shards, "weight", owned, [shard.master for shard in owned], self.expert_ids)
+        for key in self.engine.moment_keys:
+            owned = _with_moment(self.engine.owned, key)
+            restore(shards, key, owned, [shard.moment(key) for shard in owned], self.expert_ids)
+        self._load_averages(shards)
 
     def _load_averages(self, shards: ShardSet) -> None:
         """Load the averages. One that the run began after this checkpoint starts at the weights, except that of ema.decay."""

@@ -39,7 +39,7 @@ def build_tasks(
     started_from = None if found is None else found.folder
     return PeriodicTasks(
         Validator(context, config.validation, held_out),
-        Snapshots(context, config.ema, SnapshotStore(folder, context.comm)),
+        Snapshots(context, config.ema, SnapshotStore(folder, context.comm, config.checkpoint)),
         Checkpoints(context, config.checkpoint, config.train.rollbacks, started_from),
         RoutingMaps(context, sampler, config.observe.routing_every_images),
         sampler,

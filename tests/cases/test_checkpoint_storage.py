@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import write_shard
 from sdit.checkpoint.saver import Saver
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.space import check_space
-from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
+from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
@@ -59,6 +61,10 @@ class ThreadRank:
 
     def gather(self, value: Any) -> list[Any]:
         return self._group.exchange(self.rank, value)
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        gathered = self.gather(value)
+        return gathered if self.is_first else []
 
     def from_first(self, value: Any) -> Any:
         return self._group.exchange(self.rank, value)[0]
@@ -288,9 +294,9 @@ def test_what_was_put_aside_counts_as_room(tmp_path: Path, monkeypatch: pytest.M
     os.truncate(shard, 1 << 43)
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     size = ((1 << 43) + free) // 4
-    check_space(tmp_path, size, keep_last=2, ranks=1)
+    check_space(tmp_path, size, keep_last=2, files=1)
     with pytest.raises(ConfigError, match="bytes more are needed"):
-        check_space(tmp_path, 2 * size, keep_last=2, ranks=1)
+        check_space(tmp_path, 2 * size, keep_last=2, files=1)
 
 
 def test_the_report_lists_what_was_put_aside(tmp_path: Path) -> None:
@@ -361,3 +367,76 @@ def test_a_real_quota_gives_up_the_oldest_checkpoint(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def node_ranks(world: int, ranks_per_node: int, work: Callable[[Comm], None]) -> None:
+    """Run `work` on every rank of nodes with `ranks_per_node` ranks each."""
+
+    def place(comm: Comm) -> None:
+        comm.info = cast(Any, SimpleNamespace(local_rank=comm.rank % ranks_per_node))
+        work(comm)
+
+    on_ranks(world, place)
+
+
+def node_store(folder: Path, comm: Comm) -> CheckpointStore:
+    return CheckpointStore(folder, CheckpointConfig(files="node"), comm)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_the_ranks_of_a_node_write_one_file_together(tmp_path: Path, per_node: int, asynchronous: bool) -> None:
+    """One node with 4 ranks, two with 2, and four with 1: a file for each node, with the state of all ranks."""
+    saved: list[str] = []
+
+    def work(comm: Comm) -> None:
+        store = node_store(tmp_path, comm)
+        saver = Saver(
+            store, comm, lambda: snapshot(10, comm.rank), asynchronous, lambda *_: saved.append(""), pytest.fail
+        )
+        saver.save()
+        saver.finish()
+
+    node_ranks(4, per_node, work)
+    folder = tmp_path / "images-000000000010"
+    files = [f"node-{number:05d}.shards" for number in range(4 // per_node)]
+    assert len(saved) == 4 and sorted(path.name for path in folder.glob("node-*")) == files
+    with ShardSet(folder, find_checkpoint(folder).manifest) as shards:
+        for rank in range(4):
+            want = snapshot(10, rank).tensors[f"weight/w{rank}@0"]
+            assert shards.tensor(f"weight/w{rank}").numpy().tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_node_file_that_one_rank_cannot_write_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The other rank's bytes are removed with it, the checkpoint before stays, and the next save is whole."""
+    fails = [False]
+
+    def write(folder: Path, name: str, tensors: Any, shapes: Any, place: Any) -> Any:
+        if fails[0] and f"weight/w{failing}@0" in tensors:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write_shard(folder, name, tensors, shapes, place)
+
+    monkeypatch.setattr(store_module, "write_shard", write)
+
+    def save(images: int) -> Callable[[Comm], None]:
+        return lambda comm: cast(None, node_store(tmp_path, comm).save(snapshot(images, comm.rank)))
+
+    node_ranks(2, 2, save(10))
+    fails[0] = True
+    with pytest.raises(CheckpointError, match=rf"rank {failing}: .*node-00000\.shards: "):
+        node_ranks(2, 2, save(20))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["images-000000000010"]
+    fails[0] = False
+    node_ranks(2, 2, save(20))
+    assert find_checkpoint(tmp_path / "images-000000000020").manifest["format"] == 2
+
+
+def test_a_longer_file_that_a_killed_writer_left_is_cut(tmp_path: Path) -> None:
+    """A restart with less state writes the same node file before rank 0 removed the old one."""
+    (tmp_path / ".images-000000000010.tmp").mkdir()
+    (tmp_path / ".images-000000000010.tmp" / "node-00000.shards").write_bytes(b"x" * 4 * ELEMENTS * 3)
+    node_ranks(2, 2, lambda comm: cast(None, node_store(tmp_path, comm).save(snapshot(10, comm.rank))))
+    assert find_checkpoint(tmp_path / "images-000000000010").skipped == ()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import find_checkpoint
 from sdit.observe.metrics_file import read_metrics
 from tests.distributed.forks import fork_script
@@ -144,5 +144,5 @@ def numbers_of(run_dir: Path) -> list[dict]:
 def tensors_of(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """Every logical tensor of a kind in the run's newest checkpoint."""
     found = find_checkpoint(run_dir)
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.export import export_safetensors
-from sdit.checkpoint.files import ShardSet, manifest_files
 from sdit.checkpoint.load import load_model, load_trained
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.snapshots import choose_coefficients, find_averages
 from sdit.checkpoint.store import find_checkpoint, list_checkpoints
 from sdit.cli.ema import main as sdit_ema
@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stored(folder: Path, kind: str) -> dict[str, Tensor]:
     """The logical tensors of a kind in a checkpoint or snapshot."""
     found = find_checkpoint(folder)
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}
 
 
@@ -144,7 +144,7 @@ def test_an_average_that_a_resume_adds_starts_at_the_checkpoints_weights(runs: P
         assert_close(tensors_of(run, kind), replayed(run, kind, start, HALF + 1))
     want, got = tensors_of(runs / layout, "ema"), tensors_of(run, "ema")
     assert all(torch.equal(want[name], got[name]) for name in want)  # the first one continues
-    with ShardSet(at_step(run, HALF), manifest_files(find_checkpoint(at_step(run, HALF)).manifest)) as shards:
+    with ShardSet(at_step(run, HALF), find_checkpoint(at_step(run, HALF)).manifest) as shards:
         assert shards.kinds == {"weight", "ema"}
 
 

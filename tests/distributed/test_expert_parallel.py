@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import find_checkpoint
 from sdit.config import load_config, resolve_run
 from sdit.errors import ConfigError
@@ -190,7 +190,7 @@ def more_runs(runs: Path) -> Path:
 def tensors_at(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """Every logical tensor of a kind in a checkpoint, or in the newest one of a run; experts by global id."""
     found = find_checkpoint(run_dir)
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}
 
 

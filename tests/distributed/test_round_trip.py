@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdit.checkpoint.files import ShardSet, manifest_files
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, fork_ranks, train_together
 
@@ -49,7 +49,7 @@ LAYOUTS = [
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = find_checkpoint(checkpoint)
-    with ShardSet(found.folder, manifest_files(found.manifest)) as shards:
+    with ShardSet(found.folder, found.manifest) as shards:
         names = [(kind, name) for kind in KINDS for name in shards.names(kind)]
         return {f"{kind}/{name}": shards.tensor(f"{kind}/{name}") for kind, name in names}
 

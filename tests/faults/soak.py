@@ -4,8 +4,9 @@
 
 A round is one run on two ranks. The faults of `FAULTS` strike it at random instants. The same command starts it again after
 each end, until the run is complete. The time between two faults is random, up to a third of the length of an undisturbed run,
-which is measured first. Rounds alternate between synchronous and asynchronous checkpoints, and between a folder, a small
-tmpfs (full disk) and a small btrfs subvolume (quota, read-only). The last two need root and `mkfs.btrfs`.
+which is measured first. Rounds alternate between synchronous and asynchronous checkpoints, between files of ranks and of nodes,
+and between a folder, a small tmpfs (full disk) and a small btrfs subvolume (quota, read-only). The last two need root and
+`mkfs.btrfs`.
 The table at the end counts faults, launches, processes that outlived a launch, and values that differ from the undisturbed run.
 Exit status: 0 if nothing differs, no process is left and every exit code is documented in docs/faults.md, else 1.
 """
@@ -339,7 +340,10 @@ class Soak:
                 if time.monotonic() > until:
                     return
                 run_dir = disk.folder / f"run-{number:03d}"
-                settings = (*SETTINGS, f"checkpoint.asynchronous={str(asynchronous).lower()}")
+                files = "node" if number // 2 % 2 else "rank"
+                settings = (
+                    *SETTINGS, f"checkpoint.asynchronous={str(asynchronous).lower()}", f"checkpoint.files={files}",
+                )  # fmt: skip
                 try:
                     self._round(run_dir, disk, settings)
                     self._compare(run_dir)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sdit.checkpoint.files import ShardSet, manifest_files, write_shard
+from sdit.checkpoint.files import write_shard
 from sdit.checkpoint.saver import MAX_FAILURES, Saver
+from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.space import check_space
 from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.config import CheckpointConfig
@@ -33,6 +34,8 @@ class OneRank:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+    gather_to_first = gather
 
     def from_first(self, value: Any) -> Any:
         return value
@@ -56,7 +59,7 @@ def names(folder: Path) -> list[str]:
 
 
 def content(folder: Path, manifest: dict) -> np.ndarray:
-    with ShardSet(folder, manifest_files(manifest)) as shards:
+    with ShardSet(folder, manifest) as shards:
         return shards.tensor("weight/w").numpy()
 
 
@@ -236,8 +239,8 @@ def test_failures_in_a_row_end_the_run_and_a_success_forgets_them(small_disk: Pa
 
 def test_start_is_refused_when_there_is_no_room(small_disk: Path) -> None:
     with pytest.raises(ConfigError, match=f"{3 * (1 << 20)} bytes more are needed"):
-        check_space(small_disk, 1 << 20, keep_last=2, ranks=1)
-    check_space(small_disk, 600 << 10, keep_last=2, ranks=1)
+        check_space(small_disk, 1 << 20, keep_last=2, files=1)
+    check_space(small_disk, 600 << 10, keep_last=2, files=1)
 
 
 def test_background_write_holds_the_moment_it_began_at(tmp_path: Path) -> None:

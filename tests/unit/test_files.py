@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.files import new_folder
+from sdit.files import new_folder, remove_folder
 
 
 def test_a_filled_folder_appears_whole(tmp_path: Path) -> None:
@@ -40,3 +40,16 @@ def test_what_exists_is_not_replaced(tmp_path: Path, kind: str) -> None:
         raise AssertionError("the block must not run")
     assert (path if kind == "file" else path / "a").read_text() == "mine"
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_many_files_is_removed_with_its_subfolders_but_not_what_its_links_name(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    (folder / "sub").mkdir(parents=True)
+    outside.mkdir()
+    for name in [*(f"{number}" for number in range(100)), "sub/file"]:
+        (folder / name).touch()
+    (outside / "file").touch()
+    (folder / "link").symlink_to(outside)
+    remove_folder(folder)
+    assert not folder.exists() and (outside / "file").exists()
+    remove_folder(folder)

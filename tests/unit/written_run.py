@@ -68,7 +68,7 @@ def write_run(folder: Path, config: Config, images_seen: int = 28) -> dict[str, 
         write_shard(target, f"shard-{number:05d}.safetensors", shard, shapes) for number, shard in enumerate(shards)
     ]
     clock = {"images_seen": images_seen, "steps": images_seen // config.train.global_batch}
-    files = [vars(record) for record in records]
+    files = [record.to_json() for record in records]
     body = {
         "format": FORMAT,
         "files": files,

@@ -1,0 +1,56 @@
+"""Where each rank writes its shard: in a file of its own, or in one file together with the other ranks of its node."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from sdit.checkpoint.files import SHARED_SUFFIX, ShardPlace
+from sdit.distributed.comm import Comm
+
+
+def nodes_of(members: Sequence[tuple[str, int]]) -> list[int]:
+    """Return the node of each rank, given host and local rank of each. Nodes are counted in the order of their first ranks.
+
+    A launcher can start several nodes on one host. Then a local rank occurs there several times.
+    """
+    seen, numbers, nodes = Counter[tuple[str, int]](), dict[tuple[str, int], int](), list[int]()
+    for host, local_rank in members:
+        key = (host, seen[host, local_rank])
+        seen[host, local_rank] += 1
+        nodes.append(numbers.setdefault(key, len(numbers)))
+    return nodes
+
+
+def places_of(nodes: Sequence[int], sizes: Sequence[int]) -> list[ShardPlace]:
+    """Return the place of each rank's shard in its node's file, given the node and the bytes of each rank.
+
+    The shards of a node are stored one after another, by rank.
+    """
+    totals, starts = Counter[int](), list[int]()
+    for node, size in zip(nodes, sizes, strict=True):
+        starts.append(totals[node])
+        totals[node] += size
+    return [
+        ShardPlace(f"node-{n:05d}{SHARED_SUFFIX}", start, totals[n]) for n, start in zip(nodes, starts, strict=True)
+    ]
+
+
+class NodeFiles:
+    """The files of the nodes. All ranks call `place` together, which costs one all-reduce of a number per rank."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._nodes: list[int] | None = None
+
+    def place(self, size: int) -> ShardPlace:
+        """Return where this rank writes its shard of `size` bytes."""
+        if self._nodes is None:
+            members = self._comm.gather([socket.gethostname(), self._comm.info.local_rank])
+            self._nodes = nodes_of([(host, local_rank) for host, local_rank in members])
+        sizes = torch.zeros(self._comm.world, dtype=torch.float64, device=self._comm.device)  # exact below 2^53
+        sizes[self._comm.rank] = size
+        return places_of(self._nodes, [int(each) for each in self._comm.sum(sizes).tolist()])[self._comm.rank]
