@@ -41,7 +41,7 @@ def search_layouts(
 
     Of layouts that take equally long, the one with the least memory is first. `deepspeed` is the JSON before it is merged.
     """
-    found = []
+    found: list[Layout] = []
     for expert, micro_batch in _splits(job):
         exchanges: dict[Any, Exchange] = {}
         for stage in STAGES:
@@ -72,6 +72,9 @@ def _layouts(job: Job, exchanges: dict[Any, Exchange], hardware: Hardware, room_
         exchange = exchanges.get(mode)
         peak = plan_memory(job, exchange, hardware.device.kind).peak
         if peak <= room_bytes:
-            overrides = {"parallel.expert": job.expert_parallel, "train.micro_batch": job.batch.micro_batch}
+            overrides: dict[str, Any] = {
+                "parallel.expert": job.expert_parallel,
+                "train.micro_batch": job.batch.micro_batch,
+            }
             overrides |= {"parallel.exchange": mode} if exchanges else {}
             yield Layout(overrides, job.stage, predict_step(job, exchange, hardware), peak)
