@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from sdit.cli.parser import Parser
-from sdit.cli.presets import CONFIGS, DEEPSPEED, preset_file, presets
+from sdit.cli.presets import CONFIGS, DEEPSPEED, HARDWARE, preset_file, presets
 from sdit.cli.process import command
 from sdit.errors import ConfigError, ExitCode
 
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Do what `options.action` says."""
     if options.action == "list":
-        for title, pattern in (("--config", CONFIGS), ("--ds_config", DEEPSPEED)):
+        for title, pattern in (("--config", CONFIGS), ("--ds_config", DEEPSPEED), ("plan --hardware", HARDWARE)):
             print(f"{title}:")
             for name, file in presets(pattern).items():
                 print(f"  {name:20}  {_purpose(file)}".rstrip())

@@ -61,12 +61,12 @@ def hardware_file(text: str) -> Path:
 
 
 def preset_file(name: str) -> Path:
-    """An argument's type: return the file of a preset of either kind.
+    """An argument's type: return the file of a preset of any kind.
 
     Raises:
         argparse.ArgumentTypeError: there is no such preset.
     """
-    return _find(name, presets(CONFIGS) | presets(DEEPSPEED))
+    return _find(name, presets(CONFIGS) | presets(DEEPSPEED) | presets(HARDWARE))
 
 
 def _find(name: str, known: Mapping[str, Path], otherwise: str = "") -> Path:
