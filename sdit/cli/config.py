@@ -1,10 +1,11 @@
-"""List, print or copy the configs and DeepSpeed JSONs that come with sdit.
+"""List, print or copy the configs, DeepSpeed JSONs and hardware files that come with sdit.
 
   sdit config list                            name and purpose of each
   sdit config show digits                     print it
   sdit config new digits --out mine.yaml      copy it to a file of your own, which never replaces another one
 
-`sdit train --config NAME --ds_config NAME` finds them by name as well.
+`sdit train --config NAME --ds_config NAME` finds them by name as well, and
+`sdit plan --hardware NAME` hardware files.
 Exit status: 0 done, 64 wrong command line, 74 file that cannot be written, 78 the file exists already.
 """
 

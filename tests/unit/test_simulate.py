@@ -17,14 +17,22 @@ from sdit.model.flops import expert_flops_per_image, flops_per_image
 from sdit.planner.hardware import Hardware, read_hardware, write_hardware
 from sdit.planner.layout import Job
 from sdit.planner.memory import plan_memory
+from sdit.planner.remedy import with_values
 from sdit.planner.search import search_layouts
 from sdit.planner.simulation import simulate
 from sdit.planner.step_time import StepTime, predict_step
 from sdit.planner.traffic import plan_exchange
-from tests.unit.test_plan import job_of, model_config
+from tests.unit import test_plan
+from tests.unit.test_plan import model_config
 
 H100 = presets(HARDWARE)["h100-ib"]
 DIGITS = "digits"
+
+
+def job_of(*arguments: Any, **more: Any) -> Job:
+    """A job whose samples are assigned in order, which takes little time to plan."""
+    job = test_plan.job_of(*arguments, **more)
+    return replace(job, config=with_values(job.config, "parallel", seating="order"))
 
 
 def hardware(**figures: Any) -> Hardware:
@@ -106,9 +114,7 @@ def test_traffic_of_the_exchange_is_that_of_the_model() -> None:
     """Rows and replicas of all ranks are the bytes per step of the mode."""
     for exchange in ("tokens", "weights", "auto"):
         job = job_of(model_config("switch", "linear", depth=1), 4)
-        config = job.config.model_copy(
-            update={"parallel": job.config.parallel.model_copy(update={"exchange": exchange})}
-        )
+        config = with_values(job.config, "parallel", exchange=exchange)
         found = plan_exchange(replace(job, config=config), "random")
         assert found is not None
         assert 4 * (found.row_bytes + found.replica_bytes) == pytest.approx(found.step_bytes[exchange])
