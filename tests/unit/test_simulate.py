@@ -215,18 +215,8 @@ def launch(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 def test_the_command_simulates_and_searches(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        DIGITS,
-        "--gpus-per-node",
-        "4",
-        "--search",
-        "--images",
-        "1000000",
-        "--price-per-gpu-hour",
-        "2",
-        "--mfu",
-        "0.3",
-    ]
+    small = ["--gpus-per-node", "2", "model.depth=1", "train.global_batch=2", "parallel.seating=order"]
+    words = [DIGITS, *small, "--search", "--images", "1000000", "--price-per-gpu-hour", "2", "--mfu", "0.3"]
     code, out, error = launch(capsys, *words, "--json")
     assert code == 0, error
     found = json.loads(out)
