@@ -138,13 +138,13 @@ def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any]
         return job, exchange, plan_memory(job, exchange, device)
 
     job, exchange, memory = plan(config, deepspeed)
-    room = room_bytes(options, hardware)
+    room = _room_bytes(options, hardware)
     fits = room is None or memory.peak <= room
     advice = "" if fits or room is None else advise(job, deepspeed, lambda c, d: plan(c, d)[2].peak, room)
     return Plan(job, memory, exchange, options.routes, device, room, fits, advice)
 
 
-def room_bytes(options: argparse.Namespace, hardware: Hardware | None) -> float | None:
+def _room_bytes(options: argparse.Namespace, hardware: Hardware | None) -> float | None:
     """Return the bytes that a rank may use, or None if they are not known."""
     memory_gib = options.memory_gib
     if memory_gib is None and hardware is not None:

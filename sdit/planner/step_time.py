@@ -138,7 +138,7 @@ def _gradient_seconds(job: Job, hardware: Hardware, hiding_seconds: float) -> fl
 def _reduce_seconds(job: Job, group: Group, hardware: Hardware) -> float:
     """Return the seconds of all-reduces of a group's gradients: within nodes, and of each rank's part between nodes.
 
-    The two levels are those of hierarchical all-reduce (Jia et al., arXiv 1807.11205, section 3.2).
+    The two levels are those of hierarchical all-reduce (Jia et al., arXiv 1807.11205).
     """
     buckets = -(-group.numel // job.bucket_numel)
     return buckets * _two_levels(job, group, hardware, all_reduce_seconds, "all_reduce", group.numel / buckets)
