@@ -15,6 +15,7 @@ from sdit.distributed.fabric import seconds_of
 from sdit.model import build_model, init_weights
 from sdit.model.flops import flops_per_image
 from sdit.planner.hardware import Device
+from sdit.planner.memory import DeviceKind
 from sdit.planner.time_formulas import compute_seconds
 
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
@@ -34,7 +35,7 @@ class Sizes(NamedTuple):
     input_size: int
 
 
-SIZES = {  # a CPU without bf16 units needs 40 times as long for a product in bf16
+SIZES: dict[DeviceKind, Sizes] = {  # a CPU without bf16 units needs 40 times as long for a product in bf16
     "cpu": Sizes((768, 192), 1 << 26, (128, 256, 384), 2, 8, 16),
     "cuda": Sizes((8192, 8192), 1 << 30, (384, 768, 1152), 4, 64, 32),
 }
@@ -45,7 +46,8 @@ def measure_device(comm: Comm) -> Device:
 
     The utilization is measured with fp32 on a CPU and with bf16 on a GPU.
     """
-    kind, sizes = comm.device.type, SIZES[comm.device.type]
+    kind: DeviceKind = "cuda" if comm.device.type == "cuda" else "cpu"
+    sizes = SIZES[kind]
     fp32, bf16 = (
         2 * rows**3 / _mean_seconds(comm, _product(comm, rows, dtype))
         for rows, dtype in zip(sizes.rows, (torch.float32, torch.bfloat16), strict=True)
