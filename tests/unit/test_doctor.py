@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_measured_link_is_the_one_that_the_planner_predicts_with(ranks: int, m
     The fixed time is measured with one number per rank, whose bytes take the last digits.
     """
     rate, fixed = 1e9, 1e-3
-    formulas = {
+    formulas: dict[str, Callable[[float], float]] = {
         "all_to_all": lambda size: time_formulas.all_to_all_seconds(size * (ranks - 1) / ranks, 1, rate, fixed),
         "all_reduce": lambda size: time_formulas.all_reduce_seconds(size, ranks, rate, fixed),
         "all_gather": lambda size: time_formulas.all_gather_seconds(size, ranks, rate, fixed),
