@@ -6,10 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 
-def start_ranks(ranks: int) -> int:
-    """Run this command as `ranks` processes of one thread each; returns the first exit status that is not zero."""
+def start_ranks(ranks: int, command: Sequence[str] = ()) -> int:
+    """Run a command of Python as `ranks` processes of one thread each; returns the first exit status that is not zero.
+
+    Without a command, this script is started again with its arguments.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -23,7 +27,7 @@ def start_ranks(ranks: int) -> int:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, *sys.argv],
+            [sys.executable, *(command or sys.argv)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)},
         )
         for rank in range(ranks)

@@ -1,10 +1,11 @@
-"""List, print or copy the configs and DeepSpeed JSONs that come with sdit.
+"""List, print or copy the configs, DeepSpeed JSONs and hardware files that come with sdit.
 
   sdit config list                            name and purpose of each
   sdit config show digits                     print it
   sdit config new digits --out mine.yaml      copy it to a file of your own, which never replaces another one
 
-`sdit train --config NAME --ds_config NAME` finds them by name as well.
+`sdit train --config NAME --ds_config NAME` finds them by name as well, and
+`sdit plan --hardware NAME` hardware files.
 Exit status: 0 done, 64 wrong command line, 74 file that cannot be written, 78 the file exists already.
 """
 
@@ -14,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from sdit.cli.parser import Parser
-from sdit.cli.presets import CONFIGS, DEEPSPEED, preset_file, presets
+from sdit.cli.presets import CONFIGS, DEEPSPEED, HARDWARE, preset_file, presets
 from sdit.cli.process import command
 from sdit.errors import ConfigError, ExitCode
 
@@ -37,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Do what `options.action` says."""
     if options.action == "list":
-        for title, pattern in (("--config", CONFIGS), ("--ds_config", DEEPSPEED)):
+        for title, pattern in (("--config", CONFIGS), ("--ds_config", DEEPSPEED), ("plan --hardware", HARDWARE)):
             print(f"{title}:")
             for name, file in presets(pattern).items():
                 print(f"  {name:20}  {_purpose(file)}".rstrip())

@@ -2,6 +2,7 @@
 
   sdit doctor                                      one process
   deepspeed --num_gpus 2 launcher/doctor.py        the ranks of a launch; likewise torchrun, mpirun, srun
+  deepspeed launcher/doctor.py --write mine.yaml   and measure a hardware file for sdit plan --simulate
   srun sdit doctor --run-dir RUN --json            several nodes: with MASTER_ADDR set, as cluster/train.sbatch does
 
 The ranks first connect to a store at MASTER_ADDR:MASTER_PORT, which shows who is missing, and try each other's ports. Then
@@ -20,9 +21,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import Parser, add_rank_option
+from sdit.cli.parser import Parser, add_rank_option, positive_int
 from sdit.cli.process import command, status_of
 from sdit.doctor.checks import (
     GIB,
@@ -38,11 +39,15 @@ from sdit.doctor.checks import (
     fabric_checks,
 )
 from sdit.doctor.connection import find_endpoint
-from sdit.doctor.facts import local_facts
+from sdit.doctor.facts import local_facts, nearest_folder
 from sdit.doctor.rendezvous import Rendezvous
 from sdit.errors import ExitCode
+from sdit.files import replace_text
 from sdit.launch_environment import RankInfo, find_rank
 from sdit.supervise.coordinator import free_port
+
+if TYPE_CHECKING:
+    from sdit.distributed.comm import Comm
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,6 +65,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--min-disk-gib", type=_positive, default=1.0, metavar="GIB", help="free space of the run folder (default: 1)")
     add("--min-shm-gib", type=_positive, default=0.06, metavar="GIB", help="free space of /dev/shm (default: 0.06)")
     add("--json", action="store_true", help="print everything as JSON instead of the table")
+    write_help = "measure a hardware file for sdit plan --simulate (about a minute): devices, links, storage, host work"
+    add("--write", type=Path, metavar="YAML", help=write_help)
+    threads_help = "with --write: CPU threads per rank, as parallel.threads (default: cores of the node / its ranks)"
+    add("--threads", type=positive_int, metavar="T", help=threads_help)
     add_rank_option(add)
     return parser.parse_args(arguments)
 
@@ -115,6 +124,7 @@ def examine_fabric(
             fabric |= {"pairs": measure_pairs(comm)}
             fabric |= measure_groups(comm) if comm.world > 1 else {}
             checks += fabric_checks(fabric)
+            checks += [] if options.write is None else [write_figures(comm, options)]
             report(info, options, checks, facts, fabric)
             return int(comm.from_first(int(exit_code_of(checks))))
     except (RuntimeError, ValueError) as error:  # torch raises these, and subclasses, for all that can go wrong
@@ -125,6 +135,22 @@ def examine_fabric(
         checks.append(Check("process group", "failed", text, ExitCode.CRASH))
         report(info, options, checks, facts, None)
         return exit_code_of(checks)
+
+
+def write_figures(comm: Comm, options: argparse.Namespace) -> Check:
+    """Measure the hardware file and write it on rank 0. Return the line of the report."""
+    from sdit.distributed.comm import set_threads
+    from sdit.doctor.hardware import measure_hardware
+    from sdit.planner.hardware import write_hardware
+
+    set_threads(comm.info, options.threads)
+    try:
+        hardware = measure_hardware(comm, nearest_folder(options.run_dir), options.threads)
+        if comm.is_first:
+            replace_text(options.write, write_hardware(hardware))
+    except OSError as error:
+        return Check("hardware file", str(options.write), f"cannot be written: {error.strerror}", ExitCode.CONFIG)
+    return Check("hardware file", f"{options.write}, for sdit plan --simulate --hardware {options.write}")
 
 
 def report(

@@ -3,9 +3,12 @@
   sdit plan imagenet256_xl2 --nodes 2 --gpus-per-node 8 --memory-gib 80
   sdit plan imagenet256_xl2 --nodes 8 --gpus-per-node 8 model.experts.count=64 parallel.expert=8 --json
   sdit plan mine.yaml --nodes 1 --gpus-per-node 2 --device cpu
+  sdit plan imagenet256_xl2 --nodes 64 --gpus-per-node 8 train.global_batch=8192 --simulate --hardware h100-ib
+  sdit plan imagenet256_xl2 --nodes 64 --gpus-per-node 8 train.global_batch=8192 --search
 
 Nothing is allocated: the model is built without memory. Parameters, masters, moments, EMA and checkpoint are exact; activations
-and exchange are formulas that tests hold against measurements on CPU ranks (not against GPUs).
+and exchange are formulas that tests hold against measurements on CPU ranks (not against GPUs). --simulate predicts times from
+the figures of a hardware file (a preset, or what `sdit doctor --write FILE` measured), --search also the fastest layouts.
 Exit status: 0 it fits, or --memory-gib was not given; 64 wrong command line; 78 impossible config, or it does not fit.
 """
 
@@ -14,13 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import OVERRIDE, Parser, add_deepspeed_options
-from sdit.cli.presets import DEFAULT_DEEPSPEED, config_file, deepspeed_file
+from sdit.cli.presets import DEFAULT_DEEPSPEED, DEFAULT_HARDWARE, config_file, deepspeed_file, hardware_file
 from sdit.cli.process import command
 from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
 from sdit.errors import ExitCode
+from sdit.planner.hardware import Hardware, read_hardware
+
+if TYPE_CHECKING:
+    from sdit.planner.report import Plan
 
 GIB = 2**30
 
@@ -35,11 +43,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--memory-gib", type=_size, metavar="M", help="memory of one GPU, or of one rank on a CPU")
     reserve_help = "of it, what context, libraries and fragmentation take (default: 2)"
     add("--reserve-gib", type=_size, default=2.0, metavar="M", help=reserve_help)
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="where ranks compute (default: cuda)")
+    device_help = "where ranks compute (default: that of the hardware file with --simulate, else cuda)"
+    add("--device", choices=("cuda", "cpu"), help=device_help)
     routes_help = (
         "routes the exchange is counted on: what the prior asks for, or none better than chance (default: prior)"
     )
     add("--routes", choices=("prior", "random"), default="prior", help=routes_help)
+    _add_simulation_options(add)
     add_deepspeed_options(parser, "DeepSpeed JSON")
     add("--json", action="store_true", help="print everything as JSON, in bytes")
     options = parser.parse_args(arguments)
@@ -55,41 +65,109 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _add_simulation_options(add: Callable[..., Any]) -> None:
+    """Add what --simulate and --search read."""
+    add("--simulate", action="store_true", help="predict step time, goodput, days and cost")
+    search_help = "predict all legal EP, ZeRO stages, micro-batches and exchanges that fit, and print the fastest"
+    add("--search", action="store_true", help=f"{search_help}; implies --simulate")
+    hardware_help = f"figures of the cluster; a path or a preset (default: {DEFAULT_HARDWARE})"
+    add("--hardware", type=hardware_file, default=DEFAULT_HARDWARE, metavar="YAML", help=hardware_help)
+    add("--images", type=_count, metavar="N", help="training images (default: the run's length)")
+    add(
+        "--mfu",
+        type=_fraction,
+        metavar="F",
+        help="model FLOPs over peak FLOPs of a pass (default: the hardware file's)",
+    )
+    mtbf_help = "mean hours between failures of one node (default: the hardware file's)"
+    add("--node-mtbf-hours", type=_above_zero, metavar="H", help=mtbf_help)
+    price_help = "price of one GPU for an hour (default: the hardware file's, or no cost)"
+    add("--price-per-gpu-hour", type=_size, metavar="P", help=price_help)
+
+
 def run(options: argparse.Namespace) -> int:
     deepspeed = read_deepspeed_json(options.ds_config)
     config = load_config(options.config, options.overrides)
     world = options.nodes * options.gpus_per_node
     resolve_run(config, deepspeed, str(options.ds_config), world, options.gpus_per_node)  # before torch is imported
+    hardware = _hardware(options) if options.simulate or options.search else None
+    found = _plan(options, config, deepspeed, hardware)
+    sections = _sections(options, deepspeed, hardware, found) if hardware is not None else {}
+    from sdit.planner.report import as_json, as_table
+
+    if options.json:
+        print(json.dumps(as_json(found) | {name: values for name, (values, _) in sections.items()}))
+    else:
+        print("\n\n".join([as_table(found), *(text for _, text in sections.values())]))
+    if found.fits:
+        return ExitCode.DONE
+    print(
+        f"error: a rank needs {found.memory.peak / GIB:.2f} GiB, {(found.room_bytes or 0) / GIB:.2f} are there: {found.advice}",
+        file=sys.stderr,
+    )
+    return ExitCode.CONFIG
+
+
+def _hardware(options: argparse.Namespace) -> Hardware:
+    """Return the hardware file with the figures that the command line replaces. Raises: ConfigError."""
+    hardware = read_hardware(options.hardware)
+    values: dict[str, Any] = {}
+    if options.mfu is not None:
+        values["device"] = hardware.device.model_copy(update={"mfu": {1: options.mfu}})
+    if options.node_mtbf_hours is not None:
+        values["node_mtbf_hours"] = options.node_mtbf_hours
+    if options.price_per_gpu_hour is not None:
+        values["price_per_device_hour"] = options.price_per_gpu_hour
+    return hardware.model_copy(update=values)
+
+
+def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], hardware: Hardware | None) -> Plan:
+    """Return the plan of memory and traffic, with a remedy if the run does not fit."""
     from sdit.planner.layout import Job, plan_job
     from sdit.planner.memory import Memory, plan_memory
-    from sdit.planner.remedy import find_remedy  # these import torch: not for --help and wrong configs
-    from sdit.planner.report import Plan, as_json, as_table
+    from sdit.planner.remedy import advise  # these import torch: not for --help and wrong configs
+    from sdit.planner.report import Plan
     from sdit.planner.traffic import Exchange, plan_exchange
+
+    world = options.nodes * options.gpus_per_node
+    device = options.device or ("cuda" if hardware is None else hardware.device.kind)
 
     def plan(config: Config, values: dict[str, Any]) -> tuple[Job, Exchange | None, Memory]:
         job = plan_job(config, values, options.ds_config, world, options.gpus_per_node)
         exchange = plan_exchange(job, options.routes)
-        return job, exchange, plan_memory(job, exchange, options.device)
+        return job, exchange, plan_memory(job, exchange, device)
 
     job, exchange, memory = plan(config, deepspeed)
-    room = None if options.memory_gib is None else max(0.0, options.memory_gib - options.reserve_gib) * GIB
+    room = _room_bytes(options, hardware)
     fits = room is None or memory.peak <= room
-    advice = ""
-    if room is not None and not fits:
-        remedy, enough = find_remedy(job, deepspeed, lambda c, d: plan(c, d)[2].peak, room)
-        advice = "no single setting makes it fit; use more or larger GPUs, or a smaller model"
-        if remedy is not None and enough:
-            advice = f"set {remedy.text} ({remedy.peak_bytes / GIB:.2f} GiB then)"
-        elif remedy is not None:
-            advice += f"; most is saved by {remedy.text} ({remedy.peak_bytes / GIB:.2f} GiB then)"
-    found = Plan(job, memory, exchange, options.routes, options.device, room, fits, advice)
-    print(json.dumps(as_json(found)) if options.json else as_table(found))
-    if fits:
-        return ExitCode.DONE
-    print(
-        f"error: a rank needs {memory.peak / GIB:.2f} GiB, {(room or 0) / GIB:.2f} are there: {advice}", file=sys.stderr
-    )
-    return ExitCode.CONFIG
+    advice = "" if fits or room is None else advise(job, deepspeed, lambda c, d: plan(c, d)[2].peak, room)
+    return Plan(job, memory, exchange, options.routes, device, room, fits, advice)
+
+
+def _room_bytes(options: argparse.Namespace, hardware: Hardware | None) -> float | None:
+    """Return the bytes that a rank may use, or None if they are not known."""
+    memory_gib = options.memory_gib
+    if memory_gib is None and hardware is not None:
+        memory_gib = hardware.device.memory_gib
+    return None if memory_gib is None else max(0.0, memory_gib - options.reserve_gib) * GIB
+
+
+def _sections(
+    options: argparse.Namespace, deepspeed: dict[str, Any], hardware: Hardware, plan: Plan
+) -> dict[str, tuple[Any, str]]:
+    """Return the simulation and, with --search, the layouts, each as JSON types and as a table."""
+    from sdit.planner import simulation_report as report
+    from sdit.planner.search import search_layouts
+    from sdit.planner.simulation import simulate
+
+    simulation = simulate(plan.job, plan.exchange, hardware, options.images)
+    found: dict[str, tuple[Any, str]] = {
+        "simulation": (report.simulation_json(simulation), report.simulation_table(simulation))
+    }
+    if options.search:
+        layouts = search_layouts(plan.job, deepspeed, hardware, options.routes, plan.room_bytes or float("inf"))
+        found["layouts"] = (report.layouts_json(layouts), report.layouts_table(layouts))
+    return found
 
 
 def _count(text: str) -> int:
@@ -104,7 +182,21 @@ def _size(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number of GiB from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number from 0")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = _size(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = _above_zero(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0, at most 1")
     return value
 
 

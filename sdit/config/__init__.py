@@ -34,6 +34,7 @@ from sdit.config.schema import (
     TrainConfig,
     ValidationConfig,
 )
+from sdit.config.yaml_text import dump_yaml
 
 __all__ = [
     "MAX_SIGMA_REL",
@@ -60,6 +61,7 @@ __all__ = [
     "config_manual",
     "describe_error",
     "dump_config",
+    "dump_yaml",
     "is_path",
     "largest_world",
     "load_config",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def rounds_of_pairs(world: int) -> list[list[Pair]]:
 def measure_first_collective(comm: Comm) -> None:
     """Run one all-reduce, which opens connections and loads kernels."""
     comm.sum(torch.ones(1, device=comm.device))
-    _settle(comm.device)
+    settle(comm.device)
 
 
 def measure_pairs(comm: Comm) -> list[dict[str, Any]]:
@@ -65,14 +66,47 @@ def measure_groups(comm: Comm) -> dict[str, float]:
     fraction = (comm.world - 1) / comm.world
     numel = GROUP_BYTES // 4 // comm.world * comm.world
     values, received = torch.zeros(numel, device=comm.device), torch.empty(numel, device=comm.device)
-    reduce_seconds = _seconds(comm, lambda: dist.all_reduce(values))
-    exchange_seconds = _seconds(comm, lambda: dist.all_to_all_single(received, values))
+    reduce_seconds = seconds_of(comm, lambda: dist.all_reduce(values))
+    exchange_seconds = seconds_of(comm, lambda: dist.all_to_all_single(received, values))
     moved = 4 * numel * fraction
     return {
         "all_reduce_bytes_per_second": 2 * moved / reduce_seconds,
         "all_to_all_bytes_per_second": moved / exchange_seconds,
         "bytes": float(4 * numel),
     }
+
+
+def measure_link(comm: Comm, groups: Sequence[Sequence[int]]) -> dict[str, tuple[float, float]]:
+    """Return (bytes per second that a rank sends, fixed seconds between two ranks) of each collective in groups of ranks.
+
+    All groups run at the same time, as in training. They have equally many ranks, at least 2, and this rank is in one.
+    The fixed time of a reduction and a gather grows with log2 of the ranks.
+    """
+    made = {tuple(ranks): dist.new_group(list(ranks)) for ranks in groups}
+    ranks, group = next((ranks, group) for ranks, group in made.items() if comm.rank in ranks)
+    found = {}
+    for name, sent_fraction, messages in (
+        ("all_to_all", 1.0, 1.0),
+        ("all_reduce", 2.0, math.log2(len(ranks))),
+        ("all_gather", 1.0, math.log2(len(ranks))),
+    ):
+        small, large = (seconds_of(comm, _collective(name, group, comm, len(ranks), n)) for n in (1, GROUP_BYTES // 4))
+        moved = sent_fraction * (len(ranks) - 1) / len(ranks) * 4 * (GROUP_BYTES // 4 // len(ranks) * len(ranks))
+        seconds = comm.gather([moved / max(large - small, 1e-9), small / messages])
+        found[name] = (statistics.mean(row[0] for row in seconds), statistics.mean(row[1] for row in seconds))
+    return found
+
+
+def _collective(name: str, group: Any, comm: Comm, ranks: int, numel: int) -> Callable[[], Any]:
+    """Return a function that runs a collective on a buffer of about `numel` float32 numbers."""
+    part = max(1, numel // ranks)
+    whole, other = torch.zeros(part * ranks, device=comm.device), torch.zeros(part * ranks, device=comm.device)
+    operations: dict[str, Callable[[], Any]] = {
+        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, other[:part], group=group),
+    }
+    return operations[name]
 
 
 def describe_device(device: torch.device) -> str:
@@ -107,7 +141,7 @@ def _ping(comm: Comm, pair: Pair, size_bytes: int, times: int) -> float:
         started = time.perf_counter()
         for transfer in order:
             _transfer(transfer, box, other)
-        _settle(comm.device)
+        settle(comm.device)
         taken.append(time.perf_counter() - started)
     return max(statistics.median(taken[1:]), 1e-9)  # the first round trip opens the connection
 
@@ -121,18 +155,19 @@ def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> No
         work.wait()
 
 
-def _seconds(comm: Comm, collective: Callable[[], Any]) -> float:
-    """Return the median seconds of a collective that all ranks start together."""
+def seconds_of(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Return the median seconds of work that all ranks start together. The first time is not counted."""
     taken = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         comm.barrier()
         started = time.perf_counter()
-        collective()
-        _settle(comm.device)
+        work()
+        settle(comm.device)
         taken.append(time.perf_counter() - started)
     return max(statistics.median(taken[1:]), 1e-9)
 
 
-def _settle(device: torch.device) -> None:
+def settle(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ SHM = Path("/dev/shm")
 
 def local_facts(info: RankInfo, run_dir: Path) -> dict[str, Any]:
     """Return what a rank knows about itself without torch, as JSON types."""
-    folder = _nearest(run_dir)
+    folder = nearest_folder(run_dir)
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -45,7 +45,7 @@ def _package_versions() -> dict[str, str]:
     return found
 
 
-def _nearest(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = path.absolute()
     while not path.is_dir():

@@ -40,6 +40,12 @@ def flops_per_image(config: ModelConfig) -> Flops:
     return Flops(forward, 3 * forward)
 
 
+def expert_flops_per_image(config: ModelConfig) -> Flops:
+    """Return the FLOPs of one image in the gates and experts of all blocks. They are a part of `flops_per_image`."""
+    forward = 2 * config.depth * _experts(config) if config.variant == "switch" else 0
+    return Flops(forward, 3 * forward)
+
+
 def _experts(config: ModelConfig) -> int:
     """Return the multiplications of the gate and the experts of one block."""
     experts, width, tokens = config.experts, config.width, config.tokens

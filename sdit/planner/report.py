@@ -77,10 +77,10 @@ def as_table(plan: Plan) -> str:
     lines = [*_model_lines(plan), "", *_memory_lines(plan), "", *_traffic_lines(plan)]
     kept = plan.job.config.checkpoint.keep_last + 1
     size = checkpoint_bytes(plan.job)
-    lines += ["", _row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} checkpoints")]
+    lines += ["", row("checkpoint", f"{_gib(size)}; {_gib(kept * size)} of disk for {kept} checkpoints")]
     if plan.room_bytes is not None:
         result = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(_row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))
+        lines.append(row("room", f"{_gib(plan.room_bytes)}: {result}{'; ' + plan.advice if plan.advice else ''}"))
     return "\n".join(lines)
 
 
@@ -92,10 +92,10 @@ def _model_lines(plan: Plan) -> list[str]:
         f"{' with offload' if job.offload else ''}, {job.config.train.precision}, micro-batch {job.batch.micro_batch} "
         f"x {job.batch.accumulation}",
         "",
-        _row("parameters, all", f"{job.parameters.total / 1e6:,.1f} M"),
-        _row("parameters, active", f"{job.parameters.active / 1e6:,.1f} M of an image"),
-        _row("parameters, a rank", f"{job.numel / 1e6:,.1f} M"),
-        _row("FLOPs of an image", f"{flops.forward / 1e9:,.1f} G forward, {flops.train / 1e9:,.1f} G in training"),
+        row("parameters, all", f"{job.parameters.total / 1e6:,.1f} M"),
+        row("parameters, active", f"{job.parameters.active / 1e6:,.1f} M of an image"),
+        row("parameters, a rank", f"{job.numel / 1e6:,.1f} M"),
+        row("FLOPs of an image", f"{flops.forward / 1e9:,.1f} G forward, {flops.train / 1e9:,.1f} G in training"),
     ]
 
 
@@ -112,26 +112,27 @@ def _memory_lines(plan: Plan) -> list[str]:
         "exchange buffers": memory.exchange,
         "working set": memory.working,
     }
-    lines = [f"memory of one rank ({plan.device})", *(_row(f"  {name}", _gib(size)) for name, size in kinds.items())]
-    lines += [_row("  on the host", f"-{_gib(state.offloaded)}")] if state.offloaded else []
+    lines = [f"memory of one rank ({plan.device})", *(row(f"  {name}", _gib(size)) for name, size in kinds.items())]
+    lines += [row("  on the host", f"-{_gib(state.offloaded)}")] if state.offloaded else []
     peak = {name: "  <- peak" if name == memory.peak_phase else "" for name in memory.phases}
-    phases = [_row(f"  {name}", _gib(size) + peak[name]) for name, size in memory.phases.items()]
+    phases = [row(f"  {name}", _gib(size) + peak[name]) for name, size in memory.phases.items()]
     return [*lines, "peak memory by phase", *phases]
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
     lines = ["bytes sent per step, all ranks together"]
     if plan.exchange is None:
-        lines.append(_row("  experts", "none: each rank has all experts"))
+        lines.append(row("  experts", "none: each rank has all experts"))
     else:
         chosen = plan.job.config.parallel.exchange
         for mode, size in plan.exchange.step_bytes.items():
             mark = f"  <- parallel.exchange, {plan.routes} routes" if mode == chosen else ""
-            lines.append(_row(f"  experts, {mode}", _gib(size) + mark))
-    return [*lines, _row("  gradients", _gib(gradient_traffic_bytes(plan.job)))]
+            lines.append(row(f"  experts, {mode}", _gib(size) + mark))
+    return [*lines, row("  gradients", _gib(gradient_traffic_bytes(plan.job)))]
 
 
-def _row(name: str, value: str) -> str:
+def row(name: str, value: str) -> str:
+    """Return a line of a table."""
     return f"{name:24} {value}"
 
 

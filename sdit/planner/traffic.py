@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, task_weights
-from sdit.expert_parallel.strategy import decide_placement
+from sdit.expert_parallel.strategy import Choice, decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
@@ -23,22 +23,32 @@ RouteKind = Literal["prior", "random"]
 class Exchange:
     """The expected exchange of experts.
 
-    `step_bytes` are the bytes per optimizer step over all ranks, by mode. `buffer_bytes` are those that a rank keeps for
-    backward in the config's mode.
+    `step_bytes` are the bytes per optimizer step over all ranks, by mode. All else is of the config's mode: `buffer_bytes`
+    are those that a rank keeps for backward, `row_bytes` and `replica_bytes` those that it sends per step as tokens and as
+    weights of replicated experts, in `row_messages` and `replica_messages` all-to-alls. `served_rows` are the samples per
+    step and block that it computes for other ranks, summed over the blocks. `load_imbalance` is max / mean of the ranks' work.
     """
 
     step_bytes: dict[str, float]
     buffer_bytes: int
+    row_bytes: float
+    replica_bytes: float
+    row_messages: int
+    replica_messages: int
+    served_rows: float
     load_imbalance: float
 
 
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
-    """Return the exchange for the routes of the diffusion prior, or for random routes.
+    """Return the exchange in the config's mode for the routes of the diffusion prior, or for random routes.
 
     Return None if experts are not sharded.
     """
-    if job.expert_parallel == 1:
-        return None
+    return None if job.expert_parallel == 1 else plan_exchanges(job, routes)[job.config.parallel.exchange]
+
+
+def plan_exchanges(job: Job, routes: RouteKind) -> dict[Mode, Exchange]:
+    """Return the exchange of sharded experts in each mode."""
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
     hidden = int(model.width * model.experts.mlp_ratio)
     row_bytes = model.tokens * model.width * job.element_bytes
@@ -49,16 +59,35 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     traffic = TrafficModel(table, ranks, job.batch.micro_batch, parallel.seating)
     groups = job.world // ranks * job.batch.accumulation
     choices = {mode: decide_placement(parallel.placement, mode, traffic, costs) for mode in MODES}
-    chosen = choices[parallel.exchange]
-    transfers = traffic.transfers(chosen.placement) / ranks
-    replicas_received = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
+    step_bytes: dict[str, float] = {mode: choice.bytes * groups for mode, choice in choices.items()}
+    return {mode: _exchange(job, traffic, costs, choice, step_bytes) for mode, choice in choices.items()}
+
+
+def _exchange(
+    job: Job, traffic: TrafficModel, costs: UnitCosts, choice: Choice, step_bytes: dict[str, float]
+) -> Exchange:
+    """Return what a rank keeps and sends under a choice."""
+    model, ranks, passes, ways = job.config.model, costs.ranks, job.batch.accumulation, costs.forwards + 1
+    replicated = choice.placement.replicated
+    transfers = traffic.transfers(choice.placement) / ranks
+    replicas_received = float(replicated.sum()) * (ranks - 1) / ranks
     # Received rows are kept. Replicas are kept as received, and once more concatenated with the local experts.
     kept = (
-        transfers * row_bytes
+        transfers * costs.row_bytes
         + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
-        * expert_bytes
+        * costs.expert_bytes
     )
-    return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
+    blocks_with_rows = int((~replicated).any(axis=1).sum()) if transfers else 0
+    return Exchange(
+        step_bytes=step_bytes,
+        buffer_bytes=int(kept),
+        row_bytes=passes * transfers * costs.transfer_bytes,
+        replica_bytes=passes * float(replicated.sum()) * costs.replica_bytes / ranks,
+        row_messages=passes * 2 * ways * blocks_with_rows,
+        replica_messages=passes * ways * int(replicated.any(axis=1).sum()),
+        served_rows=passes * transfers,
+        load_imbalance=choice.load_imbalance,
+    )
 
 
 def gradient_traffic_bytes(job: Job) -> float:

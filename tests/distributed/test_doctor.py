@@ -15,10 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from sdit.config import load_config
+from sdit.planner.hardware import read_hardware
+from sdit.planner.layout import plan_job
+from sdit.planner.step_time import predict_step
+from sdit.planner.traffic import plan_exchange
 from tests.distributed.harness import ROOT, rank_environments
 
 DOCTOR = str(ROOT / "launcher" / "doctor.py")
-DEADLINE_SECONDS = 150
+DEADLINE_SECONDS = 300
 MISSING_SECONDS = "12"  # the doctor's patience where it must run out; the ranks that are there need a second or two
 
 DIES_AFTER_JOINING = """
@@ -83,7 +88,10 @@ def lines_with(text: str, *words: str) -> list[str]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Path) -> None:
-    found = examine(world, "--json", "--run-dir", str(tmp_path / "run"))
+    hardware_file = tmp_path / "hardware.yaml"
+    found = examine(
+        world, "--json", "--run-dir", str(tmp_path / "run"), "--write", str(hardware_file), "--threads", "1"
+    )
     assert [outcome.code for outcome in found.values()] == [0] * world, found
     report = json.loads(found[0].out)
     assert report["ok"] and all(check["ok"] for check in report["checks"])
@@ -94,6 +102,20 @@ def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Pat
     assert report["fabric"]["all_to_all_bytes_per_second"] > 0
     assert report["fabric"]["first_collective_seconds"] > 0
     assert all(not outcome.out for rank, outcome in found.items() if rank)
+    check_measured_hardware(hardware_file, world)
+    assert list(tmp_path.iterdir()) == [hardware_file]
+
+
+def check_measured_hardware(path: Path, world: int) -> None:
+    """The file is a legal hardware file, measured on one node, and a step can be predicted from it."""
+    hardware = read_hardware(path)
+    assert hardware.device.kind == "cpu" and sorted(hardware.device.mfu) == [128, 256, 384]
+    assert hardware.between == hardware.inside and "between: there is one node" in hardware.sources[1]
+    assert f"on {world} ranks, 1 nodes: CPU" in hardware.sources[0]
+    assert all(each.gigabytes_per_second > 0 < each.fixed_microseconds for _, each in hardware.inside)
+    assert hardware.host.step_milliseconds > 0 < hardware.storage.total_gigabytes_per_second
+    job = plan_job(load_config(ROOT / "configs" / "digits.yaml"), {}, "test", world, world)
+    assert predict_step(job, plan_exchange(job, "random"), hardware).total > 0
 
 
 def test_single_process_passes_and_shows_a_table(tmp_path: Path) -> None:

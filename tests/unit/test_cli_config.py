@@ -10,7 +10,7 @@ import pytest
 
 from sdit import cli
 from sdit.cli import evaluate_options, plan, routing, sample, submit, train
-from sdit.cli.presets import CONFIGS, DEEPSPEED, config_file, deepspeed_file, presets
+from sdit.cli.presets import CONFIGS, DEEPSPEED, HARDWARE, config_file, deepspeed_file, presets
 from sdit.config import load_config, read_deepspeed_json
 from sdit.errors import ExitCode
 
@@ -37,6 +37,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_every_config_of_the_repository_is_a_preset_and_is_legal() -> None:
     assert set(presets(CONFIGS).values()) == set((ROOT / "configs").glob("*.yaml"))
     assert set(presets(DEEPSPEED).values()) == set((ROOT / "configs" / "deepspeed").glob("*.json"))
+    assert set(presets(HARDWARE).values()) == set((ROOT / "configs" / "hardware").glob("*.yaml"))
     assert not presets(CONFIGS).keys() & presets(DEEPSPEED).keys()
     for name in presets(CONFIGS):
         assert load_config(config_file(name)) == load_config(ROOT / "configs" / f"{name}.yaml")
@@ -102,13 +103,13 @@ def test_an_unknown_name_gets_one_line_with_the_legal_ones(
 def test_list_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["config", "list"]) == ExitCode.DONE
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert names == [*presets(CONFIGS), *presets(DEEPSPEED)]
+    assert names == [*presets(CONFIGS), *presets(DEEPSPEED), *presets(HARDWARE)]
 
 
-@pytest.mark.parametrize("name", ["digits", "zero1"])
+@pytest.mark.parametrize("name", ["digits", "zero1", "h100-ib"])
 def test_show_prints_the_file(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert cli.run(["config", "show", name]) == ExitCode.DONE
-    assert capsys.readouterr().out == (presets(CONFIGS) | presets(DEEPSPEED))[name].read_text()
+    assert capsys.readouterr().out == (presets(CONFIGS) | presets(DEEPSPEED) | presets(HARDWARE))[name].read_text()
 
 
 def test_new_copies_a_preset_and_never_overwrites(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

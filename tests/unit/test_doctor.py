@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sdit.distributed import fabric
 from sdit.distributed.fabric import rounds_of_pairs
 from sdit.doctor.checks import GIB, Check, Limits, as_table, check_attendance, check_facts, check_reach, exit_code_of
 from sdit.doctor.rendezvous import peers_of
 from sdit.errors import ExitCode
+from sdit.planner import time_formulas
 
 LIMITS = Limits(disk_bytes=GIB, shm_bytes=GIB / 16, clock_skew_seconds=1.0)
 
@@ -122,3 +125,39 @@ def test_what_no_retry_mends_decides_the_exit_code() -> None:
     checks = [Check("a", "", "x", ExitCode.CRASH), Check("b", "", "y", ExitCode.CONFIG), Check("c", "")]
     assert exit_code_of(checks) == ExitCode.CONFIG
     assert exit_code_of(checks[2:]) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_measured_link_is_the_one_that_the_planner_predicts_with(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that follow the planner's formulas give back their bytes per second and fixed seconds.
+
+    The fixed time is measured with one number per rank, whose bytes take the last digits.
+    """
+    rate, fixed = 1e9, 1e-3
+    formulas: dict[str, Callable[[float], float]] = {
+        "all_to_all": lambda size: time_formulas.all_to_all_seconds(size * (ranks - 1) / ranks, 1, rate, fixed),
+        "all_reduce": lambda size: time_formulas.all_reduce_seconds(size, ranks, rate, fixed),
+        "all_gather": lambda size: time_formulas.all_gather_seconds(size, ranks, rate, fixed),
+    }
+    monkeypatch.setattr(fabric, "dist", SimpleNamespace(new_group=lambda members: members))
+    monkeypatch.setattr(
+        fabric, "_collective", lambda name, _group, _comm, count, n: (name, 4 * max(1, n // count) * count)
+    )
+    monkeypatch.setattr(fabric, "seconds_of", lambda _comm, work: formulas[work[0]](work[1]))
+    comm = SimpleNamespace(rank=1, gather=lambda value: [value] * ranks)
+    found = fabric.measure_link(comm, [list(range(ranks))])  # type: ignore[arg-type]
+    smallest = 2 * 4 * ranks / rate
+    for name in formulas:
+        assert found[name][0] == pytest.approx(rate, rel=1e-4), name
+        assert fixed <= found[name][1] <= fixed + smallest, name
+
+
+def test_collectives_of_a_link_run_on_one_rank() -> None:
+    """The operations and their shapes are those that gloo takes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group, comm = dist.new_group([0]), SimpleNamespace(device=torch.device("cpu"))
+        for name in ("all_to_all", "all_reduce", "all_gather"):
+            fabric._collective(name, group, comm, 1, 12)()  # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
