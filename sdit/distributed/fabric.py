@@ -65,8 +65,8 @@ def measure_groups(comm: Comm) -> dict[str, float]:
     fraction = (comm.world - 1) / comm.world
     numel = GROUP_BYTES // 4 // comm.world * comm.world
     values, received = torch.zeros(numel, device=comm.device), torch.empty(numel, device=comm.device)
-    reduce_seconds = _seconds(comm, lambda: dist.all_reduce(values))
-    exchange_seconds = _seconds(comm, lambda: dist.all_to_all_single(received, values))
+    reduce_seconds = median_seconds(comm, lambda: dist.all_reduce(values))
+    exchange_seconds = median_seconds(comm, lambda: dist.all_to_all_single(received, values))
     moved = 4 * numel * fraction
     return {
         "all_reduce_bytes_per_second": 2 * moved / reduce_seconds,
@@ -121,13 +121,13 @@ def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> No
         work.wait()
 
 
-def _seconds(comm: Comm, collective: Callable[[], Any]) -> float:
-    """Return the median seconds of a collective that all ranks start together."""
+def median_seconds(comm: Comm, work: Callable[[], Any]) -> float:
+    """Return the median seconds of a collective or other work of the device, which all ranks start together."""
     taken = []
     for _ in range(REPEATS + 1):
         comm.barrier()
         started = time.perf_counter()
-        collective()
+        work()
         _settle(comm.device)
         taken.append(time.perf_counter() - started)
     return max(statistics.median(taken[1:]), 1e-9)

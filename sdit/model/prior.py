@@ -60,7 +60,7 @@ class UnitMatcher:
         self.windows = expert_windows(config, law)
         self._count = config.experts.count
         self._tasks_of_columns = self.windows.tasks_of_units
-        self._experts = self._sets = np.empty((0, 0, 0), dtype=np.int64)
+        self._experts = np.empty((0, 0, 0), dtype=np.int64)
         self._solved: Assignment | None = None
         self.solutions = 0
 
@@ -69,14 +69,16 @@ class UnitMatcher:
 
         The order of the k experts of a task has no effect.
         """
-        if self._solved is not None and np.array_equal(experts, self._experts):
-            return self._solved
-        sets = np.sort(experts, axis=2)
-        if self._solved is None or not np.array_equal(sets, self._sets):
-            self._sets, self._solved = sets, self._solve(sets)
+        if self._solved is None or self._has_changed(experts):
+            self._solved = self._solve(experts)
             self.solutions += 1
         self._experts = experts
         return self._solved
+
+    def _has_changed(self, experts: np.ndarray) -> bool:
+        """Return True if any set differs from the last one. Only experts that differ are sorted, which takes the time."""
+        differs = (experts != self._experts).any(axis=2)
+        return not np.array_equal(np.sort(experts[differs], axis=1), np.sort(self._experts[differs], axis=1))
 
     def _solve(self, experts: np.ndarray) -> Assignment:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, task_weights
 from sdit.expert_parallel.strategy import decide_placement
-from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
+from sdit.expert_parallel.traffic_model import TrafficModel, unit_costs
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
 from sdit.time_law import prior_law
@@ -40,11 +40,7 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     if job.expert_parallel == 1:
         return None
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
-    hidden = int(model.width * model.experts.mlp_ratio)
-    row_bytes = model.tokens * model.width * job.element_bytes
-    expert_bytes = expert_parameters(model.experts.kind, model.width, hidden) * job.element_bytes
-    forwards = 1 if parallel.activation_checkpointing == "none" else 2
-    costs = UnitCosts(row_bytes, expert_bytes, ranks, forwards)
+    costs = unit_costs(model, parallel, job.element_bytes, ranks)
     table = prior_routes(job) if routes == "prior" else random_routes(job)
     traffic = TrafficModel(table, ranks, job.batch.micro_batch, parallel.seating)
     groups = job.world // ranks * job.batch.accumulation
@@ -54,9 +50,9 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     replicas_received = float(chosen.placement.replicated.sum()) * (ranks - 1) / ranks
     # Received rows are kept. Replicas are kept as received, and once more concatenated with the local experts.
     kept = (
-        transfers * row_bytes
+        transfers * costs.row_bytes
         + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
-        * expert_bytes
+        * costs.expert_bytes
     )
     return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
 
