@@ -258,9 +258,10 @@ class ParallelConfig(Section):
     def _speeds_are_complete(self) -> ParallelConfig:
         costs = self.exchange_costs
         if isinstance(costs, dict) and set(costs) != set(EXCHANGE_SPEEDS):
+            wrong = ", ".join(sorted(set(costs) ^ set(EXCHANGE_SPEEDS)))
             raise ValueError(
-                f"exchange_costs: has the keys {', '.join(costs)[:80] or '(none)'}; legal: auto, bytes, measured, or "
-                f"a mapping with {', '.join(EXCHANGE_SPEEDS)}"
+                f"exchange_costs: a mapping with missing or unknown keys ({wrong[:160]}); legal: auto, bytes, measured, or a "
+                f"mapping with {', '.join(EXCHANGE_SPEEDS)}"
             )
         return self
 
