@@ -77,8 +77,10 @@ class UnitMatcher:
 
     def _has_changed(self, experts: np.ndarray) -> bool:
         """Return True if any set differs from the last one. Only experts that differ are sorted, which takes the time."""
-        differs = (experts != self._experts).any(axis=2)
-        return not np.array_equal(np.sort(experts[differs], axis=1), np.sort(self._experts[differs], axis=1))
+        top_k = experts.shape[2]
+        sets = np.flatnonzero(experts != self._experts) // top_k
+        present, last = (np.sort(each.reshape(-1, top_k)[sets], axis=1) for each in (experts, self._experts))
+        return not np.array_equal(present, last)
 
     def _solve(self, experts: np.ndarray) -> Assignment:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import
