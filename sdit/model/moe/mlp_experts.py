@@ -41,7 +41,7 @@ class MlpExperts(Experts):
         used = (gates.detach() != 0).expand(len(z), -1).cpu()
         gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
         out = torch.zeros_like(z)
-        for expert, gate, row in zip(_functions(_rows(self._stacks())), gate_of, used.unbind(1), strict=True):
+        for expert, gate, row in zip(_functions(self._stacks()), gate_of, used.unbind(1), strict=True):
             samples = row.nonzero().squeeze(1).to(z.device)
             if len(samples):
                 out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
@@ -63,105 +63,33 @@ class MlpExperts(Experts):
     def _shared(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of experts that all samples use, for gates (1, M). The host waits for nothing."""
         gate, chosen = gates[0].to(z.dtype).topk(self.top_k)
-        experts = _functions(_rows([stack.index_select(0, chosen) for stack in self._stacks()]))
+        experts = _functions([stack.index_select(0, chosen) for stack in self._stacks()])
         return torch.stack([expert(z) * gate[j] for j, expert in enumerate(experts)]).sum(0)
 
 
-class _Rows:
-    """The rows of a stack (M, ...). Each gradient of a row is copied into that of the stack when it is computed.
+def _functions(stacks: Sequence[Tensor]) -> list[partial[Tensor]]:
+    """Return the experts as functions of tokens (n, L, D), without gates.
 
-    The gradient of `stack.unbind()` is a copy that is made when all rows have theirs, which needs twice the memory. That of
-    an index such as stack[j] is a stack for each row.
+    The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
     """
-
-    def __init__(self, stack: Tensor) -> None:
-        self._gradient = _StackGradient()
-        self._rows: tuple[Tensor, ...] = _Unbind.apply(stack, self._gradient)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return a row, just before it is used: backward runs the node that is made here after the use, and before others."""
-        row: Tensor = _Row.apply(self._rows[index], self._gradient, index, len(self._rows))
-        return row
+    rows = zip(*(stack.unbind() for stack in stacks), strict=True)
+    return [partial(_mlp, w1=w1, b1=b1, w2=w2, b2=b2) for w1, b1, w2, b2 in rows]
 
 
-class _StackGradient:
-    """The gradient of a stack (M, ...), as far as backward has reached its rows. It is zero where a row is unused."""
-
-    def __init__(self) -> None:
-        self._stack: Tensor | None = None
-        self._arrived: set[int] = set()
-
-    def put(self, row: Tensor, index: int, count: int) -> None:
-        """Add a gradient to that of row `index` of `count`."""
-        if self._stack is None:
-            self._stack = row.new_zeros((count, *row.shape))
-        if index in self._arrived:
-            self._stack[index] += row
-        else:
-            self._stack[index] = row
-            self._arrived.add(index)
-
-    def take(self) -> Tensor | None:
-        """Return the gradient, and start again."""
-        stack, self._stack, self._arrived = self._stack, None, set()
-        return stack
-
-
-class _Unbind(torch.autograd.Function):
-    """Returns the rows of a stack. Its gradient is what `_Row` has put into `gradient`."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Tensor, gradient: _StackGradient) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.gradient = gradient
-        return stack.unbind()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.gradient.take(), None
-
-
-class _Row(torch.autograd.Function):
-    """Returns its input, row `index` of a stack. What it passes on in backward has the right shape and no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, row: Tensor, gradient: _StackGradient, index: int, count: int) -> Tensor:
-        ctx.gradient, ctx.index, ctx.count = gradient, index, count
-        return row.view_as(row)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.gradient.put(grad, ctx.index, ctx.count)
-        return grad.new_empty(()).expand(grad.shape), None, None, None
-
-
-def _rows(stacks: Sequence[Tensor]) -> list[_Rows]:
-    return [_Rows(stack) for stack in stacks]
-
-
-def _functions(stacks: Sequence[_Rows]) -> list[partial[Tensor]]:
-    """Return the experts as functions of tokens (n, L, D), without gates."""
-    return [partial(_mlp, stacks=stacks, expert=j) for j in range(len(stacks[0]))]
-
-
-def _mlp(z: Tensor, stacks: Sequence[_Rows], expert: int) -> Tensor:
-    w1, b1, w2, b2 = (rows[expert] for rows in stacks)
+def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
 
 
 def _mix_by_expert(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
     """Return the mixture (n, L, D) by a loop over the experts that some row uses."""
-    own = _rows(local)
-    functions = _functions(own) + (_functions(_rows(replicas)) if replicas else [])
+    own = _functions(local)
+    functions = own + (_functions(replicas) if replicas else [])
     mixed = torch.zeros_like(tokens)
     for column, users in rows.by_expert():
         gate = weights[:, column].index_select(0, users).to(tokens.dtype)
         mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
     # One local expert is enough, because its rows belong to the same parameters as those of the others.
-    return _depend_on_unused(mixed, rows, (tokens, weights), [rows_of[0] for rows_of in own], replicas)
+    return _depend_on_unused(mixed, rows, (tokens, weights), tuple(own[0].keywords.values()), replicas)
 
 
 def _mix_grouped(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
