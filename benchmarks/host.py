@@ -33,10 +33,12 @@ from sdit.expert_parallel.step_plan import RankBatch, StepSamples
 from sdit.model import UnitMatcher
 from sdit.model.windows import expert_windows
 from sdit.topology import BatchPlan, ExpertGroups
+from sdit.train.prior import interval
 
 DEPTHS = {"S/2": 12, "XL/2": 28}
 MICRO_BATCH = {"S/2": 128, "XL/2": 32}
 TOP_K, TASKS, WAVES = 2, 1000, 8
+RECORDED_STEPS, STEP_SECONDS = 100, 0.1
 
 
 class Case(NamedTuple):
@@ -67,13 +69,14 @@ def smooth_routes(depth: int, count: int) -> RoutingTable:
     return RoutingTable(experts, np.full(experts.shape, 1 / TOP_K, dtype=np.float32), count)
 
 
-def plain_columns(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Return the assignment from the definition."""
+def plain_costs(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Return the costs (units, units) of the assignment from the definition."""
     used = np.zeros((config.depth, TASKS, config.experts.count), dtype=np.float32)
     np.put_along_axis(used, experts, 1.0, axis=2)
     a = used.transpose(1, 0, 2).reshape(TASKS, -1)
     b = expert_windows(config).mask.astype(np.float32)
-    return linear_sum_assignment(a.sum(0)[:, None] + b.sum(0)[None] - 2 * (a.T @ b))[1]
+    costs: np.ndarray = a.sum(0)[:, None] + b.sum(0)[None] - 2 * (a.T @ b)
+    return costs
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
@@ -96,13 +99,40 @@ def assignment_times(size: str, count: int, repeats: int) -> tuple[float, float,
     experts = smooth_routes(config.depth, count).experts
     other = experts.copy()
     other[0, 0] = [e for e in range(count) if e != experts[0, 0, 0]][:TOP_K]
-    matcher = UnitMatcher(config)
-    assert np.array_equal(matcher.match(experts).columns, plain_columns(experts, config))
+    matcher, costs = UnitMatcher(config), plain_costs(experts, config)
+    assert (
+        costs[np.arange(len(costs)), matcher.match(experts).columns].sum() == costs[linear_sum_assignment(costs)].sum()
+    )
     turns = iter(range(10**9))
     changed = milliseconds(lambda: matcher.match((other, experts)[next(turns) % 2]), repeats)
-    plain = milliseconds(lambda: plain_columns(experts, config), repeats)
+    plain = milliseconds(lambda: linear_sum_assignment(plain_costs(experts, config)), repeats)
     matcher.match(experts)
     return plain, changed, milliseconds(lambda: matcher.match(experts.copy()), repeats)
+
+
+def recorded_times(gates: np.ndarray, repeats: int) -> Iterator[str]:
+    """Yield a table for recorded chosen experts (steps, depth, T, k), of which each step is solved.
+
+    The last columns are the interval that `prior.every_steps: auto` takes at 100 ms per step, and the share of such a step.
+    """
+    _, depth, tasks, top_k = gates.shape
+    experts = ExpertsConfig(count=int(gates.max()) + 1, top_k=top_k)
+    config = ModelConfig(variant="switch", depth=depth, timesteps=tasks, experts=experts)
+    yield "| steps | plain, ms | present, ms | steps with changed sets | interval at 100 ms | of the step |"
+    yield "|---" * 6 + "|"
+    for first in range(0, len(gates), RECORDED_STEPS):
+        part = gates[first : first + RECORDED_STEPS].astype(np.int64)
+        matcher, seconds = UnitMatcher(config), []
+        for chosen in part:
+            started = time.thread_time()
+            matcher.match(chosen)
+            seconds.append(time.thread_time() - started)
+        plain = milliseconds(lambda last=part[-1]: linear_sum_assignment(plain_costs(last, config)), repeats)  # type: ignore[misc]
+        present = statistics.median(seconds)
+        every = interval(present, STEP_SECONDS + present)
+        share = statistics.mean(seconds[::every]) / every / STEP_SECONDS
+        changed = f"{matcher.solutions} of {len(part)}"
+        yield f"| {first}-{first + len(part) - 1} | {plain:.1f} | {1000 * present:.1f} | {changed} | {every} | {share:.1%} |"
 
 
 def plan_times(case: Case, repeats: int) -> tuple[float, float]:
@@ -153,11 +183,15 @@ def table(repeats: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the Markdown table (default: print it only)")
+    parser.add_argument(
+        "--gates", type=Path, help="npy file of recorded experts (steps, depth, T, k): their assignment only"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each number; the median is reported")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = []
-    for line in table(options.repeats):
+    rows = table(options.repeats) if options.gates is None else recorded_times(np.load(options.gates), options.repeats)
+    for line in rows:
         print(line, flush=True)
         lines.append(line)
     if options.out:

@@ -162,7 +162,7 @@ def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
     every = [
         Case(size, count, kind, options.batch // ranks, ranks) for size, count, kind in product(SIZES, COUNTS, KINDS)
     ]
-    chosen = [case for case in every if options.size in (None, case.size)]
+    chosen = [case for case in every if options.size in (None, case.size) and options.kind in (None, case.kind)]
     return chosen[:1] if options.quick else chosen
 
 
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples per step, over all ranks")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per layer")
     parser.add_argument("--size", choices=SIZES, help="this model size only")
+    parser.add_argument("--kind", choices=KINDS, help="this kind of experts only")
     parser.add_argument("--quick", action="store_true", help="4 linear experts of the first size only")
     parser.add_argument(
         "--whole-step", action="store_true", help="whole training steps, by layout of the experts, instead"

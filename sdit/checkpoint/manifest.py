@@ -46,10 +46,18 @@ class _Clock(_Section):
     left_out: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
 
 
+class _Speeds(_Section):
+    all_to_all_bytes_per_second: Annotated[float, Field(gt=0)]
+    gather_bytes_per_second: Annotated[float, Field(gt=0)]
+    flops_per_second: Annotated[float, Field(gt=0)]
+    transfer_seconds: Annotated[float, Field(gt=0)]
+
+
 class _ExpertLayout(_Section):
     ranks: Annotated[int, Field(ge=1, lt=2**31)]
     place: list[list[Count]]
     at_hand: list[list[bool]]
+    speeds: _Speeds | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> _ExpertLayout:

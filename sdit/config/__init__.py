@@ -19,6 +19,7 @@ from sdit.config.loading import (
 from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig
 from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.config.schema import (
+    EXCHANGE_SPEEDS,
     MAX_SIGMA_REL,
     CheckpointConfig,
     Config,
@@ -37,6 +38,7 @@ from sdit.config.schema import (
 from sdit.config.yaml_text import dump_yaml
 
 __all__ = [
+    "EXCHANGE_SPEEDS",
     "MAX_SIGMA_REL",
     "SIZES",
     "CheckpointConfig",

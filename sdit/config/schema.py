@@ -21,6 +21,9 @@ from sdit.config.sections import (
 )
 
 MAX_SIGMA_REL = 12**-0.5  # of the mean of all weights so far (gamma = 0)
+EXCHANGE_SPEEDS = (
+    "all_to_all_bytes_per_second", "gather_bytes_per_second", "flops_per_second", "transfer_seconds",
+)  # fmt: skip
 
 
 class DiffusionConfig(Section):
@@ -220,6 +223,11 @@ class ParallelConfig(Section):
     exchange: Literal["auto", "tokens", "weights"] = field(
         "auto", "send samples to experts, expert weights to all ranks, or the cheaper of both"
     )
+    exchange_costs: Literal["auto", "bytes", "measured"] | dict[str, Annotated[float, Field(gt=0)]] = field(
+        "auto",
+        "what the exchange auto minimises: bytes, or the time by measured speeds; auto: bytes on CPUs, measured on GPUs; or the "
+        f"speeds, a mapping of {', '.join(EXCHANGE_SPEEDS)}",
+    )
     exchange_refresh_images: int = field(51_200, "images between two decisions of the exchange under auto", ge=1)
     overlap: bool = field(True, "overlap the exchange with computation")
     placement: Literal["index", "balanced", "path"] = field("path", "assignment of experts to ranks")
@@ -245,6 +253,17 @@ class ParallelConfig(Section):
                 raise ValueError(f"halves: {values['halves']!r} is no longer supported; legal: false, or no such key")
             values = {key: value for key, value in values.items() if key != "halves"}
         return values
+
+    @model_validator(mode="after")
+    def _speeds_are_complete(self) -> ParallelConfig:
+        costs = self.exchange_costs
+        if isinstance(costs, dict) and set(costs) != set(EXCHANGE_SPEEDS):
+            wrong = ", ".join(sorted(set(costs) ^ set(EXCHANGE_SPEEDS)))
+            raise ValueError(
+                f"exchange_costs: a mapping with missing or unknown keys ({wrong[:160]}); legal: auto, bytes, measured, or a "
+                f"mapping with {', '.join(EXCHANGE_SPEEDS)}"
+            )
+        return self
 
 
 class Config(Section):

@@ -66,8 +66,8 @@ def measure_groups(comm: Comm) -> dict[str, float]:
     fraction = (comm.world - 1) / comm.world
     numel = GROUP_BYTES // 4 // comm.world * comm.world
     values, received = torch.zeros(numel, device=comm.device), torch.empty(numel, device=comm.device)
-    reduce_seconds = seconds_of(comm, lambda: dist.all_reduce(values))
-    exchange_seconds = seconds_of(comm, lambda: dist.all_to_all_single(received, values))
+    reduce_seconds = median_seconds(comm, lambda: dist.all_reduce(values))
+    exchange_seconds = median_seconds(comm, lambda: dist.all_to_all_single(received, values))
     moved = 4 * numel * fraction
     return {
         "all_reduce_bytes_per_second": 2 * moved / reduce_seconds,
@@ -90,7 +90,9 @@ def measure_link(comm: Comm, groups: Sequence[Sequence[int]]) -> dict[str, tuple
         ("all_reduce", 2.0, math.log2(len(ranks))),
         ("all_gather", 1.0, math.log2(len(ranks))),
     ):
-        small, large = (seconds_of(comm, _collective(name, group, comm, len(ranks), n)) for n in (1, GROUP_BYTES // 4))
+        small, large = (
+            median_seconds(comm, _collective(name, group, comm, len(ranks), n)) for n in (1, GROUP_BYTES // 4)
+        )
         moved = sent_fraction * (len(ranks) - 1) / len(ranks) * 4 * (GROUP_BYTES // 4 // len(ranks) * len(ranks))
         seconds = comm.gather([moved / max(large - small, 1e-9), small / messages])
         found[name] = (statistics.mean(row[0] for row in seconds), statistics.mean(row[1] for row in seconds))
@@ -155,8 +157,11 @@ def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> No
         work.wait()
 
 
-def seconds_of(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Return the median seconds of work that all ranks start together. The first time is not counted."""
+def median_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Return the median seconds of a collective or other work of the device, which all ranks start together.
+
+    The first time is not counted.
+    """
     taken = []
     for _ in range(repeats + 1):
         comm.barrier()

@@ -11,7 +11,7 @@ import torch
 
 from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
-from sdit.distributed.fabric import seconds_of
+from sdit.distributed.fabric import median_seconds
 from sdit.model import build_model, init_weights
 from sdit.model.flops import flops_per_image
 from sdit.planner.hardware import Device
@@ -93,7 +93,7 @@ def _utilization(comm: Comm, sizes: Sizes, width: int, dtype: torch.dtype, peak:
 
 def _mean_seconds(comm: Comm, work: Callable[[], Any], repeats: int = 5) -> float:
     """Return the mean over the ranks of the median seconds of work that all of them do at the same time."""
-    return statistics.mean(comm.gather(seconds_of(comm, work, repeats)))
+    return statistics.mean(comm.gather(median_seconds(comm, work, repeats)))
 
 
 def _memory_bytes(comm: Comm) -> float:

@@ -15,6 +15,7 @@ from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
 from sdit.expert_parallel.device_plan import DevicePlan
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
+from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
@@ -24,7 +25,7 @@ from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.model import DiffusionTransformer
 from sdit.topology import ExpertGroups
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ExpertParallel:
@@ -42,7 +43,8 @@ class ExpertParallel:
         groups = ExpertGroups(comm.world, ranks)
         self.group = ExpertGroup.create(groups.ep_rank_of(comm.rank), ranks, parallel.overlap, comm.device)
         self.placed = PlacedExperts(model, comm, ranks, self.group.ep_rank)
-        self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, ELEMENT_BYTES[config.train.precision])
+        self._costs = ExchangeCosts(model, parallel, comm, self.group, DTYPES[config.train.precision])
+        self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, self._costs)
         rank_batch = RankBatch(batch, groups, comm.rank)
         self._planner = StepPlanner(model, parallel.seating, rank_batch, config.seed, lambda: self.table)
         self._model: DiffusionTransformer | None = None
@@ -63,13 +65,18 @@ class ExpertParallel:
             model.dispatcher = self
 
     def stored(self) -> dict[str, Any] | None:
-        """Return the placement as a checkpoint carries it."""
-        return self.placed.stored() if self.is_planned else None
+        """Return the placement, and the speeds of the group if they were measured, as a checkpoint carries them."""
+        if not self.is_planned:
+            return None
+        speeds = self._costs.stored()
+        return self.placed.stored() | ({} if speeds is None else {"speeds": speeds})
 
     def restore(self, stored: dict[str, Any] | None) -> None:
         """Use a checkpoint's placement if it was made for as many ranks, blocks and experts. Called before `shard`."""
         if stored is not None and self.is_planned:
             self.placed.restore(stored)
+            if stored.get("speeds") is not None and stored["ranks"] == self.group.ranks:
+                self._costs.restore(stored["speeds"])
 
     @property
     def table(self) -> RoutingTable:

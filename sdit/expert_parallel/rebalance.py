@@ -9,12 +9,13 @@ import numpy as np
 
 from sdit.config import ModelConfig, ParallelConfig
 from sdit.distributed.comm import Comm
+from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.strategy import choose_exchange, decide_placement, worth_moving
-from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
+from sdit.expert_parallel.traffic_model import TrafficModel, expert_parameters
 from sdit.topology import BatchPlan
 
 
@@ -31,16 +32,13 @@ class Rebalancer:
 
     def __init__(
         self, model: ModelConfig, parallel: ParallelConfig, batch: BatchPlan, comm: Comm, placed: PlacedExperts,
-        element_bytes: int,
+        costs: ExchangeCosts,
     ) -> None:  # fmt: skip
         self._config, self._parallel, self._batch, self._comm, self._placed = model, parallel, batch, comm, placed
         self._expert_parameters = expert_parameters(
             model.experts.kind, model.width, int(model.width * model.experts.mlp_ratio)
         )
-        forwards = 1 if parallel.activation_checkpointing == "none" else 2
-        row_bytes = model.tokens * model.width * element_bytes
-        ranks = placed.placement.ranks
-        self._costs = UnitCosts(row_bytes, self._expert_parameters * element_bytes, ranks, forwards)
+        self._costs = costs
         self._is_started = False
 
     def rebalance_if_due(
@@ -65,14 +63,14 @@ class Rebalancer:
 
         If `is_first`, the run starts or has changed its layout, and the cost of moving experts does not count.
         """
-        parallel, present = self._parallel, self._placed.placement
+        parallel, present, costs = self._parallel, self._placed.placement, self._costs.unit_costs()
         traffic = TrafficModel(table, present.ranks, self._batch.micro_batch, parallel.seating)
-        best = now = choose_exchange(parallel.exchange, traffic, present.expert_to_rank, self._costs)
+        best = now = choose_exchange(parallel.exchange, traffic, present.expert_to_rank, costs)
         if placement_due and parallel.placement != "index":
             owners = present.expert_to_rank
-            then = decide_placement(parallel.placement, parallel.exchange, traffic, self._costs, owners)
+            then = decide_placement(parallel.placement, parallel.exchange, traffic, costs, owners)
             micro_steps = parallel.placement_refresh_images // self._batch.chunk
-            if is_first or worth_moving(now, then, self._expert_parameters, micro_steps):
+            if is_first or worth_moving(now, then, costs, self._expert_parameters, micro_steps):
                 best = then
         placement = self._agree(best.placement)
         same = (placement.expert_to_rank == present.expert_to_rank).all()

@@ -1,12 +1,14 @@
 """Chooses the cheaper exchange for each expert: samples are sent to the expert, or its weights are sent to all ranks.
 
+The cost is counted in bytes, or in seconds if the speeds of the group are known.
+
 P ranks per group, n samples of a group and micro-step, M experts of a block, k experts used per sample and block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,12 +28,22 @@ ROUNDS = 4  # of assigning samples and choosing replicas alternately. No round a
 STATE_COPIES = 4  # float32 tensors that move with an expert: weights, two Adam moments, EMA
 
 
+class Seconds(NamedTuple):
+    """Expected seconds per micro-step: of the exchange, if all samples or all weights are sent, and of a rank's mean work."""
+
+    exchange: float
+    all_samples: float
+    all_weights: float
+    mean_work: float
+
+
 @dataclass(frozen=True)
 class Choice:
     """A placement and its expected cost.
 
     `bytes` of a group per micro-step. For comparison: the bytes if all samples are sent, if all weights are sent, and of
-    the random-placement baseline. `load_imbalance` is max / mean of the ranks' work, averaged over the blocks.
+    the random-placement baseline. `load_imbalance` is max / mean of the ranks' work, averaged over the blocks. `seconds` is
+    None if the speeds of the group are not known.
     """
 
     placement: ExpertPlacement
@@ -40,15 +52,19 @@ class Choice:
     all_weights_bytes: float
     random_placement_bytes: float
     load_imbalance: float
+    seconds: Seconds | None = None
 
     @property
-    def cost_bytes(self) -> float:
-        """The bytes plus the cost of waiting for the most loaded rank, in bytes.
+    def cost(self) -> float:
+        """The cost of the exchange and of waiting for the most loaded rank: seconds, or bytes if the speeds are not known.
 
-        Waiting for one more mean share of work costs as much as the random-placement baseline. By calculation the ratio of the
-        two times is 0.4 D x bandwidth / FLOPS for linear experts and 8 x that for MLPs: 0.2 to 7 on common GPUs at D = 1152.
+        In bytes, waiting for one more mean share of work costs as much as the random-placement baseline. By calculation the
+        ratio of the two times is 0.4 D x bandwidth / FLOPS for linear experts and 8 x that for MLPs: 0.2 to 7 on common GPUs at
+        D = 1152.
         """
-        return self.bytes + (self.load_imbalance - 1) * self.random_placement_bytes
+        if self.seconds is None:
+            return self.bytes + (self.load_imbalance - 1) * self.random_placement_bytes
+        return self.seconds.exchange + (self.load_imbalance - 1) * self.seconds.mean_work
 
     @property
     def reason(self) -> str:
@@ -56,6 +72,12 @@ class Choice:
         replicated = self.placement.replicated.sum(axis=1)
         sizes = (self.bytes, self.all_samples_bytes, self.all_weights_bytes)
         chosen, samples, weights = (f"{size / 1e6:.1f} MB" for size in sizes)
+        if self.seconds is not None:
+            each = (self.seconds.exchange, self.seconds.all_samples, self.seconds.all_weights)
+            chosen, samples, weights = (
+                f"{size} and {1000 * seconds:.2f} ms"
+                for size, seconds in zip((chosen, samples, weights), each, strict=True)
+            )
         return (
             f"exchange: {replicated.mean():.1f} of {self.placement.expert_to_rank.shape[1]} experts per block replicated "
             f"({replicated.min()}..{replicated.max()}), {chosen} per group and micro-step; all samples travelling {samples}, "
@@ -74,20 +96,25 @@ def choose_exchange(
 
     Under auto, the experts `at_least` (depth, M) bool are always replicated. The assignment of samples depends on the
     replicas, and the best replicas depend on the assignment. The two are solved alternately, each exactly, from three
-    starting points.
+    starting points. The cheapest set has the fewest bytes, or the fewest seconds if the costs have speeds.
     """
     none = ExpertPlacement(expert_to_rank, np.zeros(expert_to_rank.shape, dtype=bool), traffic.ranks)
     everything = ExpertPlacement(expert_to_rank, np.ones(expert_to_rank.shape, dtype=bool), traffic.ranks)
-    samples_bytes, weights_bytes = traffic.bytes(none, costs), traffic.bytes(everything, costs)
     if exchange == "tokens":
-        best, size = none, samples_bytes
+        best = none
     elif exchange == "weights":
-        best, size = everything, weights_bytes
+        best = everything
     else:
         start = none if at_least is None else ExpertPlacement(expert_to_rank, at_least, traffic.ranks)
-        best, size = _cheapest(traffic, start, costs)
+        best = _cheapest(traffic, start, costs)
+    size, samples, weights = (traffic.bytes(placement, costs) for placement in (best, none, everything))
     load_imbalance = float(expected_load_imbalance(traffic.routes.loads, best).mean())
-    return Choice(best, size, samples_bytes, weights_bytes, traffic.random_placement_bytes(costs), load_imbalance)
+    choice = Choice(best, size, samples, weights, traffic.random_placement_bytes(costs), load_imbalance)
+    if costs.speeds is None:
+        return choice
+    size, samples, weights = (traffic.cost(placement, costs) for placement in (best, none, everything))
+    work = costs.work_seconds(expert_to_rank.shape[0] * traffic.tasks.shape[1])
+    return replace(choice, seconds=Seconds(size, samples, weights, work))
 
 
 def decide_placement(
@@ -111,42 +138,59 @@ def decide_placement(
         found.append(choose_exchange(exchange, traffic, expert_to_rank, costs))
         if exchange == "auto" and counted_on.any():
             found.append(choose_exchange(exchange, traffic, expert_to_rank, costs, at_least=counted_on))
-    return min(found, key=lambda choice: choice.cost_bytes)
+    return min(found, key=lambda choice: choice.cost)
 
 
-def worth_moving(now: Choice, then: Choice, expert_parameters: int, micro_steps: int) -> bool:
-    """Return True if the placement `then` saves more bytes in `micro_steps` than its moves cost.
+def worth_moving(now: Choice, then: Choice, costs: UnitCosts, expert_parameters: int, micro_steps: int) -> bool:
+    """Return True if the placement `then` saves more in `micro_steps` than its moves cost.
 
     A move includes the optimizer state. `now` is the best choice for the current placement.
     """
     moves = len(replacement_moves(now.placement.expert_to_rank, then.placement.expert_to_rank))
-    moved_bytes = moves * expert_parameters * 4 * STATE_COPIES
-    return moves > 0 and (now.cost_bytes - then.cost_bytes) * micro_steps > moved_bytes
+    moving = costs.moving_cost(moves * expert_parameters * 4 * STATE_COPIES)
+    return moves > 0 and (now.cost - then.cost) * micro_steps > moving
 
 
-def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -> tuple[ExpertPlacement, float]:
-    """Return the cheapest placement found with at least `start.replicated`, and its bytes per micro-step."""
+def _cheapest(traffic: TrafficModel, start: ExpertPlacement, costs: UnitCosts) -> ExpertPlacement:
+    """Return the cheapest placement found with at least `start.replicated`."""
     hot = hottest(traffic.routes.loads, traffic.routes.top_k)
     with_hot = ExpertPlacement(start.expert_to_rank, start.replicated | hot, start.ranks)
-    best, best_bytes = start, traffic.bytes(start, costs)
+    best, best_cost = start, traffic.cost(start, costs)
     for assigned_rank in (traffic.ranks_in_order(), traffic.assigned_ranks(start), traffic.assigned_ranks(with_hot)):
         replicated = start.replicated
         for _ in range(ROUNDS):
-            before, replicated = replicated, _replicas_of_least_bytes(traffic, start, assigned_rank, costs)
+            before, replicated = replicated, _cheapest_replicas(traffic, start, assigned_rank, costs)
             if (before == replicated).all():
                 break
             placement = ExpertPlacement(start.expert_to_rank, replicated, start.ranks)
             assigned_rank = traffic.assigned_ranks(placement)
-            size = traffic.bytes(placement, costs, assigned_rank)
-            if size < best_bytes:
-                best, best_bytes = placement, size
-    return best, best_bytes
+            cost = traffic.cost(placement, costs, assigned_rank)
+            if cost < best_cost:
+                best, best_cost = placement, cost
+    return best if costs.speeds is None else _with_fixed_costs(traffic, start, best, costs)
 
 
-def _replicas_of_least_bytes(
+def _with_fixed_costs(
+    traffic: TrafficModel, start: ExpertPlacement, best: ExpertPlacement, costs: UnitCosts
+) -> ExpertPlacement:
+    """Return the cheapest of `best`, all replicas, and the best of both and `start` in each block.
+
+    The minimum cut does not count the fixed costs of a block. For an assignment of samples the blocks are independent.
+    """
+    everything = ExpertPlacement(start.expert_to_rank, np.ones_like(start.replicated), start.ranks)
+    choices, found = (start, best, everything), [best, everything]
+    for assigned_rank in (traffic.assigned_ranks(choice) for choice in choices):
+        seconds = [traffic.block_seconds(choice, costs, assigned_rank) for choice in choices]
+        replicated = np.stack([choice.replicated for choice in choices])
+        by_block = replicated[np.argmin(seconds, axis=0), np.arange(len(start.replicated))]
+        found.append(ExpertPlacement(start.expert_to_rank, by_block, start.ranks))
+    return min(found, key=lambda placement: traffic.cost(placement, costs))
+
+
+def _cheapest_replicas(
     traffic: TrafficModel, start: ExpertPlacement, assigned_rank: np.ndarray, costs: UnitCosts
 ) -> np.ndarray:
-    """Return (depth, M) bool, the set of replicated experts with the fewest bytes for samples on `assigned_rank` (batches, n).
+    """Return (depth, M) bool, the cheapest set of replicated experts for samples on `assigned_rank` (batches, n).
 
     A transfer is saved only if all experts that the sample uses on that rank are replicated. This is the project selection
     problem: transfers are projects, and experts are the tools that they share. The best set is a minimum cut (Picard 1976),
@@ -160,10 +204,10 @@ def _replicas_of_least_bytes(
     size, units = len(bundles), depth * count
     member, tool = np.nonzero(bundles[:, 1:] >= 0)
     tools = bundles[member, 0] * count + bundles[member, 1 + tool]
-    price = np.where(start.replicated.ravel(), 0, costs.replica_bytes * traffic.batches)
-    profit = transfers * costs.transfer_bytes
+    price = np.where(start.replicated.ravel(), 0, costs.replica_cost * traffic.batches)
+    profit = transfers * costs.transfer_cost
     # The solver's capacities are int32. A tool that costs more than the total profit is never bought, so prices are limited.
-    total = max(int(profit.sum()), 1)
+    total = float(profit.sum()) or 1.0
     amounts = np.concatenate([profit, np.minimum(price, total)]) * ((2**30) / total)
     tail = np.concatenate([np.zeros(size, dtype=np.int64), 2 + size + np.arange(units), 2 + member])
     head = np.concatenate([2 + np.arange(size), np.ones(units, dtype=np.int64), 2 + size + tools])

@@ -1,4 +1,4 @@
-"""Communication volume in bytes: unit costs, the expected bytes of a placement, and the exact bytes of a plan.
+"""The cost of an exchange: unit costs, the expected bytes or seconds of a placement, and the exact bytes of a plan.
 
 P ranks per group, B samples per rank and micro-step, n = P * B, L tokens, D width, H hidden width, M experts of a block.
 """
@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from sdit.config import ModelConfig, ParallelConfig
 from sdit.expert_parallel.assignment import assign_samples
 from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_needed
 from sdit.expert_parallel.routing_table import RoutingTable
@@ -27,17 +28,56 @@ def expert_parameters(kind: Literal["linear", "mlp"], width: int, hidden: int) -
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """The speeds of an expert group: the bytes per second that a rank sends, the FLOP/s of its experts, and fixed seconds.
+
+    Samples are sent in an all-to-all. A gather sends the weights of replicated experts, including the copies that it makes.
+    `transfer_seconds` is the time of a transfer of a few bytes.
+    """
+
+    all_to_all_bytes_per_second: float
+    gather_bytes_per_second: float
+    flops_per_second: float
+    transfer_seconds: float
+
+
+@dataclass(frozen=True)
+class ExpertFlops:
+    """The FLOPs of one block in a forward pass: of the experts of a `sample`, and those that a `transfer` adds.
+
+    Linear experts are merged before the product. A sample therefore needs one product on each rank that computes a part of
+    its mixture, and each transfer adds one. MLP experts cannot be merged, and a transfer adds no product.
+    """
+
+    sample: float = 0.0
+    transfer: float = 0.0
+
+    @classmethod
+    def of(cls, kind: Literal["linear", "mlp"], tokens: int, width: int, hidden: int, top_k: int) -> ExpertFlops:
+        """Return the FLOPs for samples of L tokens. Merging weights, 1 / L of a product, is not counted."""
+        if kind == "linear":
+            product = 2.0 * tokens * width * width
+            return cls(product, product)
+        return cls(4.0 * tokens * width * hidden * top_k)
+
+
+@dataclass(frozen=True)
 class UnitCosts:
     """The bytes of a sample's tokens (`row_bytes` = L D x element size) and of one expert, for groups of `ranks` = P.
 
     A forward pass sends a row and its result, and sends the weights of a replicated expert to P - 1 ranks. The backward pass
     sends as many gradients in the other direction. `forwards` is 2 if activations are recomputed.
+
+    A cost is in bytes of the group if `speeds` is None, and in seconds otherwise. The seconds assume that the ranks share the
+    group's bytes and FLOPs equally, and that transfers do not overlap with computation.
     """
 
     row_bytes: int
     expert_bytes: int
     ranks: int
     forwards: int = 1
+    speeds: Speeds | None = None
+    flops: ExpertFlops = ExpertFlops()
 
     @property
     def transfer_bytes(self) -> int:
@@ -49,6 +89,43 @@ class UnitCosts:
         """The bytes per micro-step of one replicated expert, over the whole group."""
         return (self.forwards + 1) * (self.ranks - 1) * self.expert_bytes
 
+    @property
+    def transfer_cost(self) -> float:
+        """The cost of one transfer, without the fixed part."""
+        if self.speeds is None:
+            return self.transfer_bytes
+        sending = self.transfer_bytes / self.speeds.all_to_all_bytes_per_second
+        return sending / self.ranks + self._compute_seconds(self.flops.transfer)
+
+    @property
+    def replica_cost(self) -> float:
+        """The cost of one replicated expert, without the fixed part."""
+        if self.speeds is None:
+            return self.replica_bytes
+        return self.replica_bytes / self.speeds.gather_bytes_per_second / self.ranks
+
+    @property
+    def fixed_costs(self) -> tuple[float, float]:
+        """The fixed costs of a block in which any sample is sent, and of a block with any replicated expert.
+
+        Each forward pass sends rows and their results, or weights. Each backward pass sends as much.
+        """
+        seconds = 0.0 if self.speeds is None else self.speeds.transfer_seconds
+        return 2 * (self.forwards + 1) * seconds, (self.forwards + 1) * seconds
+
+    def work_seconds(self, samples: float) -> float:
+        """Return the seconds of the experts' products for `samples` samples and blocks, divided equally over the ranks."""
+        return samples * self._compute_seconds(self.flops.sample)
+
+    def moving_cost(self, size_bytes: float) -> float:
+        """Return the cost of sending `size_bytes` to other ranks once."""
+        return size_bytes if self.speeds is None else size_bytes / self.speeds.all_to_all_bytes_per_second / self.ranks
+
+    def _compute_seconds(self, forward_flops: float) -> float:
+        """The backward pass of a product has two products of its size."""
+        assert self.speeds is not None
+        return (self.forwards + 2) * forward_flops / self.speeds.flops_per_second / self.ranks
+
     def sent_bytes(self, rows_sent: int, rows_received: int, replicas_owned: int, replicas_received: int) -> int:
         """Return the exact bytes that one rank sends per micro-step.
 
@@ -57,6 +134,20 @@ class UnitCosts:
         rows = (self.forwards + 1) * (rows_sent + rows_received) * self.row_bytes
         weights = self.forwards * (self.ranks - 1) * replicas_owned + replicas_received
         return rows + weights * self.expert_bytes
+
+
+def unit_costs(model: ModelConfig, parallel: ParallelConfig, element_bytes: int, ranks: int) -> UnitCosts:
+    """Return the unit costs of a run with EP `ranks`. They have speeds if the config does."""
+    experts, hidden = model.experts, int(model.width * model.experts.mlp_ratio)
+    costs = parallel.exchange_costs
+    return UnitCosts(
+        row_bytes=model.tokens * model.width * element_bytes,
+        expert_bytes=expert_parameters(experts.kind, model.width, hidden) * element_bytes,
+        ranks=ranks,
+        forwards=1 if parallel.activation_checkpointing == "none" else 2,
+        speeds=Speeds(**costs) if isinstance(costs, dict) else None,
+        flops=ExpertFlops.of(experts.kind, model.tokens, model.width, hidden, experts.top_k),
+    )
 
 
 class TrafficModel:
@@ -104,6 +195,36 @@ class TrafficModel:
         return (
             self.transfers(placement, assigned_rank) * costs.transfer_bytes
             + float(placement.replicated.sum()) * costs.replica_bytes
+        )
+
+    def cost(self, placement: ExpertPlacement, costs: UnitCosts, assigned_rank: np.ndarray | None = None) -> float:
+        """Return the expected cost of the exchange in one micro-step: bytes of the group, or seconds."""
+        if costs.speeds is None:
+            return self.bytes(placement, costs, assigned_rank)
+        return float(self.block_seconds(placement, costs, assigned_rank).sum())
+
+    def block_seconds(
+        self, placement: ExpertPlacement, costs: UnitCosts, assigned_rank: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return (depth,), the expected seconds of the exchange of each block in one micro-step."""
+        assigned_rank = self.assigned_ranks(placement) if assigned_rank is None else assigned_rank
+        transfers = self._block_transfers(placement, assigned_rank)
+        replicas = placement.replicated.sum(axis=1)
+        with_transfers, with_replicas = costs.fixed_costs
+        seconds = transfers.mean(axis=1) * costs.transfer_cost + (transfers > 0).mean(axis=1) * with_transfers
+        seconds += replicas * costs.replica_cost + (replicas > 0) * with_replicas
+        return seconds
+
+    def _block_transfers(self, placement: ExpertPlacement, assigned_rank: np.ndarray) -> np.ndarray:
+        """Return (depth, batches), the transfers of each block and batch."""
+        needed = ranks_needed(self.routes.experts, placement)
+        away = needed.sum(axis=2)
+        return np.stack(
+            [
+                (away[:, tasks] - needed[:, tasks, ranks]).sum(axis=1)
+                for tasks, ranks in zip(self.tasks, assigned_rank, strict=True)
+            ],
+            axis=1,
         )
 
 

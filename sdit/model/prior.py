@@ -21,6 +21,8 @@ from sdit.time_law import TimeLaw
 from sdit.transfers import upload
 
 EPSILON = 1e-6
+# Up to this number of units scipy solves the whole problem in about 10 ms. Above it, the reduced problem is faster.
+FULL_UNITS = 256
 
 
 class PriorTensors(NamedTuple):
@@ -50,14 +52,15 @@ class Assignment:
 class UnitMatcher:
     """Matches units with columns of the prior's mask, and solves the problem again only if a chosen set changed.
 
-    `law` is that of `expert_windows`.
+    The solution is a function of the chosen sets only: also between equally good solutions, the choice does not depend on
+    earlier steps. `law` is that of `expert_windows`.
     """
 
     def __init__(self, config: ModelConfig, law: TimeLaw | None = None) -> None:
         self.windows = expert_windows(config, law)
         self._count = config.experts.count
         self._tasks_of_columns = self.windows.tasks_of_units
-        self._experts = self._sets = np.empty((0, 0, 0), dtype=np.int64)
+        self._experts = np.empty((0, 0, 0), dtype=np.int64)
         self._solved: Assignment | None = None
         self.solutions = 0
 
@@ -66,38 +69,68 @@ class UnitMatcher:
 
         The order of the k experts of a task has no effect.
         """
-        if self._solved is not None and np.array_equal(experts, self._experts):
-            return self._solved
-        sets = np.sort(experts, axis=2)
-        if self._solved is None or not np.array_equal(sets, self._sets):
-            self._sets, self._solved = sets, self._solve(sets)
+        if self._solved is None or self._has_changed(experts):
+            self._solved = self._solve(experts)
             self.solutions += 1
         self._experts = experts
         return self._solved
 
+    def _has_changed(self, experts: np.ndarray) -> bool:
+        """Return True if any set differs from the last one. Only experts that differ are sorted, which takes the time."""
+        top_k = experts.shape[2]
+        sets = np.flatnonzero(experts != self._experts) // top_k
+        present, last = (np.sort(each.reshape(-1, top_k)[sets], axis=1) for each in (experts, self._experts))
+        return not np.array_equal(present, last)
+
     def _solve(self, experts: np.ndarray) -> Assignment:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import
 
-        return Assignment(linear_sum_assignment(self._cost(experts))[1], self.windows)
+        users = self._users(experts)
+        if self.windows.units <= FULL_UNITS:
+            return Assignment(linear_sum_assignment(self._cost(users))[1], self.windows)
+        used, overlap = self._overlap(users)
+        columns = np.full(self.windows.units, -1)
+        columns[used] = linear_sum_assignment(overlap, maximize=True)[1]
+        columns[columns < 0] = np.setdiff1d(np.arange(len(columns)), columns)
+        return Assignment(columns, self.windows)
 
-    def _cost(self, experts: np.ndarray) -> np.ndarray:
-        """Return sum_t |A[t, a] - B[t, b]|, (units, units) float32, for units a and columns b.
+    def _users(self, experts: np.ndarray) -> np.ndarray:
+        """Return (units, T + 1) float32, for each unit the number of its users among the first 0 to T tasks.
 
-        Each column is marked for a range of tasks, so the products A^T B are differences of prefix sums over the tasks.
+        All numbers in this class are integers below 2^24, which float32 holds exactly.
         """
         depth, tasks, _ = experts.shape
         used = np.zeros((depth, self._count, tasks), dtype=np.float32)
         np.put_along_axis(used, experts.transpose(0, 2, 1), 1.0, axis=1)
-        users = np.zeros((depth * self._count, tasks + 1), dtype=np.float32)  # of each unit, among the first tasks
+        users = np.zeros((depth * self._count, tasks + 1), dtype=np.float32)
         np.cumsum(used.reshape(-1, tasks), axis=1, out=users[:, 1:])
+        return users
+
+    def _cost(self, users: np.ndarray) -> np.ndarray:
+        """Return sum_t |A[t, a] - B[t, b]|, (units, units) float32, for units a and columns b.
+
+        Each column is marked for a range of tasks, so the products A^T B are differences of prefix sums over the tasks.
+        """
         first, stop = self._tasks_of_columns
-        # |a - b| = a + b - 2ab for binary a and b. All numbers are integers below 2^24, which float32 holds exactly.
-        cost = users.take(first, axis=1)
+        cost = users.take(first, axis=1)  # |a - b| = a + b - 2ab for binary a and b
         cost -= users.take(stop, axis=1)
         cost *= 2
         cost += users[:, -1:]
         cost += (stop - first).astype(np.float32)
         return cost
+
+    def _overlap(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the units that some task uses, and A^T B of them, (used units, units) float32.
+
+        In a sum of costs over a permutation only A^T B depends on the permutation. An unused unit has no overlap, so it takes
+        any column that is left. The units with the largest overlap come first: the solver then takes half the time or less.
+        """
+        first, stop = self._tasks_of_columns
+        used = np.flatnonzero(users[:, -1])
+        overlap = users[used].take(stop, axis=1)
+        overlap -= users[used].take(first, axis=1)
+        order = np.argsort(-overlap.max(axis=1), kind="stable")
+        return used[order], overlap[order]
 
 
 def solve_assignment(gate_probs: Tensor, config: ModelConfig, law: TimeLaw | None = None) -> Assignment:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, task_weights
 from sdit.expert_parallel.strategy import Choice, decide_placement
-from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
+from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, unit_costs
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
 from sdit.time_law import prior_law
@@ -50,11 +50,7 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
 def plan_exchanges(job: Job, routes: RouteKind) -> dict[Mode, Exchange]:
     """Return the exchange of sharded experts in each mode."""
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
-    hidden = int(model.width * model.experts.mlp_ratio)
-    row_bytes = model.tokens * model.width * job.element_bytes
-    expert_bytes = expert_parameters(model.experts.kind, model.width, hidden) * job.element_bytes
-    forwards = 1 if parallel.activation_checkpointing == "none" else 2
-    costs = UnitCosts(row_bytes, expert_bytes, ranks, forwards)
+    costs = unit_costs(model, parallel, job.element_bytes, ranks)
     table = prior_routes(job) if routes == "prior" else random_routes(job)
     traffic = TrafficModel(table, ranks, job.batch.micro_batch, parallel.seating)
     groups = job.world // ranks * job.batch.accumulation

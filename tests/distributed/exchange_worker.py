@@ -20,21 +20,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdit.cli.process import leave
-from sdit.config import ExpertsConfig
+from sdit.config import Config, ExpertsConfig, ParallelConfig, ResolvedRun
 from sdit.distributed.comm import Comm, find_rank
 from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.all_to_all import ExpertGroup, TrafficCounter
 from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.dispatcher import PlannedPass
+from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.expert_parallel.placement import ExpertPlacement
+from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
 from sdit.expert_parallel.traffic_model import UnitCosts, expert_parameters
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import sparse_gates
-from sdit.topology import ExpertGroups
+from sdit.topology import ExpertGroups, plan_batch
 from tests.distributed.exchange_bytes import bytes_under_a_law, measured_bytes, more_measured_bytes
-from tests.distributed.exchange_state import error, held_sizes, more_moved_experts, moved_experts, sampled_images
+from tests.distributed.exchange_state import (
+    error,
+    held_sizes,
+    model_config,
+    more_moved_experts,
+    moved_experts,
+    sampled_images,
+)
 
 ROUTINGS, MORE_ROUTINGS, TOKENS, WIDTH = 180, 320, 2, 6
 SCENARIOS = ("any", "one expert for all", "one sample per rank", "few experts", "capacity drops", "all dropped")
@@ -205,11 +214,25 @@ def checked_routings(comm: Comm, seeds: range) -> list[dict[str, Any]]:
     return found
 
 
+def measured_speeds(comm: Comm, folder: Path) -> list[dict[str, Any]]:
+    """For each rank: the stored layout of a run that measures its speeds, and that of a run which continues with it."""
+    config = Config(model=model_config(8, "linear", 4), parallel=ParallelConfig(expert=2, exchange_costs="measured"))
+    run = ResolvedRun(config, {}, plan_batch(8, None, comm.world), 2, comm.world, 0)
+    rng = np.random.default_rng(0)
+    routes = RoutingTable(np.argsort(rng.random((2, 1000, 4)), axis=2)[:, :, :2], np.ones((2, 1000, 2), np.float32), 4)
+    experts, resumed = ExpertParallel(run, comm), ExpertParallel(run, comm)
+    experts.rebalancer.better_placement(routes, placement_due=True, is_first=True)
+    resumed.restore(experts.stored())
+    resumed.rebalancer.better_placement(routes, placement_due=True, is_first=True)
+    sent = sum(experts.take_traffic()[:-1])
+    return comm.gather({"stored": experts.stored(), "resumed": resumed.stored(), "counted_bytes": sent})
+
+
 JOBS = {
     job.__name__: job
     for job in (
         random_routings, more_random_routings, sampled_images, moved_experts, more_moved_experts, held_sizes,
-        measured_bytes, more_measured_bytes, bytes_under_a_law,
+        measured_bytes, more_measured_bytes, bytes_under_a_law, measured_speeds,
     )
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdit.config import load_config
+from sdit.checkpoint.manifest import _ExpertLayout
+from sdit.config import EXCHANGE_SPEEDS, load_config
 from sdit.model import build_model
 from tests.distributed.exchange_bytes import LAWS
 from tests.distributed.exchange_worker import MORE_ROUTINGS, ROUTINGS, SCENARIOS
@@ -50,7 +51,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     folder = with_learned_gates(tmp_path_factory)
     return found_by(
         folder,
-        ("random_routings", "sampled_images", "moved_experts", "held_sizes", "measured_bytes", "bytes_under_a_law"),
+        (
+            "random_routings",
+            "sampled_images",
+            "moved_experts",
+            "held_sizes",
+            "measured_bytes",
+            "bytes_under_a_law",
+            "measured_speeds",
+        ),
     )
 
 
@@ -162,3 +171,13 @@ def test_the_planned_bytes_are_those_of_drawn_times_under_every_law(found: dict)
     # The routes are the same: only a planner that knows the law can be right for all.
     by_law = [row["measured"] for row in rows if row["mode"] == "tokens"]
     assert max(by_law) > 1.1 * min(by_law), by_law
+
+
+def test_measured_speeds_are_the_same_on_all_ranks_and_continue_with_the_checkpoint(found: dict) -> None:
+    ranks = found["measured_speeds"]
+    speeds = ranks[0]["stored"]["speeds"]
+    assert set(speeds) == set(EXCHANGE_SPEEDS) and min(speeds.values()) > 0
+    for rank in ranks:
+        assert rank["stored"]["speeds"] == rank["resumed"]["speeds"] == speeds
+        assert rank["counted_bytes"] == 0
+        _ExpertLayout.model_validate(rank["stored"])

@@ -143,7 +143,7 @@ def test_a_measured_link_is_the_one_that_the_planner_predicts_with(ranks: int, m
     monkeypatch.setattr(
         fabric, "_collective", lambda name, _group, _comm, count, n: (name, 4 * max(1, n // count) * count)
     )
-    monkeypatch.setattr(fabric, "seconds_of", lambda _comm, work: formulas[work[0]](work[1]))
+    monkeypatch.setattr(fabric, "median_seconds", lambda _comm, work: formulas[work[0]](work[1]))
     comm = SimpleNamespace(rank=1, gather=lambda value: [value] * ranks)
     found = fabric.measure_link(comm, [list(range(ranks))])  # type: ignore[arg-type]
     smallest = 2 * 4 * ranks / rate

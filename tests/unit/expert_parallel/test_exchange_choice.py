@@ -15,7 +15,7 @@ from sdit.expert_parallel.placement import ExpertPlacement, PlacementKind, path_
 from sdit.expert_parallel.routing_table import RoutingTable, exact_loads, expert_counts, hottest, load_max_over_mean
 from sdit.expert_parallel.strategy import (
     Choice,
-    _replicas_of_least_bytes,
+    _cheapest_replicas,
     choose_exchange,
     decide_placement,
     worth_moving,
@@ -62,7 +62,7 @@ def test_no_set_of_replicas_is_cheaper_for_a_given_assignment(seed: int) -> None
         return traffic.bytes(ExpertPlacement(expert_to_rank, replicated, ranks), costs, assigned_rank)
 
     none = ExpertPlacement(expert_to_rank, np.zeros((1, count), dtype=bool), ranks)
-    found = size(_replicas_of_least_bytes(traffic, none, assigned_rank, costs))
+    found = size(_cheapest_replicas(traffic, none, assigned_rank, costs))
     every = [size(np.array([subset])) for subset in product([False, True], repeat=count)]
     assert found == pytest.approx(min(every), rel=1e-8)  # the solver rounds to 2^-30 of the sum
 
@@ -91,7 +91,7 @@ def test_auto_is_never_dearer_than_simple_rules_on_any_routes(seed: int) -> None
     loads, assigned_rank = exact_loads(routes.experts, 6), traffic.ranks_in_order()
     for number in (0, 2, 6):
         assert found <= traffic.bytes(ExpertPlacement(expert_to_rank, hottest(loads, number), 2), costs)
-    everyone_stays = _replicas_of_least_bytes(
+    everyone_stays = _cheapest_replicas(
         traffic, ExpertPlacement(expert_to_rank, np.zeros((1, 6), dtype=bool), 2), assigned_rank, costs
     )
     assert found <= traffic.bytes(ExpertPlacement(expert_to_rank, everyone_stays, 2), costs, assigned_rank)
@@ -129,7 +129,7 @@ def test_a_decided_layout_carries_no_more_than_any_single_placement(learned: Rou
     traffic, costs = TrafficModel(learned, 4, 16), UnitCosts(S2_ROW_BYTES, S2_EXPERT_BYTES, 4)
     decided = decide_placement("path", "auto", traffic, costs)
     single = choose_exchange("auto", traffic, place_experts("path", learned, 4), costs)
-    assert decided.cost_bytes <= single.cost_bytes
+    assert decided.cost <= single.cost
 
 
 def test_experts_move_only_if_that_repays_before_the_next_check(learned: RoutingTable) -> None:
@@ -138,14 +138,12 @@ def test_experts_move_only_if_that_repays_before_the_next_check(learned: Routing
     then = decide_placement("path", "auto", traffic, costs, current=now.placement.expert_to_rank)
     parameters = S2_EXPERT_BYTES // 4
     moves = int((now.placement.expert_to_rank != then.placement.expert_to_rank).sum())
-    repaid_after = (
-        moves * parameters * 16 / (now.cost_bytes - then.cost_bytes)
-    )  # weights, two moments and EMA in float32
+    repaid_after = moves * parameters * 16 / (now.cost - then.cost)  # weights, two moments and EMA in float32
     assert repaid_after > 0
-    assert not worth_moving(now, then, parameters, int(repaid_after))
-    assert worth_moving(now, then, parameters, int(repaid_after) + 1)
-    assert not worth_moving(now, now, parameters, 10**9)
-    assert not worth_moving(then, now, parameters, 10**9)
+    assert not worth_moving(now, then, costs, parameters, int(repaid_after))
+    assert worth_moving(now, then, costs, parameters, int(repaid_after) + 1)
+    assert not worth_moving(now, now, costs, parameters, 10**9)
+    assert not worth_moving(then, now, costs, parameters, 10**9)
 
 
 class Measured:

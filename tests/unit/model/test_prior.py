@@ -22,6 +22,7 @@ from sdit.model import (
     prior_loss,
     solve_assignment,
 )
+from sdit.model.prior import FULL_UNITS
 from sdit.model.windows import channel_windows, expert_windows
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -163,12 +164,18 @@ def _random_sets(config: ModelConfig, seed: int) -> np.ndarray:
 
 
 def _plain_columns(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The matching from the definition: the products of the marks A and the mask B, then scipy's solver."""
+    """The matching from the definition: scipy's solver for the costs of all units."""
+    return linear_sum_assignment(_plain_costs(experts, config))[1]
+
+
+def _plain_costs(experts: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """(units, units) from the products of the marks A and the mask B."""
     used = np.zeros((config.depth, config.timesteps, config.experts.count), dtype=np.float32)
     np.put_along_axis(used, experts, 1.0, axis=2)
     a = used.transpose(1, 0, 2).reshape(config.timesteps, -1)
     b = expert_windows(config).mask.astype(np.float32)
-    return linear_sum_assignment(a.sum(0)[:, None] + b.sum(0)[None] - 2 * (a.T @ b))[1]
+    costs: np.ndarray = a.sum(0)[:, None] + b.sum(0)[None] - 2 * (a.T @ b)
+    return costs
 
 
 @pytest.mark.parametrize(
@@ -181,6 +188,45 @@ def test_columns_equal_the_plain_solution(depth: int, count: int, top_k: int, ti
     smooth = _probs(config).topk(top_k).indices.numpy()
     for experts in (collapsed, smooth, _random_sets(config, 0)):
         assert np.array_equal(UnitMatcher(config).match(experts).columns, _plain_columns(experts, config))
+
+
+@pytest.mark.parametrize(("depth", "count", "top_k"), [(28, 16, 2), (7, 40, 1), (5, 64, 4)])
+def test_many_units_are_matched_at_the_cost_of_the_plain_solution(depth: int, count: int, top_k: int) -> None:
+    config = _config(depth, count, top_k, timesteps=200)
+    assert depth * count > FULL_UNITS
+    collapsed = np.tile(np.arange(top_k), (depth, 200, 1))  # most units are unused
+    smooth = _probs(config).topk(top_k).indices.numpy()
+    for experts in (collapsed, smooth, _random_sets(config, 0)):
+        columns, costs = UnitMatcher(config).match(experts).columns, _plain_costs(experts, config)
+        assert sorted(columns) == list(range(depth * count))
+        best = costs[linear_sum_assignment(costs)].sum()
+        assert costs[np.arange(len(columns)), columns].sum() == best  # integers below 2^24: the sums are exact
+
+
+def _windowed_sets(config: ModelConfig) -> np.ndarray:
+    """(depth, T, k): each unit is used by the tasks of one column, column c by expert c // depth of block c % depth."""
+    mask = expert_windows(config).mask.reshape(config.timesteps, config.experts.count, config.depth)
+    return np.argsort(~mask.transpose(2, 0, 1), axis=2, kind="stable")[:, :, : config.experts.top_k]
+
+
+def test_many_units_have_the_only_best_columns_after_any_earlier_sets() -> None:
+    config = ModelConfig(depth=4, timesteps=1000, dtr=DtrConfig(alpha=1), experts=ExpertsConfig(count=80, top_k=2))
+    windows = expert_windows(config)
+    assert len(np.unique(np.column_stack(windows.tasks_of_units), axis=0)) == windows.units  # so the best is unique
+    columns = np.arange(windows.units).reshape(80, 4).T.ravel()  # of unit block * 80 + expert
+    assert np.array_equal(_plain_columns(_windowed_sets(config), config), columns)
+    matcher, other = UnitMatcher(config), _random_sets(config, 1)
+    between = matcher.match(other).columns
+    assert np.array_equal(matcher.match(_windowed_sets(config)).columns, columns)
+    assert np.array_equal(matcher.match(other).columns, between)
+    assert np.array_equal(UnitMatcher(config).match(other).columns, between)
+
+
+def test_unused_units_take_the_columns_that_are_left_in_order() -> None:
+    config = _config(28, 16, 2, timesteps=200)
+    columns = UnitMatcher(config).match(np.tile(np.array([3, 5]), (28, 200, 1))).columns.reshape(28, 16)
+    unused = np.delete(columns, [3, 5], axis=1).ravel()
+    assert (np.diff(unused) > 0).all()
 
 
 def test_only_changed_sets_are_solved_again() -> None:
