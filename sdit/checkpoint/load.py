@@ -17,6 +17,7 @@ from sdit.checkpoint.files import MANIFEST_DEPTH, ShardSet, manifest_files
 from sdit.checkpoint.store import Found, find_checkpoint
 from sdit.clock import Clock
 from sdit.config import Config, load_config, parse_stored_config
+from sdit.contracts import Precision
 from sdit.data.classes import Classes
 from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
@@ -44,6 +45,7 @@ class Trained:
     """A model with all its experts, in eval mode, with the config and the clock of its run.
 
     `origin` is the folder or file that was read. `data` are the images that it was trained on, None if they are unknown.
+    `precision` is that of its products.
     """
 
     model: DiffusionTransformer
@@ -51,6 +53,7 @@ class Trained:
     clock: Clock
     origin: Path
     data: DataIdentity | None = None
+    precision: Precision = "fp32"
 
     @property
     def classes(self) -> Classes:

@@ -8,8 +8,10 @@ from typing import Literal
 
 import torch
 
+from sdit.config import TrainConfig
 from sdit.errors import ConfigError
 from sdit.launch_environment import RankInfo
+from sdit.model.precision import allow_tf32
 
 Device = Literal["auto", "cpu", "cuda"]
 ACCELERATOR = "DS_ACCELERATOR"
@@ -17,14 +19,15 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
-def prepare_device(wanted: Device, deterministic: bool) -> None:
+def prepare_device(wanted: Device, train: TrainConfig) -> None:
     """Make the settings of a training rank. It is called before DeepSpeed is imported and before CUDA starts.
 
     Raises: ConfigError: if a variable of the environment contradicts a setting.
     """
     if wanted == "cpu":
         os.environ.setdefault(ACCELERATOR, "cpu")  # DeepSpeed chooses while it is imported, and would take the GPUs
-    if deterministic:
+    allow_tf32(train.matmul == "tf32")
+    if train.deterministic:
         _use_deterministic_algorithms()
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sdit.config import TrainConfig
 from sdit.distributed import comm as comm_module
 from sdit.distributed import reshard as reshard_module
 from sdit.distributed.deepspeed_internals import OffloadedZeroPartitions
@@ -115,7 +116,7 @@ def test_accelerator_that_disagrees_with_the_device_is_named() -> None:
 @pytest.mark.usefixtures("unchanged_settings")
 def test_deterministic_run_sets_torch_and_cublas() -> None:
     try:
-        prepare_device("auto", deterministic=True)
+        prepare_device("auto", TrainConfig(deterministic=True))
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         assert os.environ[WORKSPACE] == ":4096:8"
     finally:
@@ -124,7 +125,7 @@ def test_deterministic_run_sets_torch_and_cublas() -> None:
 
 @pytest.mark.usefixtures("unchanged_settings")
 def test_other_runs_change_nothing() -> None:
-    prepare_device("auto", deterministic=False)
+    prepare_device("auto", TrainConfig(deterministic=False))
     assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
 
 
@@ -134,7 +135,7 @@ def test_workspace_with_which_cublas_varies_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=rf"^{WORKSPACE}: ':0:0' is not legal with train\.deterministic: true; legal: "
     ):
-        prepare_device("auto", deterministic=True)
+        prepare_device("auto", TrainConfig(deterministic=True))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
