@@ -16,6 +16,7 @@ from sdit.model.precision import allow_tf32
 Device = Literal["auto", "cpu", "cuda"]
 ACCELERATOR = "DS_ACCELERATOR"
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+INDUCTOR = "TORCHINDUCTOR_DETERMINISTIC"  # torch.compile reads it at its first use; older releases do not know it
 REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
@@ -93,6 +94,7 @@ def _use_deterministic_algorithms() -> None:
             f"{WORKSPACE}: {given!r} is not legal with train.deterministic: true; "
             f"legal: {', '.join(REPRODUCIBLE_WORKSPACES)}, or no such variable"
         )
+    os.environ[INDUCTOR] = "1"  # no choice by measured times
     torch.backends.cudnn.benchmark = False  # it chooses by measured times
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
