@@ -21,7 +21,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class CpuComm(FakeComm):
-    device = CPU  # type: ignore[assignment]
+    device = CPU
+
+
+def _comm() -> Any:
+    return CpuComm(1)
 
 
 def filled(model: DiffusionTransformer) -> None:
@@ -36,9 +40,9 @@ def filled(model: DiffusionTransformer) -> None:
 def planned(monkeypatch: pytest.MonkeyPatch, needs_plan: bool) -> tuple[list[torch.Tensor], bool]:
     """The output and the gradients of one micro-step, and whether it was planned."""
     monkeypatch.setattr(expert_parallel, "experts_need_plan", lambda *_: needs_plan)
-    config, comm = make_config("switch", "mlp"), CpuComm(1)
+    config, comm = make_config("switch", "mlp"), _comm()
     run = ResolvedRun(config, {}, BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH, 1), 1, 1, 0)
-    experts, model = ExpertParallel(run, comm), build_model(config.model, device="meta")  # type: ignore[arg-type]
+    experts, model = ExpertParallel(run, comm), build_model(config.model, device="meta")
     experts.shard(model, filled)
     t = np.array([0, 9, 9, 20, 33, 41, 55, 63])
     x = torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(2))
