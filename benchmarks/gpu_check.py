@@ -5,7 +5,8 @@ usage: python benchmarks/gpu_check.py --out DIR [--minutes 8] [--stages machine 
        python benchmarks/gpu_check.py --out DIR --device cpu --tiny
 
 Each stage is a process of its own with a limit, so that one that fails or hangs costs the others nothing. The stages run in the
-order of their value. After each one DIR/STAGE.json and DIR/table.md are written. Nothing is downloaded. With --device cpu --tiny
+order of their value. After each one DIR/STAGE.json and DIR/table.md are written. Nothing is downloaded. It needs sdit's packages,
+Python 3.11 or newer and torch 2.8 or newer. With --device cpu --tiny
 the stages test their own code in a minute, and measure nothing. The exit status is 1 if a stage fails or misses a limit.
 """
 
@@ -36,6 +37,7 @@ SHARES = {  # of the time, in seconds of 8 minutes
     "state": 40,
 }
 SHARES_MINUTES = 8
+PYTHON = (3, 11)
 TINY_SECONDS = 120  # the limit of a stage that measures nothing
 
 
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: test the stages, measure nothing")
     parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES), help="what is run")
     options = parser.parse_args()
+    if sys.version_info < PYTHON:
+        parser.error(f"Python {sys.version_info[0]}.{sys.version_info[1]}; sdit needs 3.11 or newer")
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     results: list[Result] = []

@@ -6,11 +6,13 @@ Shapes: B samples of a rank, G samples of an expert-parallel group, D width, M e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+Precision = Literal["fp32", "tf32", "bf16"]  # of the products of a model that samples
 
 
 @dataclass(frozen=True)

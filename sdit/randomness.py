@@ -22,6 +22,8 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+# Numbers are drawn in parts whose arrays stay in a core's cache. To free larger ones takes time with the interpreter lock.
+_PART = 2**16
 
 
 class Purpose(enum.Enum):
@@ -76,11 +78,40 @@ def normals(key: np.ndarray, count: int) -> np.ndarray:
 
     They are computed in float64, whose last bits differ between CPUs. The rounded float32 values practically never differ.
     """
-    words = bits(key, (count + 1) // 2)
-    radius = np.sqrt(-2 * np.log(((words >> np.uint64(32)) + np.uint64(1)) * 2.0**-32))
-    angle = (words & np.uint64(2**32 - 1)) * (2 * np.pi * 2.0**-32)
-    pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return pairs[:, :count].astype(np.float32)
+    numbers = np.empty((len(key), count), np.float32)
+    words = (count + 1) // 2
+    rows = max(1, _PART // max(1, words))
+    scratch = np.empty((3, min(rows, len(key)), words), np.uint64)
+    for start in range(0, len(key), rows):
+        part = key[start : start + rows]
+        _box_muller(part, numbers[start : start + rows], scratch[:, : len(part)])
+    return numbers
+
+
+def _box_muller(key: np.ndarray, numbers: np.ndarray, scratch: np.ndarray) -> None:
+    """Fill `numbers` (B, n) float32: the cosines of all words of a key, then the sines. `scratch` is (3, B, n / 2) uint64.
+
+    Logarithms, cosines and sines are written to another array than their input, because NumPy may compute them in another way
+    in place.
+    """
+    words, other, third = scratch
+    np.add(key[:, None], _GOLDEN * np.arange(1, words.shape[1] + 1, dtype=np.uint64), out=words)
+    _mix_in_place(words, other)
+    angle, uniform, radius = other.view(np.float64), third.view(np.float64), third.view(np.float64)
+    np.bitwise_and(words, _LOW, out=third)
+    np.multiply(third, 2 * np.pi * 2.0**-32, out=angle)
+    np.right_shift(words, _HALF, out=words)
+    np.add(words, np.uint64(1), out=words)
+    np.multiply(words, 2.0**-32, out=uniform)
+    logarithm = words.view(np.float64)
+    np.log(uniform, out=logarithm)
+    np.multiply(-2, logarithm, out=logarithm)
+    np.sqrt(logarithm, out=radius)
+    half, rest = words.shape[1], numbers.shape[1] - words.shape[1]
+    np.cos(angle, out=logarithm)
+    np.multiply(radius, logarithm, out=numbers[:, :half], casting="same_kind")
+    np.sin(angle, out=logarithm)
+    np.multiply(radius[:, :rest], logarithm[:, :rest], out=numbers[:, half:], casting="same_kind")
 
 
 def priorities(seed: int, *words: np.ndarray) -> np.ndarray:
@@ -116,8 +147,9 @@ def normal_noise(
     # A new generator per sample would hold the interpreter lock for longer than to set the state. Drawing does not hold it.
     state = philox_words.state  # its buffer is empty
     counter = state["state"]["counter"]
+    counter[:] = (0, step, 0, 0)  # the low word increases within the sample
     for row, index in zip(noise, np.asarray(indices).tolist(), strict=True):
-        counter[:] = (0, step, index, 0)  # the low word increases within the sample
+        counter[2] = index
         philox_words.state = state
         draw(dtype=np.float32, out=row)
     return noise
@@ -148,7 +180,15 @@ def philox(counter: Words, key: int) -> Words:
 
 def _mix(words: np.ndarray) -> np.ndarray:
     """Return the splitmix64 finaliser of the words, a bijection in which each output bit depends on all input bits."""
-    words = (words ^ (words >> np.uint64(30))) * _FIRST
-    words = (words ^ (words >> np.uint64(27))) * _SECOND
-    mixed: np.ndarray = words ^ (words >> np.uint64(31))
+    mixed = words.copy()
+    _mix_in_place(mixed, np.empty_like(mixed))
     return mixed
+
+
+def _mix_in_place(words: np.ndarray, scratch: np.ndarray) -> None:
+    """Replace words by their finaliser. `scratch` has their shape."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        np.right_shift(words, np.uint64(shift), out=scratch)
+        np.bitwise_xor(words, scratch, out=words)
+        if factor is not None:
+            np.multiply(words, factor, out=words)

@@ -12,6 +12,7 @@ from train_steps import training_step
 
 from sdit.distributed.comm import Comm
 from sdit.model import build_model, init_weights
+from sdit.model.precision import tf32_products
 
 
 def measure(machine: Machine) -> list[Row]:
@@ -52,14 +53,12 @@ def sampling_rows(machine: Machine, size: str) -> Iterator[Row]:
         torch.randn(32, model.config.channels, side, side, device=machine.device),
         torch.zeros(32, dtype=torch.long, device=machine.device),
     )
-    for name, dtype, precision in (
-        (NAMES[torch.float32], torch.float32, "highest"),
-        ("TF32", torch.float32, "high"),
-        (NAMES[torch.bfloat16], torch.bfloat16, "highest"),
+    for name, dtype, is_tf32 in (
+        (NAMES[torch.float32], torch.float32, False),
+        ("TF32", torch.float32, True),
+        (NAMES[torch.bfloat16], torch.bfloat16, False),
     ):
-        torch.set_float32_matmul_precision(precision)
         model.to(machine.device, dtype)
-        with torch.no_grad():
+        with torch.no_grad(), tf32_products(is_tf32):
             spent = machine.milliseconds(lambda: model(x, 500, y), 10)
         yield Row(f"{size}: model call of 32 images, {name}", spent, "ms")
-    torch.set_float32_matmul_precision("highest")

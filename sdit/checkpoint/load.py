@@ -18,6 +18,7 @@ from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import Found, find_checkpoint
 from sdit.clock import Clock
 from sdit.config import Config, load_config, parse_stored_config
+from sdit.contracts import Precision
 from sdit.data.classes import Classes
 from sdit.data.identity import DataIdentity, stored_identity, trained_classes
 from sdit.errors import CheckpointError, ConfigError
@@ -45,6 +46,7 @@ class Trained:
     """A model with all its experts, in eval mode, with the config and the clock of its run.
 
     `origin` is the folder or file that was read. `data` are the images that it was trained on, None if they are unknown.
+    `precision` is that of its products.
     """
 
     model: DiffusionTransformer
@@ -52,6 +54,7 @@ class Trained:
     clock: Clock
     origin: Path
     data: DataIdentity | None = None
+    precision: Precision = "fp32"
 
     @property
     def classes(self) -> Classes:

@@ -124,10 +124,12 @@ def _score(path: Path) -> list[str]:
     if body is None or "fid" not in body or not isinstance(body.get("images"), dict):
         return []
     values = [f"{name} {body[name]:.6g}" for name in SHOWN if isinstance(body.get(name), float)]
-    images, reference = body["images"].get("count"), body.get("reference")
+    images, reference, sampling = body["images"].get("count"), body.get("reference"), body.get("drawn")
+    precision = sampling.get("precision", "fp32") if isinstance(sampling, dict) else "fp32"  # old results name none
+    sampled = "" if precision == "fp32" else f" sampled in {precision}"
     against = reference.get("name") if isinstance(reference, dict) else None
     name = Path(str(against)).name
-    return [f"- {', '.join(values)}: {images:,} images against {name} (`{path.name}`)"] if values else []
+    return [f"- {', '.join(values)}: {images:,} images{sampled} against {name} (`{path.name}`)"] if values else []
 
 
 def _code(run: Path | None) -> str:

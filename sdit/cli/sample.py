@@ -124,7 +124,7 @@ def image_facts(generator: Generator, weights: str, labels: np.ndarray) -> dict[
     """Return how images were sampled, for the text chunks of a PNG."""
     trained, decoder = generator.trained, generator.decoder
     facts = {"checkpoint": trained.origin, "images_seen": trained.clock.images_seen, "weights": weights}
-    facts |= generator.settings.model_dump(include=set(SETTINGS))
+    facts |= generator.settings.model_dump(include=set(SETTINGS)) | {"precision": trained.precision}
     facts["labels"] = trained.classes.describe_all(labels.tolist())
     if decoder is not None:
         facts |= {"vae_sha256": decoder.digest, **decoder.scaling.facts}

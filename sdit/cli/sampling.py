@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import Parser, add_rank_option, add_trained_options, positive_int
+from sdit.contracts import Precision
 from sdit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ def add_sampler_options(add: Callable[..., Any]) -> None:
 
 
 def add_cost_options(add: Callable[..., Any]) -> None:
-    """Add `--batch`, `--threads` and the launchers' option."""
+    """Add `--precision`, `--batch`, `--threads` and the launchers' option."""
+    precision_help = "of the model's products; part of a score's settings (default: fp32)"
+    add("--precision", choices=typing.get_args(Precision), default="fp32", help=precision_help)
     add("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
     add("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
     add_rank_option(add)
@@ -81,12 +85,14 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
     from sdit.checkpoint.load import load_trained
     from sdit.distributed.comm import Comm
     from sdit.distributed.device import choose_device
-    from sdit.evaluate.generate import Generator
+    from sdit.evaluate.generate import Generator, check_precision, with_precision
     from sdit.train.decode import latent_decoder
 
     with Comm(info) if info.world > 1 else nullcontext() as comm:
         device = comm.device if comm is not None else choose_device(info, "auto")
+        check_precision(options.precision, device)
         trained = load_trained(options.checkpoint, options.weights, options.config, device)
+        trained = with_precision(trained, options.precision)
         settings = chosen_settings(trained.config, options)
         decoder = latent_decoder(trained.config, trained.data, options.vae, device)
         yield Generator(trained, settings, decoder, comm, options.batch)

@@ -83,7 +83,7 @@ def run(resolved: ResolvedRun, info: RankInfo, worker: WorkerContext, wrap_engin
     gc.disable()  # what imports create stays: searching it for garbage takes 0.6 s of 4.4 s of CPU time
     from sdit.distributed.device import prepare_device  # torch is slow to import: not for --help and wrong configs
 
-    prepare_device(config.parallel.device, config.train.deterministic)
+    prepare_device(config.parallel.device, config.train)
     from sdit.distributed.comm import Comm, set_threads
     from sdit.observe.metrics import PrometheusObserver
     from sdit.observe.observers import build_observers

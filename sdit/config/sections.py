@@ -26,6 +26,11 @@ class TrainConfig(Section):
     global_batch: int = field(256, "images per optimizer step over all ranks", ge=1)
     micro_batch: int | None = field(None, "images per rank and forward pass; null: global_batch / ranks", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "compute precision; masters, moments and EMA are always fp32")
+    matmul: Literal["highest", "tf32"] = field(
+        "highest",
+        "float32 products of the model, on GPUs: highest (float32), or tf32 (11 significant bits; faster; time embedding and "
+        "gates stay float32); no effect on CPUs",
+    )
     deterministic: bool = field(
         False, "deterministic algorithms, with which a resumed run has the same bits on GPUs too; slower there"
     )

@@ -30,6 +30,9 @@ from sdit.data.pixels import from_levels
 from sdit.errors import DataError
 from sdit.randomness import Purpose
 
+# Latents are sampled in parts whose arrays stay in a core's cache. To free larger ones takes time with the interpreter lock.
+PART_VALUES = 2**17
+
 Request = TypeVar("Request")
 Made = TypeVar("Made")
 
@@ -206,8 +209,14 @@ class Loader:
         """
         mean, log_variance = np.split(moments, 2, axis=1)
         key = randomness.keys(self._seed, Purpose.POSTERIOR, keys.epoch, keys.shard, keys.member)
-        eps = randomness.normals(key, mean[0].size).reshape(mean.shape)
-        return self._scaling.normalise(mean + np.exp(log_variance / 2) * eps)
+        sampled = np.empty(mean.shape, np.float32)
+        rows = max(1, PART_VALUES // mean[0].size)
+        for part in (slice(start, start + rows) for start in range(0, len(mean), rows)):
+            eps = randomness.normals(key[part], mean[0].size).reshape(mean[part].shape)
+            deviation = np.exp(log_variance[part] / 2)
+            np.add(mean[part], np.multiply(deviation, eps, out=eps), out=sampled[part])
+            sampled[part] = self._scaling.normalise(sampled[part])
+        return sampled
 
     def _mirrored(self, keys: KeyColumns) -> np.ndarray:
         """Return (B,) bool, True for mirrored samples: one fair coin per key, or all False."""

@@ -6,11 +6,10 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import numpy as np
 from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped]
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
@@ -19,7 +18,8 @@ from sdit.data.decode import ALLOWED_SUFFIXES, DecodedSamples, Sample, decode_sa
 from sdit.data.faults import BadShard
 from sdit.data.index import DatasetFacts, ShardRecord
 from sdit.data.latents import decode_latents
-from sdit.data.tar_headers import Spans, plain_members
+from sdit.data.sample_spans import SampleSpans, Spans, group_members
+from sdit.data.tar_headers import plain_members
 from sdit.files import replacing
 
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -31,32 +31,28 @@ Content = TypeVar("Content")
 class TarShard:
     """The samples of one verified shard, in memory. Latents are decoded when it is opened, images when they are read."""
 
-    def __init__(self, name: str, data: bytes, samples: Sequence[tuple[str, Spans]], facts: DatasetFacts) -> None:
-        """Take the bytes of the archive and, for each sample, its key and where its members are in `data`."""
+    def __init__(self, name: str, data: bytes, samples: SampleSpans, facts: DatasetFacts) -> None:
+        """Take the bytes of the archive, and where its samples are in `data`."""
         self.name = name
         self.decoded: DecodedSamples | None = None
-        self._count = len(samples)
-        self._facts = facts
-        self._encoded = dict(enumerate(samples))  # of the samples that are not decoded yet
+        self._samples, self._facts = samples, facts
         if facts.kind == "latents":
-            self.decoded = decode_latents(data, [spans for _, spans in samples], facts)
-            self._encoded = {member: samples[member] for member in np.flatnonzero(self.decoded.row < 0).tolist()}
-        self._data = memoryview(data if self._encoded else b"")
+            self.decoded = decode_latents(data, samples, facts)
+        is_decoded = self.decoded is not None and bool((self.decoded.row >= 0).all())
+        self._data = memoryview(b"" if is_decoded else data)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._samples)
 
     def sample(self, member: int) -> Sample:
         """Return the sample at a position of the shard, decoded.
 
         Raises: BadSample: if the sample cannot be used.
         """
-        if member not in self._encoded:
-            assert self.decoded is not None
+        if self.decoded is not None and self.decoded.row[member] >= 0:
             return Sample(self.decoded.values[self.decoded.row[member]], int(self.decoded.labels[member]))
-        key, spans = self._encoded[member]
-        encoded = {suffix: bytes(self._data[span]) for suffix, span in spans.items()}
-        return decode_sample(encoded, self._facts, self.name, key)
+        encoded = {suffix: bytes(self._data[span]) for suffix, span in self._samples.spans(member).items()}
+        return decode_sample(encoded, self._facts, self.name, self._samples.keys[member])
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Encoded]]) -> ShardRecord | None:
@@ -86,7 +82,7 @@ def read_shard(folder: Path, record: ShardRecord, facts: DatasetFacts) -> TarSha
     """
     data = _read_verified(folder, record)
     try:
-        samples = _plain_samples(data) or list(_samples(record.name, data))
+        samples = _plain_samples(data) or SampleSpans.of(_samples(record.name, data))
     except (tarfile.TarError, ValueError) as error:
         raise BadShard("archive", record.name, f"cannot be read as a tar file: {error}") from error
     if len(samples) != record.samples:
@@ -134,21 +130,12 @@ def patiently(read: Callable[[], Content], name: str, place: str = "") -> Conten
     raise AssertionError("unreachable")
 
 
-def _plain_samples(data: bytes) -> list[tuple[str, Spans]] | None:
+def _plain_samples(data: bytes) -> SampleSpans | None:
     """Return what `_samples` yields for an archive of the form that `write_shard` writes. Return None for any other form."""
-    samples: list[tuple[str, Spans]] = []
-    last_key, spans = "", Spans()
-    for name, span in plain_members(data) or ():
-        key, _, suffix = name.partition(".")
-        if key != last_key:
-            last_key, spans = key, Spans()
-            samples.append((key, spans))
-        if suffix not in ALLOWED_SUFFIXES or suffix in spans or not key or "/" in name:
-            return None
-        if span.stop - span.start > MAX_MEMBER_BYTES:
-            return None
-        spans[suffix] = span
-    return samples or None
+    members = plain_members(data)
+    if members is None or (members.stops - members.starts > MAX_MEMBER_BYTES).any():
+        return None
+    return group_members(members)
 
 
 def _samples(name: str, data: bytes) -> Iterator[tuple[str, Spans]]:

@@ -1,7 +1,7 @@
 """The members of a tar file in memory, found without a Python object for each header.
 
 tarfile holds the interpreter lock while it parses a member. The shards that sdit writes have only plain
-POSIX headers, which array operations check together. M members.
+POSIX headers, which array operations find and check together. M members.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 512
-Spans = dict[str, slice]  # where the members of a sample are in its archive, by suffix
+_NAME_END = 100
 _SIZE, _SIZE_END = 124, 135  # eleven octal digits, then a NUL
-_MAGIC = b"ustar\x0000"
+_MAGIC, _MAGIC_AT = b"ustar\x0000", 257
 _NUMBERS = np.r_[100:124, 136:148, 329:345]  # mode, owner, group, time, device: octal digits and NULs
 _HEADER = np.dtype(
     {
@@ -25,51 +25,46 @@ _HEADER = np.dtype(
 )
 
 
-class Member(NamedTuple):
-    """A file in a tar archive: its `name`, and the `span` of its bytes in the archive."""
+class Members(NamedTuple):
+    """The files of a tar archive, in its order: their `names` (M, 100) uint8, filled up with NULs, and where their bytes are.
 
-    name: str
-    span: slice
+    The bytes of a member are those from `starts` to `stops`, both (M,) int64.
+    """
+
+    names: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
 
 
-def plain_members(data: bytes) -> list[Member] | None:
+def plain_members(data: bytes) -> Members | None:
     """Return the members of a tar archive, the same as tarfile finds. Return None if a header is not plain.
 
     A plain header is one that Python's tarfile writes for a regular file with a short ASCII name: POSIX format, octal
-    size, unsigned checksum, no prefix and no link.
+    size, unsigned checksum, no prefix and no link. None is also returned if a member holds the magic bytes of a header.
     """
-    found = _walk(data)
-    if found is None:
-        return None
-    starts, sizes = found
     blocks = np.frombuffer(data, np.uint8, count=len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    headers = blocks.take(np.asarray(starts, dtype=np.int64) // BLOCK, axis=0)
-    if not _are_plain(headers):
+    at = np.flatnonzero(_words(data, len(blocks), _MAGIC_AT) == int.from_bytes(_MAGIC, "little"))
+    if not len(at):
         return None
-    names = headers.view(_HEADER)[:, 0]["name"].tolist()
-    if not all(name.isascii() and b"\0" not in name for name in names):
+    headers = blocks.take(at, axis=0)
+    digits = headers[:, _SIZE:_SIZE_END] - np.uint8(ord("0"))
+    sizes = digits @ (8 ** np.arange(_SIZE_END - _SIZE - 1, -1, -1))
+    ends = at + 1 - -sizes // BLOCK  # in blocks; where the next header is
+    end = BLOCK * int(ends[-1])
+    is_chain = at[0] == 0 and (ends[:-1] == at[1:]).all()
+    if not is_chain or (digits > 7).any() or data[end : end + BLOCK] != bytes(BLOCK):
         return None
-    bodies = [start + BLOCK for start in starts]
-    return [
-        Member(name.decode(), slice(body, body + size)) for name, body, size in zip(names, bodies, sizes, strict=True)
-    ]
+    names = headers[:, :_NAME_END]
+    has_gap = ((names[:, 1:] != 0) & (names[:, :-1] == 0)).any()
+    if has_gap or (names[:, 0] == 0).any() or (names > 127).any() or not _are_plain(headers):
+        return None
+    starts = BLOCK * (at + 1)
+    return Members(names, starts, starts + sizes)
 
 
-def _walk(data: bytes) -> tuple[list[int], list[int]] | None:
-    """Return the position of each header and the size of its member. Return None if the archive does not end as it should."""
-    starts, sizes, at = [], [], 0
-    while data[at : at + 1] not in (b"", b"\0"):
-        digits = data[at + _SIZE : at + _SIZE_END]
-        if not digits.isdigit():
-            return None
-        try:
-            size = int(digits, 8)
-        except ValueError:  # an 8 or a 9
-            return None
-        starts.append(at)
-        sizes.append(size)
-        at += BLOCK + -(-size // BLOCK) * BLOCK
-    return (starts, sizes) if starts and data[at : at + BLOCK] == bytes(BLOCK) else None
+def _words(data: bytes, blocks: int, at: int) -> np.ndarray:
+    """Return the 8 bytes at a position of each block, (blocks,) uint64."""
+    return np.ndarray((blocks,), "<u8", data, offset=at, strides=(BLOCK,)) if blocks else np.empty(0, np.uint64)
 
 
 def _are_plain(headers: np.ndarray) -> bool:

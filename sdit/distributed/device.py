@@ -8,23 +8,27 @@ from typing import Literal
 
 import torch
 
+from sdit.config import TrainConfig
 from sdit.errors import ConfigError
 from sdit.launch_environment import RankInfo
+from sdit.model.precision import allow_tf32
 
 Device = Literal["auto", "cpu", "cuda"]
 ACCELERATOR = "DS_ACCELERATOR"
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+INDUCTOR = "TORCHINDUCTOR_DETERMINISTIC"  # torch.compile reads it at its first use; older releases do not know it
 REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
-def prepare_device(wanted: Device, deterministic: bool) -> None:
+def prepare_device(wanted: Device, train: TrainConfig) -> None:
     """Make the settings of a training rank. It is called before DeepSpeed is imported and before CUDA starts.
 
     Raises: ConfigError: if a variable of the environment contradicts a setting.
     """
     if wanted == "cpu":
         os.environ.setdefault(ACCELERATOR, "cpu")  # DeepSpeed chooses while it is imported, and would take the GPUs
-    if deterministic:
+    allow_tf32(train.matmul == "tf32")
+    if train.deterministic:
         _use_deterministic_algorithms()
 
 
@@ -90,6 +94,7 @@ def _use_deterministic_algorithms() -> None:
             f"{WORKSPACE}: {given!r} is not legal with train.deterministic: true; "
             f"legal: {', '.join(REPRODUCIBLE_WORKSPACES)}, or no such variable"
         )
+    os.environ[INDUCTOR] = "1"  # no choice by measured times
     torch.backends.cudnn.benchmark = False  # it chooses by measured times
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it

@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
+from sdit.contracts import Precision
 from sdit.distributed.comm import Comm
+from sdit.errors import ConfigError
+from sdit.model.precision import tf32_products
 from sdit.train.decode import LatentDecoder
 from sdit.train.sampling import sample_images
 
 Progress = Callable[[int, int], None]
+TF32_CAPABILITY = (8, 0)  # of a GPU
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse TF32 on a device that computes none. Results in float32 would be named tf32. Raises: ConfigError."""
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < TF32_CAPABILITY):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type}"
+        raise ConfigError(f"--precision: tf32, but {name} computes no TF32; legal: fp32, bf16")
+
+
+def with_precision(trained: Trained, precision: Precision) -> Trained:
+    """Return a trained model whose products have a precision. The model is changed in place.
+
+    bf16 rounds the parameters, as a training run in bf16 does: its sample grids have the same arithmetic. Time embedding,
+    gates and sampler stay float32. tf32 leaves the parameters as they are.
+    """
+    if precision == "bf16":
+        for parameter in trained.model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return replace(trained, precision=precision)
 
 
 @dataclass(frozen=True)
 class Generator:
     """A trained model that samples images on all ranks of `comm` (None: in one process), `batch` of them per model call.
 
-    The model is whole on every rank, and `decoder` turns its latents into pixels there. Guidance doubles the batch.
+    The model is whole on every rank, and `decoder` turns its latents into pixels there. Guidance doubles the batch. Unless the
+    precision is fp32, the products that stay float32 (such as those of the decoder) are TF32 on a GPU.
     """
 
     trained: Trained
@@ -48,9 +72,12 @@ class Generator:
                     progress(before * steps + done, len(starts) * steps)
 
             diffusion = self.trained.config.diffusion
-            images = sample_images(self.trained.model, diffusion, self.settings, first + mine, labels[mine], step_done)
-            if self.decoder is not None:
-                images = self.decoder(images)
+            with tf32_products(self.trained.precision != "fp32"):
+                images = sample_images(
+                    self.trained.model, diffusion, self.settings, first + mine, labels[mine], step_done
+                )
+                if self.decoder is not None:
+                    images = self.decoder(images)
             if self.comm is not None:
                 images = self.comm.interleave(images)
             yield images[: len(labels) - start].cpu().numpy()

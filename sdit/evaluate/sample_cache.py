@@ -29,6 +29,8 @@ from sdit.train.decode import draws_latents
 TRAINING_KEYS = {"logit_mean", "logit_std", "time_shift", "direction_weight", "contrastive_weight"}
 SAMPLER_KEYS = ("time_shift", "guidance_interval", "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
+UNNAMED = ("precision", "fp32")  # that of the oldest caches, whose names do not depend on it
+
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +80,7 @@ class SampleSet:
             "guided_channels": chosen.guided_channels,
             **_changed(chosen),
             "seed": chosen.seed,
+            "precision": self.trained.precision,
             "classes": self.trained.classes.count,
             **({"empty_classes": list(empty)} if empty else {}),
             "diffusion": config.diffusion.model_dump(mode="json", exclude=TRAINING_KEYS),
@@ -112,7 +115,8 @@ class SampleCache:
     def __init__(self, folder: Path, samples: SampleSet, size: int, other_classes: str = "") -> None:
         self._samples, self._size, self._other_classes = samples, size, other_classes
         self.name, self.count, self.shape = str(samples.trained.origin), samples.count, samples.shape
-        key = json.dumps({**samples.facts, "block": size}, sort_keys=True)
+        decisive = {name: value for name, value in samples.facts.items() if (name, value) != UNNAMED}
+        key = json.dumps({**decisive, "block": size}, sort_keys=True)
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         self._starts = range(0, samples.count, size)
 

@@ -22,10 +22,10 @@ from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
-from sdit.model import DiffusionTransformer
+from sdit.model import DiffusionTransformer, experts_need_plan
 from sdit.topology import ExpertGroups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ExpertParallel:
@@ -43,10 +43,11 @@ class ExpertParallel:
         groups = ExpertGroups(comm.world, ranks)
         self.group = ExpertGroup.create(groups.ep_rank_of(comm.rank), ranks, parallel.overlap, comm.device)
         self.placed = PlacedExperts(model, comm, ranks, self.group.ep_rank)
-        self._costs = ExchangeCosts(model, parallel, comm, self.group, DTYPES[config.train.precision])
+        self._costs = ExchangeCosts(model, parallel, comm, self.group, COMPUTE_TYPES[config.train.precision])
         self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, self._costs)
         rank_batch = RankBatch(batch, groups, comm.rank)
-        self._planner = StepPlanner(model, parallel.seating, rank_batch, config.seed, lambda: self.table)
+        needs_plan = experts_need_plan(model, comm.device, COMPUTE_TYPES[config.train.precision])
+        self._planner = StepPlanner(model, parallel.seating, rank_batch, config.seed, lambda: self.table, needs_plan)
         self._model: DiffusionTransformer | None = None
         self._pending: PendingTable | None = None
         self._table: RoutingTable | None = None
@@ -164,5 +165,5 @@ class ExpertParallel:
 
     @property
     def is_planned(self) -> bool:
-        """Whether micro-steps are planned: experts are sharded, or their capacity is limited."""
+        """Whether micro-steps are planned, see `StepPlanner`."""
         return self._planner.is_planned

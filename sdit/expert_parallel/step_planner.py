@@ -40,14 +40,14 @@ class ExpertStatistics:
 
 
 class StepPlanner:
-    """Plans micro-steps if experts are sharded or their capacity is limited (`is_planned`). Otherwise it does nothing.
+    """Plans micro-steps if experts are sharded, their capacity is limited, or they need a plan (`is_planned`).
 
-    `table` returns the routes of all tasks. It is called only if they are needed.
+    Otherwise it does nothing. `table` returns the routes of all tasks. It is called only if they are needed.
     """
 
     def __init__(
         self, model: ModelConfig, assignment: AssignmentKind, rank_batch: RankBatch, seed: int,
-        table: Callable[[], RoutingTable],
+        table: Callable[[], RoutingTable], needs_plan: bool = False,
     ) -> None:  # fmt: skip
         self._config, self._assignment, self._rank_batch, self._table = model, assignment, rank_batch, table
         self._train_capacity, self._eval_capacity = (
@@ -55,7 +55,7 @@ class StepPlanner:
             for factor in (model.experts.capacity_factor, model.experts.capacity_factor_eval)
         )
         has_capacity = self._train_capacity is not None or self._eval_capacity is not None
-        self.is_planned = model.variant == "switch" and (rank_batch.groups.size > 1 or has_capacity)
+        self.is_planned = model.variant == "switch" and (rank_batch.groups.size > 1 or has_capacity or needs_plan)
         self._capacity = self._train_capacity
         self._ahead = PlanAhead(rank_batch, assignment) if self.is_planned and self._capacity is None else None
         self._ready: list[ReadyPlan] | None = None

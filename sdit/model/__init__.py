@@ -5,7 +5,7 @@ from sdit.model.build import ParameterCount, build_model, count_parameters, pars
 from sdit.model.dit import DiffusionTransformer, Layer, Router
 from sdit.model.guidance import forward_with_guidance
 from sdit.model.moe.base import Experts
-from sdit.model.moe.experts import LinearExperts, build_experts
+from sdit.model.moe.experts import LinearExperts, build_experts, experts_need_plan
 from sdit.model.moe.local import LocalDispatcher
 from sdit.model.moe.mlp_experts import MlpExperts
 from sdit.model.prior import Assignment, UnitMatcher, prior_divergence, prior_loss, solve_assignment
@@ -26,6 +26,7 @@ __all__ = [
     "build_experts",
     "build_model",
     "count_parameters",
+    "experts_need_plan",
     "fill_buffers",
     "forward_with_guidance",
     "init_weights",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdit.model.precision import tf32_products
+
 SINUSOID_SIZE = 256
 
 
@@ -51,9 +53,15 @@ def grid_positions(side: int, width: int, base: int | None = None) -> Tensor:
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return x W^T + b in float32, also under autocast. The result is an exact function of the stored weights."""
+    """Return x W^T + b in float32, also under autocast and where TF32 is allowed.
+
+    The result is an exact function of the stored weights.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), bias.float())
+        if not torch.backends.cuda.matmul.allow_tf32:
+            return F.linear(x.float(), weight.float(), bias.float())
+        with tf32_products(False):
+            return F.linear(x.float(), weight.float(), bias.float())
 
 
 class PatchEmbedding(nn.Module):

@@ -104,6 +104,9 @@ def _score(name: str, body: dict[str, Any]) -> list[str]:
         biased = dict.fromkeys(SCORES, "") if is_few else {}
     cells = [f"{body[key]:.4g}{'*' if key in biased else ''}" if is_number(body.get(key)) else "—" for key in SCORES]
     counts = [f"{count:,}" if is_number(count) else "—" for count in (sampled, in_reference)]
+    sampling = body.get("drawn")
+    precision = sampling.get("precision", "fp32") if isinstance(sampling, dict) else "fp32"  # old results name none
+    counts[0] += "" if precision == "fp32" else f" in {precision}"
     return [name, counts[0], str(reference.get("name", "—")), counts[1], *cells]
 
 

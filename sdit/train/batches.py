@@ -5,9 +5,8 @@ N samples of the global batch, B samples of a micro-batch of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +20,8 @@ from sdit.distributed.comm import Comm
 from sdit.randomness import Purpose, normal_noise
 from sdit.supervise.heartbeat import Phase
 from sdit.topology import BatchPlan
-from sdit.train.context import TrainContext
+from sdit.train.context import TimesOf, TrainContext
 from sdit.transfers import PendingUpload, upload_stream
-
-KEPT_TIMES = 16  # steps whose times are kept for their other micro-batches; those of older steps are drawn again
 
 
 class Request(NamedTuple):
@@ -57,7 +54,7 @@ class BatchDraws:
     """
 
     seed: int
-    times: Callable[[int], np.ndarray]
+    times: TimesOf
     classes: int
     label_drop: float
 
@@ -77,10 +74,9 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batch of each request. The loader's threads read it, draw for it and begin its copy to the device."""
     stream = upload_stream(device)
-    times_of = lru_cache(maxsize=KEPT_TIMES)(draws.times)
 
     def make(request: Request) -> MicroBatch:
-        loaded, times = loader.read(request.indices), times_of(request.first_sample)
+        loaded, times = loader.read(request.indices), draws.times(request.first_sample)
         noise = draws.noise(loaded.index, loaded.x0.shape[1:])
         own_times, labels = times[loaded.index - request.first_sample], draws.labels(loaded.y, loaded.index)
         return MicroBatch(loaded.index, times, stream.begin((loaded.x0, noise, own_times, labels)))
@@ -95,11 +91,8 @@ class BatchStream:
         self._context = context
         self._first_step = context.state.clock.steps
         self._loaded: Iterator[MicroBatch] | None = None
-        config, global_batch = context.run.config, context.run.batch.global_batch
-        self._draws = BatchDraws(
-            config.seed, lambda first: context.objective.draw_timesteps(config.seed, first, global_batch),
-            config.model.classes, config.diffusion.label_drop,
-        )  # fmt: skip
+        config = context.run.config
+        self._draws = BatchDraws(config.seed, context.times_of, config.model.classes, config.diffusion.label_drop)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's micro-batches of each step until the clock is at the end."""

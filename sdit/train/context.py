@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 
 from sdit.config import ResolvedRun
@@ -20,6 +22,9 @@ from sdit.train.events import Observers
 from sdit.train.guards import StopAgreed, StopSignals
 from sdit.train.state import RunState
 from sdit.train.timing import StepTimer
+
+TimesOf = Callable[[int], np.ndarray]  # the times (N,) of all samples of the step whose first sample is given
+KEPT_TIMES = 16  # steps whose times are kept; those of older steps are drawn again
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class TrainContext:
     heartbeat: Heartbeat
     signals: StopSignals
     timer: StepTimer
+
+    @cached_property
+    def times_of(self) -> TimesOf:
+        """The drawn times of training steps. The loader's threads and the planner of the next step need the same ones."""
+        seed, global_batch = self.run.config.seed, self.run.batch.global_batch
+        return kept_times(lambda first: self.objective.draw_timesteps(seed, first, global_batch))
 
     def event(self, kind: str, text: str) -> None:
         """Report an event at the present clock."""
@@ -67,3 +78,8 @@ class TrainContext:
                 yield
         finally:
             self.model.train(training)
+
+
+def kept_times(draw: TimesOf) -> TimesOf:
+    """Return `draw` with the times of KEPT_TIMES steps kept, for their other micro-batches. Threads can share it."""
+    return lru_cache(maxsize=KEPT_TIMES)(draw)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
-import numpy as np
 import torch
 
 from sdit.clock import StepSpan, learning_rate_factor
@@ -105,13 +104,9 @@ class TrainStep:
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
         next_first = state.clock.after(context.run.batch.global_batch).first_sample
-        context.experts.prepare_step(next_first, lambda: self._draw_times(next_first))
+        context.experts.prepare_step(next_first, lambda: context.times_of(next_first))
         share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
         return unpack(context.comm.sum(share))
-
-    def _draw_times(self, first: int) -> np.ndarray:
-        """Return the times (N,) of the global batch whose first sample is `first`."""
-        return self._context.objective.draw_timesteps(self._config.seed, first, self._context.run.batch.global_batch)
 
     def _gate_targets(self) -> tuple[Callable[[], Assignment] | None, Callable[[], torch.Tensor] | None]:
         """What the losses on the gates compare them with: the prior's assignment, and expected loads (depth, M) float32.

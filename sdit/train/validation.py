@@ -13,7 +13,7 @@ from sdit.data.loader import Loader
 from sdit.supervise.heartbeat import Phase
 from sdit.time_law import TimeLaw
 from sdit.train.batches import BatchDraws, Request, micro_batches, rank_requests
-from sdit.train.context import TrainContext
+from sdit.train.context import TrainContext, kept_times
 from sdit.train.record import Validation
 from sdit.train.sums import BINS, bin_means
 
@@ -65,7 +65,7 @@ class Validator:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         assert self._loader is not None
-        draws = BatchDraws(self._seed, self._times, context.model.config.classes, label_drop=0.0)
+        draws = BatchDraws(self._seed, kept_times(self._times), context.model.config.classes, label_drop=0.0)
         batches = micro_batches(self._loader, draws, device, self._requests())
         for first in range(0, self._images, plan.global_batch):
             loaded = [next(batches) for _ in range(plan.accumulation)]

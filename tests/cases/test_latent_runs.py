@@ -245,9 +245,12 @@ def test_the_report_says_which_scores_are_biased(sdit: Any, tmp_path: Path) -> N
     few = {"fid": 12.5, "kid": None, "images": {"count": 50}, "reference": {"name": "digits", "images": 50_000}}
     many = {**few, "fid": 11.5, "images": {"count": 50_000}}
     marked = {**many, "fid": 10.5, "biased": {"fid": "20 drawn images, fewer than 10000"}}
-    for name, body in {"few": few, "many": many, "marked": marked}.items():
+    rounded = {**many, "fid": 9.5, "drawn": {"precision": "bf16"}}
+    exact = {**many, "fid": 8.5, "drawn": {"precision": "fp32"}}
+    for name, body in {"few": few, "many": many, "marked": marked, "rounded": rounded, "exact": exact}.items():
         (tmp_path / "run" / "scores" / f"{name}.json").write_text(json.dumps(body))
     (tmp_path / "run" / "notes.json").write_text("[1]")
     assert sdit("report run").status == 0
     page = Path("run/report.html").read_text()
     assert "12.5*" in page and "10.5*" in page and "11.5<" in page and "fewer than 10,000" in page
+    assert page.count("50,000 in bf16") == 1 and "in fp32" not in page

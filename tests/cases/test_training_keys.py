@@ -17,6 +17,7 @@ REFUSED = {  # override -> words of the line
     "train.init_allow=[sizes]": "'sizes' is not legal (input should be 'positions' or 'labels')",
     "train.init_code=sit": "train.init_code: sit without init_from; legal: null",
     "train.init_code=unet": "train.init_code: 'unet' is not legal",
+    "train.matmul=high": "train.matmul: 'high' is not legal (input should be 'highest' or 'tf32')",
     "train.freeze=blocks": "train.freeze: 'blocks' is not legal (input should be a valid list)",
     "train.freeze=['']": "train.freeze: '' is not legal",
     "ema.decays=[1.0]": "ema.decays: 1.0 is not legal (input should be less than 1)",
@@ -37,7 +38,7 @@ REFUSED = {  # override -> words of the line
 LEGAL = (
     "train.init_from=weights.pt", "train.init_code=lightningdit", "train.init_allow=[positions,labels]", "train.init_ema=false",
     "train.freeze=['blocks.*','*.bias']", "ema.decays=[0.99,0.999]", "ema.sigma_rel=[0.05,0.1]", "ema.snapshot_images=64",
-    "optimizer.decay=wsd", "optimizer.decay_images=64", "optimizer.kind=muon",
+    "optimizer.decay=wsd", "optimizer.decay_images=64", "optimizer.kind=muon", "train.matmul=tf32",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def train(case: dict, comm: Comm) -> None:
     deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
     observers = Observers([MetricsFile(Path(config.run_dir))], comm.is_first)
-    prepare_device(config.parallel.device, config.train.deterministic)
+    prepare_device(config.parallel.device, config.train)
     with open_trainer(
         resolve_run(config, deepspeed, "case", comm.world, comm.info.local_world), comm, observers
     ) as trainer:

@@ -118,6 +118,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     context: Any = SimpleNamespace(
         run=SimpleNamespace(config=config, batch=plan), comm=comm, engine=engine, model=model, objective=objective,
         experts=experts, state=state, heartbeat=quiet, signals=SimpleNamespace(requested=False), timer=StepTimer(META),
+        times_of=lambda first: objective.draw_timesteps(config.seed, first, GLOBAL_BATCH),
         loader=SimpleNamespace(bad_in_epoch=0, bad_allowed=1, bad_samples={}), event=lambda *_: None,
     )  # fmt: skip
     saver = SimpleNamespace(flags=lambda: (0.0, 0.0, 0.0), advance=lambda *_: None)
@@ -131,7 +132,7 @@ def run_step(step: TrainStep) -> None:
     length = 20 * GLOBAL_BATCH
     samples = step._context.run.batch.micro_batch
     index = np.arange(samples) * step._context.comm.world
-    times = step._draw_times(0)
+    times = step._context.times_of(0)
     images, labels = np.zeros((samples, 1, 8, 8), np.float32), np.zeros(samples, np.int64)
     upload = UploadStream(META).begin((images, images, times[index], labels))
     step.run([MicroBatch(index, times, upload)], StepSpan(clock, clock.after(GLOBAL_BATCH), length))

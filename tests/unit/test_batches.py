@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from sdit.errors import DataError
 from sdit.randomness import Purpose, normal_noise
 from sdit.time_law import TimeLaw
 from sdit.topology import plan_batch
-from sdit.train.batches import BatchDraws, micro_batches, rank_requests
+from sdit.train.batches import BatchDraws, BatchStream, micro_batches, rank_requests
+from sdit.train.context import TrainContext
 from sdit.transfers import PendingUpload, UploadStream
 
 SEED, GLOBAL_BATCH, CLASSES, DROP = 3, 12, 10, 0.3
@@ -58,6 +60,27 @@ def test_the_threads_draw_what_the_training_thread_would_draw(
                 for tensor, array in zip(found, expected, strict=True):
                     assert tensor.numpy().dtype == array.dtype and tensor.numpy().tobytes() == array.tobytes()
                 assert np.array_equal(micro_batch_.times, step_times)
+
+
+def test_the_times_of_a_step_are_drawn_once_for_the_loader_and_the_planner() -> None:
+    drawn: list[int] = []
+
+    def draw(seed: int, first: int, global_batch: int) -> np.ndarray:
+        drawn.append(first)
+        return TimeLaw().draw(seed, first, global_batch, 1000)
+
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(TrainContext))
+    sections = {"model": SimpleNamespace(classes=CLASSES), "diffusion": SimpleNamespace(label_drop=DROP)}
+    parts["run"] = SimpleNamespace(
+        config=SimpleNamespace(seed=SEED, **sections), batch=SimpleNamespace(global_batch=GLOBAL_BATCH)
+    )
+    parts["state"] = SimpleNamespace(clock=SimpleNamespace(steps=0))
+    context = TrainContext(**{**parts, "objective": SimpleNamespace(draw_timesteps=draw)})
+    stream, firsts = BatchStream(context), range(0, 3 * GLOBAL_BATCH, GLOBAL_BATCH)
+    for first in firsts:
+        loaded, planned = stream._draws.times(first), context.times_of(first)
+        assert loaded is planned and np.array_equal(planned, TimeLaw().draw(SEED, first, GLOBAL_BATCH, 1000))
+    assert drawn == list(firsts)
 
 
 def test_labels_are_kept_without_label_drop() -> None:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sdit.config import TrainConfig
 from sdit.distributed import comm as comm_module
 from sdit.distributed import reshard as reshard_module
 from sdit.distributed.deepspeed_internals import OffloadedZeroPartitions
-from sdit.distributed.device import WORKSPACE, check_accelerator, choose_device, prepare_device
+from sdit.distributed.device import INDUCTOR, WORKSPACE, check_accelerator, choose_device, prepare_device
 from sdit.distributed.engine import Engine
 from sdit.distributed.reshard import Range, reshard
 from sdit.errors import ConfigError
@@ -32,7 +33,9 @@ os.environ.pop("DS_ACCELERATOR", None)
 from sdit.cli.train import main
 code = main(sys.argv[1:])
 from deepspeed.accelerator import get_accelerator
-print(get_accelerator().device_name(), torch.are_deterministic_algorithms_enabled())
+import torch._inductor.config
+found = torch.are_deterministic_algorithms_enabled() and torch._inductor.config.deterministic
+print(get_accelerator().device_name(), found)
 sys.exit(code)
 """
 
@@ -50,7 +53,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Restore torch's settings and the environment after a test."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.delitem(os.environ, WORKSPACE, raising=False)
+    for name in (WORKSPACE, INDUCTOR):
+        monkeypatch.delitem(os.environ, name, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
@@ -115,17 +119,18 @@ def test_accelerator_that_disagrees_with_the_device_is_named() -> None:
 @pytest.mark.usefixtures("unchanged_settings")
 def test_deterministic_run_sets_torch_and_cublas() -> None:
     try:
-        prepare_device("auto", deterministic=True)
+        prepare_device("auto", TrainConfig(deterministic=True))
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-        assert os.environ[WORKSPACE] == ":4096:8"
+        assert os.environ[WORKSPACE] == ":4096:8" and os.environ[INDUCTOR] == "1"
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("unchanged_settings")
 def test_other_runs_change_nothing() -> None:
-    prepare_device("auto", deterministic=False)
-    assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
+    prepare_device("auto", TrainConfig(deterministic=False))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert WORKSPACE not in os.environ and INDUCTOR not in os.environ
 
 
 @pytest.mark.usefixtures("unchanged_settings")
@@ -134,7 +139,7 @@ def test_workspace_with_which_cublas_varies_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=rf"^{WORKSPACE}: ':0:0' is not legal with train\.deterministic: true; legal: "
     ):
-        prepare_device("auto", deterministic=True)
+        prepare_device("auto", TrainConfig(deterministic=True))
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -62,6 +62,8 @@ def test_an_exported_folder_loads_and_its_card_states_the_run(tmp_path: Path, we
     score = {"fid": 3.5, "kid": None, "recall": 0.25, "images": {"count": 1234}, "reference": {"name": "/data/digits"}}
     (run / "scores").mkdir()
     (run / "scores" / "final.json").write_text(json.dumps(score))
+    rounded = {**score, "fid": 4.5, "drawn": {"precision": "bf16"}}
+    (run / "scores" / "rounded.json").write_text(json.dumps(rounded))
     export_pretrained(run, tmp_path / "out", weights, torch.float32)
     loaded = DiffusionTransformer.from_pretrained(tmp_path / "out")
     assert torch.equal(predict(loaded), predict(models[weights]))
@@ -76,6 +78,7 @@ def test_an_exported_folder_loads_and_its_card_states_the_run(tmp_path: Path, we
         "learning_rate: 0.002",
         "held-out loss 0.25, measured after 24 images",
         "fid 3.5, recall 0.25: 1,234 images against digits (`final.json`)",
+        "fid 4.5, recall 0.25: 1,234 images sampled in bf16 against digits (`rounded.json`)",
         "Commit abc123 of sdit, version 9.9.",
     ):
         assert words in card, (words, card)

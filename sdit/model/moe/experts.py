@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdit.config import ExpertsConfig
+from sdit.config import ExpertsConfig, ModelConfig
 from sdit.model.moe.base import NONE, ExpertRows, Experts
+from sdit.model.moe.grouped import has_grouped_product
 from sdit.model.moe.merged import merged_linear
 from sdit.model.moe.mlp_experts import MlpExperts
 
@@ -45,9 +46,24 @@ class LinearExperts(Experts):
         return (z.to(merged.dtype).flatten(0, 1) @ merged[:-width].view(-1, width) + merged[-width:]).view_as(z)
 
 
+def experts_need_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if the experts of a rank that has all of them would read their gates from the device in each block.
+
+    These are MLP experts on a GPU without a grouped product. A plan tells them their rows, so that the host waits once per step.
+    """
+    if config.variant != "switch" or config.experts.kind != "mlp" or device.type == "cpu":
+        return False
+    widths = config.width, _hidden_width(config.experts, config.width)
+    return not has_grouped_product(device, dtype, widths)
+
+
 def build_experts(config: ExpertsConfig, width: int, ids: Sequence[int] | None = None) -> Experts:
     """Return the experts of one block. `ids` restricts them to a subset of the M experts (None: all)."""
     ids = range(config.count) if ids is None else ids
     if config.kind == "linear":
         return LinearExperts(width, ids)
-    return MlpExperts(width, int(width * config.mlp_ratio), config.top_k, ids)
+    return MlpExperts(width, _hidden_width(config, width), config.top_k, ids)
+
+
+def _hidden_width(config: ExpertsConfig, width: int) -> int:
+    return int(width * config.mlp_ratio)

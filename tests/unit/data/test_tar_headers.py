@@ -5,11 +5,28 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from sdit.data.tar_headers import BLOCK, Member, plain_members
+from sdit.data import tar_headers
+from sdit.data.tar_headers import BLOCK
+
+
+class Member(NamedTuple):
+    name: str
+    span: slice
+
+
+def plain_members(data: bytes) -> list[Member] | None:
+    """The members that array operations find, None for an archive that they leave to tarfile."""
+    found = tar_headers.plain_members(data)
+    if found is None:
+        return None
+    names = [bytes(name).rstrip(b"\0").decode() for name in found.names]
+    spans = [slice(start, stop) for start, stop in zip(found.starts.tolist(), found.stops.tolist(), strict=True)]
+    return [Member(*each) for each in zip(names, spans, strict=True)]
 
 
 def archive(*names: str, size: int = 700, form: int = tarfile.PAX_FORMAT) -> bytes:
@@ -72,6 +89,14 @@ NOT_PLAIN: dict[str, Callable[[bytes], bytes]] = {
 def test_other_archives_are_left_to_tarfile(change: Callable[[bytes], bytes]) -> None:
     assert plain_members(archive("000.cls")) is not None
     assert plain_members(change(archive("000.cls"))) is None
+
+
+def test_a_member_that_looks_like_a_header_is_left_to_tarfile() -> None:
+    data = archive("000.cls", "001.cls", size=2 * BLOCK)
+    inner = data[: 3 * BLOCK]  # a header with its member
+    disguised = data[:BLOCK] + inner[: 2 * BLOCK] + data[3 * BLOCK :]
+    assert len(disguised) == len(data) and plain_members(data) is not None and plain_members(disguised) is None
+    assert [each.name for each in found_by_tarfile(disguised)] == ["000.cls", "001.cls"]
 
 
 def test_a_long_name_is_left_to_tarfile() -> None:
