@@ -26,7 +26,7 @@ SCHEME = "sdit"  # URL scheme of the rendezvous handler below
 
 
 class Comm:
-    """The run's process group. `close()`, or the end of the `with`, destroys it.
+    """The run's process group, which is created unless the process has one. `close()`, or the end of the `with`, destroys it.
 
     `timeout_seconds` limits the rendezvous and each collective. `backend` None: NCCL for GPUs, and gloo for CPUs. NCCL refuses
     two ranks on one GPU, gloo does not.
@@ -42,6 +42,8 @@ class Comm:
         self.info = info
         self.rank, self.world = info.rank, info.world
         self.device = choose_device(info, device)
+        if dist.is_initialized():  # a simulation's
+            return
         self._init_group(timeout_seconds, backend or ("nccl" if self.device.type == "cuda" else "gloo"))
 
     def _init_group(self, timeout_seconds: float, backend: str) -> None:
@@ -106,9 +108,8 @@ class Comm:
 
     def interleave(self, rows: torch.Tensor) -> torch.Tensor:
         """Gather equally many rows (n, ...) of each rank. Row i of rank r becomes row i * world + r."""
-        gathered = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.stack(gathered, dim=1).flatten(0, 1)
+        gathered = self._all_gathered(rows)
+        return gathered.transpose(0, 1).flatten(0, 1)
 
     def from_rank_before(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows (n, ...) of rank r - 1 on rank r, and those of the last rank on rank 0. All have equally many."""
@@ -141,9 +142,14 @@ class Comm:
         largest = int(sizes.max().item())
         padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
-        gathered = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(gathered, padded)
-        return [json.loads(bytes(p[: int(n)].cpu().tolist())) for p, n in zip(gathered, sizes.tolist(), strict=True)]
+        rows = self._all_gathered(padded).cpu().numpy()
+        return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def _all_gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (world, ...): the `values` (...) of each rank, of equal shape on all ranks."""
+        gathered = values.new_empty((self.world, *values.shape))
+        dist.all_gather_into_tensor(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous())
+        return gathered
 
 
 def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
