@@ -26,16 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scale_phases.supervision import supervise_ranks
 from scale_phases.table import Phase, growth, markdown
 
+from sdit.metrics.shared_file import shared_folder
+
 
 def phases_of(world: int, healthy_seconds: float, only: str) -> Iterator[Phase]:
     """Yield all phases at one number of ranks."""
     if only != "ranks":
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=shared_folder()) as folder:
             yield from supervise_ranks(world, Path(folder), healthy_seconds)
     if only != "supervision":
         from scale_phases.training import train_ranks  # torch is slow to import
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=shared_folder()) as folder:
             yield from train_ranks(world, Path(folder))
 
 

@@ -70,10 +70,13 @@ class VirtualLaunch:
         self._supervisors: dict[int, Supervisor] = {}
         self._workers: dict[int, tuple[int, VirtualProcess, Heartbeat]] = {}  # attempt, process, heartbeat
         self._started_at = clock.now
-        self._host_seconds: dict[int, float] = {}
+        self._host_seconds: dict[int, float] = {}  # of rank 0, and of all others together as rank 1
+        self._measured: tuple[int, float] | None = None  # which of them is measured, since when
 
     def __enter__(self) -> VirtualLaunch:
         self._stack.enter_context(mock.patch("sdit.supervise.node_copy.shared_folder", self._node_folder))
+        # No launcher is above a virtual rank.
+        self._stack.enter_context(mock.patch("sdit.supervise.stop_request.processes_to_watch", lambda _world: []))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,10 +140,17 @@ class VirtualLaunch:
 
     @contextmanager
     def _as_rank(self, rank: int) -> Iterator[None]:
+        """Count for a rank. The time of the other ranks is measured for all of them together, because a clock also takes time."""
         self._folder.owner = rank
-        started = time.thread_time()
+        if rank > 1:
+            yield
+            return
+        now = time.thread_time()
+        if self._measured is not None:
+            before, since = self._measured
+            self._host_seconds[before] = self._host_seconds.get(before, 0.0) + now - since
+        self._measured = (rank, now)
         yield
-        self._host_seconds[rank] = self._host_seconds.get(rank, 0.0) + time.thread_time() - started
 
     def _tick(self) -> None:
         """Advance the clock, let each worker make progress, and poll each supervisor once."""
@@ -165,7 +175,13 @@ class VirtualLaunch:
     def _phase(self, name: str) -> Phase:
         """Return what was counted since the last phase."""
         seconds, self._started_at = self._clock.now - self._started_at, self._clock.now
-        host, self._host_seconds = self._host_seconds, {}
+        now = time.thread_time()
+        if self._measured is not None:
+            rank, since = self._measured
+            self._host_seconds[rank] = self._host_seconds.get(rank, 0.0) + now - since
+        host, self._host_seconds, self._measured = self._host_seconds, {}, None
+        others = host.get(1, 0.0) / max(1, self._world - 1)
+        host = {rank: host.get(0, 0.0) if rank == 0 else others for rank in range(self._world)}
         return Phase.of(name, self._world, RANKS_PER_NODE, seconds, self._folder.take(), host)
 
 

@@ -12,8 +12,8 @@ from scale_phases.counting import Counts
 class Phase:
     """One phase of a run of `ranks` ranks. Seconds are virtual, host times are CPU time of this machine.
 
-    Operations and bytes are those on the shared file system. `messages` counts collectives of one rank, and `message_bytes`
-    what it receives in them. `sampled` ranks were driven, and the figures of all ranks are computed from them.
+        Operations and bytes are those on the shared file system. `messages` counts collectives of one rank, and `message_bytes`
+    what it receives in them. `active` ranks take part: fewer than `ranks` if a run goes on with fewer.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Phase:
     node_host_ms: float
     messages: int = 0
     message_bytes: float = 0.0
+    active: int = 0
 
     @classmethod
     def of(
@@ -49,7 +50,7 @@ class Phase:
         return cls(
             name, ranks, seconds, summed("operations"), summed("opens"), summed("read_bytes"), summed("written_bytes"),
             max((each.operations for each in others), default=0), first.operations, 1000 * host_seconds.get(0, 0.0),
-            mean, mean * min(ranks, ranks_per_node), *messages,
+            mean, mean * min(ranks, ranks_per_node), *messages, ranks,
         )  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def markdown(phases: Iterable[Phase]) -> Iterable[str]:
         )
         cells = [
             phase.name, str(phase.ranks), f"{phase.seconds:.1f}" if phase.seconds else "", rate,
-            f"{phase.operations / phase.ranks:.3g}", f"{phase.most_operations:g}", f"{phase.first_operations:g}",
-            f"{phase.opens / phase.ranks:.3g}", speed, f"{moved / phase.ranks / 1000:.3g}", str(phase.messages or ""),
+            f"{phase.operations / phase.active:.3g}", f"{phase.most_operations:g}", f"{phase.first_operations:g}",
+            f"{phase.opens / phase.active:.3g}", speed, f"{moved / phase.active / 1000:.3g}", str(phase.messages or ""),
             f"{phase.message_bytes / 1000:.3g}" if phase.messages else "", f"{phase.rank_host_ms:.3g}",
             f"{phase.first_host_ms:.3g}", f"{phase.node_host_ms:.3g}",
         ]  # fmt: skip
@@ -88,7 +89,7 @@ def growth(phases: Sequence[Phase], low: int, high: int) -> Iterable[str]:
         if before is None or after is None:
             continue
         pairs = [
-            (after.operations, before.operations), (after.operations / high, before.operations / low),
+            (after.operations, before.operations), (after.operations / after.active, before.operations / before.active),
             (after.read_bytes + after.written_bytes, before.read_bytes + before.written_bytes),
             (after.message_bytes, before.message_bytes), (after.rank_host_ms, before.rank_host_ms),
             (after.first_host_ms, before.first_host_ms),

@@ -23,6 +23,7 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_CARD = "lo"
 OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 SCHEME = "sdit"  # URL scheme of the rendezvous handler below
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class Comm:
@@ -148,7 +149,7 @@ class Comm:
     def _all_gathered(self, values: torch.Tensor) -> torch.Tensor:
         """Return (world, ...): the `values` (...) of each rank, of equal shape on all ranks."""
         gathered = values.new_empty((self.world, *values.shape))
-        dist.all_gather_into_tensor(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous())
+        _all_gather(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous())
         return gathered
 
 
