@@ -1,7 +1,7 @@
 """The copy of the attempt spec that the supervisors of one node share in memory, so that one of them reads the shared store.
 
     sdit-spec-TOKEN        the attempt spec, as in plan.json
-    sdit-spec-TOKEN.beat   version and time of the beat, and when a supervisor of this node has read it
+    sdit-spec-TOKEN.beat   the beat, and when a supervisor of this node has read it
 
 No supervisor has a special role. One that finds the copy too old reads the shared store and updates the copy. If it is killed
 or stopped, another one does so at its next poll.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ ABANDONED_SECONDS = 3600.0  # a copy that nobody updated for this long belongs t
 
 @dataclass(frozen=True)
 class Beat:
-    """The version of the attempt spec, and the time at which rank 0's supervisor last showed that it is alive."""
+    """What all supervisors read again and again, in a few bytes.
+
+    `time_ns` is when rank 0's supervisor last showed that it is alive. `version` is that of the attempt spec. `ending` and `code`
+    are the fields of the attempt spec that change during an attempt.
+    """
 
     version: int
-    time_ns: int
+    time_ns: int = 0
+    ending: bool = False
+    code: int | None = None
 
 
 class NodeCopy:
@@ -42,9 +48,9 @@ class NodeCopy:
     def beat(self, max_age_seconds: float) -> Beat | None:
         """Return the beat if a supervisor of this node has read it within `max_age_seconds`, else None."""
         body = _own_json(self._beat) if max_age_seconds > 0 else None
-        if body is None or not 0 <= time.monotonic() - float(body["read_at"]) < max_age_seconds:
+        if body is None or not 0 <= time.monotonic() - float(body.pop("read_at")) < max_age_seconds:
             return None
-        return Beat(int(body["version"]), int(body["time_ns"]))
+        return Beat(**body)
 
     def spec(self, version: int) -> dict[str, Any] | None:
         """Return the attempt spec if the copy has this version, else None."""
@@ -53,7 +59,7 @@ class NodeCopy:
 
     def write_beat(self, beat: Beat) -> None:
         """Write a beat that was read just now."""
-        self._write(self._beat, {"version": beat.version, "time_ns": beat.time_ns, "read_at": time.monotonic()})
+        self._write(self._beat, {**asdict(beat), "read_at": time.monotonic()})
 
     def write_spec(self, body: dict[str, Any]) -> None:
         """Write an attempt spec that was read just now."""

@@ -6,7 +6,7 @@ from sdit.launch_environment import RankInfo
 
 STORE_SECONDS = 0.5  # between two reads of the store while a worker runs
 READS_PER_SECOND = 1000  # of all ranks together, at most, while ranks start or an attempt ends
-HEALTHY_READS_PER_SECOND = 130  # of all nodes together, at most, while workers run; a read takes seven operations
+HEALTHY_READS_PER_SECOND = 130  # of all nodes together, at most, while workers run; a read takes six operations
 LONGEST_SECONDS = 15.0  # while workers run; half of the time after which a silent supervisor is lost
 
 

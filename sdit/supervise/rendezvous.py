@@ -3,8 +3,9 @@
     waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config. It is
                                  touched while the rank waits
     waiting/00001-NONCE.refused  rank 0 of its launch was refused, so the rank must exit
-    TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port, exit code
-    TOKEN/beat.json              from the same: the version of plan.json. It is rewritten while the holder is alive
+    TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port; written once per attempt
+    TOKEN/beat.json              from the same: the version of plan.json, and whether the attempt or the run ends. It is
+                                 touched while the holder is alive
     TOKEN/end-0002/00001.json    the exit report of rank 1 in attempt 2
 
 The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
@@ -193,7 +194,7 @@ class RendezvousStore:
         self.copy = copy
         self._folder = run_dir / "supervise" / token
         self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
-        self._version = 0  # of the attempt spec that this process wrote last
+        self._written: tuple[int, AttemptSpec] | None = None  # version and content of the one that it wrote last
         self._known: tuple[int, AttemptSpec] | None = None  # version and content of the one that it read last
         self._reports: dict[int, dict[str, ExitReport]] = {}  # those that were read, by attempt and name of the file
 
@@ -228,9 +229,13 @@ class RendezvousStore:
         """
         _make(self._folder)  # a user may have deleted it during the launch
         self._reports_of(spec.attempt).mkdir(exist_ok=True)
-        self._version += 1
-        write_json(self._spec, {**asdict(spec), "version": self._version})
-        write_json(self._beat, {"version": self._version})
+        lasting = replace(spec, ending=False, code=None)
+        version = self._written[0] if self._written is not None else 0
+        if self._written is None or self._written[1] != lasting or not self._spec.exists():
+            version += 1
+            write_json(self._spec, {**asdict(lasting), "version": version})
+            self._written = version, lasting
+        write_json(self._beat, {"version": version, "ending": spec.ending, "code": spec.code})
         return spec
 
     @property
@@ -275,8 +280,8 @@ class RendezvousStore:
         """Read the beat, and copy it for the node."""
         body = read_json(self._beat)
         try:
-            beat = None if body is None else Beat(body.get("version", 0), self._beat.stat().st_mtime_ns)
-        except FileNotFoundError:
+            beat = None if body is None else Beat(**body, time_ns=self._beat.stat().st_mtime_ns)
+        except (FileNotFoundError, TypeError):  # it was deleted, or is of another version
             return None
         if beat is not None and self.copy is not None:
             self.copy.write_beat(beat)
@@ -293,7 +298,10 @@ class RendezvousStore:
             version = body.pop("version", 0)
             spec = AttemptSpec(**body)
             self._known = version, replace(spec, order=tuple(spec.order), hosts=tuple(spec.hosts))
-        return replace(self._known[1], beats=beat.time_ns)
+        version, spec = self._known
+        if version != beat.version:  # the attempt spec is newer than the beat, which is about to follow
+            return replace(spec, beats=beat.time_ns)
+        return replace(spec, beats=beat.time_ns, ending=beat.ending, code=beat.code)
 
     def _read_spec(self, version: int) -> dict[str, Any] | None:
         """Return plan.json, from the node's copy if it has this version."""
