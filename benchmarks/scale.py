@@ -44,7 +44,7 @@ def phases_of(world: int, healthy_seconds: float, only: str) -> Iterator[Phase]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096], help="numbers of virtual ranks")
-    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of the healthy run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="virtual seconds of the healthy run")
     parser.add_argument("--only", choices=("supervision", "ranks", "all"), default="all", help="the phases to drive")
     parser.add_argument("--out", type=Path, help="folder for scale.json and scale.md (default: print the tables only)")
     options = parser.parse_args()

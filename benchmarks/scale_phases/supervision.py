@@ -26,7 +26,7 @@ from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.heartbeat import Phase as WorkerPhase
 from sdit.supervise.job import Job, SupervisedRank
 from sdit.supervise.launch import LaunchIdentity
-from sdit.supervise.rendezvous import Member
+from sdit.supervise.members import Member
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.start import supervisor_of
 from sdit.supervise.supervisor import Supervisor

@@ -124,14 +124,18 @@ class Comm:
 
     def from_first(self, value: Any) -> Any:
         """Return rank 0's `value` on each rank (JSON types only, nothing is unpickled)."""
-        data = json.dumps(value).encode() if self.is_first else b""
+        return self.from_rank(0, value)
+
+    def from_rank(self, rank: int, value: Any) -> Any:
+        """Return the `value` of one rank on each rank (JSON types only)."""
+        data = json.dumps(value).encode() if self.rank == rank else b""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, 0)
+        dist.broadcast(size, rank)
         box = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
-        if self.is_first:
+        if self.rank == rank:
             box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if box.numel():
-            dist.broadcast(box, 0)
+            dist.broadcast(box, rank)
         return json.loads(bytes(box.cpu().tolist()))
 
     def gather(self, value: Any) -> list[Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import owner_of
-from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.rendezvous import RendezvousStore
 
 SILENT_SECONDS = (
     30.0  # a waiting rank that reports nothing for this long is lost; NFS shows a change after a few seconds

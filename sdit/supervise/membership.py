@@ -10,7 +10,8 @@ from sdit.errors import ExitCode
 from sdit.supervise.admission import SILENT_SECONDS
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import Holder, in_use, owner_of
-from sdit.supervise.rendezvous import AttemptSpec, Member, MemberRegistry, RendezvousStore
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
 

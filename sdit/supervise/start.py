@@ -17,10 +17,11 @@ from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
 from sdit.supervise.job import Job, SupervisedRank
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import RunLock, unwritable
+from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.membership import Membership
 from sdit.supervise.node_copy import NodeCopy, remove_abandoned_copies
 from sdit.supervise.process import machine, start_ticks
-from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
+from sdit.supervise.rendezvous import RendezvousStore
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Supervisor
 from sdit.supervise.unfinished import Unfinished

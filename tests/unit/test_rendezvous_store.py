@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sdit.launch_environment import SINGLE, RankInfo
-from sdit.supervise import rendezvous
+from sdit.supervise import members, rendezvous
 from sdit.supervise.admission import SILENT_SECONDS
+from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.membership import announce_seconds
 from sdit.supervise.node_copy import NodeCopy
 from sdit.supervise.read_schedule import (
@@ -23,7 +24,7 @@ from sdit.supervise.read_schedule import (
     read_seconds,
     store_seconds,
 )
-from sdit.supervise.rendezvous import AttemptSpec, Member, MemberRegistry, RendezvousStore
+from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.supervisor import POLL_SECONDS
 
@@ -41,7 +42,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(rendezvous, "read_json", counted)
+    for module in (members, rendezvous):
+        monkeypatch.setattr(module, "read_json", counted)
     return names
 
 
