@@ -20,7 +20,7 @@ from sdit.json_files import read_json, write_json
 from sdit.metrics.shared_file import shared_folder
 
 PREFIX = "sdit-spec-"
-ABANDONED_SECONDS = 3600.0  # a copy that nobody updated for this long belongs to no run
+ABANDONED_SECONDS = 600.0  # a copy that nobody updated for this long belongs to no run
 
 
 @dataclass(frozen=True)
