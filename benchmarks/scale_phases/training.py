@@ -123,7 +123,9 @@ def _save(world: int, folder: CountedFolder, run_dir: Path) -> Iterator[Phase]:
     """Write the shards of all ranks, let the ranks agree, and commit on rank 0."""
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     with RunFolder(run_dir) as run:
-        gathered, counts, host = [], {}, {}
+        gathered: list[list[dict[str, Any]]] = []
+        host: dict[int, float] = {}
+        messages: tuple[int, float] = (0, 0.0)
         with recording_comm(0, world, min(RANKS_PER_NODE, world)) as (comm, group):
             for rank in range(world):
                 comm.rank, folder.owner = rank, rank
