@@ -23,10 +23,11 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_CARD = "lo"
 OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 SCHEME = "sdit"  # URL scheme of the rendezvous handler below
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class Comm:
-    """The run's process group. `close()`, or the end of the `with`, destroys it.
+    """The run's process group, which is created unless the process has one. `close()`, or the end of the `with`, destroys it.
 
     `timeout_seconds` limits the rendezvous and each collective. `backend` None: NCCL for GPUs, and gloo for CPUs. NCCL refuses
     two ranks on one GPU, gloo does not.
@@ -42,6 +43,8 @@ class Comm:
         self.info = info
         self.rank, self.world = info.rank, info.world
         self.device = choose_device(info, device)
+        if dist.is_initialized():  # a simulation's
+            return
         self._init_group(timeout_seconds, backend or ("nccl" if self.device.type == "cuda" else "gloo"))
 
     def _init_group(self, timeout_seconds: float, backend: str) -> None:
@@ -106,9 +109,8 @@ class Comm:
 
     def interleave(self, rows: torch.Tensor) -> torch.Tensor:
         """Gather equally many rows (n, ...) of each rank. Row i of rank r becomes row i * world + r."""
-        gathered = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.stack(gathered, dim=1).flatten(0, 1)
+        gathered = self._all_gathered(rows)
+        return gathered.transpose(0, 1).flatten(0, 1)
 
     def from_rank_before(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows (n, ...) of rank r - 1 on rank r, and those of the last rank on rank 0. All have equally many."""
@@ -122,22 +124,25 @@ class Comm:
 
     def from_first(self, value: Any) -> Any:
         """Return rank 0's `value` on each rank (JSON types only, nothing is unpickled)."""
-        data = json.dumps(value).encode() if self.is_first else b""
+        return self.from_rank(0, value)
+
+    def from_rank(self, rank: int, value: Any) -> Any:
+        """Return the `value` of one rank on each rank (JSON types only)."""
+        data = json.dumps(value).encode() if self.rank == rank else b""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, 0)
+        dist.broadcast(size, rank)
         box = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
-        if self.is_first:
+        if self.rank == rank:
             box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if box.numel():
-            dist.broadcast(box, 0)
+            dist.broadcast(box, rank)
         return json.loads(_bytes(box))
 
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of each rank, in rank order, on all ranks (JSON types only)."""
         padded, sizes = self._padded(value)
-        gathered = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(gathered, padded)
-        return [json.loads(_bytes(p[:n])) for p, n in zip(gathered, sizes, strict=True)]
+        rows = self._all_gathered(padded)
+        return [json.loads(_bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     def gather_to_first(self, value: Any) -> list[Any]:
         """Return the `value` of each rank, in rank order, on rank 0, and an empty list on the others (JSON types only)."""
@@ -155,6 +160,12 @@ class Comm:
         padded = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
         return padded, sizes.tolist()
+
+    def _all_gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (world, ...): the `values` (...) of each rank, of equal shape on all ranks."""
+        gathered = values.new_empty((self.world, *values.shape))
+        _all_gather(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous())
+        return gathered
 
 
 def _bytes(values: torch.Tensor) -> bytes:

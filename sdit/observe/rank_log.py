@@ -1,6 +1,6 @@
-"""RUN/logs/rank-000.log: the log of each rank, with time and rank.
+"""RUN/logs/rank-000.log: the log of rank 0, and RUN/logs/node-HOST.log: that of the other ranks of a host.
 
-Warnings are also printed to stderr. Secrets are redacted.
+Each line has time and rank. Warnings are also printed to stderr. Secrets are redacted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sdit.launch_environment import RankInfo
 from sdit.redact import redact
+from sdit.supervise.log_files import append, log_path, mark_lines, open_to_append
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import Observer
 
@@ -29,7 +31,7 @@ class RankLog(Observer):
 
     def __init__(self, run_dir: Path | RunFolder, info: RankInfo) -> None:
         self._handlers: list[logging.Handler] = [_Terminal(info.rank)]
-        path = run_dir / "logs" / f"rank-{info.rank:03d}.log"
+        path = log_path(run_dir / "logs", info.rank, "log")
         try:
             path.parent.mkdir(exist_ok=True)
             self._handlers.append(_File(path, info.rank))
@@ -65,33 +67,43 @@ class _Lines(logging.Formatter):
     converter = staticmethod(time.gmtime)  # type: ignore[assignment]
 
     def __init__(self, rank: int) -> None:
+        self._rank = rank
         super().__init__(f"%(asctime)sZ rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        first, *more = redact(super().format(record)).splitlines(keepends=True) or [""]
+        return first + mark_lines("".join(more), self._rank)
 
 
-class _File(logging.FileHandler):
-    """A log file. A failed write, for example on a full disk, is reported once, and the run continues."""
+class _File(logging.Handler):
+    """A log file that several processes may append to. Each record is one write, so that lines are never mixed.
+
+    A failed write, for example on a full disk, is reported once, and the run continues.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
-        super().__init__(path, encoding="utf-8")
+        super().__init__()
+        self._path, self._descriptor = path.absolute(), open_to_append(path)
         self.setFormatter(_Lines(rank))
         self._reported = False
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self._report(sys.exc_info()[1])
-
-    def close(self) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         try:
-            super().close()
-        except OSError as error:  # what the last line left in the buffer does not fit, either
-            self._report(error)
+            append(self._descriptor, self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
 
-    def _report(self, error: BaseException | None) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:
         if not self._reported:
             self._reported = True
-            print(f"{self.baseFilename}: {error}; lines are lost", file=sys.stderr)
+            print(f"{self._path}: {sys.exc_info()[1]}; lines are lost", file=sys.stderr)
+
+    def close(self) -> None:
+        with self.lock or nullcontext():
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        super().close()
 
 
 class _Terminal(logging.Handler):

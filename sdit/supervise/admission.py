@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import owner_of
-from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.rendezvous import RendezvousStore
 
 SILENT_SECONDS = (
     30.0  # a waiting rank that reports nothing for this long is lost; NFS shows a change after a few seconds
@@ -55,14 +56,15 @@ def admit(
     agree. Rank 0 is already a member.
     """
     there = list(candidates)
-    kept = {
-        rank: member for rank, member in members.items() if rank == 0 or member.nonce in {each.nonce for each in there}
-    }
+    present = {candidate.nonce for candidate in there}
+    kept = {rank: member for rank, member in members.items() if rank == 0 or member.nonce in present}
+    launches = {member.launch for member in kept.values()}  # equal ones, as on one node, are compared once
     for candidate in there:
         free = 0 < candidate.rank < world and candidate.rank not in kept
         agrees = LaunchIdentity.agrees_with if candidate.nonce in settled else LaunchIdentity.surely_agrees_with
-        if free and all(agrees(candidate.launch, member.launch) for member in kept.values()):
+        if free and all(agrees(candidate.launch, launch) for launch in launches):
             kept[candidate.rank] = candidate
+            launches.add(candidate.launch)
     return kept
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.admission import Attendance, admit
-from sdit.supervise.rendezvous import AttemptSpec, Member, MemberRegistry, RendezvousStore
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import REFUSED, Decision, ExitReport, RestartPolicy, root_cause
 from sdit.supervise.unfinished import Unfinished, clear
 

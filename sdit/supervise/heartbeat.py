@@ -69,15 +69,8 @@ class Heartbeat:
 
     @classmethod
     def create(cls) -> Heartbeat:
-        """Create shared memory whose descriptor a worker inherits.
-
-        The kernel frees it when the last process closes it.
-        """
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("sdit-heartbeat")
-        else:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
+        """Create shared memory whose descriptor a worker inherits."""
+        descriptor = memory_file("sdit-heartbeat")
         os.truncate(descriptor, MEMORY_BYTES)
         return cls(descriptor)
 
@@ -139,3 +132,11 @@ class Heartbeat:
         if not kind:
             return None
         return Failure(self._memory[_TEXT_AT : _TEXT_AT + length].decode(errors="replace"), kind == 2)
+
+
+def memory_file(name: str) -> int:
+    """Return the descriptor of a new file in memory. The kernel frees it when the last process closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdit.config import ObserveConfig, SuperviseConfig
 from sdit.launch_environment import RankInfo
-from sdit.supervise.rendezvous import Member
+from sdit.supervise.members import Member
 
 
 @dataclass(frozen=True)

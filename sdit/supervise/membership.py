@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import replace
-from pathlib import Path
 
 from sdit.errors import ExitCode
+from sdit.supervise.admission import SILENT_SECONDS
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import Holder, in_use, owner_of
-from sdit.supervise.rendezvous import AttemptSpec, Member, MemberRegistry, RendezvousStore
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import ExitReport
+from sdit.supervise.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 2.0
+ANNOUNCEMENTS_PER_SECOND = 500  # of all ranks together, at most
 DOUBT_SECONDS = (
     2.0  # during this time the lock's holder lists its ranks, even one that another launch refused by mistake
 )
@@ -24,18 +27,37 @@ _log = logging.getLogger(__name__)
 class Membership:
     """Connects a supervisor to its launch.
 
-    Rank 0's supervisor has the `store`. Other supervisors announce themselves until the lock holder's spec lists them.
+    Rank 0's supervisor has the `store`. Other supervisors announce themselves until the first attempt begins.
     """
 
     def __init__(
-        self, run_dir: Path, shown: Path, member: Member, registry: MemberRegistry, store: RendezvousStore | None = None
+        self,
+        folder: RunFolder,
+        member: Member,
+        world: int,
+        registry: MemberRegistry,
+        store: RendezvousStore | None = None,
     ) -> None:
-        """Take the run folder. `shown` is its path in messages, and `run_dir` may use a descriptor."""
-        self._shown = shown
+        self._shown, self._world, run_dir = folder.path, world, folder.anchor
         self._run_dir, self._member, self._registry, self._store = run_dir, member, registry, store
-        self._announced_at = 0.0
+        self._announced_at = -math.inf
         self._refused_since: float | None = None
         self._foreign: tuple[Holder, float] | None = None
+
+    def copied_spec(self, max_age_seconds: float) -> AttemptSpec | None:
+        """Return the attempt spec that lists this rank, if a supervisor of this node has read it within `max_age_seconds`."""
+        spec = None if self._store is None else self._store.copied_spec(max_age_seconds)
+        return spec if self._lists_me(spec) else None
+
+    @property
+    def shares_reads(self) -> bool:
+        """True if what this process reads is copied for the node."""
+        return self._store is not None and self._store.copy is not None and self._store.copy.is_written
+
+    def discard_copy(self) -> None:
+        """Let each supervisor of this node read the shared store at its next poll."""
+        if self._store is not None and self._store.copy is not None:
+            self._store.copy.discard()
 
     def attempt_spec(self) -> AttemptSpec | None:
         """Return the attempt spec that lists this rank, or None if there is none yet.
@@ -55,7 +77,10 @@ class Membership:
     def _named_by(self, store: RendezvousStore | None) -> AttemptSpec | None:
         """Return the store's attempt spec if it lists this rank."""
         spec = None if store is None else store.attempt_spec()
-        return spec if spec is not None and spec.names(self._member.rank, self._member.nonce) else None
+        return spec if self._lists_me(spec) else None
+
+    def _lists_me(self, spec: AttemptSpec | None) -> bool:
+        return spec is not None and spec.names(self._member.rank, self._member.nonce)
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
         """Report the end of this rank's attempt.
@@ -94,10 +119,17 @@ class Membership:
         if self._member.rank == 0:
             return
         now = time.monotonic()
-        if now - self._announced_at > HEARTBEAT_SECONDS or not self._registry.holds(self._member):
-            self._announced_at = now
-            self._member = replace(self._member, beats=self._member.beats + 1)
-            self._registry.post(self._member)
+        is_due = now - self._announced_at > announce_seconds(self._world)
+        if self._registry.touch(self._member) if is_due else self._registry.holds(self._member):
+            self._announced_at = now if is_due else self._announced_at
+            return
+        self._announced_at = now
+        self._registry.post(self._member)
+
+
+def announce_seconds(world: int) -> float:
+    """Return the seconds between two announcements of a rank of `world` ranks, which are less than `SILENT_SECONDS`."""
+    return min(max(HEARTBEAT_SECONDS, world / ANNOUNCEMENTS_PER_SECOND), SILENT_SECONDS / 3)
 
 
 def _token(owner: Holder | None) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from sdit.config import ObserveConfig
 from sdit.metrics.shared_file import RankStatus, SharedMetricsFile, remove_abandoned_files, shared_path
 from sdit.supervise.heartbeat import Phase
-from sdit.supervise.rendezvous import AttemptSpec, Member
+from sdit.supervise.members import Member
+from sdit.supervise.rendezvous import AttemptSpec
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.worker import WorkerProcess
 

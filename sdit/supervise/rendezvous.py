@@ -1,15 +1,18 @@
 """The rendezvous store: small files in RUN/supervise that the supervisors of one launch exchange.
 
-    waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config
+    waiting/00001-NONCE.json     rank 1's supervisor is present: nonce, host, pid, launch, digest of the config. It is
+                                 touched while the rank waits
     waiting/00001-NONCE.refused  rank 0 of its launch was refused, so the rank must exit
-    TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port, exit code
-    TOKEN/beat.json              from the same: the version of plan.json. It is rewritten while the holder is alive
-    TOKEN/end-0002-00001.json    the exit report of rank 1 in attempt 2
+    TOKEN/plan.json              from the holder of the run's lock: attempt, members, address and port; written once per attempt
+    TOKEN/beat.json              from the same: the version of plan.json, and whether the attempt or the run ends. It is
+                                 touched while the holder is alive
+    TOKEN/end-0002/00001.json    the exit report of rank 1 in attempt 2
 
 The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
-token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. Each supervisor
-polls one file of a few bytes, and reads plan.json when its version has changed. Only rank 0's supervisor, and ranks that no
-attempt spec lists, list folders.
+token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. One supervisor
+of each node polls one file of a few bytes, and reads plan.json when its version has changed; see `node_copy`. Only rank 0's
+supervisor, and ranks that no attempt spec lists, list folders. Rank 0's supervisor reads each announcement and each exit
+report once.
 """
 
 from __future__ import annotations
@@ -23,43 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from sdit.json_files import read_json, write_json
-from sdit.supervise.launch import LaunchIdentity
-from sdit.supervise.process import is_running, machine
+from sdit.supervise.members import TOKEN, WAITING, Member, make_folder
+from sdit.supervise.node_copy import Beat, NodeCopy
 from sdit.supervise.restart_policy import ExitReport
 
-WAITING = "waiting"
-TOKEN = re.compile(r"[0-9a-f]{32}")
-NOWHERE = LaunchIdentity("", "", "", "")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A supervisor that is present. `beats` increases while it waits until an attempt spec lists it."""
-
-    rank: int
-    nonce: str
-    host: str
-    pid: int
-    digest: str
-    started: str | None = None
-    machine: str = ""
-    launch: LaunchIdentity = NOWHERE
-    beats: int = 0
-
-    @classmethod
-    def parse(cls, body: dict[str, Any] | None) -> Member | None:
-        """Return the member in a file, or None if the file is damaged or of another version."""
-        try:
-            member = cls(**{**(body or {}), "launch": LaunchIdentity(**(body or {})["launch"])})
-        except (KeyError, TypeError):
-            return None
-        sound = isinstance(member.rank, int) and isinstance(member.pid, int) and TOKEN.fullmatch(str(member.nonce))
-        return member if sound else None
-
-    @property
-    def is_dead(self) -> bool:
-        """True if its process has ended. Other machines cannot know, so it is False there."""
-        return self.machine == machine() and not is_running(self.pid, self.started)
+REPORT = re.compile(r"\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -85,79 +56,18 @@ class AttemptSpec:
         return self.members.get(str(rank)) == nonce
 
 
-class MemberRegistry:
-    """The folder RUN/supervise/waiting, in which ranks announce themselves."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / "supervise" / WAITING
-
-    def open(self) -> None:
-        """Create the folder, in a run directory that may be new.
-
-        Raises: OSError: if it cannot be created.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def wipe(self) -> None:
-        """Remove all entries. Waiting ranks announce themselves again. Only the lock's holder may call it.
-
-        Raises: OSError: if the file system fails.
-        """
-        self.open()
-        for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-
-    def post(self, member: Member) -> None:
-        """Announce a rank. It has no effect if the folder is wiped at the same time or the run is deleted.
-
-        Raises: OSError: if the file system fails.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            _make(self._folder)
-            write_json(self._path(member, "json"), asdict(member))
-
-    def holds(self, member: Member) -> bool:
-        """Return True if the rank is announced."""
-        return self._path(member, "json").exists()
-
-    def members(self) -> list[Member]:
-        """Return the announced ranks of all launches."""
-        found = (Member.parse(read_json(path)) for path in sorted(self._folder.glob("*.json")))
-        return [member for member in found if member is not None and not member.is_dead]
-
-    def refuse(self, member: Member, code: int) -> None:
-        """Ask a rank of the same launch to exit. It has no effect if the folder is being wiped or is deleted.
-
-        Raises: OSError: if the file system fails.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            write_json(self._path(member, "refused"), {"code": code})
-
-    def refusal(self, member: Member) -> int | None:
-        """Return the exit code that rank 0 of the same launch wrote for a rank, or None if there is none."""
-        code = (read_json(self._path(member, "refused")) or {}).get("code")
-        return code if isinstance(code, int) else None
-
-    def withdraw(self, member: Member) -> None:
-        """Remove the files of a rank."""
-        for ending in ("json", "refused"):
-            with contextlib.suppress(OSError):
-                self._path(member, ending).unlink()
-
-    def _path(self, member: Member, ending: str) -> Path:
-        return self._folder / f"{member.rank:05d}-{member.nonce}.{ending}"
-
-
 class RendezvousStore:
     """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
 
-    def __init__(self, run_dir: Path, token: str) -> None:
+    def __init__(self, run_dir: Path, token: str, copy: NodeCopy | None = None) -> None:
+        """Take a run folder and a lock's token. With a `copy`, what is read here is shared with the node."""
         assert TOKEN.fullmatch(token), token
+        self.copy = copy
         self._folder = run_dir / "supervise" / token
         self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
-        self._version = 0  # of the attempt spec that this process wrote last
+        self._written: tuple[int, AttemptSpec] | None = None  # version and content of the one that it wrote last
         self._known: tuple[int, AttemptSpec] | None = None  # version and content of the one that it read last
+        self._reports: dict[int, dict[str, ExitReport]] = {}  # those that were read, by attempt and name of the file
 
     @classmethod
     def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:
@@ -166,12 +76,12 @@ class RendezvousStore:
 
     @classmethod
     def all_of(cls, run_dir: Path) -> list[RendezvousStore]:
-        """Return the existing stores: that of the lock's holder, or of the last launch."""
+        """Return the existing stores, with their copies: that of the lock's holder, or of the last launch."""
         try:
             names = sorted(path.name for path in (run_dir / "supervise").iterdir())
         except FileNotFoundError:
             return []
-        return [cls(run_dir, name) for name in names if TOKEN.fullmatch(name)]
+        return [cls(run_dir, name, NodeCopy(name)) for name in names if TOKEN.fullmatch(name)]
 
     def open(self) -> None:
         """Create the folder and remove those of earlier launches. Only the lock's holder may do so.
@@ -188,10 +98,15 @@ class RendezvousStore:
 
         Raises: OSError: if the file system fails.
         """
-        _make(self._folder)  # a user may have deleted it during the launch
-        self._version += 1
-        write_json(self._spec, {**asdict(spec), "version": self._version})
-        write_json(self._beat, {"version": self._version})
+        make_folder(self._folder)  # a user may have deleted it during the launch
+        self._reports_of(spec.attempt).mkdir(exist_ok=True)
+        lasting = replace(spec, ending=False, code=None)
+        version = self._written[0] if self._written is not None else 0
+        if self._written is None or self._written[1] != lasting or not self._spec.exists():
+            version += 1
+            write_json(self._spec, {**asdict(lasting), "version": version})
+            self._written = version, lasting
+        write_json(self._beat, {"version": version, "ending": spec.ending, "code": spec.code})
         return spec
 
     @property
@@ -219,46 +134,81 @@ class RendezvousStore:
             return str(error.strerror)
         return ""
 
-    def attempt_spec(self) -> AttemptSpec | None:
-        """Return the attempt spec, or None if there is none. `beats` is the time of the beat."""
-        beat = read_json(self._beat)
+    def attempt_spec(self, max_age_seconds: float = 0.0) -> AttemptSpec | None:
+        """Return the attempt spec, or None if there is none. `beats` is the time of the beat.
+
+        The shared file system is not used if a supervisor of this node has read it within `max_age_seconds`.
+        """
+        beat = self.copy.beat(max_age_seconds) if self.copy is not None else None
+        return self._spec_at(beat or self._read_beat())
+
+    def copied_spec(self, max_age_seconds: float) -> AttemptSpec | None:
+        """Return the attempt spec that a supervisor of this node has read within `max_age_seconds`, or None."""
+        beat = self.copy.beat(max_age_seconds) if self.copy is not None else None
+        return self._spec_at(beat)
+
+    def _read_beat(self) -> Beat | None:
+        """Read the beat, and copy it for the node."""
+        body = read_json(self._beat)
+        try:
+            beat = None if body is None else Beat(**body, time_ns=self._beat.stat().st_mtime_ns)
+        except (FileNotFoundError, TypeError):  # it was deleted, or is of another version
+            return None
+        if beat is not None and self.copy is not None:
+            self.copy.write_beat(beat)
+        return beat
+
+    def _spec_at(self, beat: Beat | None) -> AttemptSpec | None:
+        """Return the attempt spec of a beat, which is read only if its version is new."""
         if beat is None:
             return None
-        if self._known is None or self._known[0] != beat.get("version"):
-            body = read_json(self._spec)
+        if self._known is None or self._known[0] != beat.version:
+            body = self._read_spec(beat.version)
             if body is None:
                 return None
             version = body.pop("version", 0)
             spec = AttemptSpec(**body)
             self._known = version, replace(spec, order=tuple(spec.order), hosts=tuple(spec.hosts))
-        try:
-            return replace(self._known[1], beats=self._beat.stat().st_mtime_ns)
-        except FileNotFoundError:
-            return None
+        version, spec = self._known
+        if version != beat.version:  # the attempt spec is newer than the beat, which is about to follow
+            return replace(spec, beats=beat.time_ns)
+        return replace(spec, beats=beat.time_ns, ending=beat.ending, code=beat.code)
+
+    def _read_spec(self, version: int) -> dict[str, Any] | None:
+        """Return plan.json, from the node's copy if it has this version."""
+        body = self.copy.spec(version) if self.copy is not None else None
+        if body is None:
+            body = read_json(self._spec)
+            if body is not None and self.copy is not None:
+                self.copy.write_spec(body)
+        return body
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
-        """Write the exit report of a rank unless it exists. The caller repeats this at each poll.
+        """Write the exit report of a rank unless it exists. The caller repeats this.
 
         If the folder is missing, nothing is written. Either rank 0 creates it again, or a new holder of the lock has removed
         the launch.
 
         Raises: OSError: if the file system fails.
         """
-        path = self._folder / f"end-{attempt:04d}-{report.rank:05d}.json"
+        path = self._reports_of(attempt) / f"{report.rank:05d}.json"
         if not path.exists():
             with contextlib.suppress(FileNotFoundError):
+                path.parent.mkdir(exist_ok=True)
                 write_json(path, asdict(report))
 
     def exit_reports(self, attempt: int) -> dict[int, ExitReport]:
-        """Return the exit reports of an attempt by rank."""
-        found = (read_json(path) for path in self._folder.glob(f"end-{attempt:04d}-*.json"))
-        return {body["rank"]: ExitReport(**body) for body in found if body is not None}
+        """Return the exit reports of an attempt by rank. Each file is read once."""
+        folder, known = self._reports_of(attempt), self._reports.setdefault(attempt, {})
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            names = []
+        for name in names:
+            body = read_json(folder / name) if REPORT.fullmatch(name) and name not in known else None
+            if body is not None:
+                known[name] = ExitReport(**body)
+        return {report.rank: report for report in known.values()}
 
-
-def _make(folder: Path) -> None:
-    """Create RUN/supervise and a folder in it, but never RUN itself.
-
-    Raises: OSError: if the file system fails.
-    """
-    folder.parent.mkdir(exist_ok=True)
-    folder.mkdir(exist_ok=True)
+    def _reports_of(self, attempt: int) -> Path:
+        return self._folder / f"end-{attempt:04d}"

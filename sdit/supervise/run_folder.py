@@ -114,7 +114,8 @@ class RunFolder:
 
     def _is_at(self, path: Path) -> bool:
         try:
-            return os.path.samestat(os.stat(path), os.fstat(self._descriptor)) and self._is_alive()
+            mine = os.fstat(self._descriptor)
+            return os.path.samestat(os.stat(path), mine) and mine.st_nlink > 0
         except OSError:
             return False
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from sdit.config import SuperviseConfig
@@ -16,12 +17,15 @@ from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
 from sdit.supervise.job import Job, SupervisedRank
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import RunLock, unwritable
+from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.membership import Membership
+from sdit.supervise.node_copy import NodeCopy, remove_abandoned_copies
 from sdit.supervise.process import machine, start_ticks
-from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
+from sdit.supervise.rendezvous import RendezvousStore
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Supervisor
 from sdit.supervise.unfinished import Unfinished
+from sdit.supervise.worker import StartWorker, start_worker_process
 
 
 def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Mapping[str, str]) -> int:
@@ -38,26 +42,44 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
         info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest, start_ticks(os.getpid()), machine(),
         LaunchIdentity.of_this_process(environment),
     )  # fmt: skip
-    rank = SupervisedRank(job, config, info, environment, member)
-    return _supervise_member(rank, folder) if info.rank else _supervise_first(rank, folder)
+    with supervisor_of(SupervisedRank(job, config, info, environment, member), folder) as supervisor:
+        return supervisor.run()
 
 
-def _supervise_member(rank: SupervisedRank, folder: RunFolder) -> int:
-    """Supervise a rank other than 0."""
-    registry, run_dir = MemberRegistry(folder.anchor), rank.job.run_dir
+@contextmanager
+def supervisor_of(
+    rank: SupervisedRank, folder: RunFolder, start_worker: StartWorker = start_worker_process
+) -> Iterator[Supervisor]:
+    """Yield the supervisor of a rank that was announced, or of rank 0, which holds the run's lock.
+
+    `start_worker` starts its worker processes. Simulations pass a function that starts none.
+    """
+    if rank.info.local_rank == 0:
+        remove_abandoned_copies()
+    manager = _member_supervisor if rank.info.rank else _first_supervisor
+    with manager(rank, folder, start_worker) as supervisor:
+        yield supervisor
+
+
+@contextmanager
+def _member_supervisor(rank: SupervisedRank, folder: RunFolder, start_worker: StartWorker) -> Iterator[Supervisor]:
+    """Yield the supervisor of a rank other than 0."""
+    registry = MemberRegistry(folder.anchor)
     try:
         registry.open()
         registry.post(rank.member)
     except OSError as error:
-        raise unwritable(run_dir, error) from error
+        raise unwritable(rank.job.run_dir, error) from error
     try:
-        return Supervisor(rank, folder, Membership(folder.anchor, run_dir, rank.member, registry)).run()
+        membership = Membership(folder, rank.member, rank.info.world, registry)
+        yield Supervisor(rank, folder, membership, start_worker)
     finally:
         registry.withdraw(rank.member)
 
 
-def _supervise_first(rank: SupervisedRank, folder: RunFolder) -> int:
-    """Supervise rank 0, which holds the run's lock and coordinates the launch."""
+@contextmanager
+def _first_supervisor(rank: SupervisedRank, folder: RunFolder, start_worker: StartWorker) -> Iterator[Supervisor]:
+    """Yield the supervisor of rank 0, which holds the run's lock and coordinates the launch."""
     run_dir, registry, job, world = folder.anchor, MemberRegistry(folder.anchor), rank.job, rank.info.world
     try:
         lock = RunLock(job.run_dir, launch=asdict(rank.member.launch))
@@ -67,7 +89,7 @@ def _supervise_first(rank: SupervisedRank, folder: RunFolder) -> int:
         raise
     lock.follow(run_dir)
     with lock:
-        store = RendezvousStore(run_dir, lock.token)
+        store = RendezvousStore(run_dir, lock.token, NodeCopy(lock.token))
         try:
             folder.make("logs")
             store.open()
@@ -79,5 +101,5 @@ def _supervise_first(rank: SupervisedRank, folder: RunFolder) -> int:
             store, registry, rank.member, rank.config, run_dir, world, endpoint, job.largest_world,
             Unfinished(run_dir, lock.token, job.steps),
         )  # fmt: skip
-        membership = Membership(run_dir, job.run_dir, rank.member, registry, store)
-        return Supervisor(rank, folder, membership, lock, coordinator).run()
+        membership = Membership(folder, rank.member, world, registry, store)
+        yield Supervisor(rank, folder, membership, start_worker, lock, coordinator)

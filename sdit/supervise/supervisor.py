@@ -12,22 +12,22 @@ import time
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.coordinator import LOST_SECONDS, Coordinator
-from sdit.supervise.heartbeat import ALIVE_SECONDS, FOLDER_MOVED, Heartbeat, Phase
+from sdit.supervise.heartbeat import ALIVE_SECONDS, FOLDER_MOVED, Heartbeat, Phase, memory_file
 from sdit.supervise.job import SupervisedRank
 from sdit.supervise.lock import RunLock
+from sdit.supervise.log_files import append_to, log_path, mark_lines
 from sdit.supervise.membership import Membership
 from sdit.supervise.metrics_publisher import MetricsPublisher
+from sdit.supervise.read_schedule import STORE_SECONDS, read_seconds, store_seconds
 from sdit.supervise.rendezvous import AttemptSpec
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.stop_request import StopRequest
-from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec
+from sdit.supervise.worker import KILL_SECONDS, StartWorker, WorkerProcess, WorkerSpec
 from sdit.supervise.worker_environment import worker_environment
 
 _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
-STORE_SECONDS = 0.5  # between two reads of the store while a worker runs
-READS_PER_SECOND = 1000  # of all ranks together, at most
 FROZEN_SECONDS = 5.0  # ten alive
 
 
@@ -35,9 +35,10 @@ class Supervisor:
     """The loop of a rank's parent process. Rank 0's holds the run's lock and the coordinator."""
 
     def __init__(
-        self, rank: SupervisedRank, folder: RunFolder, membership: Membership, lock: RunLock | None = None,
-        coordinator: Coordinator | None = None,
+        self, rank: SupervisedRank, folder: RunFolder, membership: Membership, start_worker: StartWorker,
+        lock: RunLock | None = None, coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
+        self._start_worker = start_worker
         self._rank, self._folder, self._membership, self._lock, self._coordinator = (
             rank, folder, membership, lock, coordinator
         )  # fmt: skip
@@ -52,33 +53,73 @@ class Supervisor:
         self._spec_idle_seconds = 0.0
         self._unwritten_since: float | None = None  # since when the exit report cannot be written
         self._write_error = ""  # why an exit report of this attempt could not be written, even if that is over
+        self._before = time.monotonic()  # of the last poll
+        self._polled_at = (
+            self._read_at
+        ) = -math.inf  # when this process looked for a new attempt spec, and read the store
 
     def run(self) -> int:
         """Follow the attempt specs until one has an exit code; return that."""
-        before, polled_at = time.monotonic(), -math.inf
         with self._stop:
             try:
                 while True:
-                    now = time.monotonic()
-                    seconds, before = min(now - before, 1.0), now
-                    if self._worker is not None:
-                        self._check_worker(self._worker, seconds)
-                    self._handle_stop(seconds)
-                    if self._lock is not None and not self._lock.beat():
-                        return self._abort("another process has taken the lock of the run directory")
-                    self._spec_idle_seconds += seconds
-                    if now - polled_at >= store_seconds(self._info.world, self._worker is not None):
-                        polled_at = now
-                        code = self._poll_store()
-                        if code is not None:
-                            return code
-                        self._publish()
+                    code = self.poll()
+                    if code is not None:
+                        return code
                     time.sleep(POLL_SECONDS)
             finally:
-                if self._worker is not None:
-                    self._worker.kill()
-                    self._worker.wait(KILL_SECONDS)
-                self._publisher.close()
+                self.close()
+
+    def poll(self) -> int | None:
+        """Watch the worker, and follow a new attempt spec if there is one. Return the exit code if the run is over."""
+        now = time.monotonic()
+        seconds, self._before = min(now - self._before, 1.0), now
+        if self._worker is not None:
+            self._check_worker(self._worker, seconds)
+        self._handle_stop(seconds)
+        if self._lock is not None and not self._lock.beat():
+            return self._abort("another process has taken the lock of the run directory")
+        self._spec_idle_seconds += seconds
+        if now - self._polled_at < (STORE_SECONDS if self._worker is not None else 0.0):
+            return None
+        code = None
+        copied = self._copied_spec(now)
+        if copied is not None:
+            code = self._follow_or_wait(copied)
+        elif now - self._read_at >= self._store_seconds():
+            self._read_at = now
+            code = self._poll_store()
+        else:
+            return None
+        self._polled_at = now
+        if code is None:
+            self._publish()
+        return code
+
+    def close(self) -> None:
+        """End the worker, if there is one, and free what this process shares with others."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait(KILL_SECONDS)
+            self._save_stacks(self._worker.take_stacks())
+        self._membership.discard_copy()
+        self._publisher.close()
+
+    def _store_seconds(self) -> float:
+        """Return the seconds between two reads of the store by this process, or by its node if reads are shared."""
+        has_worker, shares_reads = self._worker is not None, self._membership.shares_reads
+        return read_seconds(self._info, has_worker, self._coordinator is not None, shares_reads)
+
+    def _copied_spec(self, now: float) -> AttemptSpec | None:
+        """Return the attempt spec that a supervisor of this node has read recently, if this process need not read the store.
+
+        It must read the store if it coordinates, announces itself, or has an exit report, which it writes again if it is missing.
+        """
+        if self._coordinator is not None or self._spec is None or self._spec.attempt == 0:
+            return None
+        if self._exit_report is not None and now - self._read_at >= store_seconds(self._info.world, has_worker=False):
+            return None
+        return self._membership.copied_spec(self._store_seconds())
 
     def _publish(self) -> None:
         worker = self._worker
@@ -88,6 +129,8 @@ class Supervisor:
     def _poll_store(self) -> int | None:
         """Write the exit report, read the attempt spec and act on it. Return the exit code if the run is over."""
         now = self._folder.now
+        if now != self._folder.path:
+            self._membership.discard_copy()
         if now is None:
             return self._abort_lost_folder()
         if now != self._folder.path:
@@ -98,7 +141,11 @@ class Supervisor:
         if self._coordinator is not None:
             self._coordinator.stopping, self._coordinator.problem = self._stop.is_set, self._folder.problem
             self._coordinator.poll()
-        spec = self._read_attempt_spec()
+        return self._follow_or_wait(self._read_attempt_spec())
+
+    def _follow_or_wait(self, spec: AttemptSpec | None) -> int | None:
+        """Follow the attempt spec that was read, if there is one. Return the exit code if the run is over."""
+        code = None
         if spec is not None:
             code = self._follow(spec)
         elif self._spec is None:
@@ -173,13 +220,12 @@ class Supervisor:
     def _start(self, spec: AttemptSpec) -> None:
         with contextlib.suppress(OSError):
             self._folder.make("logs")  # a user may have deleted it during the launch
-        stacks = (self._folder / "logs").absolute() / f"rank-{self._info.rank:03d}.stacks"
-        heartbeat = Heartbeat.create()
+        heartbeat, stacks = Heartbeat.create(), memory_file("sdit-stacks")
         worker_spec = WorkerSpec(
-            heartbeat.descriptor, spec.attempt, os.getpid(), str(stacks), spec.resume, self._publisher.path
+            heartbeat.descriptor, spec.attempt, os.getpid(), stacks, spec.resume, self._publisher.path
         )
         environment = worker_environment(self._rank, spec)
-        self._worker = WorkerProcess(self._rank.job.command, environment, worker_spec, heartbeat)
+        self._worker = self._start_worker(self._rank.job.command, environment, worker_spec, heartbeat)
         if self._stop.is_set:
             heartbeat.request_stop(self._stop.reason)
 
@@ -199,8 +245,16 @@ class Supervisor:
         frozen = worker.unresponsive_seconds > max(patience, 3 * ALIVE_SECONDS)
         if dump:
             state = worker.state
-            worker.dump_stacks(f"attempt {self._attempt}, step {state.step}, phase {state.phase.label} ({cause})")
+            title = f"attempt {self._attempt}, step {state.step}, phase {state.phase.label} ({cause})"
+            self._save_stacks(worker.dump_stacks(title))
         worker.kill(cause, frozen)
+
+    def _save_stacks(self, text: str) -> None:
+        """Append stack dumps or a traceback of the worker to the file of rank 0 or of the node."""
+        if text:
+            with contextlib.suppress(OSError):  # a full disk: no dump
+                path = log_path(self._folder / "logs", self._info.rank, "stacks")
+                append_to(path, mark_lines(text, self._info.rank))
 
     def _record_exit(self, worker: WorkerProcess, code: int) -> None:
         state, failure = worker.heartbeat.read(), worker.heartbeat.failure()
@@ -210,10 +264,11 @@ class Supervisor:
             failure.text if failure is not None else self._stop.launcher_gone, self._stop.is_set,
         )  # fmt: skip
         self._publisher.count_end(report)
-        worker.heartbeat.close()
+        self._save_stacks(worker.take_stacks())
+        worker.close()
         self._worker = None
         if worker.attempt == self._attempt:
-            self._exit_report = report
+            self._exit_report, self._read_at = report, -math.inf
 
     def _handle_stop(self, seconds: float) -> None:
         """Ask the rank to save and stop at the first signal. End it at the second one or after the grace period."""
@@ -239,11 +294,6 @@ class Supervisor:
             where += f", step {self._worker.state.step}, phase {self._worker.state.phase.label}"
         print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
         return code
-
-
-def store_seconds(world: int, has_worker: bool) -> float:
-    """Return the seconds between two reads of the store, so that `world` supervisors do not overload a shared file system."""
-    return max(STORE_SECONDS if has_worker else 0.0, world / READS_PER_SECOND)
 
 
 def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:

@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from sdit.supervise.heartbeat import Heartbeat, HeartbeatState
 
@@ -43,14 +43,14 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 class WorkerSpec:
     """The data that a supervisor passes to its worker.
 
-    `heartbeat` is a file descriptor, `parent` the supervisor's process id, `stacks` the file of stack dumps.
+    `heartbeat` and `stacks` are file descriptors of memory, `parent` is the supervisor's process id.
     `metrics_path` is the shared metrics file, or empty if metrics are off.
     """
 
     heartbeat: int
     attempt: int
     parent: int
-    stacks: str
+    stacks: int
     resume: str | None = None
     metrics_path: str = ""
 
@@ -79,7 +79,7 @@ class WorkerContext:
         # A launcher may signal the whole process tree while this rank starts. The supervisor also gets the signal.
         for number in stop_signals():
             signal.signal(number, _ignore_signal)
-        stacks = open(worker_spec.stacks, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler keeps its descriptor open
+        stacks = os.fdopen(worker_spec.stacks, "a", encoding="utf-8")  # faulthandler keeps its descriptor open
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         heartbeat = Heartbeat(worker_spec.heartbeat)
         heartbeat.keep_alive()
@@ -93,9 +93,9 @@ class WorkerContext:
         )
 
     def append_stacks(self, text: str) -> None:
-        """Append text, such as a traceback, to the file of stack dumps. Without a supervisor there is none."""
+        """Append text, such as a traceback, to the stack dumps. The supervisor writes them to the file of the node."""
         if self._stacks is not None:
-            with contextlib.suppress(OSError):  # a full disk: no traceback
+            with contextlib.suppress(OSError):  # no memory: no traceback
                 self._stacks.write(f"\nattempt {self.attempt}\n{text}")
                 self._stacks.flush()
 
@@ -112,22 +112,29 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+class ChildProcess(Protocol):
+    """The methods of `subprocess.Popen` that are used here."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
 class WorkerProcess:
     """A worker process, the newest state of its heartbeat, and why it was killed, if it was.
 
     `end_cause` is the `cause` of its exit report. `was_frozen` is True if no Python ran in it when it was killed.
     """
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], worker_spec: WorkerSpec, heartbeat: Heartbeat
-    ) -> None:
-        self.heartbeat, self.attempt, self._stacks = heartbeat, worker_spec.attempt, Path(worker_spec.stacks)
-        self._process = subprocess.Popen(
-            command,
-            env={**environment, VARIABLE: json.dumps(asdict(worker_spec))},
-            pass_fds=(heartbeat.descriptor,),
-            start_new_session=True,
-        )
+    def __init__(self, process: ChildProcess, worker_spec: WorkerSpec, heartbeat: Heartbeat) -> None:
+        """Take ownership of the descriptors of the heartbeat and of the stack dumps."""
+        self.heartbeat, self.attempt, self._process = heartbeat, worker_spec.attempt, process
+        self._stacks, self._stacks_taken = worker_spec.stacks, 0
         self.state: HeartbeatState = heartbeat.read()
         self.idle_seconds = self.unresponsive_seconds = self.killed_seconds = 0.0
         self.end_cause, self.was_frozen, self.is_killed = "exit", False, False
@@ -156,15 +163,22 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def dump_stacks(self, title: str) -> None:
-        """Append the stacks of the worker's Python threads to its file. This does not need the interpreter lock."""
-        with contextlib.suppress(OSError), self._stacks.open("a", encoding="utf-8") as file:  # a full disk: no dump
-            file.write(f"\n{title}\n")
-            file.flush()
-            size = file.tell()
-            self._signal(STACK_SIGNAL)
-            self._signal(signal.SIGCONT)  # a stopped process handles signals when it continues
-            self._await_stacks(size)
+    def dump_stacks(self, title: str) -> str:
+        """Return `title` and the stacks of the worker's Python threads. This does not need the interpreter lock."""
+        before = self.take_stacks()
+        self._signal(STACK_SIGNAL)
+        self._signal(signal.SIGCONT)  # a stopped process handles signals when it continues
+        self._await_stacks(self._stacks_taken)
+        return f"{before}\n{title}\n{self.take_stacks()}"
+
+    def take_stacks(self) -> str:
+        """Return the dumps and tracebacks that the worker has written since the last call."""
+        data = os.pread(self._stacks, max(0, self._stacks_bytes() - self._stacks_taken), self._stacks_taken)
+        self._stacks_taken += len(data)
+        return data.decode(errors="replace")
+
+    def _stacks_bytes(self) -> int:
+        return os.fstat(self._stacks).st_size
 
     def _await_stacks(self, size: int) -> None:
         """Wait until the dump that begins at byte `size` is complete. It then ends with a newline and stops growing."""
@@ -172,9 +186,14 @@ class WorkerProcess:
         while quiet < DUMP_QUIET_POLLS and self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
             self._signal(signal.SIGCONT)  # it may be stopped again during the dump
-            now = self._stacks.stat().st_size
-            whole = now > size and now == seen and self._stacks.read_bytes().endswith(b"\n")
+            now = self._stacks_bytes()
+            whole = now > size and now == seen and os.pread(self._stacks, 1, now - 1) == b"\n"
             seen, quiet = now, quiet + 1 if whole else 0
+
+    def close(self) -> None:
+        """Free the memory that was shared with the worker."""
+        self.heartbeat.close()
+        os.close(self._stacks)
 
     def kill(self, cause: str = "exit", frozen: bool = False) -> None:
         """Kill the worker and its process group. `poll` returns its exit code when the kernel has ended it.
@@ -196,3 +215,19 @@ class WorkerProcess:
                 os.killpg(self._process.pid, number)
             except (ProcessLookupError, PermissionError):  # its session does not exist yet
                 self._process.send_signal(number)
+
+
+StartWorker = Callable[[Sequence[str], Mapping[str, str], WorkerSpec, Heartbeat], WorkerProcess]
+
+
+def start_worker_process(
+    command: Sequence[str], environment: Mapping[str, str], worker_spec: WorkerSpec, heartbeat: Heartbeat
+) -> WorkerProcess:
+    """Start `command` as a worker process in a new session."""
+    process = subprocess.Popen(
+        command,
+        env={**environment, VARIABLE: json.dumps(asdict(worker_spec))},
+        pass_fds=(heartbeat.descriptor, worker_spec.stacks),
+        start_new_session=True,
+    )
+    return WorkerProcess(process, worker_spec, heartbeat)

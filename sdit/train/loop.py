@@ -80,5 +80,6 @@ class Trainer:
 
     def _stop_reason(self) -> str:
         """Return which rank was asked to stop, and why. All ranks call this."""
-        reasons = enumerate(self.context.comm.gather(self.context.signals.reason))
-        return next(f"rank {rank}: {reason}; the state is saved first" for rank, reason in reasons if reason)
+        comm, mine = self.context.comm, self.context.signals.reason
+        rank = comm.smallest(comm.rank if mine else comm.world)
+        return f"rank {rank}: {comm.from_rank(rank, mine)}; the state is saved first"

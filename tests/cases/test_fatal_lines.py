@@ -77,7 +77,8 @@ class ThreeRanks(NamedTuple):
 @pytest.fixture
 def three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ThreeRanks:
     from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
-    from sdit.supervise.rendezvous import Member, MemberRegistry, RendezvousStore
+    from sdit.supervise.members import Member, MemberRegistry
+    from sdit.supervise.rendezvous import RendezvousStore
     from sdit.supervise.unfinished import Unfinished
 
     monkeypatch.setattr("sdit.supervise.coordinator.LOST_SECONDS", 0.0)

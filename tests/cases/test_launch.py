@@ -185,7 +185,7 @@ def test_members_are_of_one_launch() -> None:
     """S1: The lock's holder admits a rank of its own launcher, and none of another one, whatever the variables say."""
     from sdit.supervise.admission import admit
     from sdit.supervise.launch import LaunchIdentity
-    from sdit.supervise.rendezvous import Member
+    from sdit.supervise.members import Member
 
     def member(
         rank: int, nonce: str, variables: str = "v", node: str = "n0", launcher: str = "7 100", parent: str = ""

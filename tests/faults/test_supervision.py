@@ -15,6 +15,7 @@ import pytest
 
 from sdit.errors import ExitCode
 from sdit.supervise.coordinator import LOST_SECONDS, free_port
+from sdit.supervise.log_files import log_path, mark_lines
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import FAKE, eventually, is_gone, newest_step, start_fake
 
@@ -24,6 +25,13 @@ STEPS = 12
 
 def attempts(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "logs" / "attempts.jsonl").read_text().splitlines()]
+
+
+def stacks_of(run_dir: Path, rank: int) -> str:
+    """The stack dumps of a rank. The file of a node has those of all its ranks but rank 0."""
+    mark = mark_lines("\n", rank).rstrip("\n")
+    lines = log_path(run_dir / "logs", rank, "stacks").read_text().splitlines()
+    return "\n".join(line.removeprefix(mark) for line in lines if line.startswith(mark))
 
 
 def test_undisturbed_run_ends_with_zero_and_says_nothing(tmp_path: Path) -> None:
@@ -51,7 +59,7 @@ def test_stalled_rank_is_told_from_those_that_wait_for_it(tmp_path: Path, kind: 
     (line,) = ranks.fatal
     assert "rank 1," in line and word in line, line
     for rank in range(3):
-        stacks = (tmp_path / "run" / "logs" / f"rank-{rank:03d}.stacks").read_text()
+        stacks = stacks_of(tmp_path / "run", rank)
         assert "attempt 1, step 6" in stacks and "fake_rank.py" in stacks, stacks
 
 
@@ -219,7 +227,7 @@ def test_supervisor_that_is_lost_after_its_worker_had_ended_is_not_awaited_for_e
         eventually(lambda: newest_step(run) >= 4)
         ranks.send(1, signal.SIGSTOP)
         eventually(lambda: newest_step(run) == 40)
-        eventually(lambda: list((run / "supervise").glob("*/end-0001-00000.json")))
+        eventually(lambda: list((run / "supervise").glob("*/end-0001/00000.json")))
         ranks.send(1, signal.SIGKILL)
         assert ranks.codes(seconds=LOST_SECONDS + 40) == [ExitCode.CRASH, -signal.SIGKILL]
     assert "rank 1," in ranks.fatal[0] and "does not answer" in ranks.fatal[0]

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sdit.supervise import rendezvous
+from sdit.launch_environment import SINGLE, RankInfo
+from sdit.supervise import members, rendezvous
+from sdit.supervise.admission import SILENT_SECONDS
+from sdit.supervise.members import Member, MemberRegistry
+from sdit.supervise.membership import announce_seconds
+from sdit.supervise.node_copy import NodeCopy
+from sdit.supervise.read_schedule import (
+    HEALTHY_READS_PER_SECOND,
+    LONGEST_SECONDS,
+    READS_PER_SECOND,
+    STORE_SECONDS,
+    read_seconds,
+    store_seconds,
+)
 from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
-from sdit.supervise.supervisor import POLL_SECONDS, READS_PER_SECOND, STORE_SECONDS, store_seconds
+from sdit.supervise.restart_policy import ExitReport
+from sdit.supervise.supervisor import POLL_SECONDS
 
 TOKEN = "0" * 32
 SPEC = AttemptSpec(attempt=1, members={"0": "a", "1": "b"}, order=(0, 1), hosts=("n0", "n1"))
@@ -26,7 +42,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(rendezvous, "read_json", counted)
+    for module in (members, rendezvous):
+        monkeypatch.setattr(module, "read_json", counted)
     return names
 
 
@@ -83,9 +100,64 @@ def test_deleted_files_are_missed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 4, 64, 512, 4096, 16384])
 def test_reads_of_all_ranks_together_are_limited(world: int) -> None:
-    assert world / store_seconds(world, has_worker=True) <= READS_PER_SECOND
+    info = RankInfo(1, world, 1 % world, min(8, world), SINGLE)
+    nodes = -(-world // info.local_world)
+    seconds = read_seconds(info, has_worker=True, coordinates=False, shares_reads=True)
+    assert nodes / seconds <= HEALTHY_READS_PER_SECOND * (1 + 1e-9) or seconds == LONGEST_SECONDS
+    assert seconds == store_seconds(nodes, has_worker=True) <= LONGEST_SECONDS
+    assert read_seconds(info, has_worker=True, coordinates=True, shares_reads=True) == STORE_SECONDS
     assert world / max(store_seconds(world, has_worker=False), POLL_SECONDS) <= READS_PER_SECOND
 
 
-def test_few_ranks_are_read_as_often_as_before() -> None:
-    assert store_seconds(500, has_worker=True) == STORE_SECONDS and store_seconds(100, has_worker=False) <= POLL_SECONDS
+def test_few_ranks_read_as_often_as_one() -> None:
+    assert store_seconds(64, has_worker=True) == STORE_SECONDS and store_seconds(100, has_worker=False) <= POLL_SECONDS
+
+
+@pytest.mark.parametrize("world", [2, 4096, 16384])
+def test_waiting_ranks_are_heard_before_they_count_as_lost(world: int) -> None:
+    assert announce_seconds(world) + store_seconds(world, has_worker=False) < SILENT_SECONDS
+
+
+def test_supervisors_of_a_node_read_the_store_once_together(tmp_path: Path, read: list[str]) -> None:
+    (tmp_path / "supervise").mkdir()
+    token = uuid.uuid4().hex
+    writer = RendezvousStore(tmp_path, token)
+    first, second = (RendezvousStore(tmp_path, token, NodeCopy(token)) for _ in range(2))
+    try:
+        writer.publish(SPEC)
+        assert second.copied_spec(60.0) is None
+        spec = first.attempt_spec()
+        assert spec is not None and spec.members == SPEC.members
+        read.clear()
+        assert second.copied_spec(60.0) == spec and read == []
+        assert second.copied_spec(0.0) is None  # too old: this process reads the store itself
+        writer.publish(AttemptSpec(attempt=2))
+        assert second.copied_spec(60.0) == spec
+        assert second.attempt_spec().attempt == 2 and first.copied_spec(60.0).attempt == 2  # type: ignore[union-attr]
+        assert read == ["beat.json", "plan.json"]
+        second.copy.discard()  # type: ignore[union-attr]
+        assert first.copied_spec(60.0) is None
+    finally:
+        NodeCopy(token).discard()
+
+
+def test_an_announcement_and_a_report_are_read_once(tmp_path: Path, read: list[str]) -> None:
+    registry, coordinator = MemberRegistry(tmp_path), MemberRegistry(tmp_path)
+    registry.open()
+    member = Member(1, "1" * 32, "n0", 1, "digest")
+    assert not registry.touch(member)
+    registry.post(member)
+    (before,) = coordinator.members()
+    os.utime(next((tmp_path / "supervise" / "waiting").iterdir()), (1, 1))
+    (after,) = coordinator.members()
+    assert after.beats == 10**9 != before.beats and len(read) == 1
+    replaced = replace(member, host="n1")
+    registry.post(replaced)
+    assert [each.host for each in coordinator.members()] == ["n1"] and len(read) == 2
+    store = RendezvousStore(tmp_path, TOKEN)
+    store.publish(SPEC)
+    for rank in range(3):
+        store.report_exit(1, ExitReport(rank, "n0", "exit", 0))
+        read.clear()
+        assert sorted(store.exit_reports(1)) == list(range(rank + 1)) and read == [f"{rank:05d}.json"]
+    assert store.exit_reports(2) == {}

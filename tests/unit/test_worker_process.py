@@ -16,22 +16,25 @@ import pytest
 
 from sdit.config import SuperviseConfig
 from sdit.launch_environment import SINGLE, RankInfo
-from sdit.supervise.heartbeat import Heartbeat, Phase
+from sdit.supervise.heartbeat import Heartbeat, Phase, memory_file
 from sdit.supervise.restart_policy import ExitReport
+from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.supervisor import Supervisor
-from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec
+from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec, start_worker_process
 
 PATIENCE_SECONDS = 30.0
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
     """A worker that no signal of its supervisor reaches. The test ends it through its process id."""
     heartbeat = Heartbeat.create()
     heartbeat.enter(Phase.STEP, 7)
-    spec = WorkerSpec(heartbeat.descriptor, attempt=2, parent=os.getpid(), stacks=str(tmp_path / "stacks"))
+    spec = WorkerSpec(heartbeat.descriptor, attempt=2, parent=os.getpid(), stacks=memory_file("stacks"))
     monkeypatch.setattr(WorkerProcess, "_signal", lambda *_: None)
-    worker = WorkerProcess([sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), spec, heartbeat)
+    worker = start_worker_process(
+        [sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), spec, heartbeat
+    )
     yield worker
     if not worker.wait(0.0):
         os.kill(worker.pid, signal.SIGKILL)
@@ -57,13 +60,13 @@ def test_kill_does_not_wait_and_a_process_that_remains_is_logged_once(
     ]
 
 
-def test_supervisor_goes_on_while_its_worker_ends_and_then_reports_why(worker: WorkerProcess) -> None:
+def test_supervisor_goes_on_while_its_worker_ends_and_then_reports_why(worker: WorkerProcess, tmp_path: Path) -> None:
     """The deadline is the cause, whenever the process ends."""
     config = SuperviseConfig(step_seconds=5.0)
     member = SimpleNamespace(host="n1", rank=0)
     job = SimpleNamespace(observe=None, run_dir=Path("run"))
     rank = SimpleNamespace(job=job, config=config, info=RankInfo(0, 1, 0, 1, SINGLE), member=member)
-    supervisor = Supervisor(rank, None, None)  # type: ignore[arg-type]
+    supervisor = Supervisor(rank, RunFolder(tmp_path), None, start_worker_process)  # type: ignore[arg-type]
     supervisor._worker, supervisor._attempt = worker, 2
     worker.poll(0.0)
     for _ in range(3):  # at the second poll it is past its deadline

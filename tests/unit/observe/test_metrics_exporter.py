@@ -19,8 +19,9 @@ import pytest
 from sdit.config import ObserveConfig
 from sdit.metrics.exporter import REVIVE_SECONDS, Exporter
 from sdit.metrics.shared_file import RankStatus, SharedMetricsFile
+from sdit.supervise.members import Member
 from sdit.supervise.metrics_publisher import MetricsPublisher
-from sdit.supervise.rendezvous import AttemptSpec, Member
+from sdit.supervise.rendezvous import AttemptSpec
 from tests.cluster.runs import free_ports
 
 WAIT_SECONDS = 60.0

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/scale.py: what is counted, and the phases of a run that are driven."""

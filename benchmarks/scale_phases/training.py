@@ -1,0 +1,171 @@
+"""The training processes of W virtual ranks: start, planning of a step, logging, a checkpoint, and its restore elsewhere.
+
+Rank 0 and the last rank are driven. The figures of all ranks are computed from them. Only the shards of a checkpoint are
+written for all ranks, because rank 0 commits them and readers open them. A shard has two tensors of a few numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from host import Case, plan_times
+
+from scale_phases.counting import CountedFolder, Counts
+from scale_phases.recording_group import RecordingGroup, recording_comm
+from scale_phases.supervision import RANKS_PER_NODE
+from scale_phases.table import Phase
+from sdit.checkpoint.files import ShardRecord
+from sdit.checkpoint.shard_set import ShardSet
+from sdit.checkpoint.store import CheckpointStore, Snapshot
+from sdit.clock import Clock
+from sdit.config import CheckpointConfig, Config
+from sdit.distributed.comm import Comm
+from sdit.observe.metrics_file import MetricsFile
+from sdit.observe.rank_log import RankLog
+from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.worker import WorkerContext
+from sdit.train.record import StepRecord
+from sdit.train.run_start import find_newest, open_run_folder
+from sdit.train.sums import BINS, FLAGS, PARTS, pack, unpack
+from sdit.train.timing import rank_report
+
+ELEMENTS = 16  # of a tensor in a shard
+IMAGES = 1000
+
+
+@dataclass
+class Driven:
+    """One rank that is driven: its `Comm`, and the group that counts."""
+
+    rank: int
+    comm: Comm
+    group: RecordingGroup
+
+
+def train_ranks(world: int, root: Path) -> Iterator[Phase]:
+    """Yield the phases of the training processes of `world` ranks, whose run folder is below `root`."""
+    run_dir = root / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    folder = CountedFolder(run_dir)
+    logging.disable(logging.WARNING)
+    with folder.counting():
+        yield _driven("ranks start", world, folder, lambda each: _start(each, run_dir))
+        yield _plan(world)
+        yield _driven("logged step", world, folder, lambda each: _log_step(each, run_dir))
+        yield from _save(world, folder, run_dir)
+        for name, reader in (("restore, same ranks", world), ("restore, half the ranks", max(1, world // 2))):
+            yield _driven(name, reader, folder, lambda each: _restore(each, run_dir, world), shown=world)
+
+
+def _driven(
+    name: str, world: int, folder: CountedFolder, action: Callable[[Driven], object], shown: int | None = None
+) -> Phase:
+    """Run an action on rank 0 and on the last rank, and return the phase."""
+    counts: dict[int, Counts] = {}
+    host: dict[int, float] = {}
+    messages: tuple[int, float] = (0, 0.0)
+    broadcasts: list[torch.Tensor] = []
+    for rank in sorted({0, world - 1}):
+        with recording_comm(rank, world, min(RANKS_PER_NODE, world)) as (comm, group):
+            group.replay(broadcasts)
+            folder.take()
+            folder.owner = rank
+            started = time.thread_time()
+            action(Driven(rank, comm, group))
+            host[rank] = time.thread_time() - started
+            counts |= folder.take()
+            messages = group.take()
+    phase = Phase.of(name, world, RANKS_PER_NODE, 0.0, counts, host, messages)
+    return phase if shown is None else Phase(**{**vars(phase), "ranks": shown})
+
+
+def _start(each: Driven, run_dir: Path) -> None:
+    """Agree on the layout of the nodes, on the run folder, and on the checkpoint to start from."""
+    each.comm.gather(each.comm.info.local_world)
+    with open_run_folder(each.comm, str(run_dir), WorkerContext.from_environment({})) as folder:
+        find_newest(folder, CheckpointConfig(), each.comm)
+
+
+def _plan(world: int) -> Phase:
+    """Plan a micro-step of S/2 with 16 experts. EP is 8, or the number of ranks if there are fewer."""
+    milliseconds, _ = plan_times(Case("S/2", 16, min(8, world), world), repeats=3)
+    seconds = milliseconds / 1000
+    return Phase.of("plan of a step", world, RANKS_PER_NODE, 0.0, {}, {0: seconds, 1: seconds})
+
+
+def _log_step(each: Driven, run_dir: Path) -> None:
+    """Sum the losses and flags of a step, compare the work of the ranks, and write the record on rank 0."""
+    parts = torch.ones(len(PARTS), dtype=torch.float64)
+    share = pack(
+        parts, torch.ones((), dtype=torch.float64), (0.0,) * len(FLAGS), torch.ones(2, BINS, dtype=torch.float64)
+    )
+    sums = unpack(each.comm.sum(share))
+    work = torch.tensor([1.0], dtype=torch.float64)
+    report = rank_report(each.comm.interleave(work).tolist())
+    record = StepRecord(step=1, images_seen=IMAGES, loss=sums.parts[0], logged=True, **report)
+    observers: list[Any] = [RankLog(run_dir, each.comm.info)]
+    if each.comm.is_first:
+        observers.append(MetricsFile(run_dir))
+    for observer in observers:
+        observer.on_step(Clock(IMAGES, 1), record)
+        observer.close()
+
+
+def _save(world: int, folder: CountedFolder, run_dir: Path) -> Iterator[Phase]:
+    """Write the shards of all ranks, let the ranks agree, and commit on rank 0."""
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    with RunFolder(run_dir) as run:
+        gathered: list[dict[str, Any] | None] = []
+        host: dict[int, float] = {}
+        messages: tuple[int, float] = (0, 0.0)
+        with recording_comm(0, world, min(RANKS_PER_NODE, world)) as (comm, group):
+            for rank in range(world):
+                comm.rank, folder.owner = rank, rank
+                store = CheckpointStore(run_dir / "checkpoints", CheckpointConfig(), comm, run)
+                records: list[ShardRecord] = []
+                snapshot = _snapshot(rank)
+                started = time.thread_time()
+                problem = store.write_shard(snapshot, records)
+                assert problem is None, problem
+                if rank == 0:
+                    store.agree(problem, IMAGES, store.listed(records, snapshot))
+                    messages = group.take()
+                host[rank] = time.thread_time() - started
+                gathered.append(store.listed(records, snapshot))
+            comm.rank, folder.owner = 0, 0
+            counts = folder.take()
+            yield Phase.of("checkpoint, shards", world, RANKS_PER_NODE, 0.0, counts, host, messages)
+            started = time.thread_time()
+            problem = store.commit(_snapshot(0), gathered)
+            assert problem is None, problem
+            seconds = time.thread_time() - started
+        yield Phase.of("checkpoint, commit", world, RANKS_PER_NODE, 0.0, folder.take(), {0: seconds})
+
+
+def _snapshot(rank: int) -> Snapshot:
+    """Return the state of a rank: its own range of one tensor, and a part of the expert weights of its node."""
+    values = np.full(ELEMENTS, rank, dtype=np.float32)
+    tensors = {f"weight/dense{rank}@0": values, f"weight/expert{rank}@0": values}
+    facts: Mapping[str, Any] = {
+        "clock": {"images_seen": IMAGES, "steps": 1}, "config": Config().model_dump(mode="json"),
+    }  # fmt: skip
+    return Snapshot(IMAGES, tensors, {name.partition("@")[0]: (ELEMENTS,) for name in tensors}, facts)
+
+
+def _restore(each: Driven, run_dir: Path, written_by: int) -> None:
+    """Find and verify the checkpoint, and read what this rank needs: the tensors of `written_by / world` ranks."""
+    with RunFolder(run_dir) as run:
+        found = CheckpointStore(run_dir / "checkpoints", CheckpointConfig(resume="must"), each.comm, run).find()
+        assert found is not None
+        share = written_by // each.comm.world
+        with ShardSet(found.folder, found.manifest) as shards:
+            for source in range(each.rank * share, (each.rank + 1) * share):
+                for kind in ("dense", "expert"):
+                    shards.read_into(f"weight/{kind}{source}", 0, torch.empty(ELEMENTS))
