@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +10,18 @@ import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor
 
-from sdit.config import ModelConfig, MoeConfig
+from sdit.config import ModelConfig, MoeConfig, load_config
 from sdit.errors import ConfigError
 from sdit.interop import load_published, to_published
 from sdit.interop.fitting import fit_weights
-from sdit.model import DiffusionTransformer, build_model, init_weights
+from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.model.moe import mlp_experts
 from sdit.model.moe.experts import build_token_experts
 from sdit.model.moe.token_gate import TokenGate
 from sdit.model.moe.token_local import LocalTokenPass
 from sdit.model.moe.token_moe import TokenMoe
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL: dict[str, Any] = {
     "variant": "dit", "depth": 2, "width": 16, "heads": 2, "input_size": 8, "channels": 3, "classes": 5, "timesteps": 50,
 }  # fmt: skip
@@ -192,3 +194,14 @@ def test_an_upcycled_model_is_the_dense_model() -> None:
     for more in ({"kind": "swiglu"}, {"kind": "mlp", "hidden_ratio": 2.0}):
         with pytest.raises(ConfigError, match=r"model\.moe: experts of kind .*; legal: kind mlp and hidden_ratio 4"):
             fit_weights(build_model(SMALL | {"moe": {"experts": 4, **more}}), published, ())
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [("ditmoe_s2_8e2a", 199e6, 71e6), ("ditmoe_b2_8e2a", 795e6, 286e6), ("ditmoe_xl2_8e2a", 4.1e9, 1.5e9)],
+)
+def test_presets_have_the_published_numbers_of_parameters(preset: str, total: float, active: float) -> None:
+    """arXiv 2407.11633, table 1: two or three digits, rounded or cut off."""
+    config = load_config(CONFIGS / f"{preset}.yaml")
+    count = count_parameters(build_model(config.model, device="meta"))
+    assert (count.total, count.active) == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
