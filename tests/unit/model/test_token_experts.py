@@ -201,7 +201,7 @@ def test_an_upcycled_model_is_the_dense_model() -> None:
     [("ditmoe_s2_8e2a", 199e6, 71e6), ("ditmoe_b2_8e2a", 795e6, 286e6), ("ditmoe_xl2_8e2a", 4.1e9, 1.5e9)],
 )
 def test_presets_have_the_published_numbers_of_parameters(preset: str, total: float, active: float) -> None:
-    """arXiv 2407.11633, table 1: two or three digits, rounded or cut off."""
+    """arXiv 2407.11633 gives two or three digits, rounded or cut off."""
     config = load_config(CONFIGS / f"{preset}.yaml")
     count = count_parameters(build_model(config.model, device="meta"))
     assert (count.total, count.active) == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
