@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,12 @@ LAYOUTS: dict[str, tuple[str, int, tuple[str, ...], int]] = {  # name -> run, ra
     "choice two ranks": ("choice", 2, ("train.micro_batch=8", RECOMPUTED), 0),
     "sample two ranks": ("sample", 2, ("train.micro_batch=8",), 1),
 }
-EXACT = [name for name, (run, *_) in LAYOUTS.items() if name != run and "bf16" not in name]
+QUICK = ("aux", "bias", "aux two ranks recomputed", "bias two ranks")  # the others are trained for slow tests
+EXACT = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name, (run, *_) in LAYOUTS.items()
+    if name != run and "bf16" not in name
+]
 KEYS = ("loss", "grad_norm", "aux_loss", "router_entropy", "token_load_max_over_mean", "token_dropped_fraction")
 
 
@@ -51,14 +57,25 @@ def _case(folder: Path, layout: str, *more: str) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
-    for world in (1, 2):
-        layouts = [name for name, (_, ranks, *_) in LAYOUTS.items() if ranks == world]
-        train_together(world, [_case(folder / name, name) for name in layouts], folder)
+    _train(folder, QUICK)
     return folder
 
 
+@pytest.fixture(scope="module")
+def all_runs(runs: Path) -> Path:
+    _train(runs, [name for name in LAYOUTS if name not in QUICK])
+    return runs
+
+
+def _train(folder: Path, names: Sequence[str]) -> None:
+    for world in (1, 2):
+        cases = [_case(folder / name, name) for name in names if LAYOUTS[name][1] == world]
+        train_together(world, cases, folder)
+
+
 @pytest.mark.parametrize("layout", EXACT)
-def test_losses_do_not_depend_on_the_layout(runs: Path, layout: str) -> None:
+def test_losses_do_not_depend_on_the_layout(request: pytest.FixtureRequest, layout: str) -> None:
+    runs = request.getfixturevalue("runs" if layout in QUICK else "all_runs")
     wanted, found = metrics_of(runs / LAYOUTS[layout][0]), metrics_of(runs / layout)
     assert len(wanted) == STEPS
     for want, got in zip(wanted, found, strict=True):
@@ -67,22 +84,30 @@ def test_losses_do_not_depend_on_the_layout(runs: Path, layout: str) -> None:
         assert got["token_load"] == want["token_load"]
 
 
-def test_the_bias_moves_by_its_rate_in_every_step_and_is_its_own_average(runs: Path) -> None:
+@pytest.mark.parametrize("layout", ["bias", "bias two ranks", pytest.param("bias bf16", marks=pytest.mark.slow)])
+def test_the_bias_moves_by_its_rate_in_every_step_and_is_its_own_average(
+    request: pytest.FixtureRequest, layout: str
+) -> None:
+    runs = request.getfixturevalue("runs" if layout in QUICK else "all_runs")
     name = "model.blocks.1.moe.gate.e_score_correction_bias"
-    for layout in ("bias", "bias two ranks", "bias bf16"):
-        bias = tensors_of(runs / layout, "weight")[name]
-        steps = bias / 0.01
-        assert bias.any() and torch.allclose(steps, steps.round(), atol=1e-4) and steps.abs().max() <= STEPS + 1e-4
-        assert torch.equal(bias, tensors_of(runs / layout, "ema")[name])
-    assert torch.equal(*(tensors_of(runs / layout, "weight")[name] for layout in ("bias", "bias two ranks")))
+    bias = tensors_of(runs / layout, "weight")[name]
+    steps = bias / 0.01
+    assert bias.any() and torch.allclose(steps, steps.round(), atol=1e-4) and steps.abs().max() <= STEPS + 1e-4
+    assert torch.equal(bias, tensors_of(runs / layout, "ema")[name])
+    if "bf16" not in layout:
+        assert torch.equal(bias, tensors_of(runs / "bias", "weight")[name])
 
 
-def test_capacity_drops_pairs(runs: Path) -> None:
-    assert all(record["token_dropped_fraction"] > 0 for record in metrics_of(runs / "sample"))
-    assert all(record["token_dropped_fraction"] == 0 for record in metrics_of(runs / "aux"))
+@pytest.mark.slow
+def test_capacity_drops_pairs(all_runs: Path) -> None:
+    assert all(record["token_dropped_fraction"] > 0 for record in metrics_of(all_runs / "sample"))
+    assert all(record["token_dropped_fraction"] == 0 for record in metrics_of(all_runs / "aux"))
 
 
-@pytest.mark.parametrize("layout", ["bias", "bias two ranks", "aux two ranks"])
+SLOW_RESUMES = [pytest.param(layout, marks=pytest.mark.slow) for layout in ("bias", "aux two ranks recomputed")]
+
+
+@pytest.mark.parametrize("layout", ["bias two ranks", *SLOW_RESUMES])
 def test_a_resumed_run_has_the_same_bits(runs: Path, layout: str, tmp_path: Path) -> None:
     straight, resumed = runs / layout, tmp_path / "resumed"
     name = f"checkpoints/images-{HALF * BATCH:012d}"
