@@ -11,7 +11,7 @@ from torch import Tensor
 from sdit.model.moe import merged
 from sdit.model.moe.grouped import grouped_mlp, has_grouped_product, sort_pairs
 from sdit.model.moe.kernels import has_triton
-from sdit.model.moe.mlp_experts import STACKS, MlpExperts
+from sdit.model.moe.mlp_experts import MlpExperts
 
 TOKENS, TOP_K = 256, 2
 
@@ -76,7 +76,7 @@ def mlp_rows(machine: Machine, samples: int, width: int, experts: int) -> Iterat
         torch.nn.init.normal_(parameter, std=width**-0.5)
     z = drawn(machine, samples, tokens, width).requires_grad_()
     gates = drawn_gates(machine, samples, experts)
-    stacks = [getattr(module, name) for name in STACKS]
+    stacks = [getattr(module, name) for name in MlpExperts.stacks]
     ways: dict[str, Callable[[], Tensor]] = {"as used": lambda: module(z, gates)}
     if has_grouped_product(machine.device, torch.bfloat16, (width, 4 * width)):
         ways["grouped"] = lambda: grouped_mlp(z, gates, sort_pairs(gates, TOP_K), stacks)

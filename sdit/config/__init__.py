@@ -9,6 +9,7 @@ from sdit.config.loading import (
     config_manual,
     describe_error,
     dump_config,
+    is_inside_null,
     is_path,
     load_config,
     parse_config,
@@ -16,7 +17,7 @@ from sdit.config.loading import (
     read_yaml,
     shown,
 )
-from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig
+from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig, MoeConfig
 from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.config.schema import (
     EXCHANGE_SPEEDS,
@@ -49,6 +50,7 @@ __all__ = [
     "EmaConfig",
     "ExpertsConfig",
     "ModelConfig",
+    "MoeConfig",
     "ObserveConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "describe_error",
     "dump_config",
     "dump_yaml",
+    "is_inside_null",
     "is_path",
     "largest_world",
     "load_config",

@@ -98,6 +98,12 @@ def largest_world(config: Config, ranks: int) -> int:
 
 def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
     """Return EP. It is 1 for models without experts."""
+    if config.model.moe is not None:
+        if config.parallel.expert not in (1, "auto"):
+            raise ConfigError(
+                f"parallel.expert: {config.parallel.expert} with model.moe, whose experts each rank has; legal: 1, auto"
+            )
+        return 1
     if config.model.variant != "switch":
         return 1
     return choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, ranks_per_node)

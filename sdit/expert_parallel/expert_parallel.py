@@ -19,6 +19,7 @@ from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
+from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
@@ -64,6 +65,8 @@ class ExpertParallel:
         self.placed.shard(model, init_weights, is_random)
         if self.is_planned:
             model.dispatcher = self
+        if model.config.moe is not None and self._comm.world > 1:
+            model.token_dispatcher = ReplicatedTokenDispatcher()
 
     def stored(self) -> dict[str, Any] | None:
         """Return the placement, and the speeds of the group if they were measured, as a checkpoint carries them."""

@@ -52,16 +52,17 @@ def grid_positions(side: int, width: int, base: int | None = None) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
 
 
-def float_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b in float32, also under autocast and where TF32 is allowed.
 
     The result is an exact function of the stored weights.
     """
+    added = None if bias is None else bias.float()
     with torch.autocast(x.device.type, enabled=False):
         if not torch.backends.cuda.matmul.allow_tf32:
-            return F.linear(x.float(), weight.float(), bias.float())
+            return F.linear(x.float(), weight.float(), added)
         with tf32_products(False):
-            return F.linear(x.float(), weight.float(), bias.float())
+            return F.linear(x.float(), weight.float(), added)
 
 
 class PatchEmbedding(nn.Module):

@@ -23,6 +23,49 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class SiluMlp(Mlp):
+    """The same with SiLU. The dense blocks of DSMoE have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+class _SiluTimes(torch.autograd.Function):
+    """Returns SiLU(a) b for a and b of equal shape. It saves its inputs only; autograd would also save SiLU(a)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+
+
+def silu_times(a: Tensor, b: Tensor) -> Tensor:
+    """Return SiLU(a) b for a and b of equal shape."""
+    result: Tensor = _SiluTimes.apply(a, b)
+    return result
+
+
+class GatedMlp(nn.Module):
+    """A gated MLP without biases, V (SiLU(G x) U x), (B, L, D) -> (B, L, D). The shared experts of DiT-MoE have it."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))
+
+
 class _SiluProduct(torch.autograd.Function):
     """Returns SiLU(a) b (..., H) of [a, b] (..., 2H). It saves its input only; autograd would also save SiLU(a)."""
 

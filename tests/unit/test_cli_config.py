@@ -87,7 +87,7 @@ def test_train_starts_from_the_digits_and_zero1() -> None:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (("train", "--config", "digit"), "'digit' is not a preset; did you mean digits? legal: digits, fashion_mnist"),
+        (("train", "--config", "digit"), "'digit' is not a preset; did you mean digits? legal: digits, ditmoe_b2_8e2a"),
         (("train", "--ds_config", "zero3"), "'zero3' is not a preset; did you mean zero2? legal: zero0, zero1"),
         (("plan", "imagenet"), "or a path with a slash or the ending .yaml"),
         (("config", "show", "x"), "'x' is not a preset; legal: digits"),
