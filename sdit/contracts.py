@@ -61,12 +61,15 @@ class Routing:
 class ModelOutput:
     """The `prediction` (B, C_out, H, W) and the `routing` that it was computed with. It is the same type in train and eval.
 
-    `aux_loss` is the scalar that token-routed experts add to the loss in training, summed over blocks (None: no such experts).
+    `aux_loss` is the scalar that token-routed experts add to the loss in training, weighted and summed over their blocks (None:
+    no such experts). Its mean over ranks is that of the micro-step. It is 0 where no gradient is asked for. `tokens` are the
+    `TokenStatistics` of these blocks.
     """
 
     prediction: Tensor
     routing: Routing
     aux_loss: Tensor | None = None
+    tokens: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,48 @@ class Dispatcher(Protocol):
 
     def forward_pass(self, task: Tensor) -> ForwardPass:
         """Return the pass for samples with gate tasks (B,). The model calls it once per forward pass, before block 0."""
+        ...
+
+
+class TokenPass(Protocol):
+    """Moves tokens to token-routed experts and back during one forward and backward pass. It has no parameters.
+
+    A block calls `dispatch`, `compute` and `combine` in this order, and computes its shared experts after `dispatch`. Only the
+    pass uses the values that `dispatch` and `compute` return. All gradients (x, weights of the routes, experts) are computed
+    by autograd. If activation checkpointing computes a block again in backward, the block makes the same calls again, with the
+    same choice of experts: `choices` holds the `TokenChoice` of each block since its first computation.
+    """
+
+    choices: dict[int, Any]
+
+    def dispatch(self, block: SupportsIndex, x: Tensor, routes: Any, experts: Any) -> Any:
+        """Start to send tokens x (N, D) to their experts. `routes` are the block's `TokenRoutes` of these N tokens.
+
+        `experts` (an `Experts`, or a wrapper with its `local` experts) are those of the block that this process has.
+        """
+        ...
+
+    def compute(self, dispatched: Any) -> Any:
+        """Compute the local experts on local and received tokens, and start to send results back."""
+        ...
+
+    def combine(self, computed: Any) -> Tensor:
+        """Return the sum (N, D) over experts of weight times output for each token, in the dtype of the experts.
+
+        Wait for the results of other ranks. A token without an expert gets zeros.
+        """
+        ...
+
+    def sum_over_ranks(self, counts: Tensor) -> Tensor:
+        """Return int64 counts, summed over all ranks of the micro-step. Only training calls it, at the end of a forward pass."""
+        ...
+
+
+class TokenDispatcher(Protocol):
+    """Creates token passes. It is the only object that differs between EP = 1 and EP = n."""
+
+    def forward_pass(self) -> TokenPass:
+        """Return a new pass. The model calls it once per forward pass, before block 0."""
         ...
 
 

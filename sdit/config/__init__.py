@@ -16,7 +16,7 @@ from sdit.config.loading import (
     read_yaml,
     shown,
 )
-from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig
+from sdit.config.model import SIZES, DtrConfig, ExpertsConfig, ModelConfig, MoeConfig
 from sdit.config.resolved import ResolvedRun, check_trainable, largest_world, resolve_run
 from sdit.config.schema import (
     MAX_SIGMA_REL,
@@ -46,6 +46,7 @@ __all__ = [
     "EmaConfig",
     "ExpertsConfig",
     "ModelConfig",
+    "MoeConfig",
     "ObserveConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -45,6 +47,68 @@ class DtrConfig(Section):
     beta: float = field(0.8, "fraction of the channels that is active", gt=0, le=1)
 
 
+class MoeConfig(Section):
+    experts: int = field(8, "M, token-routed experts of a block", ge=1)
+    top_k: int = field(2, "k, experts of a token under router token (k <= M)", ge=1)
+    shared: int = field(0, "shared experts, which all tokens use, as one network; 0: none", ge=0)
+    shared_ratio: float | None = field(
+        None, "hidden width of one shared expert over the model width; null: hidden_ratio", gt=0
+    )
+    kind: Literal["mlp", "swiglu"] = field("swiglu", "mlp: two layers with GELU and biases; swiglu: gated, no biases")
+    hidden_ratio: float = field(4.0, "hidden width of an expert over the model width", gt=0)
+    router: Literal["token", "expert_choice"] = field(
+        "token", "token: each token takes k experts; expert_choice: each expert takes its tokens of an image (EC-DiT)"
+    )
+    score: Literal["softmax", "sigmoid"] = field("softmax", "from the logits of the gate to the scores of the experts")
+    renormalize: bool = field(False, "router token: divide the weights of a token by their sum")
+    scale: float = field(1.0, "factor on the weights of the experts", gt=0)
+    balance: Literal["none", "aux", "bias"] = field(
+        "none", "even loads, router token: aux adds a loss, bias moves a bias per expert once per step (no loss)"
+    )
+    aux_weight: float | None = field(0.01, "balance aux: weight of the loss of each block", ge=0)
+    aux_scope: Literal["sample", "batch"] = field(
+        "batch",
+        "balance aux: even loads over a micro-step of all ranks (depends on train.micro_batch), or over each image",
+    )
+    bias_rate: float | None = field(0.001, "balance bias: change of the bias per step", gt=0)
+    capacity_factor: float | None = field(
+        None,
+        "tokens of an image that an expert may take in training over the mean load L*k/M; null: no limit; expert_choice: "
+        "the tokens that it takes over L/M, also while sampling; null: top_k",
+        gt=0,
+    )
+    every: int = field(1, "blocks from one with experts to the next; the blocks between have an MLP", ge=1)
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> MoeConfig:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k: {self.top_k} is more than moe.experts {self.experts}; legal: 1..{self.experts}")
+        if self.router == "expert_choice" and self.balance != "none":
+            raise ValueError(f"balance: {self.balance} with router expert_choice, whose loads are even; legal: none")
+        for kind, key in (("aux", "aux_weight"), ("bias", "bias_rate")):
+            if self.balance == kind and getattr(self, key) is None:
+                raise ValueError(f"{key}: null with balance {kind}; legal: a number")
+        return self
+
+    def hidden(self, width: int) -> int:
+        """Return the hidden width of an expert of a model of this width."""
+        return round(width * self.hidden_ratio)
+
+    def shared_hidden(self, width: int) -> int:
+        """Return the hidden width of the network of all shared experts. 0: there are none."""
+        return round(width * self.shared * (self.hidden_ratio if self.shared_ratio is None else self.shared_ratio))
+
+    def limit(self, tokens: int) -> int | None:
+        """Return the most tokens that an expert takes of an image of `tokens`, in training. None: no limit."""
+        if self.router == "expert_choice":
+            factor = self.top_k if self.capacity_factor is None else self.capacity_factor
+            return min(tokens, max(1, math.floor(Fraction(repr(factor)) * tokens / self.experts)))
+        if self.capacity_factor is None:
+            return None
+        # The exact decimal: in floats 1.1 * 110 is 121.00000000000001, which would give one more token.
+        return min(tokens, math.ceil(Fraction(repr(self.capacity_factor)) * tokens * self.top_k / self.experts))
+
+
 class ModelConfig(Section):
     variant: Literal["switch", "dtr", "dit"] = field("switch", "Switch-DiT, DTR or plain DiT")
     size: str | None = field(
@@ -60,7 +124,9 @@ class ModelConfig(Section):
     learn_variance: bool = field(True, "also predict the reverse variance (doubles the output channels)")
     mlp_ratio: float = field(4.0, "hidden width of the MLP over the width; swiglu has 2/3 of it", gt=0)
     norm: Literal["layer", "rms"] = field("layer", "norm of the branches and the output layer; rms has learned weights")
-    ffn: Literal["gelu", "swiglu"] = field("gelu", "MLP of a block: two layers with GELU, or a gated one with SiLU")
+    ffn: Literal["gelu", "silu", "swiglu"] = field(
+        "gelu", "MLP of a block: two layers with GELU or SiLU between them, or a gated one with SiLU (swiglu)"
+    )
     qk_norm: Literal["none", "rms", "layer"] = field("none", "norm of queries and keys over the channels of a head")
     rope: bool = field(False, "turn queries and keys by row and column; width / heads must be a multiple of 4")
     positions: Literal["sincos", "none"] = field("sincos", "position embedding that is added to the patches")
@@ -73,6 +139,7 @@ class ModelConfig(Section):
     timesteps: int = field(1000, "T, number of denoising tasks of the gate", ge=2)
     experts: ExpertsConfig = field(ExpertsConfig(), "switch: the experts of each block")
     dtr: DtrConfig = field(DtrConfig(), "dtr: the channel masks; alpha also shapes the diffusion prior")
+    moe: MoeConfig | None = field(None, "token-routed experts in place of the MLP of a block; null: none")
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +176,34 @@ class ModelConfig(Section):
             least = f"at least {2 if self.ffn == 'swiglu' else 1} / width {self.width}"
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} gives an MLP without hidden channels; legal: {least}")
         return self
+
+    @model_validator(mode="after")
+    def _moe_fits(self) -> ModelConfig:
+        if self.moe is None:
+            return self
+        if self.moe.every > self.depth:
+            raise ValueError(
+                f"moe.every: {self.moe.every} leaves no block with experts; legal: 1..{self.depth} (depth)"
+            )
+        for key, hidden in (
+            ("hidden_ratio", self.moe.hidden(self.width)),
+            ("shared_ratio", self.moe.shared_hidden(self.width) if self.moe.shared else 1),
+        ):
+            if hidden < 1:
+                raise ValueError(
+                    f"moe.{key}: {getattr(self.moe, key)} gives experts without hidden channels; "
+                    f"legal: at least 1 / width {self.width}"
+                )
+        return self
+
+    def has_moe(self, block: int) -> bool:
+        """Return True if this block has token-routed experts: the last one of every `moe.every` blocks."""
+        return self.moe is not None and (block + 1) % self.moe.every == 0
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """The blocks with token-routed experts."""
+        return [block for block in range(self.depth) if self.has_moe(block)]
 
     @property
     def head_width(self) -> int:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdit.config import ModelConfig
-from sdit.model.feed_forward import Mlp, SwiGlu
+from sdit.model.feed_forward import Mlp, SiluMlp, SwiGlu
+from sdit.model.moe.token_moe import TokenMoe
 from sdit.model.norm import HeadNorm, ModulatedNorm, add_product
 from sdit.model.rope import RotaryEmbedding
 
@@ -37,19 +38,24 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "silu": SiluMlp, "swiglu": SwiGlu}
+
+
 class Block(nn.Module):
     """Attention and MLP residual branches on tokens (B, L, D).
 
-    The condition (B, D) determines shift, scale and gate of each branch.
+    The condition (B, D) determines shift, scale and gate of each branch. `moe` are the token-routed experts of a block that
+    has them in place of `mlp`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, has_moe: bool = False) -> None:
         super().__init__()
         width = config.width
         self.norm1 = ModulatedNorm(width, config.norm)
         self.attn = Attention(config)
         self.norm2 = ModulatedNorm(width, config.norm)
-        self.mlp = (SwiGlu if config.ffn == "swiglu" else Mlp)(width, config.hidden)
+        self.mlp = None if has_moe else MLPS[config.ffn](width, config.hidden)
+        self.moe = TokenMoe(config) if has_moe else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, z: Tensor, c: Tensor, rope: RotaryEmbedding | None = None) -> Tensor:
@@ -62,9 +68,17 @@ class Block(nn.Module):
 
     def branches(self, z: Tensor, modulation: Tensor, rope: RotaryEmbedding | None = None) -> Tensor:
         """Return the tokens z (B, L, D) with both residual branches added."""
+        assert self.mlp is not None
+        z, x, gate = self.attend(z, modulation, rope)
+        return add_product(z, gate, self.mlp(x))
+
+    def attend(
+        self, z: Tensor, modulation: Tensor, rope: RotaryEmbedding | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return z (B, L, D) with the attention branch added, and input (B, L, D) and gate (B, 1, D) of the MLP branch."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         z = add_product(z, gate_a[:, None], self.attn(self.norm1(z, shift_a, scale_a), rope))
-        return add_product(z, gate_m[:, None], self.mlp(self.norm2(z, shift_m, scale_m)))
+        return z, self.norm2(z, shift_m, scale_m), gate_m[:, None]
 
 
 class FinalLayer(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sdit.config import ModelConfig
-from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing
+from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing, TokenDispatcher, TokenPass
+from sdit.model.balance import token_balance_loss
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
 from sdit.model.hub import Pretrained
@@ -17,6 +18,9 @@ from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts
 from sdit.model.moe.gate import gate_probabilities, sparse_gates
 from sdit.model.moe.local import LocalDispatcher
+from sdit.model.moe.token_local import LocalTokenDispatcher
+from sdit.model.moe.token_routes import TokenStatistics
+from sdit.model.norm import add_product
 from sdit.model.rope import RotaryEmbedding
 
 
@@ -66,16 +70,41 @@ class Layer(nn.Module):
         if self.router is None:
             extra = z * (route[:, None] - 1)
             return self.block(z + extra, c, self.rope).sub_(extra)
-        assert forward_pass is not None
-        computed = forward_pass.compute(forward_pass.dispatch(self.index, z, route, self.router.experts))
-        modulation = self.block.modulation(
-            c
-        )  # computed before `combine`, so that it overlaps with the transfer of the results
-        m = forward_pass.combine(computed)
+        m, modulation = self.mixture(z, c, route, forward_pass)
         if not self.block.training:  # saves one pass over the tokens; in training it would add two passes to backward
             return self.block.branches(torch.addcmul(z, z, m), modulation, self.rope).addcmul_(z, m, value=-1)
         extra = z * m
         return self.block.branches(z + extra, modulation, self.rope).sub_(extra)
+
+    def mixture(self, z: Tensor, c: Tensor, gates: Tensor, forward_pass: ForwardPass | None) -> tuple[Tensor, Tensor]:
+        """Return the mixture m (B, L, D) of the router's experts, and the modulation of the block."""
+        assert forward_pass is not None and self.router is not None
+        computed = forward_pass.compute(forward_pass.dispatch(self.index, z, gates, self.router.experts))
+        modulation = self.block.modulation(
+            c
+        )  # computed before `combine`, so that it overlaps with the transfer of the results
+        return forward_pass.combine(computed), modulation
+
+
+class TokenLayer(Layer):
+    """A layer whose block has token-routed experts. Their statistics are outputs, as activation checkpointing needs it."""
+
+    def forward(  # type: ignore[override]
+        self, z: Tensor, c: Tensor, route: Tensor | None, forward_pass: ForwardPass | None, tokens: TokenPass
+    ) -> tuple[Tensor, ...]:
+        """Return the tokens (B, L, D) as `Layer` does, and the fields of the `TokenStatistics`."""
+        assert self.block.moe is not None
+        extra = None
+        if route is None or self.router is None:
+            modulation = self.block.modulation(c)
+            extra = None if route is None else z * (route[:, None] - 1)
+        else:
+            m, modulation = self.mixture(z, c, route, forward_pass)
+            extra = z * m
+        z, x, gate = self.block.attend(z if extra is None else z + extra, modulation, self.rope)
+        y, statistics = self.block.moe(x, self.index, tokens)
+        z = add_product(z, gate, y)
+        return z if extra is None else z.sub_(extra), *statistics
 
 
 class DiffusionTransformer(nn.Module, Pretrained):
@@ -92,7 +121,7 @@ class DiffusionTransformer(nn.Module, Pretrained):
         self.t_embedder = TimestepEmbedding(width)
         self.y_embedder = LabelEmbedding(config.classes, width) if config.classes else None
         self.feat_rope = RotaryEmbedding(config.tokens, config.head_width) if config.rope else None
-        blocks = [Block(config) for _ in range(config.depth)]
+        blocks = [Block(config, config.has_moe(i)) for i in range(config.depth)]
         routers = [Router(config) for _ in blocks] if config.variant == "switch" else []
         self.blocks, self.routers = nn.ModuleList(blocks), nn.ModuleList(routers)
         self.final_layer = FinalLayer(config)
@@ -103,9 +132,11 @@ class DiffusionTransformer(nn.Module, Pretrained):
                 "channel_mask", torch.empty(config.timesteps, width, dtype=torch.bool), persistent=False
             )
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.token_dispatcher: TokenDispatcher = LocalTokenDispatcher()
         # In a tuple the layers are not submodules, so blocks and routers keep their parameter names.
         self.layers = tuple(
-            Layer(i, block, routers[i] if routers else None, self.feat_rope) for i, block in enumerate(blocks)
+            (Layer if block.moe is None else TokenLayer)(i, block, routers[i] if routers else None, self.feat_rope)
+            for i, block in enumerate(blocks)
         )
 
     @property
@@ -156,9 +187,30 @@ class DiffusionTransformer(nn.Module, Pretrained):
         if self.config.positions == "sincos":
             z = z + self.pos_embed.to(self._dtype)
         c = c.to(z.dtype)
-        for layer, route in zip(self.layers, routes, strict=True):
-            z = layer(z, c, route, forward_pass)
-        return ModelOutput(self._unpatchify(self.final_layer(z, c)).float(), routing)
+        z, statistics, aux_loss = self._blocks(z, c, routes, forward_pass)
+        return ModelOutput(self._unpatchify(self.final_layer(z, c)).float(), routing, aux_loss, statistics)
+
+    def _blocks(
+        self, z: Tensor, c: Tensor, routes: list[Tensor | None], forward_pass: ForwardPass | None
+    ) -> tuple[Tensor, TokenStatistics | None, Tensor | None]:
+        """Return the tokens (B, L, D) after all blocks, and statistics and loss of token-routed experts, if there are any."""
+        moe = self.config.moe
+        if moe is None:
+            for layer, route in zip(self.layers, routes, strict=True):
+                z = layer(z, c, route, forward_pass)
+            return z, None, None
+        tokens, found = self.token_dispatcher.forward_pass(), []
+        for index, (layer, route) in enumerate(zip(self.layers, routes, strict=True)):
+            if self.config.has_moe(index):
+                z, *fields = layer(z, c, route, forward_pass, tokens)
+                found.append(fields)
+            else:
+                z = layer(z, c, route, forward_pass)
+        statistics = TokenStatistics(*(torch.stack(each) for each in zip(*found, strict=True)))
+        if moe.balance != "aux" or not (self.training or torch.is_grad_enabled()):
+            return z, statistics, statistics.probs.new_zeros(())
+        loss = token_balance_loss(statistics, moe.aux_scope, tokens if self.training else None)
+        return z, statistics, loss * moe.aux_weight
 
     def _route(self, time: Tensor, batch: int) -> tuple[Tensor, Routing, list[Tensor | None], ForwardPass | None]:
         """Return the routing of a batch.

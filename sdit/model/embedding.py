@@ -50,10 +50,10 @@ def grid_positions(side: int, width: int, base: int | None = None) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
 
 
-def float_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b in float32, also under autocast. The result is an exact function of the stored weights."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), bias.float())
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 class PatchEmbedding(nn.Module):

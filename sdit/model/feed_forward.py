@@ -23,6 +23,28 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class SiluMlp(Mlp):
+    """The same with SiLU. The dense blocks of DSMoE have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+class GatedMlp(nn.Module):
+    """A gated MLP without biases, V (SiLU(G x) U x), (B, L, D) -> (B, L, D). The shared experts of DiT-MoE have it."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class _SiluProduct(torch.autograd.Function):
     """Returns SiLU(a) b (..., H) of [a, b] (..., 2H). It saves its input only; autograd would also save SiLU(a)."""
 

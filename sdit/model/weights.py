@@ -46,14 +46,17 @@ def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = 
     """Return the float32 initial value of a parameter, or of the row of one expert (`expert`: its id in the whole model).
 
     Matrices are Xavier-uniform, biases are zero and the weights of norms are one. The label table and the timestep MLP are
-    N(0, 0.02). The output layer, the last matrix of an expert, and the adaLN modulation are zero, so each block starts as an
-    identity (adaLN-Zero).
+    N(0, 0.02). The output layer, the last matrix of an expert of a router, and the adaLN modulation are zero, so each block
+    starts as an identity (adaLN-Zero). The gates of token-routed experts are uniform in +-1 / sqrt(D), as in DiT-MoE.
     """
     if len(shape) == 1 and name.endswith(".weight"):  # of a norm: all other vectors are biases
         return torch.ones(shape)
-    if name.endswith(("bias", ".b", ".b1", ".b2", ".experts.w", ".w2")) or _is_zero_matrix(name):
+    if name.endswith(("bias", ".b", ".b1", ".b2")) or _is_zero_matrix(name):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(named_seed(seed, name, expert))
+    if name.endswith(".moe.gate.weight"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.startswith(("t_embedder.", "y_embedder.")):
         return torch.empty(shape).normal_(std=0.02, generator=generator)
     # Sum of rows and columns. The patch convolution counts as a linear map of flattened patches.
@@ -62,4 +65,5 @@ def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = 
 
 
 def _is_zero_matrix(name: str) -> bool:
-    return "adaLN_modulation" in name or name.startswith("final_layer.")
+    is_last_of_router = name.startswith("routers.") and name.endswith((".experts.w", ".w2"))
+    return "adaLN_modulation" in name or name.startswith("final_layer.") or is_last_of_router

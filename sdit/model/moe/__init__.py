@@ -1,1 +1,1 @@
-"""Sparse experts that are selected by the timestep only: gates, experts, and their computation in one process."""
+"""Sparse experts, selected by the timestep or by each token: gates, experts, and their computation in one process."""

@@ -18,16 +18,18 @@ class ExpertRows:
     """The planned work of a batch.
 
     `used` (U,) are the rows that use any expert (None: all rows). `pairs` are the (row, column of the weights) pairs, and
-    `counts` (C) is the number of pairs of each column, which the host knows.
+    `counts` (C) is the number of pairs of each column, as far as the host knows it. None: the host does not know it, all
+    columns are local experts, and there is a pair.
     """
 
     used: Tensor | None
     pairs: SortedPairs
-    counts: list[int]
+    counts: list[int] | None
 
     def by_expert(self) -> list[tuple[int, Tensor]]:
-        """Return (column of the weights, rows) for each expert that some row uses."""
-        rows = self.pairs.rows.split(self.counts)
+        """Return (column of the weights, rows) for each expert that some row uses. Without counts, the host waits for them."""
+        counts = self.pairs.counts() if self.counts is None else self.counts
+        rows = self.pairs.rows.split(counts)
         return [(column, users) for column, users in enumerate(rows) if len(users)]
 
 

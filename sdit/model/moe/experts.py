@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdit.config import ExpertsConfig
+from sdit.config import ExpertsConfig, MoeConfig
 from sdit.model.moe.base import NONE, ExpertRows, Experts
 from sdit.model.moe.merged import merged_linear
-from sdit.model.moe.mlp_experts import MlpExperts
+from sdit.model.moe.mlp_experts import MlpExperts, SwiGluExperts
 
 
 class LinearExperts(Experts):
@@ -51,3 +51,10 @@ def build_experts(config: ExpertsConfig, width: int, ids: Sequence[int] | None =
     if config.kind == "linear":
         return LinearExperts(width, ids)
     return MlpExperts(width, int(width * config.mlp_ratio), config.top_k, ids)
+
+
+def build_token_experts(config: MoeConfig, width: int, ids: Sequence[int] | None = None) -> Experts:
+    """Return the token-routed experts of one block. `ids` restricts them to a subset of the M experts (None: all)."""
+    ids = range(config.experts) if ids is None else ids
+    kind = MlpExperts if config.kind == "mlp" else SwiGluExperts
+    return kind(width, config.hidden(width), config.top_k, ids)

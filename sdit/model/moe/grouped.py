@@ -36,15 +36,25 @@ class SortedPairs:
         first = columns.start or 0
         return SortedPairs(self.rows[pairs], self.columns[pairs] - first, self.ends[columns] - (pairs.start or 0))
 
+    def counts(self) -> list[int]:
+        """Return the number of pairs of each column. The host waits for it."""
+        counts: list[int] = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        return counts
+
+
+def pairs_of_rows(chosen: Tensor, columns: int) -> SortedPairs:
+    """Return the pairs of rows that use the columns `chosen` (B, k) of C columns. The host waits for nothing."""
+    sorted_columns, order = chosen.flatten().sort(stable=True)
+    each = torch.arange(columns, device=chosen.device)
+    return SortedPairs(order // chosen.shape[1], sorted_columns, torch.searchsorted(sorted_columns, each, right=True))
+
 
 def sort_pairs(gates: Tensor, top_k: int) -> SortedPairs:
     """Return the pairs of gates (B, M) with at most k non-zero entries per row. The host waits for nothing.
 
     Each row has k pairs, E = B k. The pair of a dropped expert has gate zero.
     """
-    columns, order = gates.detach().topk(top_k).indices.flatten().sort(stable=True)
-    experts = torch.arange(gates.shape[1], device=gates.device)
-    return SortedPairs(order // top_k, columns, torch.searchsorted(columns, experts, right=True))
+    return pairs_of_rows(gates.detach().topk(top_k).indices, gates.shape[1])
 
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
@@ -74,7 +84,24 @@ def grouped_mlp(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Sequence
         return product.view(-1, tokens, w.shape[2]) + b.index_select(0, pairs.columns)[:, None]
 
     hidden = linear(z.index_select(0, pairs.rows), w1, b1)
-    results = linear(F.gelu(hidden, approximate="tanh"), w2, b2)
+    return _weighted_sum(linear(F.gelu(hidden, approximate="tanh"), w2, b2), z, weights, pairs)
+
+
+def grouped_swiglu(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Sequence[Tensor]) -> Tensor:
+    """Return the weighted sum (n, L, D) of the experts of each row of z (n, L, D).
+
+    `weights` (n, C) are the gates. `stacks` are gate and up (C, D, H), and down (C, H, D).
+    """
+    gate, up, down = stacks
+    ends = (pairs.ends * z.shape[1]).to(torch.int32)
+    rows = z.index_select(0, pairs.rows).flatten(0, 1)
+    hidden = F.silu(_PRODUCT(rows, gate, offs=ends)) * _PRODUCT(rows, up, offs=ends)
+    results = _PRODUCT(hidden, down, offs=ends).view(-1, z.shape[1], down.shape[2])
+    return _weighted_sum(results, z, weights, pairs)
+
+
+def _weighted_sum(results: Tensor, z: Tensor, weights: Tensor, pairs: SortedPairs) -> Tensor:
+    """Return the sum (n, L, D) of the results (E, L, D) of each row of z, weighted by the gates (n, C)."""
     gate = weights.flatten().index_select(0, pairs.rows * weights.shape[1] + pairs.columns)
     weighted = results * gate.to(results.dtype)[:, None, None]
     return torch.zeros_like(z).index_add_(0, pairs.rows, weighted)

@@ -1,47 +1,53 @@
-"""Experts of two linear layers. B samples, L tokens, D width, H hidden width, M experts of the block, M_local local ones."""
+"""Experts that run on the rows that use them. B samples, L tokens, D width, H hidden width, M_local local experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdit.model.moe.base import NONE, ExpertRows, Experts
-from sdit.model.moe.grouped import grouped_mlp, has_grouped_product, sort_pairs
+from sdit.model.moe.grouped import SortedPairs, grouped_mlp, grouped_swiglu, has_grouped_product, sort_pairs
 
-Stacks = tuple[Tensor, ...]  # the parameters of all experts, in the order of STACKS
-STACKS = ("w1", "b1", "w2", "b2")
+Stacks = tuple[Tensor, ...]  # the parameters of all experts, in the order of `StackedExperts.stacks`
+Grouped = Callable[[Tensor, Tensor, SortedPairs, Sequence[Tensor]], Tensor]
 
 
-class MlpExperts(Experts):
-    """Two-layer GELU experts. Each runs on the samples that use it, k of them per sample."""
+class StackedExperts(Experts):
+    """Experts that are networks of their own. Each runs on the samples that use it, k of them per sample.
 
-    def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
+    `stacks` are the names of the parameters, `expert` is the function of one expert, and `grouped` that of all.
+    """
+
+    stacks: ClassVar[tuple[str, ...]]
+    expert: ClassVar[Callable[..., Tensor]]
+    grouped: ClassVar[Grouped]
+
+    def __init__(self, top_k: int, ids: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__(ids)
         self.top_k = min(top_k, len(ids))
-        self.w1 = nn.Parameter(torch.empty(len(ids), width, hidden))
-        self.b1 = nn.Parameter(torch.empty(len(ids), hidden))
-        self.w2 = nn.Parameter(torch.empty(len(ids), hidden, width))
-        self.b2 = nn.Parameter(torch.empty(len(ids), width))
+        for name, shape in zip(self.stacks, shapes, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(len(ids), *shape)))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of z (B, L, D). Each expert runs once, on the samples that use it.
 
         Without a grouped product, the host waits for the gates of a GPU.
         """
-        z = z.to(self.w1.dtype)
+        stacks = self._stacks()
+        z = z.to(stacks[0].dtype)
         if z.device.type != "cpu" and len(gates) == 1:
             return self._shared(z, gates)
         if self._is_grouped():
-            return grouped_mlp(z, gates, sort_pairs(gates, self.top_k), self._stacks())
+            return self.grouped(z, gates, sort_pairs(gates, self.top_k), stacks)
         used = (gates.detach() != 0).expand(len(z), -1).cpu()
         gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
         out = torch.zeros_like(z)
-        for expert, gate, row in zip(_functions(self._stacks()), gate_of, used.unbind(1), strict=True):
+        for expert, gate, row in zip(self._functions(stacks), gate_of, used.unbind(1), strict=True):
             samples = row.nonzero().squeeze(1).to(z.device)
             if len(samples):
                 out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
@@ -49,67 +55,98 @@ class MlpExperts(Experts):
 
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
         """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
-        mix = _mix_grouped if self._is_grouped() else _mix_by_expert
-        return mix(
-            z.to(self.w1.dtype), weights, rows, self._stacks(), tuple(replicas[name] for name in STACKS if replicas)
-        )
+        own = self._stacks()
+        mix = self._mix_grouped if self._is_grouped() else self._mix_by_expert
+        return mix(z.to(own[0].dtype), weights, rows, own, tuple(replicas[name] for name in self.stacks if replicas))
 
     def _stacks(self) -> Stacks:
-        return self.w1, self.b1, self.w2, self.b2
+        return tuple(self.get_parameter(name) for name in self.stacks)
 
     def _is_grouped(self) -> bool:
-        return has_grouped_product(self.w1.device, self.w1.dtype, self.w1.shape[1:])
+        first = self._stacks()[0]
+        return has_grouped_product(first.device, first.dtype, first.shape[1:])
 
     def _shared(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of experts that all samples use, for gates (1, M). The host waits for nothing."""
         gate, chosen = gates[0].to(z.dtype).topk(self.top_k)
-        experts = _functions([stack.index_select(0, chosen) for stack in self._stacks()])
+        experts = self._functions([stack.index_select(0, chosen) for stack in self._stacks()])
         return torch.stack([expert(z) * gate[j] for j, expert in enumerate(experts)]).sum(0)
 
+    def _functions(self, stacks: Sequence[Tensor]) -> list[partial[Tensor]]:
+        """Return the experts as functions of tokens (n, L, D), without gates.
 
-def _functions(stacks: Sequence[Tensor]) -> list[partial[Tensor]]:
-    """Return the experts as functions of tokens (n, L, D), without gates.
+        The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
+        """
+        rows = zip(*(stack.unbind() for stack in stacks), strict=True)
+        return [partial(self.expert, **dict(zip(self.stacks, row, strict=True))) for row in rows]
 
-    The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
-    """
-    rows = zip(*(stack.unbind() for stack in stacks), strict=True)
-    return [partial(_mlp, w1=w1, b1=b1, w2=w2, b2=b2) for w1, b1, w2, b2 in rows]
+    def _mix_by_expert(
+        self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
+    ) -> Tensor:
+        """Return the mixture (n, L, D) by a loop over the experts that some row uses."""
+        own = self._functions(local)
+        functions = own + (self._functions(replicas) if replicas else [])
+        mixed = torch.zeros_like(tokens)
+        for column, users in rows.by_expert():
+            gate = weights[:, column].index_select(0, users).to(tokens.dtype)
+            mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
+        # One local expert is enough, because its rows belong to the same parameters as those of the others.
+        return _depend_on_unused(mixed, rows, (tokens, weights), tuple(own[0].keywords.values()), replicas)
+
+    def _mix_grouped(
+        self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
+    ) -> Tensor:
+        """Return the mixture (n, L, D) by grouped products of the local experts, and of the replicas."""
+        own = _InOneNode.apply(*local)
+        if rows.counts is None:
+            return self.grouped(tokens, weights, rows.pairs, own)
+        columns, pairs = len(own[0]), sum(rows.counts[: len(own[0])])
+        mixed = torch.zeros_like(tokens)
+        if pairs:
+            first = rows.pairs.part(slice(columns), slice(pairs))
+            mixed = self.grouped(tokens, weights[:, :columns], first, own)
+        if pairs < len(rows.pairs.rows):
+            last = rows.pairs.part(slice(columns, None), slice(pairs, None))
+            mixed = mixed + self.grouped(tokens, weights[:, columns:], last, replicas)
+        return _depend_on_unused(mixed, rows, (tokens, weights), own, replicas)
 
 
 def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
 
 
-def _mix_by_expert(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
-    """Return the mixture (n, L, D) by a loop over the experts that some row uses."""
-    own = _functions(local)
-    functions = own + (_functions(replicas) if replicas else [])
-    mixed = torch.zeros_like(tokens)
-    for column, users in rows.by_expert():
-        gate = weights[:, column].index_select(0, users).to(tokens.dtype)
-        mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
-    # One local expert is enough, because its rows belong to the same parameters as those of the others.
-    return _depend_on_unused(mixed, rows, (tokens, weights), tuple(own[0].keywords.values()), replicas)
+class MlpExperts(StackedExperts):
+    """Experts of two linear layers with biases, and GELU between them."""
+
+    stacks = ("w1", "b1", "w2", "b2")
+    expert = staticmethod(_mlp)
+    grouped = staticmethod(grouped_mlp)
+
+    def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
+        super().__init__(top_k, ids, ((width, hidden), (hidden,), (hidden, width), (width,)))
 
 
-def _mix_grouped(tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks) -> Tensor:
-    """Return the mixture (n, L, D) by grouped products of the local experts, and of the replicas."""
-    own = _InOneNode.apply(*local)
-    columns, pairs = len(own[0]), sum(rows.counts[: len(own[0])])
-    mixed = torch.zeros_like(tokens)
-    if pairs:
-        first = rows.pairs.part(slice(columns), slice(pairs))
-        mixed = grouped_mlp(tokens, weights[:, :columns], first, own)
-    if pairs < len(rows.pairs.rows):
-        last = rows.pairs.part(slice(columns, None), slice(pairs, None))
-        mixed = mixed + grouped_mlp(tokens, weights[:, columns:], last, replicas)
-    return _depend_on_unused(mixed, rows, (tokens, weights), own, replicas)
+def _swiglu(z: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    return (F.silu(z @ gate_proj) * (z @ up_proj)) @ down_proj
+
+
+class SwiGluExperts(StackedExperts):
+    """Gated experts without biases: (SiLU(z G) * z U) V."""
+
+    stacks = ("gate_proj", "up_proj", "down_proj")
+    expert = staticmethod(_swiglu)
+    grouped = staticmethod(grouped_swiglu)
+
+    def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
+        super().__init__(top_k, ids, ((width, hidden), (width, hidden), (hidden, width)))
 
 
 def _depend_on_unused(
     mixed: Tensor, rows: ExpertRows, inputs: Sequence[Tensor], local: Sequence[Tensor], replicas: Sequence[Tensor]
 ) -> Tensor:
     """Return `mixed`. Inputs that it does not use get zero gradients: tokens and weights, local experts, or replicas."""
+    if rows.counts is None:
+        return mixed
     columns = len(rows.counts) - (len(replicas[0]) if replicas else 0)
     uses_local, uses_replicas = any(rows.counts[:columns]), any(rows.counts[columns:])
     unused = [] if uses_local or uses_replicas else list(inputs)
