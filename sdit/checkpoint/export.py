@@ -28,8 +28,8 @@ from sdit.config import Config
 from sdit.data.identity import DataIdentity, stored_identity
 from sdit.errors import CheckpointError
 from sdit.files import replacing
-from sdit.interop import published_buffers, to_published, write_published_file
-from sdit.model import DiffusionTransformer, build_model
+from sdit.interop import published_buffers, published_expert_name, to_published, write_published_file
+from sdit.model import build_model
 from sdit.safetensors_file import TensorEntry, stream_tensors
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -75,8 +75,8 @@ def model_entries(config: Config, shards: StoredTensors, weights: Weights, dtype
     """Return the entries of a model's file: its parameters, which are read when they are written, and the fixed buffers."""
     model = build_model(config.model, device="meta")
     entries = [
-        _parameter_entry(model, name, list(tensors), shards, weights, dtype)
-        for name, tensors in groupby(logical_tensors(model), key=lambda tensor: tensor[0].partition("#")[0])
+        _parameter_entry(name, [*tensors], shards, weights, dtype)
+        for name, tensors in groupby(logical_tensors(model), key=lambda tensor: _published_name(tensor[0]))
     ]
     for name, buffer in published_buffers(config.model).items():
         entries.append(_buffer_entry(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
@@ -123,24 +123,31 @@ def file_facts(config: Config, clock: Clock, weights: Weights, data: DataIdentit
     }
 
 
+def _published_name(stored: str) -> str:
+    """Return the published name that a logical tensor is part of."""
+    name, _, expert = stored.removeprefix("model.").partition("#")
+    return (published_expert_name(name, int(expert)) if expert else None) or name
+
+
 def _parameter_entry(
-    model: DiffusionTransformer,
-    name: str,
-    tensors: list[tuple[str, Tensor]],
-    shards: StoredTensors,
-    weights: Weights,
-    dtype: torch.dtype,
+    name: str, tensors: list[tuple[str, Tensor]], shards: StoredTensors, weights: Weights, dtype: torch.dtype
 ) -> Entry:
     """Return the entry of a parameter. It is read from the checkpoint when it is written, expert by expert."""
+    stored, first = tensors[0]
+    parameter, _, expert = stored.removeprefix("model.").partition("#")
+    is_turned = name != parameter  # one of the token-routed experts, which are stored as (in, out)
+    shape = tuple(first.shape)
+    if expert:
+        shape = shape[::-1] if is_turned else (len(tensors), *shape)
 
     def read() -> Iterator[Tensor]:
         for stored_name, view in tensors:
             value = torch.empty(view.shape)
             fill_tensor(value, shards, weights, stored_name)
-            yield narrowed(f"{weights}/{stored_name}", value, dtype)
+            value = narrowed(f"{weights}/{stored_name}", value, dtype)
+            yield value.mT if is_turned and value.dim() == 2 else value
 
-    published = name.removeprefix("model.")
-    return Entry(published, dtype, tuple(model.get_parameter(published).shape), read)
+    return Entry(name, dtype, shape, read)
 
 
 def _buffer_entry(name: str, value: Tensor) -> Entry:

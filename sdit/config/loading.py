@@ -269,9 +269,9 @@ def _settle(values: dict[str, Any], schema: type[BaseModel], prefix: str, source
     """
     for field, info in schema.model_fields.items():
         value, key = values.get(field), f"{prefix}{field}"
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        if (section := _section_of(info)) is not None:
             if isinstance(value, dict):
-                _settle(value, info.annotation, f"{key}.", sources, name)
+                _settle(value, section, f"{key}.", sources, name)
         elif isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_FLOATS and _takes_int(info):
             values[field] = int(value)
         elif isinstance(value, str):
@@ -323,20 +323,44 @@ def _takes_int(info: Any) -> bool:
 
 
 def config_keys(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, typing.Any, Any]]:
-    """Yield (dotted key, field info, default) of each leaf of the schema, in order."""
+    """Yield (dotted key, field info, default) of each leaf of the schema, in order.
+
+    A section that may be null is a leaf too. The defaults of its keys are those that they have if it is not null.
+    """
     for name, info in schema.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from config_keys(annotation, f"{prefix}{name}.")
-        else:
+        section = _section_of(info)
+        if section is None or info.default is None:
             yield f"{prefix}{name}", info, info.default
+        if section is not None:
+            yield from config_keys(section, f"{prefix}{name}.")
+
+
+def is_inside_null(key: str, values: Mapping[str, Any]) -> bool:
+    """Return True if a dotted key is inside a section that may be null, and the nested `values` have no such section."""
+    schema: type[BaseModel] | None = Config
+    node: Any = values
+    for name in key.split(".")[:-1]:
+        info = schema.model_fields.get(name) if schema is not None else None
+        if info is None:
+            return False
+        node = node.get(name) if isinstance(node, Mapping) else None
+        if info.default is None and node is None:
+            return True
+        schema = _section_of(info)
+    return False
+
+
+def _section_of(info: Any) -> type[BaseModel] | None:
+    """Return the section that a field of the schema holds, or holds if it is not null. None: it is a value."""
+    kinds = [kind for kind in _alternatives(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return kinds[0] if kinds else None
 
 
 def _section_names(schema: type[BaseModel], prefix: str = "") -> set[str]:
     names: set[str] = set()
     for name, info in schema.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            names |= {f"{prefix}{name}"} | _section_names(info.annotation, f"{prefix}{name}.")
+        if (section := _section_of(info)) is not None:
+            names |= {f"{prefix}{name}"} | _section_names(section, f"{prefix}{name}.")
     return names
 
 
@@ -357,6 +381,8 @@ def _type_text(annotation: Any) -> str:
     if len(_alternatives(annotation)) > 1:
         kinds = [_type_text(kind) for kind in _alternatives(annotation)]
         return "|".join("null" if kind == "NoneType" else kind for kind in kinds)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     return str(getattr(_bare(annotation), "__name__", annotation))
 
 

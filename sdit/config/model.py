@@ -98,6 +98,14 @@ class MoeConfig(Section):
         """Return the hidden width of the network of all shared experts. 0: there are none."""
         return round(width * self.shared * (self.hidden_ratio if self.shared_ratio is None else self.shared_ratio))
 
+    def experts_per_token(self, tokens: int) -> float:
+        """Return how many experts compute a token of an image of `tokens`, on average and without drops."""
+        if self.router == "token":
+            return self.top_k
+        taken = self.limit(tokens)
+        assert taken is not None
+        return self.experts * taken / tokens
+
     def limit(self, tokens: int) -> int | None:
         """Return the most tokens that an expert takes of an image of `tokens`, in training. None: no limit."""
         if self.router == "expert_choice":

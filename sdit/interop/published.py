@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from sdit.config import ModelConfig
 from sdit.errors import ConfigError
 from sdit.interop.diffusers_names import without_diffusers_names
+from sdit.interop.moe_names import published_expert_name, without_moe_names
 from sdit.interop.names import listed, published_names
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
@@ -30,7 +32,8 @@ CHANNEL_MASK = re.compile(r"routers\.\d+\._unit_mapping")
 def load_published(
     model: DiffusionTransformer, mapping: Mapping[str, Tensor | np.ndarray], kept: Collection[str] = ()
 ) -> None:
-    """Copy published weights (tensors or arrays) of any float dtype into the model. Names of diffusers' DiT are legal too.
+    """Copy published weights (tensors or arrays) of any float dtype into the model. Names of diffusers' DiT, DSMoE and
+    EC-DiT are legal too.
 
     The model may hold a subset of the M experts. The parameters in `kept` stay as they are, and are not in the mapping.
 
@@ -40,8 +43,8 @@ def load_published(
         given = {name: torch.as_tensor(values) for name, values in published_names(mapping, "ema").items()}
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    given = dict(without_diffusers_names(given))
-    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in kept}
+    given = without_moe_names(model.config, without_diffusers_names(given))
+    wanted = {name: target for name, target in _targets(model) if target.parameter not in kept}
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
     if missing or unexpected:
@@ -53,13 +56,13 @@ def load_published(
         raise ConfigError(
             f"model: the checkpoint {' and '.join(problems)}; legal: the names of {_summary(model.config)}"
         )
-    misfits = [text for name in wanted if (text := _misfit(name, given[name], _full_shape(model, name)))]
+    misfits = [text for name, target in wanted.items() if (text := _misfit(name, given[name], target.shape))]
     if misfits:
         raise ConfigError(f"model: {listed(misfits)}; legal: the shapes of {_summary(model.config)}")
     _check_buffers(model.config, given)
-    for name, parameter in wanted.items():
-        ids = _expert_ids(model, name)
-        parameter.copy_(given[name] if ids is None else given[name][list(ids)])
+    for name, (_, _, view, ids) in wanted.items():
+        if view is not None:
+            view.copy_(given[name] if ids is None else given[name][list(ids)])
 
 
 @torch.no_grad()
@@ -68,10 +71,53 @@ def to_published(model: DiffusionTransformer) -> dict[str, Tensor]:
 
     The fixed buffers that published code expects are included.
     """
+    copies = {
+        name: view.cpu().clone(memory_format=torch.contiguous_format)
+        for name, view in published_parameters(model).items()
+    }
+    return copies | published_buffers(model.config)
+
+
+def published_parameters(model: DiffusionTransformer) -> dict[str, Tensor]:
+    """Return views of all parameters of a whole model by published name. They share its memory."""
+    views = {}
+    for name, target in _targets(model):
+        assert target.view is not None and tuple(target.view.shape) == target.shape, f"{name}: experts are missing"
+        views[name] = target.view
+    return views
+
+
+class _Target(NamedTuple):
+    """Where a published tensor of `shape` goes: into `view` of `parameter` (None: an expert that the model does not hold).
+
+    `ids` are the rows of the tensor that the model holds (None: all).
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    view: Tensor | None
+    ids: tuple[int, ...] | None
+
+
+def _targets(model: DiffusionTransformer) -> Iterator[tuple[str, _Target]]:
+    """Yield each published name of the model with all its experts, and its target."""
     config = model.config
-    assert all(len(module.ids) == config.experts.count for module in model.modules() if isinstance(module, Experts))
-    published = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-    return published | published_buffers(config)
+    for name, parameter in model.named_parameters():
+        owner, shape = model.get_submodule(name.rpartition(".")[0]), tuple(parameter.shape)
+        if not isinstance(owner, Experts):
+            yield name, _Target(name, shape, parameter.detach(), None)
+        elif published_expert_name(name, 0) is None:
+            yield name, _Target(name, (config.experts.count, *shape[1:]), parameter.detach(), owner.ids)
+        else:
+            assert config.moe is not None
+            rows = {
+                expert: row.mT if row.dim() == 2 else row
+                for expert, row in zip(owner.ids, parameter.detach(), strict=True)
+            }
+            for expert in range(config.moe.experts):
+                published = published_expert_name(name, expert)
+                assert published is not None
+                yield published, _Target(name, shape[:0:-1], rows.get(expert), None)
 
 
 def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
@@ -97,23 +143,13 @@ def fixed_tables(config: ModelConfig) -> dict[str, Tensor]:
 
 def _summary(config: ModelConfig) -> str:
     experts = f", {config.experts.count} {config.experts.kind} experts" if config.variant == "switch" else ""
+    if config.moe is not None:
+        experts += f", {config.moe.experts} {config.moe.kind} experts of tokens"
     return f"variant {config.variant}, depth {config.depth}, width {config.width}{experts}, classes {config.classes}"
 
 
 def _is_buffer(name: str) -> bool:
     return name in (POSITIONS, *ROPE, PRIOR_MASK, TASKS) or CHANNEL_MASK.fullmatch(name) is not None
-
-
-def _expert_ids(model: DiffusionTransformer, name: str) -> tuple[int, ...] | None:
-    """Return the ids of the experts in the rows of a parameter, or None if its rows are not experts."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return owner.ids if isinstance(owner, Experts) else None
-
-
-def _full_shape(model: DiffusionTransformer, name: str) -> tuple[int, ...]:
-    """Return the shape of the parameter with all M experts."""
-    shape = tuple(model.get_parameter(name).shape)
-    return shape if _expert_ids(model, name) is None else (model.config.experts.count, *shape[1:])
 
 
 def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:

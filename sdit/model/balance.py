@@ -37,3 +37,13 @@ def token_balance_loss(
         counts = counts if tokens is None else tokens.sum_over_ranks(counts)
     share = counts / counts.sum(-1, keepdim=True)
     return experts * (share * probs).sum(-1).mean(1).sum()
+
+
+def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
+    """Return the biases (..., M) of gates after a step in which the experts were chosen `counts` (..., M) times.
+
+    An expert that was chosen less often than the mean becomes more likely. Source: Wang et al., arXiv 2408.15664, algorithm 1.
+    """
+    # M c_j is compared with the sum, because the mean of whole numbers may be rounded.
+    excess = counts.sum(-1, keepdim=True) - counts.shape[-1] * counts
+    return bias + rate * excess.sign().to(bias.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from sdit.config import ModelConfig, describe_error
 from sdit.errors import ConfigError
-from sdit.model.dit import DiffusionTransformer
+from sdit.model.block import Block
+from sdit.model.dit import DiffusionTransformer, Router
 from sdit.model.moe.base import Experts
 from sdit.model.weights import init_weights
 
 
 class ParameterCount(NamedTuple):
-    """The number of all parameters, and of the parameters that one sample uses (k of the M experts)."""
+    """The number of all parameters, and of those that one sample, or a token of it, uses (k of the M experts)."""
 
     total: int
     active: int
@@ -52,9 +53,18 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def count_parameters(model: DiffusionTransformer) -> ParameterCount:
     """Return the number of all parameters and of those that one sample uses. The model may be on the meta device."""
+    config = model.config
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    in_experts = sum(parameter.numel() for module in experts for parameter in module.parameters())
+    routers = [router.experts for router in model.routers if isinstance(router, Router)]
+    unused = _unused(routers, config.experts.top_k)
+    if config.moe is not None:
+        moes = [block.moe.experts for block in model.blocks if isinstance(block, Block) and block.moe is not None]
+        unused += _unused(moes, config.moe.experts_per_token(config.tokens))
+    return ParameterCount(total, total - unused)
+
+
+def _unused(experts: Sequence[Experts], used: float) -> int:
+    """Return the parameters of experts that a sample or token does not use, if it uses `used` experts of each block."""
+    numel = sum(parameter.numel() for module in experts for parameter in module.parameters())
     local = sum(len(module.ids) for module in experts)
-    used = len(experts) * model.config.experts.top_k
-    return ParameterCount(total, total - (in_experts * (local - used) // local if local else 0))
+    return int(numel * (local - len(experts) * used) // local) if local else 0

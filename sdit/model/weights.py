@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from sdit.model.dit import DiffusionTransformer
 from sdit.model.embedding import grid_positions
 from sdit.model.moe.base import Experts
+from sdit.model.moe.token_gate import TokenGate
 from sdit.model.windows import channel_windows
 from sdit.randomness import named_seed
 
@@ -22,7 +24,9 @@ def init_weights(model: DiffusionTransformer, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, Experts):
+        if isinstance(owner, TokenGate) and parameter is owner.weight:
+            parameter.copy_(_gate_value(name, parameter.shape, seed, owner.config.router))
+        elif isinstance(owner, Experts):
             for row, expert in zip(parameter, owner.ids, strict=True):
                 row.copy_(initial_value(name, row.shape, seed, expert))
         else:
@@ -47,20 +51,29 @@ def initial_value(name: str, shape: torch.Size, seed: int, expert: int | None = 
 
     Matrices are Xavier-uniform, biases are zero and the weights of norms are one. The label table and the timestep MLP are
     N(0, 0.02). The output layer, the last matrix of an expert of a router, and the adaLN modulation are zero, so each block
-    starts as an identity (adaLN-Zero). The gates of token-routed experts are uniform in +-1 / sqrt(D), as in DiT-MoE.
+    starts as an identity (adaLN-Zero).
     """
     if len(shape) == 1 and name.endswith(".weight"):  # of a norm: all other vectors are biases
         return torch.ones(shape)
     if name.endswith(("bias", ".b", ".b1", ".b2")) or _is_zero_matrix(name):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(named_seed(seed, name, expert))
-    if name.endswith(".moe.gate.weight"):
-        bound = 1 / math.sqrt(shape[1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.startswith(("t_embedder.", "y_embedder.")):
         return torch.empty(shape).normal_(std=0.02, generator=generator)
     # Sum of rows and columns. The patch convolution counts as a linear map of flattened patches.
     bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _gate_value(name: str, shape: torch.Size, seed: int, router: Literal["token", "expert_choice"]) -> Tensor:
+    """Return the initial weight (M, D) of the gate of token-routed experts.
+
+    It is uniform within 1 / sqrt(D) as in DiT-MoE, or N(0, 0.006) as in EC-DiT for expert choice.
+    """
+    generator = torch.Generator().manual_seed(named_seed(seed, name, None))
+    if router == "expert_choice":
+        return torch.empty(shape).normal_(std=0.006, generator=generator)
+    bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 

@@ -16,7 +16,13 @@ from sdit.checkpoint.store import list_checkpoints
 from sdit.config import TrainConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError, SditError
-from sdit.interop import convert_flow_weights, load_published, published_buffers, read_weights
+from sdit.interop import (
+    convert_flow_weights,
+    load_published,
+    published_buffers,
+    published_parameters,
+    read_weights,
+)
 from sdit.interop.fitting import fit_weights
 from sdit.model import DiffusionTransformer
 from sdit.safetensors_file import read_header
@@ -79,8 +85,7 @@ def _read(path: Path, weights: Literal["ema", "model"]) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: no such file or folder; legal: a run, a checkpoint, or published weights")
     if (path / "manifest.json").exists() or list_checkpoints(path / "checkpoints"):
         trained = load_model(path, "ema" if weights == "ema" else "weight")
-        parameters = {name: parameter.detach() for name, parameter in trained.model.named_parameters()}
-        return parameters | published_buffers(trained.config.model)
+        return published_parameters(trained.model) | published_buffers(trained.config.model)
     if path.suffix == ".safetensors" and path.is_file():
         stored = read_header(path).metadata.get("weights", "")
         if weights == "model" and stored.startswith("ema"):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sdit.clock import Clock
-from sdit.config import Config, TrainConfig, config_keys
+from sdit.config import Config, TrainConfig, config_keys, is_inside_null
 from sdit.errors import CheckpointError, ConfigError
 from sdit.redact import redact
 
@@ -39,7 +39,8 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> lis
     """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
     defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
     stored = {key: value for key, value in _flatten(old).items() if key in defaults}  # without keys that are gone
-    before, after = defaults | stored, _flatten(new)
+    before = {key: default for key, default in defaults.items() if not is_inside_null(key, old)} | stored
+    after = _flatten(new)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
