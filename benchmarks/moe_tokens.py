@@ -47,7 +47,7 @@ def exchanged_layer(case: Case, comm: Comm, capacity: float | None, is_bounded: 
 
     def forward(x: Tensor) -> Tensor:
         routes = gate(x)[1]
-        tokens = ExchangedTokenPass(group, comm, is_bounded)
+        tokens = ExchangedTokenPass(group, is_bounded)
         return tokens.combine(tokens.compute(tokens.dispatch(0, x.flatten(0, 1), routes, experts))).view_as(x)
 
     name = "bounded" if is_bounded else "ours"

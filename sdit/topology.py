@@ -95,6 +95,11 @@ class BatchPlan:
         """The images of one micro-step, over all ranks."""
         return self.global_batch // self.accumulation
 
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches of one step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
 
 def plan_batch(global_batch: int, micro_batch: int | None, world: int) -> BatchPlan:
     """Return the division of a global batch over W ranks. Without a micro-batch, each rank uses one pass.

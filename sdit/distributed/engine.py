@@ -48,6 +48,7 @@ class Engine:
             model=module, optimizer=optimizer, model_parameters=None, config=deepspeed_config, dist_init_required=False
         )
         kinds = {group["kind"] for group in optimizer.param_groups}
+        self._keep_float32(exact)
         self.moment_keys = tuple(key for kind in sorted(kinds) for key in MOMENTS[kind])
         create_moments(self.deepspeed)
         self.set_steps(0)  # DeepSpeed takes a step on zero gradients to create the moments (ZeRO 0 in bf16)
@@ -164,6 +165,14 @@ class Engine:
         """Set the masters to the unrounded weights. In bf16 DeepSpeed creates them from rounded weights."""
         for shard in self.local:
             shard.master.copy_(exact[shard.name].view(-1).narrow(0, shard.start, shard.numel))
+
+    def _keep_float32(self, exact: dict[str, Tensor]) -> None:
+        """Undo DeepSpeed's cast of the untrained parameters that a module names in `float32_parameters`."""
+        for prefix, each in self.module.named_modules():
+            for name in getattr(each, "float32_parameters", ()):
+                parameter = getattr(each, name)
+                if parameter is not None:
+                    parameter.data = exact[f"{prefix}.{name}"].to(parameter.device)
 
     def _frozen(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are not trained, by name."""

@@ -18,6 +18,7 @@ from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
+from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
@@ -63,7 +64,10 @@ class ExpertParallel:
         if self.is_planned:
             model.dispatcher = self
         if model.config.moe is not None and self._comm.world > 1:
-            model.token_dispatcher = TokenExchange(self.group, self._comm)
+            # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
+            is_bounded = self._comm.device.type == "cuda"
+            is_sharded = self.group.ranks > 1
+            model.token_dispatcher = TokenExchange(self.group, is_bounded) if is_sharded else ReplicatedTokenDispatcher()
 
     def stored(self) -> dict[str, Any] | None:
         """Return the placement as a checkpoint carries it."""

@@ -12,14 +12,13 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from sdit.contracts import TokenPass
-from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_rows
 from sdit.expert_parallel.packed_rows import pack, unpack
+from sdit.expert_parallel.replicated_tokens import sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, Work, bounded_sizes, true_columns, true_places
 from sdit.model.moe.base import Experts
-from sdit.model.moe.token_local import LocalTokenPass
+from sdit.model.moe.token_products import mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 # A transfer's token has a shape but no memory, which torch.compile cannot trace.
@@ -61,9 +60,9 @@ class ExchangedTokenPass:
     `is_bounded`: with routes that limit the tokens of an expert, buffers have the size of this limit, and no sizes are exchanged.
     """
 
-    def __init__(self, group: ExpertGroup, comm: Comm, is_bounded: bool = False) -> None:
+    def __init__(self, group: ExpertGroup, is_bounded: bool = False) -> None:
         self.choices: dict[int, TokenChoice] = {}
-        self._group, self._comm, self._is_bounded = group, comm, is_bounded
+        self._group, self._is_bounded = group, is_bounded
         self._sizes: dict[int, PendingSizes | Sizes] = {}
 
     @eagerly
@@ -98,8 +97,8 @@ class ExchangedTokenPass:
         return mixed.index_add_(0, tokens, returning.wait().to(mixed.dtype))
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
-        """Return the counts, summed over all ranks of the run."""
-        return self._comm.sum(counts.clone())
+        """Return int64 counts, summed over all ranks. The host does not wait for them."""
+        return sum_over_ranks(counts)
 
     def _by_rank(self, pairs: Tensor) -> Tensor:
         """Return values (N, P, M_local) of pairs (N, M)."""
@@ -124,32 +123,17 @@ class ExchangedTokenPass:
         return Rows(*(own for _, own, _ in parts)), Rows(*(torch.cat([first, last]) for first, _, last in parts))
 
 
-class RankTokenPass(LocalTokenPass):
-    """A pass of a rank that has all experts, beside other ranks. No tokens are transferred."""
-
-    def __init__(self, comm: Comm) -> None:
-        super().__init__()
-        self._comm = comm
-
-    def sum_over_ranks(self, counts: Tensor) -> Tensor:
-        """Return the counts, summed over all ranks of the run."""
-        return self._comm.sum(counts.clone())
-
-
 class TokenExchange:
-    """The dispatcher of token-routed experts on several ranks."""
+    """The dispatcher of token-routed experts that are sharded over a group. For `is_bounded` see `ExchangedTokenPass`."""
 
-    def __init__(self, group: ExpertGroup, comm: Comm) -> None:
-        self._group, self._comm = group, comm
+    def __init__(self, group: ExpertGroup, is_bounded: bool) -> None:
+        self._group, self._is_bounded = group, is_bounded
 
-    def forward_pass(self) -> TokenPass:
+    def forward_pass(self) -> ExchangedTokenPass:
         """Return a new pass."""
-        if self._group.ranks == 1:
-            return RankTokenPass(self._comm)
-        # On a GPU a wait of the host costs more than the rows that a bounded buffer leaves empty.
-        return ExchangedTokenPass(self._group, self._comm, is_bounded=self._comm.device.type == "cuda")
+        return ExchangedTokenPass(self._group, self._is_bounded)
 
 
 def _mix(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor, work: Work) -> Tensor:
     """Return the weighted sums (n, D) of the local experts for tokens x (n, D). Each is a sample of one token to them."""
-    return experts.mix(x[:, None], weights, work.rows(chosen))[:, 0]
+    return mix_tokens(experts, x, weights, work.rows(chosen))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdit.config import ModelConfig
 from sdit.contracts import Dispatcher, ForwardPass, ModelOutput, Routing, TokenDispatcher, TokenPass
-from sdit.model.balance import token_balance_loss
+from sdit.model.balance import token_balance_loss, updated_bias
 from sdit.model.block import Block, FinalLayer
 from sdit.model.embedding import LabelEmbedding, PatchEmbedding, TimestepEmbedding
 from sdit.model.hub import Pretrained
@@ -22,6 +22,7 @@ from sdit.model.moe.token_local import LocalTokenDispatcher
 from sdit.model.moe.token_routes import TokenStatistics
 from sdit.model.norm import add_product
 from sdit.model.rope import RotaryEmbedding
+from sdit.transfers import upload
 
 
 class Router(nn.Module):
@@ -153,6 +154,17 @@ class DiffusionTransformer(nn.Module, Pretrained):
     def _dtype(self) -> torch.dtype:
         """The dtype of the weights and of the tokens between blocks, also under autocast."""
         return self.x_embedder.proj.weight.dtype
+
+    @torch.no_grad()
+    def move_gate_biases(self, counts: Tensor) -> None:
+        """Move the biases of token gates under `balance: bias` after a step. `counts` (blocks, M): choices of each expert."""
+        moe = self.config.moe
+        if moe is None or moe.balance != "bias" or moe.bias_rate is None:
+            return
+        gates = [block.moe.gate for block in self.blocks if isinstance(block, Block) and block.moe is not None]
+        biases = [gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None]
+        moved = updated_bias(torch.stack(biases), upload(counts, self.device), moe.bias_rate)
+        torch._foreach_copy_(biases, list(moved.unbind()))
 
     def gate_task(self, t: Tensor) -> Tensor:
         """Return the int64 task 0..T-1 of each time.

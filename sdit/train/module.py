@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from sdit.contracts import Batch, Routing
 from sdit.diffusion import Objective
 from sdit.model import Assignment, DiffusionTransformer, balance_loss, prior_divergence
-from sdit.train.sums import bin_by_timestep
+from sdit.train.sums import bin_by_timestep, token_figures
 
 
 class Losses(NamedTuple):
     """Means over the micro-batch: `total` with gradient; `parts` float64 (7,) in the order of `sums.PARTS`.
 
-    `bins` (2, BINS) float64: sum and count of the samples' mse by timestep.
+    `bins` (2, BINS) float64: sum and count of the samples' mse by timestep. `tokens`: `sums.token_figures`.
     """
 
     total: Tensor
     parts: Tensor
     bins: Tensor
+    tokens: Tensor | None = None
 
 
 class TrainModule(nn.Module):
-    """The model under its objective: L = L_noise + L_vlb + flow terms + lambda L_prior + mu L_balance."""
+    """The model under its objective: L = L_noise + L_vlb + flow terms + lambda L_prior + mu L_balance + L_aux."""
 
     def __init__(
         self, model: DiffusionTransformer, objective: Objective, prior_weight: float, balance_weight: float
@@ -50,7 +51,9 @@ class TrainModule(nn.Module):
         prior = prior_divergence(routing, assignment()).mean() if assignment is not None else zero
         balance = balance_loss(routing, loads()) if loads is not None else zero
         total = noise_loss + self.prior_weight * prior + self.balance_weight * balance
+        if parts.output.aux_loss is not None:
+            total = total + parts.output.aux_loss
         flow = (zero if term is None else term.mean() for term in (parts.direction, parts.contrastive))
         values = torch.stack([total, parts.mse.mean(), parts.vlb.mean(), prior, balance, *flow]).detach()
         bins = bin_by_timestep(parts.mse, batch.t, self.model.config.timesteps)
-        return Losses(total, values.double(), bins)
+        return Losses(total, values.double(), bins, token_figures(parts.output))

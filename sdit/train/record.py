@@ -54,6 +54,9 @@ class StepRecord(Validation):
     vlb: float | None = metric("loss", "variational bound's term (learned variance)")
     prior_loss: float | None = metric("loss", "diffusion prior loss, before its weight")
     balance_loss: float | None = metric("loss", "load-balance loss, before its weight")
+    aux_loss: float | None = metric(
+        "loss", "balance loss of token-routed experts, with its weight; only if there are such experts"
+    )
     direction_loss: float | None = metric(
         "loss", "flow: 1 - cosine between velocity and target, before its weight; only if it is on"
     )
@@ -89,6 +92,18 @@ class StepRecord(Validation):
     )
     expert_load_max_over_mean: float | None = metric(
         "ratio", "largest expected load of an expert over the mean", gauge="sdit_expert_load_max_over_mean_ratio"
+    )
+    token_load_max_over_mean: float | None = metric(
+        "ratio", "token-routed experts: largest choices of an expert in the step over the mean of its block"
+    )
+    token_dropped_fraction: float | None = metric(
+        "fraction", "token-routed experts: (token, expert) pairs over capacity, of the step"
+    )
+    router_entropy: float | None = metric(
+        "nats", "token-routed experts: mean entropy of the scores of a token; log M if they are even"
+    )
+    token_load: list[list[float]] | None = metric(
+        "fraction, [block][expert]", "token-routed experts: share of the choices of the step, blocks with such experts"
     )
     rank_work_max_over_mean: float | None = metric(
         "ratio", "largest expert work of a rank over the mean", gauge="sdit_rank_load_max_over_mean_ratio"

@@ -44,6 +44,7 @@ class Recorder:
         seconds, global_batch = context.timer.step_seconds, context.run.batch.global_batch
         losses = {name: loss for name, loss in zip(PARTS, sums.parts, strict=True) if name not in self._off}
         summed: dict[str, Any] = {**losses, **sums.traffic(context.comm.world)}
+        summed |= self._token_fields(sums, logged)
         times: dict[str, Any] = context.timer.take_phases()
         record = StepRecord(
             step=span.clock.steps, images_seen=span.clock.images_seen, **summed, **times,
@@ -54,6 +55,23 @@ class Recorder:
             logged=logged, stop_requested=sums.flags["stop"] > 0,
         )  # fmt: skip
         return replace(record, **self._logged_fields()) if logged else record
+
+    def _token_fields(self, sums: StepSums, logged: bool) -> dict[str, Any]:
+        """The fields of token-routed experts."""
+        blocks = self._config.model.moe_blocks
+        if not blocks:
+            return {}
+        found = sums.token_sums(len(blocks), self._context.run.batch.micro_batches)
+        loads = found.counts / found.counts.sum(1, keepdim=True)
+        values: dict[str, Any] = {
+            "aux_loss": found.aux_loss,
+            "token_load_max_over_mean": loads.max().item() * loads.shape[1],
+            "token_dropped_fraction": found.dropped,
+            "router_entropy": found.entropy,
+        }
+        if logged:
+            values["token_load"] = [[round(share, 4) for share in row] for row in loads.tolist()]
+        return values
 
     def _utilization(self, seconds: float) -> float | None:
         peak = self._config.observe.peak_teraflops

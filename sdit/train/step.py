@@ -50,6 +50,7 @@ class TrainStep:
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
+            self._move_gate_biases(sums)
         self._choose_interval()
         logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
         return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
@@ -93,6 +94,7 @@ class TrainStep:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+        tokens: torch.Tensor | None = None
         batches: Iterable[Batch] = (loaded.on_device() for loaded in micro_batches)
         if self._config.diffusion.contrastive_weight:
             batches = with_other_targets([*batches], first, context.comm)
@@ -104,9 +106,11 @@ class TrainStep:
             context.engine.backward(losses.total)
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
+            if losses.tokens is not None:
+                tokens = losses.tokens if tokens is None else tokens + losses.tokens
         next_first = state.clock.after(context.run.batch.global_batch).first_sample
         context.experts.prepare_step(next_first, lambda: self._draw_times(next_first))
-        share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins)
+        share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins, tokens)
         return unpack(context.comm.sum(share))
 
     def _draw_times(self, first: int) -> np.ndarray:
@@ -161,6 +165,13 @@ class TrainStep:
         if self._config.train.rollback_on_spike and self._checkpoints.can_roll_back:
             self._context.engine.skip()
             raise RollBack(found)
+
+    def _move_gate_biases(self, sums: StepSums) -> None:
+        """Balance the choices of token-routed experts after a step, from the choices of its global batch."""
+        model = self._context.model
+        blocks = model.config.moe_blocks
+        if blocks:
+            model.move_gate_biases(sums.token_sums(len(blocks), self._context.run.batch.micro_batches).counts)
 
     def _update(self, grad_norm: float, span: StepSpan) -> float:
         """Clip, move weights and EMA; return the learning rate used."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdit.contracts import ModelOutput
 from sdit.transfers import Download, upload
 
 PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss", "direction_loss", "contrastive_loss")
@@ -16,13 +17,48 @@ FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "wei
 
 
 @dataclass(frozen=True)
+class TokenSums:
+    """What token-routed experts report of a step, on the host.
+
+    `aux_loss` is the mean over micro-batches. `counts` (blocks, M) float64 are the choices of each expert before drops,
+    `dropped` the fraction of them that was dropped, and `entropy` the mean entropy of a token's scores in nats.
+    """
+
+    aux_loss: float
+    counts: Tensor
+    dropped: float
+    entropy: float
+
+
+def token_figures(output: ModelOutput) -> Tensor | None:
+    """Return the numbers of a micro-batch whose sums give `TokenSums`, float64 (3 + blocks M,), or None without such experts."""
+    if output.tokens is None or output.aux_loss is None:
+        return None
+    counts, served = output.tokens.counts.sum(1), output.tokens.served
+    head = torch.stack(
+        [output.aux_loss.detach().double(), served.sum().double(), output.tokens.entropy.mean().double()]
+    )
+    return torch.cat([head, counts.flatten().double()])
+
+
+@dataclass(frozen=True)
 class StepSums:
-    """Sums over the ranks: `parts` in the order of PARTS, `flags` by name, `bins` (2, BINS) on the host."""
+    """Sums over the ranks: `parts` in the order of PARTS, `flags` by name, `bins` (2, BINS) on the host.
+
+    `tokens` (3 + blocks M,) are summed `token_figures`, empty without token-routed experts.
+    """
 
     parts: list[float]
     squared_norm: float
     flags: dict[str, float]
     bins: Tensor
+    tokens: Tensor
+
+    def token_sums(self, blocks: int, micro_batches: int) -> TokenSums:
+        """Return the sums of token-routed experts. `blocks` have them; `micro_batches`: of all ranks."""
+        (aux_loss, served, entropy), counts = self.tokens[:3].tolist(), self.tokens[3:].view(blocks, -1)
+        dropped = 1 - served / counts.sum().item()
+        return TokenSums(aux_loss / micro_batches, counts, dropped, entropy / micro_batches)
 
     @property
     def grad_norm(self) -> float:
@@ -39,18 +75,23 @@ class StepSums:
         }
 
 
-def pack(parts: Tensor, squared_norm: Tensor, flags: tuple[float, ...], bins: Tensor) -> Tensor:
+def pack(
+    parts: Tensor, squared_norm: Tensor, flags: tuple[float, ...], bins: Tensor, tokens: Tensor | None = None
+) -> Tensor:
     """One float64 vector of this rank's share; `flags` in the order of FLAGS."""
     assert len(flags) == len(FLAGS)
     values = upload(torch.tensor(flags, dtype=torch.float64), parts.device)
-    return torch.cat([parts, squared_norm[None], values, bins.flatten()])
+    share = [parts, squared_norm[None], values, bins.flatten()]
+    return torch.cat(share if tokens is None else [*share, tokens])
 
 
 def unpack(summed: Tensor) -> StepSums:
     """The sums from the vector summed over the ranks. The host waits for them, once a step."""
     host = Download(summed).wait()
-    parts, norm, flags, bins = host.split([len(PARTS), 1, len(FLAGS), 2 * BINS])
-    return StepSums(parts.tolist(), norm.item(), dict(zip(FLAGS, flags.tolist(), strict=True)), bins.view(2, BINS))
+    sizes = [len(PARTS), 1, len(FLAGS), 2 * BINS]
+    parts, norm, flags, bins, tokens = host.split([*sizes, len(host) - sum(sizes)])
+    by_name = dict(zip(FLAGS, flags.tolist(), strict=True))
+    return StepSums(parts.tolist(), norm.item(), by_name, bins.view(2, BINS), tokens)
 
 
 def bin_by_timestep(values: Tensor, t: Tensor, timesteps: int) -> Tensor:

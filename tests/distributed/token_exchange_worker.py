@@ -151,14 +151,14 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
         blocks = [checkpoint_wrapper(block) for block in blocks]
     z = mine.z.detach()[own].requires_grad_()
     weights = mine.weights.detach()[:, own].requires_grad_()
-    forward_pass, out = ExchangedTokenPass(group, comm, is_bounded=drawn.limit is not None), z
+    forward_pass, out = ExchangedTokenPass(group, is_bounded=drawn.limit is not None), z
     for index, block in enumerate(blocks):
         out = block(out, weights[index], torch.from_numpy(drawn.chosen[index][own]), drawn.limit, forward_pass)
     (out * mine.cotangent[own]).sum().backward()
     assert truth.z.grad is not None and truth.weights.grad is not None
     rows = torch.from_numpy(held)
     errors = {
-        "output": error(out, expected[own]),
+        "output": error(out.detach(), expected.detach()[own]),
         "tokens": error(z.grad, truth.z.grad[own]),
         "weights": error(weights.grad, truth.weights.grad[:, own]),
         "experts": max(

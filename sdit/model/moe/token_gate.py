@@ -25,6 +25,8 @@ class TokenGate(nn.Module):
     trainer moves it once per step. As a parameter that is not trained, checkpoints store it, and averages take it as it is.
     """
 
+    float32_parameters = ("e_score_correction_bias",)  # also in a bf16 run, whose numbers are too coarse for its steps
+
     def __init__(self, width: int, config: MoeConfig) -> None:
         super().__init__()
         self.config = config
@@ -36,7 +38,7 @@ class TokenGate(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenGate:
-        """Move the bias as the module is moved, but do not round it: its steps would be lost in bfloat16."""
+        """Move the bias as the module is moved, but do not round it."""
         bias = self.e_score_correction_bias
         exact = None if bias is None else bias.detach()
         super()._apply(fn, recurse)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdit.model.moe.base import ExpertRows, Experts
-from sdit.model.moe.mlp_experts import MlpExperts, SwiGluExperts
+from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
 
 
 class Network(NamedTuple):
@@ -40,9 +40,10 @@ NETWORKS: dict[type[Experts], Network] = {
 }
 
 
-def mix_tokens(experts: MlpExperts | SwiGluExperts, x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
+def mix_tokens(experts: Experts, x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
     """Return the weighted sums (n, D) of the experts in `rows` for tokens x (n, D), with weights (n, M_local)."""
-    if experts.is_grouped:
+    assert isinstance(experts, StackedExperts)
+    if experts.is_grouped():
         return experts.mix(x[:, None], weights, rows)[:, 0]
     stacks = [experts.get_parameter(name) for name in experts.stacks]
     work = _Work(NETWORKS[type(experts)], rows.by_expert(), torch.is_grad_enabled())
