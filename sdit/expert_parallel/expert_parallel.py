@@ -67,7 +67,9 @@ class ExpertParallel:
             # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
             is_bounded = self._comm.device.type == "cuda"
             is_sharded = self.group.ranks > 1
-            model.token_dispatcher = TokenExchange(self.group, is_bounded) if is_sharded else ReplicatedTokenDispatcher()
+            model.token_dispatcher = (
+                TokenExchange(self.group, is_bounded) if is_sharded else ReplicatedTokenDispatcher()
+            )
 
     def stored(self) -> dict[str, Any] | None:
         """Return the placement as a checkpoint carries it."""

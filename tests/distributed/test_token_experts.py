@@ -26,7 +26,9 @@ DIT = "model.variant=dit"
 
 
 def moe(**keys: object) -> str:
-    return "model.moe={" + ", ".join(f"{key}: {value}" for key, value in {"experts": 8, "top_k": 2, **keys}.items()) + "}"
+    return (
+        "model.moe={" + ", ".join(f"{key}: {value}" for key, value in {"experts": 8, "top_k": 2, **keys}.items()) + "}"
+    )
 
 
 RUNS = {  # name -> what sets the run's numbers; each is one process's run and the law for its layouts

@@ -58,14 +58,18 @@ def draw(seed: int, world: int) -> Drawn:
     count = ranks * int(rng.integers(1, 4))
     top_k = int(rng.integers(1, min(count, 3) + 1))
     is_bounded, recompute = bool(seed // len(SCENARIOS) % 2), bool(seed // len(SCENARIOS) // 2 % 2)
-    tokens = [int(each) for each in (rng.integers(1, 12, 1).repeat(ranks) if is_bounded else rng.integers(1, 12, ranks))]
+    tokens = [
+        int(each) for each in (rng.integers(1, 12, 1).repeat(ranks) if is_bounded else rng.integers(1, 12, ranks))
+    ]
     depth = int(rng.integers(1, 3))
     masks = [draw_pairs(scenario, rng, (sum(tokens), count), top_k, ranks) for _ in range(depth)]
     weights = [np.where(mask, rng.random(mask.shape), 0.0) for mask in masks]
     if scenario == "equal weights":
         weights = [mask / top_k for mask in masks]
     if scenario == "weights of zero":
-        weights = [np.where(rng.random(mask.shape) < 0.5, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)]
+        weights = [
+            np.where(rng.random(mask.shape) < 0.5, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)
+        ]
     config = ExpertsConfig(count=count, top_k=top_k, kind="mlp", mlp_ratio=2.0)
     loads = [mask.reshape(ranks, -1, count).sum(1).max() for mask in masks] if is_bounded else [0]
     limit = max(1, int(max(loads))) if is_bounded else None
