@@ -35,9 +35,9 @@ class Exchange:
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     """Return the exchange for the routes of the diffusion prior, or for random routes.
 
-    Return None if experts are not sharded.
+    Return None if no experts of routers are sharded. The rows of token-routed experts are not counted.
     """
-    if job.expert_parallel == 1:
+    if job.expert_parallel == 1 or job.config.model.variant != "switch":
         return None
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
     hidden = int(model.width * model.experts.mlp_ratio)

@@ -67,3 +67,4 @@ class TrainContext:
                 yield
         finally:
             self.model.train(training)
+            self.experts.group.traffic.forget()  # of images, whose tokens were exchanged
