@@ -132,8 +132,9 @@ class ModelConfig(Section):
     learn_variance: bool = field(True, "also predict the reverse variance (doubles the output channels)")
     mlp_ratio: float = field(4.0, "hidden width of the MLP over the width; swiglu has 2/3 of it", gt=0)
     norm: Literal["layer", "rms"] = field("layer", "norm of the branches and the output layer; rms has learned weights")
-    ffn: Literal["gelu", "silu", "swiglu"] = field(
-        "gelu", "MLP of a block: two layers with GELU or SiLU between them, or a gated one with SiLU (swiglu)"
+    ffn: Literal["gelu", "swiglu"] = field("gelu", "MLP of a block: two layers with GELU, or a gated one with SiLU")
+    activation: Literal["gelu", "silu"] = field(
+        "gelu", "ffn gelu: the function between the two layers; silu: that of the dense blocks of published DSMoE"
     )
     qk_norm: Literal["none", "rms", "layer"] = field("none", "norm of queries and keys over the channels of a head")
     rope: bool = field(False, "turn queries and keys by row and column; width / heads must be a multiple of 4")
@@ -183,6 +184,12 @@ class ModelConfig(Section):
         if self.hidden < 1:
             least = f"at least {2 if self.ffn == 'swiglu' else 1} / width {self.width}"
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} gives an MLP without hidden channels; legal: {least}")
+        return self
+
+    @model_validator(mode="after")
+    def _activation_fits(self) -> ModelConfig:
+        if self.ffn == "swiglu" and self.activation != "gelu":
+            raise ValueError(f"activation: {self.activation} with ffn swiglu, which has its own; legal: gelu")
         return self
 
     @model_validator(mode="after")

@@ -38,9 +38,6 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-MLPS: dict[str, type[nn.Module]] = {"gelu": Mlp, "silu": SiluMlp, "swiglu": SwiGlu}
-
-
 class Block(nn.Module):
     """Attention and MLP residual branches on tokens (B, L, D).
 
@@ -54,7 +51,8 @@ class Block(nn.Module):
         self.norm1 = ModulatedNorm(width, config.norm)
         self.attn = Attention(config)
         self.norm2 = ModulatedNorm(width, config.norm)
-        self.mlp = None if has_moe else MLPS[config.ffn](width, config.hidden)
+        kind = SwiGlu if config.ffn == "swiglu" else SiluMlp if config.activation == "silu" else Mlp
+        self.mlp = None if has_moe else kind(width, config.hidden)
         self.moe = TokenMoe(config) if has_moe else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 

@@ -31,6 +31,27 @@ class SiluMlp(Mlp):
         return self.fc2(F.silu(self.fc1(x)))
 
 
+class _SiluTimes(torch.autograd.Function):
+    """Returns SiLU(a) b for a and b of equal shape. It saves its inputs only; autograd would also save SiLU(a)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+
+
+def silu_times(a: Tensor, b: Tensor) -> Tensor:
+    """Return SiLU(a) b for a and b of equal shape."""
+    result: Tensor = _SiluTimes.apply(a, b)
+    return result
+
+
 class GatedMlp(nn.Module):
     """A gated MLP without biases, V (SiLU(G x) U x), (B, L, D) -> (B, L, D). The shared experts of DiT-MoE have it."""
 
@@ -42,7 +63,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))
 
 
 class _SiluProduct(torch.autograd.Function):

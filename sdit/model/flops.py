@@ -32,12 +32,23 @@ def flops_per_image(config: ModelConfig) -> Flops:
     )  # qkv and projection, then scores and weighted sum
     mlp = (3 if config.ffn == "swiglu" else 2) * tokens * width * config.hidden
     modulation = 6 * width * width
-    block = attention + mlp + modulation + (_experts(config) if config.variant == "switch" else 0)
+    block = attention + modulation + (_experts(config) if config.variant == "switch" else 0)
+    moes = len(config.moe_blocks)
+    mlps = (config.depth - moes) * mlp + moes * _token_experts(config)
     patch = tokens * config.patch_size**2 * config.channels * width
     time = SINUSOID_SIZE * width + width * width
     final = tokens * width * config.patch_size**2 * config.out_channels + 2 * width * width
-    forward = 2 * (patch + time + config.depth * block + final)
+    forward = 2 * (patch + time + config.depth * block + mlps + final)
     return Flops(forward, 3 * forward)
+
+
+def _token_experts(config: ModelConfig) -> int:
+    """Return the multiplications of gate, token-routed and shared experts of one block, without drops."""
+    moe, width, tokens = config.moe, config.width, config.tokens
+    if moe is None:
+        return 0
+    hidden = round(moe.experts_per_token(tokens) * tokens) * moe.hidden(width) + tokens * moe.shared_hidden(width)
+    return tokens * width * moe.experts + (3 if moe.kind == "swiglu" else 2) * width * hidden
 
 
 def _experts(config: ModelConfig) -> int:

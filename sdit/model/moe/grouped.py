@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdit.model.feed_forward import silu_times
+
 _PUBLIC: Any = getattr(F, "grouped_mm", None)
 _PRODUCT: Any = _PUBLIC or getattr(torch, "_grouped_mm", None)
 # Older releases have only the private name, and only kernels for Hopper.
@@ -95,7 +97,7 @@ def grouped_swiglu(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Seque
     gate, up, down = stacks
     ends = (pairs.ends * z.shape[1]).to(torch.int32)
     rows = z.index_select(0, pairs.rows).flatten(0, 1)
-    hidden = F.silu(_PRODUCT(rows, gate, offs=ends)) * _PRODUCT(rows, up, offs=ends)
+    hidden = silu_times(_PRODUCT(rows, gate, offs=ends), _PRODUCT(rows, up, offs=ends))
     results = _PRODUCT(hidden, down, offs=ends).view(-1, z.shape[1], down.shape[2])
     return _weighted_sum(results, z, weights, pairs)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdit.model.feed_forward import silu_times
 from sdit.model.moe.base import NONE, ExpertRows, Experts
 from sdit.model.moe.grouped import SortedPairs, grouped_mlp, grouped_swiglu, has_grouped_product, sort_pairs
 
@@ -128,7 +129,7 @@ class MlpExperts(StackedExperts):
 
 
 def _swiglu(z: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    return (F.silu(z @ gate_proj) * (z @ up_proj)) @ down_proj
+    return silu_times(z @ gate_proj, z @ up_proj) @ down_proj
 
 
 class SwiGluExperts(StackedExperts):
