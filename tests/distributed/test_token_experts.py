@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +9,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdit.config import load_config, resolve_run
-from sdit.errors import ConfigError
 from tests.distributed.harness import case, metrics_of, tensors_of, train_together
 from tests.distributed.test_expert_parallel import assert_same_state, checkpoint_of
 
@@ -133,13 +130,3 @@ def test_resume_is_exact_at_the_same_layout(runs: Path) -> None:
 
 def test_a_checkpoint_continues_at_another_layout(runs: Path) -> None:
     assert_same_run(runs / "resharded", runs / "aux", first_step=11)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "size", "legal"),
-    [((DIT, moe(experts=6)), 4, "1, 2"), ((moe(experts=6), "model.experts.count=4"), 4, "1, 2")],
-)
-def test_a_size_that_does_not_divide_the_experts_is_refused(overrides: Sequence[str], size: int, legal: str) -> None:
-    config = load_config(TINY, [*overrides, f"parallel.expert={size}"])
-    with pytest.raises(ConfigError, match=rf"^parallel\.expert: {size} must divide .*legal: {legal}$"):
-        resolve_run(config, {}, "test", 4, 4)
