@@ -20,8 +20,8 @@ LONGEST_SUM = 44 * 12 * 12 * 2
 
 def check_routings(folder: Path, first: int, stop: int) -> list[dict[str, Any]]:
     """Let four ranks check the routings of these seeds. A hang ends at the time limit as a failure."""
-    for result in fork_ranks(4, WORKER, [folder, first, stop], timeout_seconds=300):
-        assert result.returncode == 0, result.stdout[-3000:]
+    for result in fork_ranks(4, WORKER, [folder, first, stop], timeout_seconds=600):
+        assert result.returncode == 0, result.stdout[-1000:]
     found: list[dict[str, Any]] = json.loads((folder / "routings.json").read_text())
     return found
 

@@ -198,6 +198,7 @@ def main() -> None:
     with Comm(find_rank(os.environ), timeout_seconds=60) as comm:
         found = []
         for seed in range(first, stop):
+            print(f"routing {seed}", flush=True)  # the last line of a rank that hangs
             ranks = comm.gather(check_routing(seed, comm))
             worst = {key: max(rank["errors"][key] for rank in ranks) for key in ranks[0]["errors"]}
             drawn = draw(seed, comm.world)
