@@ -1,9 +1,10 @@
-"""Fits published weights to a model that differs from theirs: dense into Switch-DiT, another resolution, other classes."""
+"""Fits published weights to a model that differs from theirs: dense into experts, another resolution, other classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from sdit.model.rope import rope_tables
 
 LABELS = "y_embedder.embedding_table.weight"
 ROUTERS = "routers."
+NEW_OF_MOE = re.compile(r"blocks\.\d+\.moe\.(gate|shared_experts)\.")
+MLP_LEAVES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ def fit_weights(model: DiffusionTransformer, given: Mapping[str, Tensor], allowe
     """Return what of the `given` weights the model takes. `allowed`: `train.init_allow`.
 
     Experts and gates stay as initialised if the weights are of a model without routers. The experts then give zero, so that the
-    output is that of the dense model.
+    output is that of the dense model. If the model has token-routed experts and the weights have an MLP, each expert becomes a
+    copy of it. Token gates and shared experts stay as initialised.
 
     Raises: ConfigError: if positions or labels are of another model and not allowed, or positions are not sin-cos.
     """
@@ -43,6 +47,10 @@ def fit_weights(model: DiffusionTransformer, given: Mapping[str, Tensor], allowe
     if routers and not any(name.startswith(ROUTERS) for name in given):
         kept |= set(routers)
         notes.append("experts and gates are new, and the experts give zero: the output is that of the dense model")
+    if model.config.moe is not None and (dense := _blocks_with_mlp(model.config, given)):
+        tensors = _copied_into_experts(model.config, tensors, dense)
+        kept |= {name for name in names if NEW_OF_MOE.match(name)}
+        notes.append(_moe_note(model.config))
     positions = _other_positions(model.config, given)
     if positions:
         _require("positions", positions, allowed)
@@ -55,6 +63,49 @@ def fit_weights(model: DiffusionTransformer, given: Mapping[str, Tensor], allowe
         tensors.pop(LABELS, None)
         kept |= {LABELS} & set(names)
     return Fitted(tensors, frozenset(kept), tuple(notes))
+
+
+def _blocks_with_mlp(config: ModelConfig, given: Mapping[str, Tensor]) -> list[int]:
+    """Return the blocks that have token-routed experts in the model and an MLP in the weights."""
+    return [block for block in config.moe_blocks if f"blocks.{block}.mlp.fc1.weight" in given]
+
+
+def _copied_into_experts(config: ModelConfig, given: Mapping[str, Tensor], blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Return the weights with each expert of these blocks as the MLP of the block. The copies share its memory.
+
+    Raises: ConfigError: if an expert is another network than the MLP.
+    """
+    assert config.moe is not None
+    hidden, tensors = config.moe.hidden(config.width), dict(given)
+    theirs = len(given[f"blocks.{blocks[0]}.mlp.fc1.weight"])
+    if config.moe.kind != "mlp" or theirs != hidden or config.activation != "gelu":
+        raise ConfigError(
+            f"model.moe: experts of kind {config.moe.kind} and hidden width {hidden} cannot be copies of an MLP with GELU of "
+            f"hidden width {theirs}; legal: kind mlp and hidden_ratio {theirs / config.width:g}"
+        )
+    for block in blocks:
+        for leaf in MLP_LEAVES:
+            values = tensors.pop(f"blocks.{block}.mlp.{leaf}", None)
+            if values is not None:
+                copies = {f"blocks.{block}.moe.experts.{expert}.{leaf}": values for expert in range(config.moe.experts)}
+                tensors |= copies
+    return tensors
+
+
+def _moe_note(config: ModelConfig) -> str:
+    """Return in one line what became of the MLPs, and whether the output is that of the dense model."""
+    moe = config.moe
+    assert moe is not None
+    is_same = (
+        moe.router == "token" and moe.renormalize and moe.scale == 1 and moe.capacity_factor is None and not moe.shared
+    )
+    outcome = (
+        "the output is that of the dense model"
+        if is_same
+        else "the output is not that of the dense model, which needs router token, renormalize true, scale 1, shared 0 and "
+        "capacity_factor null"
+    )
+    return f"each token-routed expert is a copy of its block's MLP, and token gates are new: {outcome}"
 
 
 def _require(what: str, fact: str, allowed: Collection[str]) -> None:

@@ -177,29 +177,32 @@ def activation_bytes(job: Job) -> int:
     """Return the bytes of activations that the forward pass of a micro-batch keeps on the device for backward."""
     config, batch = job.config.model, job.batch.micro_batch
     size, kind = job.element_bytes, job.config.parallel.activation_checkpointing
-    block = block_activations(config, size)
+    each = [block_activations(config, size, config.has_moe(block)) for block in range(config.depth)]
     if kind == "none":
-        blocks = config.depth * block
+        blocks = sum(each)
     else:
         entry = size * (config.tokens * config.width + config.width)
-        blocks = block + (config.depth * entry if kind == "block" else 0)
+        blocks = max(each) + (config.depth * entry if kind == "block" else 0)
     return batch * (blocks + outer_activations(config, size))
 
 
-def block_activations(config: ModelConfig, size: int) -> int:
+def block_activations(config: ModelConfig, size: int, has_moe: bool = False) -> int:
     """Return the bytes of one image in one block. Tests compare them with the tensors that autograd saves.
 
     Rows of (L, D): the block's input; per branch its norm, its scaled norm and its result; the residual between the
     branches; q, k, v and the attention's output. Norms of q and k, and rope, add the q and k that the attention gets. (On a
-    CPU, torch has no fused RMSNorm and saves the normed q and k as well.) The MLP adds 2 rows of H, SwiGLU 3. A switch adds
-    its mixture and the sum, DTR adds the sum.
+    CPU, torch has no fused RMSNorm and saves the normed q and k as well.) The MLP adds 2 rows of H, SwiGLU 3; token-routed
+    experts add theirs for each pair, 3 rows of D (the token, two results), and a float32 input of the gate. A switch adds its
+    mixture and the sum, DTR adds the sum.
     """
     length, width = config.tokens, config.width
     of_width = 14 if config.rope or config.qk_norm != "none" else 12
-    rows = length * (of_width * width + (3 if config.ffn == "swiglu" else 2) * config.hidden)
+    rows = length * (of_width * width + mlp_numbers(config, has_moe))
     vectors = (12 if config.norm == "rms" else 10) * width  # rms: the weights are multiplied with the scales
     norm_stats = 2 * NORM_STATS[config.norm] + 2 * config.heads * NORM_STATS[config.qk_norm]
     stats = 4 * length * (norm_stats + config.heads)  # of the norms and the softmax, always float32
+    if has_moe and size < 4:
+        stats += 4 * length * width
     if config.variant == "dit":
         return size * (rows + vectors) + stats
     if config.variant == "dtr":
@@ -210,6 +213,16 @@ def block_activations(config: ModelConfig, size: int) -> int:
         inner = int(width * experts.mlp_ratio)
         extra += experts.top_k * length * (3 * width + 2 * inner)
     return size * (rows + vectors + extra) + stats + gates
+
+
+def mlp_numbers(config: ModelConfig, has_moe: bool) -> int:
+    """Return how many numbers of a token the MLP of a block, or its token-routed experts, keep for backward."""
+    moe, width = config.moe, config.width
+    if moe is None or not has_moe:
+        return (3 if config.ffn == "swiglu" else 2) * config.hidden
+    layers = 3 if moe.kind == "swiglu" else 2
+    pair = 3 * width + layers * moe.hidden(width)
+    return round(moe.experts_per_token(config.tokens) * pair) + layers * moe.shared_hidden(width)
 
 
 def outer_activations(config: ModelConfig, size: int) -> int:
@@ -226,6 +239,8 @@ def working_bytes(job: Job) -> int:
     """
     config, size = job.config.model, job.element_bytes
     hidden = (2 if config.ffn == "swiglu" else 1) * config.hidden
+    if config.moe is not None:
+        hidden = max(hidden, mlp_numbers(config, has_moe=True) * 2 // 3)
     rows = config.tokens * (4 * config.width + hidden)
     merged = 2 * config.width**2 if config.variant == "switch" and config.experts.kind == "linear" else 0
     return size * job.batch.micro_batch * (rows + merged)

@@ -26,6 +26,8 @@ VARIANTS = {
     "dtr": ("model.variant=dtr",),
     "switch": ("model.variant=switch",),
     "switch, mlp": ("model.experts.kind=mlp", "model.experts.count=4"),
+    "tokens": ("model.moe={experts: 4, shared: 1, hidden_ratio: 2, balance: bias}", "model.variant=dit"),
+    "tokens, mlp": ("model.moe={experts: 3, kind: mlp, router: expert_choice, every: 2}", "model.activation=silu"),
     "unconditional": ("model.classes=0", "model.learn_variance=false"),
 }
 EXPORTS: dict[str, Any] = {"run.safetensors": export_safetensors, "run.pt": export_pickle}

@@ -33,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lightning": {"norm": "rms", "ffn": "swiglu", "rope": True},
     "heads": {"qk_norm": "layer", "positions": "none", "mlp_ratio": 2.5},
     "modern": {"norm": "rms", "ffn": "swiglu", "qk_norm": "rms", "rope": True, "positions": "none"},
+    "token experts": {"moe": {"experts": 4, "shared": 2, "shared_ratio": 1, "balance": "aux"}},
+    "expert choice": {"moe": {"experts": 4, "kind": "mlp", "router": "expert_choice", "hidden_ratio": 2, "every": 2}},
 }
 WITH_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 BATCH = 4
