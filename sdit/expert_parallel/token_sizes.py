@@ -74,7 +74,7 @@ class PendingSizes:
         assert self._copy is not None
         sent, received = self._copy.wait().unbind()
         others = torch.arange(self._group.ranks) != self._group.ep_rank
-        rows, *local = received[self._group.ep_rank].tolist()
+        rows, *local = sent[self._group.ep_rank].tolist()
         remote = received[others, 1:].sum(0).tolist()
         send, receive = ((each[:, 0] * others).tolist() for each in (sent, received))
         return Sizes(send, receive, rows, Work(sum(local), local), Work(sum(remote), remote))

@@ -158,7 +158,9 @@ def test_initial_weights_of_an_expert_depend_on_its_id_only() -> None:
     load_published(part, to_published(_model()))
     assert torch.equal(part.blocks[0].moe.experts.up_proj, _model().blocks[0].moe.experts.up_proj[[3, 1]])  # type: ignore[union-attr,index]
     gate = build_model(SMALL | {"moe": {"experts": 64}}).blocks[0].moe.gate.weight  # type: ignore[union-attr]
-    assert gate.abs().max() <= 0.25 and gate.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.1)  # uniform in +-1 / sqrt(16)
+    assert gate.abs().max() <= 0.25 and gate.std().item() == pytest.approx(
+        0.25 / 3**0.5, rel=0.1
+    )  # uniform in +-1 / sqrt(16)
     gate = build_model(SMALL | {"moe": {"experts": 64, "router": "expert_choice"}}).blocks[0].moe.gate.weight  # type: ignore[union-attr]
     assert gate.std().item() == pytest.approx(0.006, rel=0.1)
 
