@@ -12,6 +12,7 @@ from sdit.expert_parallel.strategy import decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
+from sdit.planner.token_traffic import token_exchange_bytes
 from sdit.time_law import prior_law
 
 Mode = Literal["tokens", "weights", "auto"]
@@ -35,10 +36,13 @@ class Exchange:
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     """Return the exchange for the routes of the diffusion prior, or for random routes.
 
-    Return None if no experts of routers are sharded. The rows of token-routed experts are not counted.
+    Return None if experts are not sharded.
     """
-    if job.expert_parallel == 1 or job.config.model.variant != "switch":
+    if job.expert_parallel == 1:
         return None
+    token_bytes, token_buffer = token_exchange_bytes(job)
+    if job.config.model.variant != "switch":
+        return Exchange(dict.fromkeys(MODES, token_bytes), token_buffer, 1.0)
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
     hidden = int(model.width * model.experts.mlp_ratio)
     row_bytes = model.tokens * model.width * job.element_bytes
@@ -58,7 +62,8 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
         + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
         * expert_bytes
     )
-    return Exchange({mode: choice.bytes * groups for mode, choice in choices.items()}, int(kept), chosen.load_imbalance)
+    step_bytes = {mode: choice.bytes * groups + token_bytes for mode, choice in choices.items()}
+    return Exchange(step_bytes, int(kept) + token_buffer, chosen.load_imbalance)
 
 
 def gradient_traffic_bytes(job: Job) -> float:
