@@ -58,6 +58,9 @@ def _config_rows(schema: dict[str, Any], section: dict[str, Any], prefix: str) -
             yield f"| `{prefix}{name}` | {_type(entry)} | `{default}` | {_cell(entry['description'])} |"
         elif prefix:
             yield from _config_rows(schema, _resolve(schema, entry), f"{prefix}{name}.")
+        for choice in entry.get("anyOf", ()):  # a section that may be null
+            if "$ref" in choice:
+                yield from _config_rows(schema, _resolve(schema, choice), f"{prefix}{name}.")
 
 
 def _resolve(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +69,8 @@ def _resolve(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
 
 def _type(entry: dict[str, Any]) -> str:
     """Return the legal values of a key in words, such as `integer ≥ 1 or null`."""
+    if "$ref" in entry:
+        return "section"
     if "anyOf" in entry:
         return " or ".join(_type(choice) for choice in entry["anyOf"])
     if "enum" in entry or "const" in entry:

@@ -162,7 +162,9 @@ class DiffusionTransformer(nn.Module, Pretrained):
         if moe is None or moe.balance != "bias" or moe.bias_rate is None:
             return
         gates = [block.moe.gate for block in self.blocks if isinstance(block, Block) and block.moe is not None]
-        biases = [gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None]
+        biases: list[Tensor] = [
+            gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None
+        ]
         moved = updated_bias(torch.stack(biases), upload(counts, self.device), moe.bias_rate)
         torch._foreach_copy_(biases, list(moved.unbind()))
 
@@ -219,7 +221,7 @@ class DiffusionTransformer(nn.Module, Pretrained):
             else:
                 z = layer(z, c, route, forward_pass)
         statistics = TokenStatistics(*(torch.stack(each) for each in zip(*found, strict=True)))
-        if moe.balance != "aux" or not (self.training or torch.is_grad_enabled()):
+        if moe.balance != "aux" or moe.aux_weight is None or not (self.training or torch.is_grad_enabled()):
             return z, statistics, statistics.probs.new_zeros(())
         loss = token_balance_loss(statistics, moe.aux_scope, tokens if self.training else None)
         return z, statistics, loss * moe.aux_weight

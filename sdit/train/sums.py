@@ -57,7 +57,7 @@ class StepSums:
     def token_sums(self, blocks: int, micro_batches: int) -> TokenSums:
         """Return the sums of token-routed experts. `blocks` have them; `micro_batches`: of all ranks."""
         (aux_loss, served, entropy), counts = self.tokens[:3].tolist(), self.tokens[3:].view(blocks, -1)
-        dropped = 1 - served / counts.sum().item()
+        dropped = 1 - served / max(1.0, counts.sum().item())
         return TokenSums(aux_loss / micro_batches, counts, dropped, entropy / micro_batches)
 
     @property

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdit.config import Config, MoeConfig, dump_config, load_config, resolve_run
+from sdit.config import Config, MoeConfig, check_trainable, dump_config, load_config, resolve_run
 from sdit.errors import ConfigError
 from sdit.train.resume import compare_configs
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 REFUSED = {
     "model.moe=5": "model.moe: 5 is not legal; legal: a section",
     "model.moe.expert=4": "model.moe.expert: unknown key; did you mean model.moe.experts?",
@@ -81,6 +83,13 @@ def test_a_resumed_run_has_the_same_section() -> None:
     for old, new in ((plain, moe), (moe, plain), (older, moe), (moe, values("model.moe.top_k=1"))):
         with pytest.raises(ConfigError, match=r"model\.moe\.\w+: .* disagrees with"):
             compare_configs(old, new, "x")
+
+
+@pytest.mark.parametrize("name", ["ditmoe_s2_8e2a", "ditmoe_b2_8e2a", "ditmoe_xl2_8e2a", "dsmoe_b2_16e2a"])
+def test_presets_are_legal(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    check_trainable(config)
+    assert config.model.moe is not None and config.run_dir.endswith(name)
 
 
 def test_experts_of_tokens_are_sharded_as_those_of_routers_are() -> None:

@@ -87,6 +87,19 @@ def test_the_options_of_the_backbone_add_no_wait_and_no_copy(waits: Waits, varia
     assert not waits.pageable
 
 
+@pytest.mark.parametrize(
+    "moe", [{"balance": "aux", "shared": 1}, {"balance": "bias", "capacity_factor": 1.0}, {"router": "expert_choice"}]
+)
+def test_token_routed_experts_add_no_wait(waits: Waits, moe: dict[str, Any]) -> None:
+    """In bfloat16, which has grouped products. Without them the host waits for the number of tokens of each expert."""
+    step, model = meta_step(make_config("dit", more_model={"moe": {"experts": 4, **moe}}), 1, waits)
+    model.bfloat16()
+    run_step(step)
+    waits.pageable.clear()
+    run_step(step)
+    assert waits.events == ["forward", "backward", SUMS] * 2 and not waits.pageable
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
 @pytest.mark.parametrize(
     ("variant", "kind"),

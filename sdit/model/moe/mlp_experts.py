@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,18 +15,25 @@ from sdit.model.moe.base import NONE, ExpertRows, Experts
 from sdit.model.moe.grouped import SortedPairs, grouped_mlp, grouped_swiglu, has_grouped_product, sort_pairs
 
 Stacks = tuple[Tensor, ...]  # the parameters of all experts, in the order of `StackedExperts.stacks`
-Grouped = Callable[[Tensor, Tensor, SortedPairs, Sequence[Tensor]], Tensor]
 
 
 class StackedExperts(Experts):
     """Experts that are networks of their own. Each runs on the samples that use it, k of them per sample.
 
-    `stacks` are the names of the parameters, `expert` is the function of one expert, and `grouped` that of all.
+    `stacks` are the names of the parameters.
     """
 
     stacks: ClassVar[tuple[str, ...]]
-    expert: ClassVar[Callable[..., Tensor]]
-    grouped: ClassVar[Grouped]
+
+    @staticmethod
+    def expert(z: Tensor, stacks: Stacks) -> Tensor:
+        """Return the output (n, L, D) of one expert for z (n, L, D). `stacks` are its rows of the parameters."""
+        raise NotImplementedError
+
+    @staticmethod
+    def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
+        """Return the weighted sum (n, L, D) of all experts for z (n, L, D) by grouped products."""
+        raise NotImplementedError
 
     def __init__(self, top_k: int, ids: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__(ids)
@@ -80,7 +87,7 @@ class StackedExperts(Experts):
         The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
         """
         rows = zip(*(stack.unbind() for stack in stacks), strict=True)
-        return [partial(self.expert, **dict(zip(self.stacks, row, strict=True))) for row in rows]
+        return [partial(self.expert, stacks=row) for row in rows]
 
     def _mix_by_expert(
         self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
@@ -93,7 +100,7 @@ class StackedExperts(Experts):
             gate = weights[:, column].index_select(0, users).to(tokens.dtype)
             mixed.index_add_(0, users, functions[column](tokens.index_select(0, users)) * gate[:, None, None])
         # One local expert is enough, because its rows belong to the same parameters as those of the others.
-        return _depend_on_unused(mixed, rows, (tokens, weights), tuple(own[0].keywords.values()), replicas)
+        return _depend_on_unused(mixed, rows, (tokens, weights), own[0].keywords["stacks"], replicas)
 
     def _mix_grouped(
         self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
@@ -113,34 +120,44 @@ class StackedExperts(Experts):
         return _depend_on_unused(mixed, rows, (tokens, weights), own, replicas)
 
 
-def _mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
-
-
 class MlpExperts(StackedExperts):
     """Experts of two linear layers with biases, and GELU between them."""
 
     stacks = ("w1", "b1", "w2", "b2")
-    expert = staticmethod(_mlp)
-    grouped = staticmethod(grouped_mlp)
 
     def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
         super().__init__(top_k, ids, ((width, hidden), (hidden,), (hidden, width), (width,)))
 
+    @staticmethod
+    def expert(z: Tensor, stacks: Stacks) -> Tensor:
+        """Return GELU(z W1 + b1) W2 + b2."""
+        w1, b1, w2, b2 = stacks
+        return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
 
-def _swiglu(z: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    return silu_times(z @ gate_proj, z @ up_proj) @ down_proj
+    @staticmethod
+    def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
+        """Return `grouped_mlp`."""
+        return grouped_mlp(z, weights, pairs, stacks)
 
 
 class SwiGluExperts(StackedExperts):
     """Gated experts without biases: (SiLU(z G) * z U) V."""
 
     stacks = ("gate_proj", "up_proj", "down_proj")
-    expert = staticmethod(_swiglu)
-    grouped = staticmethod(grouped_swiglu)
 
     def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
         super().__init__(top_k, ids, ((width, hidden), (width, hidden), (hidden, width)))
+
+    @staticmethod
+    def expert(z: Tensor, stacks: Stacks) -> Tensor:
+        """Return (SiLU(z G) * z U) V."""
+        gate, up, down = stacks
+        return silu_times(z @ gate, z @ up) @ down
+
+    @staticmethod
+    def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
+        """Return `grouped_swiglu`."""
+        return grouped_swiglu(z, weights, pairs, stacks)
 
 
 def _depend_on_unused(
