@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -26,8 +27,9 @@ def test_expert_choice_takes_its_tokens_independently() -> None:
 
 def test_bytes_are_rows_and_sums_of_both_passes() -> None:
     def sent(*overrides: str) -> tuple[float, int]:
-        settings = ["train.steps=1", "train.global_batch=8", "parallel.expert=2", *overrides]
+        settings = ["train.steps=1", "train.global_batch=8", *overrides]
         job = plan_job(load_config("tests/distributed/tiny.yaml", settings), {}, "test", 2, 2)
+        job = replace(job, expert_parallel=2)
         exchange = plan_exchange(job, "random")
         assert exchange is not None
         if job.config.model.variant == "dit":
