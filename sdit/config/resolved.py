@@ -100,13 +100,6 @@ def largest_world(config: Config, ranks: int) -> int:
 def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
     """Return EP, which divides the experts of each kind. It is 1 for models without experts."""
     model = config.model
-    if model.moe is not None:
-        # The exchange is tested by itself, and runs with it are not yet compared with those of one process.
-        if config.parallel.expert not in (1, "auto"):
-            raise ConfigError(
-                f"parallel.expert: {config.parallel.expert} is not yet legal with model.moe; legal: 1, auto"
-            )
-        return 1
     counts = [model.experts.count] if model.variant == "switch" else []
     counts += [model.moe.experts] if model.moe is not None else []
     if not counts:

@@ -13,8 +13,6 @@ import torch
 from tests.distributed.harness import case, metrics_of, tensors_of, train_together
 from tests.distributed.test_expert_parallel import assert_same_state, checkpoint_of
 
-pytestmark = pytest.mark.skip(reason="EP > 1 is refused with model.moe until these runs have been compared")
-
 TINY = Path(__file__).with_name("tiny.yaml")
 CURVES = ("loss", "mse", "grad_norm")
 # AdamW makes full-size steps of gradients near zero, rounding included; an epsilon above the gradients keeps it smooth.
