@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The expert layer against its peers, on gloo ranks of this machine: time, bytes on the wire, peak memory.
 
-usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--whole-step]
+usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--whole-step | --token-routed]
 
 Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work shows:
   unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 400ms;
@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from moe_peers import TOP_K, Case, Layer, all_layers
 from moe_step import compare_whole_steps
+from moe_tokens import compare_tokens, heading
 from ranks import start_ranks
 from torch import Tensor
 
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--whole-step", action="store_true", help="whole training steps, by layout of the experts, instead"
     )
+    parser.add_argument("--token-routed", action="store_true", help="experts of tokens, see moe_tokens.py, instead")
     options = parser.parse_args()
     if os.environ.get("WORLD_SIZE") is None:
         sys.exit(start_all(options))
@@ -224,13 +226,17 @@ def main() -> None:
     with Comm(find_rank(os.environ), timeout_seconds=300) as comm:
         if options.whole_step:
             compare_whole_steps(comm, options.batch // comm.world, options.rounds)
+        elif options.token_routed:
+            compare_tokens(options, comm)
         else:
             compare_layers(options, comm)
 
 
 def start_all(options: argparse.Namespace) -> int:
     """The heads of the table, then this command as so many processes at a time; the first status that is not zero."""
-    if not options.whole_step:
+    if options.token_routed:
+        print(heading(options), flush=True)
+    elif not options.whole_step:
         print(
             f"{options.batch} samples of {TOKENS} tokens over all ranks, k = {TOP_K}, 1 thread per rank, medians of "
             f"{options.rounds} rounds; times over those of `auto`"

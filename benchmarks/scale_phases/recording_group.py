@@ -19,6 +19,7 @@ from sdit.distributed.comm import Comm
 from sdit.launch_environment import RankInfo
 
 BACKEND = "recording"
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs have overloads that a subclass in Python does not have
 
 
 class _Done(dist._Work):
@@ -28,7 +29,7 @@ class _Done(dist._Work):
         return True
 
 
-class RecordingGroup(dist.ProcessGroup):
+class RecordingGroup(_ProcessGroup):  # type: ignore[misc]
     """Counts collectives, and the bytes that this rank receives in them."""
 
     def __init__(self, rank: int, world: int) -> None:

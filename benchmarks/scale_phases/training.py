@@ -108,7 +108,7 @@ def _log_step(each: Driven, run_dir: Path) -> None:
     )
     sums = unpack(each.comm.sum(share))
     work = torch.tensor([1.0], dtype=torch.float64)
-    report = rank_report(each.comm.interleave(work).tolist())
+    report: dict[str, Any] = rank_report(each.comm.interleave(work).tolist())
     record = StepRecord(step=1, images_seen=IMAGES, loss=sums.parts[0], logged=True, **report)
     observers: list[Any] = [RankLog(run_dir, each.comm.info)]
     if each.comm.is_first:

@@ -5,6 +5,7 @@ Each process computes it once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,13 +98,10 @@ def largest_world(config: Config, ranks: int) -> int:
 
 
 def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
-    """Return EP. It is 1 for models without experts."""
-    if config.model.moe is not None:
-        if config.parallel.expert not in (1, "auto"):
-            raise ConfigError(
-                f"parallel.expert: {config.parallel.expert} with model.moe, whose experts each rank has; legal: 1, auto"
-            )
+    """Return EP, which divides the experts of each kind. It is 1 for models without experts."""
+    model = config.model
+    counts = [model.experts.count] if model.variant == "switch" else []
+    counts += [model.moe.experts] if model.moe is not None else []
+    if not counts:
         return 1
-    if config.model.variant != "switch":
-        return 1
-    return choose_expert_parallel(config.parallel.expert, config.model.experts.count, world, ranks_per_node)
+    return choose_expert_parallel(config.parallel.expert, math.gcd(*counts), world, ranks_per_node)

@@ -23,6 +23,7 @@ from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
+from sdit.expert_parallel.token_exchange import TokenExchange
 from sdit.model import DiffusionTransformer, experts_need_plan
 from sdit.topology import ExpertGroups
 
@@ -57,7 +58,7 @@ class ExpertParallel:
     def shard(
         self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool = True
     ) -> None:
-        """Leave each router of a model on the meta device the experts of this rank, and initialise the weights.
+        """Leave each block of a model on the meta device the experts of this rank, and initialise the weights.
 
         `is_random`: `init_weights` draws them. Otherwise they are given, and the experts may differ from zero.
         """
@@ -66,7 +67,12 @@ class ExpertParallel:
         if self.is_planned:
             model.dispatcher = self
         if model.config.moe is not None and self._comm.world > 1:
-            model.token_dispatcher = ReplicatedTokenDispatcher()
+            # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
+            is_bounded = self._comm.device.type == "cuda"
+            is_sharded = self.group.ranks > 1
+            model.token_dispatcher = (
+                TokenExchange(self.group, is_bounded) if is_sharded else ReplicatedTokenDispatcher()
+            )
 
     def stored(self) -> dict[str, Any] | None:
         """Return the placement, and the speeds of the group if they were measured, as a checkpoint carries them."""
@@ -153,7 +159,7 @@ class ExpertParallel:
 
     def rebalance_if_due(self, images_seen: int, state: MigratableState) -> Rebalanced | None:
         """Reconsider owners and replicas at the start of a run and at the configured intervals. Move experts if it pays."""
-        if self.group.ranks == 1:
+        if self.group.ranks == 1 or not self.is_planned:  # token-routed experts keep their ranks
             return None
         return self.rebalancer.rebalance_if_due(images_seen, lambda: self.table, state)
 

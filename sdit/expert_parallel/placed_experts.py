@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
 from sdit.expert_parallel.sharded_experts import ShardedExperts, TrainedShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.dit import Router
-from sdit.model.moe.experts import build_experts
+from sdit.model.moe.base import Experts
+from sdit.model.moe.experts import build_experts, build_token_experts
+from sdit.model.moe.token_moe import TokenMoe
 
 
 class PlacedExperts:
     """The `placement` of a run, and the `layers` of local experts, one per block (none if a rank owns all experts).
 
     `is_restored`: the placement is a checkpoint's. `starts_random`: the run begins with random weights, not with given ones.
+    Token-routed experts are always placed in order, and are not among the `layers`.
     """
 
     def __init__(self, model: ModelConfig, comm: Comm, ranks: int, ep_rank: int) -> None:
         self._config, self._comm, self._ranks, self._ep_rank = model, comm, ranks, ep_rank
-        count = model.experts.count
+        count = model.experts.count if model.variant == "switch" else ranks  # without routers there is nothing to place
         in_order = np.tile(np.arange(count) // (count // ranks), (model.depth, 1))
         self.placement = ExpertPlacement(in_order, np.zeros(in_order.shape, dtype=bool), ranks)
         self.layers: tuple[ShardedExperts, ...] = ()
@@ -35,21 +38,36 @@ class PlacedExperts:
     def shard(
         self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool
     ) -> None:
-        """Leave each router of a model on the meta device the experts of this rank, and initialise the weights."""
+        """Leave each block of a model on the meta device the experts of this rank, and initialise the weights."""
         self.starts_random = is_random
-        experts = self._config.experts
+        routers = [each for each in model.modules() if isinstance(each, Router)]
+        moes = [each for each in model.modules() if isinstance(each, TokenMoe)]
         if self._ranks > 1:
-            for router, ids_of_rank in zip(model.routers, self.placement.experts_of_rank, strict=True):
-                router.experts = build_experts(experts, self._config.width, ids_of_rank[self._ep_rank])
+            for router, ids_of_rank in zip(routers, self.placement.experts_of_rank[: len(routers)], strict=True):
+                router.experts = build_experts(self._config.experts, self._config.width, ids_of_rank[self._ep_rank])
+            for moe in moes:
+                moe.experts = self._build_token_experts()
         model.to_empty(device=self._comm.device)
         init_weights(model)
         if self._ranks > 1:
-            routers = [router for router in model.routers if isinstance(router, Router)]
-            is_trained = any(parameter.requires_grad for router in routers for parameter in router.experts.parameters())
-            layer = TrainedShardedExperts if is_trained else ShardedExperts
-            self.layers = tuple(layer(router.experts, experts.count, self._ranks) for router in routers)
-            for router, sharded in zip(routers, self.layers, strict=True):
-                router.experts = sharded  # type: ignore[assignment]
+            self.layers = self._wrap(routers, self._config.experts.count)
+            self._wrap(moes, 0 if self._config.moe is None else self._config.moe.experts)
+
+    def _build_token_experts(self) -> Experts:
+        """Return this rank's token-routed experts of a block: equally many consecutive ones."""
+        moe = self._config.moe
+        assert moe is not None
+        local = moe.experts // self._ranks
+        return build_token_experts(moe, self._config.width, range(self._ep_rank * local, (self._ep_rank + 1) * local))
+
+    def _wrap(self, owners: Sequence[Router | TokenMoe], count: int) -> tuple[ShardedExperts, ...]:
+        """Put the experts of each owner, `count` on all ranks, into the layer that DeepSpeed finds, and return the layers."""
+        is_trained = any(parameter.requires_grad for owner in owners for parameter in owner.experts.parameters())
+        layer = TrainedShardedExperts if is_trained else ShardedExperts
+        layers = tuple(layer(owner.experts, count, self._ranks) for owner in owners)
+        for owner, sharded in zip(owners, layers, strict=True):
+            owner.experts = sharded  # type: ignore[assignment]
+        return layers
 
     def stored(self) -> dict[str, Any]:
         """Return the placement as a checkpoint carries it."""

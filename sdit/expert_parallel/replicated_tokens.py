@@ -13,9 +13,7 @@ class ReplicatedTokenPass(LocalTokenPass):
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
         """Return int64 counts, summed over all ranks. The host does not wait for them."""
-        summed = counts.clone()
-        dist.all_reduce(summed)
-        return summed
+        return sum_over_ranks(counts)
 
 
 class ReplicatedTokenDispatcher(LocalTokenDispatcher):
@@ -24,3 +22,10 @@ class ReplicatedTokenDispatcher(LocalTokenDispatcher):
     def forward_pass(self) -> ReplicatedTokenPass:
         """Return a new pass."""
         return ReplicatedTokenPass()
+
+
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """Return counts, summed over all ranks of the run. The host of a GPU does not wait for them."""
+    summed = counts.clone()
+    dist.all_reduce(summed)
+    return summed

@@ -12,6 +12,7 @@ from sdit.expert_parallel.strategy import Choice, decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, unit_costs
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import Job
+from sdit.planner.token_traffic import token_exchange_bytes
 from sdit.time_law import prior_law
 
 Mode = Literal["tokens", "weights", "auto"]
@@ -38,6 +39,19 @@ class Exchange:
     served_rows: float
     load_imbalance: float
 
+    def plus(self, other: Exchange) -> Exchange:
+        """Return both exchanges of a step together. The load imbalance is this one's."""
+        return Exchange(
+            step_bytes={mode: self.step_bytes[mode] + other.step_bytes[mode] for mode in MODES},
+            buffer_bytes=self.buffer_bytes + other.buffer_bytes,
+            row_bytes=self.row_bytes + other.row_bytes,
+            replica_bytes=self.replica_bytes + other.replica_bytes,
+            row_messages=self.row_messages + other.row_messages,
+            replica_messages=self.replica_messages + other.replica_messages,
+            served_rows=self.served_rows + other.served_rows,
+            load_imbalance=self.load_imbalance,
+        )
+
 
 def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
     """Return the exchange in the config's mode for the routes of the diffusion prior, or for random routes.
@@ -49,6 +63,9 @@ def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
 
 def plan_exchanges(job: Job, routes: RouteKind) -> dict[Mode, Exchange]:
     """Return the exchange of sharded experts in each mode."""
+    tokens = _token_exchange(job)
+    if job.config.model.variant != "switch":
+        return dict.fromkeys(MODES, tokens)
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
     costs = unit_costs(model, parallel, job.element_bytes, ranks)
     table = prior_routes(job) if routes == "prior" else random_routes(job)
@@ -56,7 +73,7 @@ def plan_exchanges(job: Job, routes: RouteKind) -> dict[Mode, Exchange]:
     groups = job.world // ranks * job.batch.accumulation
     choices = {mode: decide_placement(parallel.placement, mode, traffic, costs) for mode in MODES}
     step_bytes: dict[str, float] = {mode: choice.bytes * groups for mode, choice in choices.items()}
-    return {mode: _exchange(job, traffic, costs, choice, step_bytes) for mode, choice in choices.items()}
+    return {mode: _exchange(job, traffic, costs, choice, step_bytes).plus(tokens) for mode, choice in choices.items()}
 
 
 def _exchange(
@@ -83,6 +100,23 @@ def _exchange(
         replica_messages=passes * ways * int(replicated.any(axis=1).sum()),
         served_rows=passes * transfers,
         load_imbalance=choice.load_imbalance,
+    )
+
+
+def _token_exchange(job: Job) -> Exchange:
+    """Return the exchange of token-routed experts. A block exchanges sizes once, and rows there and back in each pass."""
+    step_bytes, buffer_bytes = token_exchange_bytes(job)
+    forwards = 1 if job.config.parallel.activation_checkpointing == "none" else 2
+    messages = (2 * (forwards + 1) + 1) * len(job.config.model.moe_blocks) * job.batch.accumulation
+    return Exchange(
+        step_bytes=dict.fromkeys(MODES, step_bytes),
+        buffer_bytes=buffer_bytes,
+        row_bytes=step_bytes / job.world,
+        replica_bytes=0.0,
+        row_messages=messages,
+        replica_messages=0,
+        served_rows=0.0,  # a pair is computed once, wherever it is
+        load_imbalance=1.0,
     )
 
 

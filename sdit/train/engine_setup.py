@@ -134,7 +134,8 @@ def parameter_groups(module: TrainModule, kind: str) -> list[dict[str, Any]]:
         for name, parameter in part.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if kind == "muon" and name.startswith("blocks.") and parameter.dim() == 2:
+            # A stack of vectors, one per expert, is not a matrix.
+            if kind == "muon" and name.startswith("blocks.") and ".experts." not in name and parameter.dim() == 2:
                 matrices.append(parameter)
             else:
                 named.setdefault(expert_group_of(parameter), []).append(parameter)

@@ -1,4 +1,4 @@
-"""The keys of `model.moe`: defaults, refusals, what a resumed run may not change, and the run with sharded experts."""
+"""The keys of `model.moe`: defaults, refusals, what a resumed run may not change, and EP."""
 
 from __future__ import annotations
 
@@ -92,11 +92,13 @@ def test_presets_are_legal(name: str) -> None:
     assert config.model.moe is not None and config.run_dir.endswith(name)
 
 
-def test_experts_of_tokens_are_not_sharded() -> None:
+def test_experts_of_tokens_are_sharded_as_those_of_routers_are() -> None:
     def size(*overrides: str) -> int:
         config: Config = load_config(None, ["train.steps=1", "train.global_batch=8", *overrides])
         return resolve_run(config, {}, "test", 4, 4).expert_parallel
 
-    assert size("model.moe={}") == size("model.moe={}", "parallel.expert=1") == 1
-    with pytest.raises(ConfigError, match=r"parallel\.expert: 2 with model\.moe, .*; legal: 1, auto"):
-        size("model.moe={}", "parallel.expert=2")
+    assert size("model.variant=dit", "model.moe={}") == 4
+    assert size("model.variant=dit", "model.moe={}", "parallel.expert=2") == 2
+    assert size("model.experts.count=4", "model.moe.experts=6") == 2
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 4 must divide 2 experts and 4 ranks; legal: 1, 2"):
+        size("model.experts.count=4", "model.moe.experts=6", "parallel.expert=4")

@@ -50,7 +50,7 @@ class StackedExperts(Experts):
         z = z.to(stacks[0].dtype)
         if z.device.type != "cpu" and len(gates) == 1:
             return self._shared(z, gates)
-        if self._is_grouped():
+        if self.is_grouped():
             return self.grouped(z, gates, sort_pairs(gates, self.top_k), stacks)
         used = (gates.detach() != 0).expand(len(z), -1).cpu()
         gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
@@ -64,13 +64,14 @@ class StackedExperts(Experts):
     def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
         """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
         own = self._stacks()
-        mix = self._mix_grouped if self._is_grouped() else self._mix_by_expert
+        mix = self._mix_grouped if self.is_grouped() else self._mix_by_expert
         return mix(z.to(own[0].dtype), weights, rows, own, tuple(replicas[name] for name in self.stacks if replicas))
 
     def _stacks(self) -> Stacks:
         return tuple(self.get_parameter(name) for name in self.stacks)
 
-    def _is_grouped(self) -> bool:
+    def is_grouped(self) -> bool:
+        """Return True if the experts run as grouped products."""
         first = self._stacks()[0]
         return has_grouped_product(first.device, first.dtype, first.shape[1:])
 

@@ -1,0 +1,139 @@
+"""Token routing in an expert-parallel group: a token is sent once to each other rank that has any of its experts.
+
+B samples of L tokens, N = B L local tokens, D width, M experts of a block, M_local local ones, P ranks of the group.
+S rows are sent, R rows received. Expert j is in row j % M_local of rank j // M_local.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_rows
+from sdit.expert_parallel.packed_rows import pack, unpack
+from sdit.expert_parallel.replicated_tokens import sum_over_ranks
+from sdit.expert_parallel.sharded_experts import ShardedExperts
+from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, Work, bounded_sizes, true_columns, true_places
+from sdit.model.moe.base import Experts
+from sdit.model.moe.token_products import mix_tokens
+from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
+
+# A transfer's token has a shape but no memory, which torch.compile cannot trace.
+eagerly = torch.compiler.disable
+
+
+class Rows(NamedTuple):
+    """The tokens that a rank computes, or is sent: their numbers `tokens` (S,), and the pairs with the experts of that rank.
+
+    `weights` (S, M_local) count where `chosen` (S, M_local) is true. They are zero elsewhere.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    chosen: Tensor
+
+
+class Dispatched(NamedTuple):
+    """The tokens x (N, D) of a block and their routes, whose sizes are being exchanged."""
+
+    x: Tensor
+    routes: TokenRoutes
+    experts: Experts
+    block: int
+
+
+class Computed(NamedTuple):
+    """The sums `mixed` (N, D) of this rank's experts, and the transfer of the sums (S, D) of the others for `tokens` (S,)."""
+
+    mixed: Tensor
+    returning: Pending
+    tokens: Tensor
+
+
+class ExchangedTokenPass:
+    """One forward and backward pass of token-routed blocks whose experts are sharded over a group.
+
+    The sizes of a block are exchanged once, at its first `dispatch`. A block that is computed again in backward uses the same.
+    `is_bounded`: with routes that limit the tokens of an expert, buffers have the size of this limit, and no sizes are exchanged.
+    """
+
+    def __init__(self, group: ExpertGroup, is_bounded: bool = False) -> None:
+        self.choices: dict[int, TokenChoice] = {}
+        self._group, self._is_bounded = group, is_bounded
+        self._sizes: dict[int, PendingSizes | Sizes] = {}
+
+    @eagerly
+    def dispatch(self, block: SupportsIndex, x: Tensor, routes: TokenRoutes, experts: ShardedExperts) -> Dispatched:
+        """Start to exchange the sizes. What the caller computes before `compute` hides the exchange. x (N, D) are tokens."""
+        index = operator.index(block)
+        if index not in self._sizes:
+            pairs = self._by_rank(routes.kept)
+            if self._is_bounded and routes.limit is not None:
+                self._sizes[index] = bounded_sizes(self._group, pairs, len(routes.chosen), routes.limit)
+            else:
+                self._sizes[index] = PendingSizes(self._group, pairs)
+        return Dispatched(x, routes, experts.local, index)
+
+    @eagerly
+    def compute(self, dispatched: Dispatched) -> Computed:
+        """Send tokens, compute local ones and then received ones, and start to send one sum of each received token back."""
+        x, routes, experts, block = dispatched
+        sizes = self._sizes[block] = self._sizes[block].wait()
+        own, others = self._rows(routes, sizes)
+        sent = pack(x.index_select(0, others.tokens), others.weights, others.chosen)
+        arriving = begin_rows(self._group, sent, sizes.send, sizes.receive)
+        local = _mix(experts, x.index_select(0, own.tokens), own.weights, own.chosen, sizes.local)
+        mixed = local.new_zeros(x.shape).index_add_(0, own.tokens, local)
+        served = _mix(experts, *unpack(arriving.wait(), x.shape[1], routes.weights.dtype), sizes.remote)
+        return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), others.tokens)
+
+    @eagerly
+    def combine(self, computed: Computed) -> Tensor:
+        """Return the weighted sum (N, D) of the experts of each token."""
+        mixed, returning, tokens = computed
+        return mixed.index_add_(0, tokens, returning.wait().to(mixed.dtype))
+
+    def sum_over_ranks(self, counts: Tensor) -> Tensor:
+        """Return int64 counts, summed over all ranks. The host does not wait for them."""
+        return sum_over_ranks(counts)
+
+    def _by_rank(self, pairs: Tensor) -> Tensor:
+        """Return values (N, P, M_local) of pairs (N, M)."""
+        return pairs.unflatten(1, (self._group.ranks, -1))
+
+    def _rows(self, routes: TokenRoutes, sizes: Sizes) -> tuple[Rows, Rows]:
+        """Return the rows that this rank computes, and those that it sends, by rank."""
+        pairs, own = self._by_rank(routes.kept), self._group.ep_rank
+        served = pairs.any(2).T.contiguous()
+        if sizes.local.counts is None:
+            tokens, is_row = true_columns(served, sizes.own)
+            ranks = torch.arange(self._group.ranks, device=tokens.device).repeat_interleave(sizes.own)
+            tokens, is_row = tokens.flatten(), is_row.flatten()
+        else:
+            ranks, tokens = true_places(served, sum(sizes.send) + sizes.own)
+            is_row = torch.ones_like(tokens, dtype=torch.bool)
+        numbers = tokens * self._group.ranks + ranks
+        chosen = pairs.flatten(0, 1).index_select(0, numbers) & is_row[:, None]
+        weights = self._by_rank(routes.weights).flatten(0, 1).index_select(0, numbers).where(chosen, 0)
+        before, after = sum(sizes.send[:own]), sum(sizes.send[own:])
+        parts = [each.split([before, sizes.own, after]) for each in (tokens, weights, chosen)]
+        return Rows(*(own for _, own, _ in parts)), Rows(*(torch.cat([first, last]) for first, _, last in parts))
+
+
+class TokenExchange:
+    """The dispatcher of token-routed experts that are sharded over a group. For `is_bounded` see `ExchangedTokenPass`."""
+
+    def __init__(self, group: ExpertGroup, is_bounded: bool) -> None:
+        self._group, self._is_bounded = group, is_bounded
+
+    def forward_pass(self) -> ExchangedTokenPass:
+        """Return a new pass."""
+        return ExchangedTokenPass(self._group, self._is_bounded)
+
+
+def _mix(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor, work: Work) -> Tensor:
+    """Return the weighted sums (n, D) of the local experts for tokens x (n, D). Each is a sample of one token to them."""
+    return mix_tokens(experts, x, weights, work.rows(chosen))

@@ -1,0 +1,145 @@
+"""Token-routed experts one after another, with a backward pass that keeps few numbers.
+
+n tokens, D width, H hidden width, M_local experts, E (token, expert) pairs. Autograd would save 2 D + 2 H numbers of a pair (3 H
+for gated experts) and the gradient of each matrix twice. This keeps H (2 H), computes the activation again, and writes the
+gradient of a matrix into that of its stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdit.model.moe.base import ExpertRows, Experts
+from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
+
+
+class Network(NamedTuple):
+    """An expert: y = activation(x W_i + b_i, ...) W + b. Each (W, b) are numbers of stacks; b None: there is no bias."""
+
+    inputs: tuple[tuple[int, int | None], ...]
+    activation: Callable[..., Tensor]
+    output: tuple[int, int | None]
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+NETWORKS: dict[type[Experts], Network] = {
+    MlpExperts: Network(((0, 1),), _gelu, (2, 3)),
+    SwiGluExperts: Network(((0, None), (1, None)), _gated, (2, None)),
+}
+
+
+def mix_tokens(experts: Experts, x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
+    """Return the weighted sums (n, D) of the experts in `rows` for tokens x (n, D), with weights (n, M_local)."""
+    assert isinstance(experts, StackedExperts)
+    if experts.is_grouped():
+        return experts.mix(x[:, None], weights, rows)[:, 0]
+    stacks = [experts.get_parameter(name) for name in experts.stacks]
+    work = _Work(NETWORKS[type(experts)], rows.by_expert(), torch.is_grad_enabled())
+    mixed: Tensor = _Mix.apply(work, x.to(stacks[0].dtype), weights, *stacks)
+    return mixed
+
+
+class _Work(NamedTuple):
+    """The pairs to compute, by expert: (column of the weights, tokens). `keeps`: backward follows."""
+
+    network: Network
+    by_expert: list[tuple[int, Tensor]]
+    keeps: bool
+
+
+class _Mix(torch.autograd.Function):
+    """All inputs get a gradient, zero where no token uses an expert: backward is the same graph on each rank."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, x: Tensor, weights: Tensor, *stacks: Tensor) -> Tensor:
+        ctx.work, ctx.hidden = work, []
+        ctx.save_for_backward(x, weights, *stacks)
+        mixed = torch.zeros_like(x)
+        for column, users in work.by_expert:
+            row = x.index_select(0, users)
+            hidden = [_linear(row, stacks, layer, column) for layer in work.network.inputs]
+            result = _linear(work.network.activation(*hidden), stacks, work.network.output, column)
+            mixed.index_add_(0, users, result.mul_(_gate(weights, column, users, x.dtype)))
+            if work.keeps:
+                ctx.hidden.append(hidden)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        work: _Work = ctx.work
+        x, weights, *stacks = ctx.saved_tensors
+        grads = _Gradients(torch.zeros_like(x), torch.zeros_like(weights), _empty_rows(stacks, work))
+        for number, (column, users) in enumerate(work.by_expert):
+            hidden, ctx.hidden[number] = ctx.hidden[number], None
+            gate = _gate(weights, column, users, x.dtype)
+            _backward_of_expert(work.network, stacks, (column, users), (x, gate, hidden, grad), grads)
+        return None, grads.x, grads.weights, *grads.stacks
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the inputs of `_Mix`, which the experts fill in turn."""
+
+    x: Tensor
+    weights: Tensor
+    stacks: list[Tensor]
+
+
+def _backward_of_expert(
+    network: Network, stacks: Sequence[Tensor], pairs: tuple[int, Tensor],
+    saved: tuple[Tensor, Tensor, list[Tensor], Tensor], grads: _Gradients,
+) -> None:  # fmt: skip
+    """Add the gradients of one expert, whose output is gate * (h W + b) with h = activation(hidden)."""
+    (column, users), (x, gate, hidden, grad) = pairs, saved
+    leaves = [each.requires_grad_() for each in hidden]
+    with torch.enable_grad():
+        activated = network.activation(*leaves)
+    h, result_grad = activated.detach(), grad.index_select(0, users)
+    matrix, bias = network.output
+    h_grad = result_grad @ stacks[matrix][column].T
+    gate_grad = torch.linalg.vecdot(h_grad, h)
+    weighted = result_grad * gate
+    torch.mm(h.T, weighted, out=grads.stacks[matrix][column])
+    if bias is not None:
+        gate_grad += result_grad @ stacks[bias][column]
+        torch.sum(weighted, 0, out=grads.stacks[bias][column])
+    grads.weights[:, column].index_copy_(0, users, gate_grad.to(grads.weights.dtype))
+    hidden_grads = torch.autograd.grad(activated, leaves, h_grad.mul_(gate))
+    row = x.index_select(0, users)
+    for (matrix, bias), hidden_grad in zip(network.inputs, hidden_grads, strict=True):
+        torch.mm(row.T, hidden_grad, out=grads.stacks[matrix][column])
+        if bias is not None:
+            torch.sum(hidden_grad, 0, out=grads.stacks[bias][column])
+        grads.x.index_add_(0, users, hidden_grad @ stacks[matrix][column].T)
+
+
+def _linear(rows: Tensor, stacks: Sequence[Tensor], layer: tuple[int, int | None], column: int) -> Tensor:
+    matrix, bias = layer
+    if bias is None:
+        return rows @ stacks[matrix][column]
+    return torch.addmm(stacks[bias][column], rows, stacks[matrix][column])
+
+
+def _gate(weights: Tensor, column: int, users: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights (n, 1) of the tokens of an expert, in the dtype of the tokens."""
+    return weights[:, column].index_select(0, users).to(dtype)[:, None]
+
+
+def _empty_rows(stacks: Sequence[Tensor], work: _Work) -> list[Tensor]:
+    """Return memory for the gradients of the stacks. The rows of experts without tokens are zero."""
+    grads = [torch.empty_like(stack) for stack in stacks]
+    for column in set(range(len(stacks[0]))) - {column for column, _ in work.by_expert}:
+        for each in grads:
+            each[column].zero_()
+    return grads
