@@ -114,7 +114,8 @@ def check_measured_hardware(path: Path, world: int) -> None:
     assert f"on {world} ranks, 1 nodes: CPU" in hardware.sources[0]
     assert all(each.gigabytes_per_second > 0 < each.fixed_microseconds for _, each in hardware.inside)
     assert hardware.host.step_milliseconds > 0 < hardware.storage.total_gigabytes_per_second
-    job = plan_job(load_config(ROOT / "configs" / "digits.yaml"), {}, "test", world, world)
+    config = load_config(ROOT / "configs" / "digits.yaml", [f"train.global_batch={8 * world}"])
+    job = plan_job(config, {}, "test", world, world)
     assert predict_step(job, plan_exchange(job, "random"), hardware).total > 0
 
 

@@ -140,13 +140,16 @@ def test_rank_with_another_config_is_named(tmp_path: Path) -> None:
 
 def test_second_launch_on_a_run_directory_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with start_fake(2, run, steps=60, step_seconds=0.05) as first:
+    with start_fake(2, run, steps=10_000, step_seconds=0.05) as first:
         eventually(lambda: newest_step(run) >= 4)
         with start_fake(2, run, steps=60) as second:
             assert second.codes() == [ExitCode.CONFIG] * 2
         holder = f"in use by process {first.processes[0].pid} on host {socket.gethostname()}"
         assert holder in second.output
-        assert first.codes() == [ExitCode.DONE] * 2
+        before = newest_step(run)
+        eventually(lambda: newest_step(run) > before)
+        first.send(0, signal.SIGTERM)
+        assert first.codes() == [ExitCode.REQUEUE] * 2
 
 
 def test_killed_supervisor_leaves_no_orphan_and_its_lock_is_taken_over(tmp_path: Path) -> None:
