@@ -29,8 +29,8 @@ def measure_hardware(comm: Comm, folder: Path, threads: int | None) -> Hardware:
     Raises: OSError: if no file can be written in the folder.
     """
     device, nodes = measure_device(comm), _ranks_by_node(comm)
-    alone = _copies(device)
-    inside, between = _links(comm, nodes, alone)
+    one_rank = _copies(device)
+    inside, between = _links(comm, nodes, one_rank)
     storage = _measure_storage(comm, folder, len(nodes))
     measured = f"measured by sdit doctor on {comm.world} ranks, {len(nodes)} nodes: {describe_device(comm.device)}"
     assumed = ["node_mtbf_hours", "host.restart_seconds", "host.step_microseconds_per_rank"]
@@ -42,8 +42,8 @@ def measure_hardware(comm: Comm, folder: Path, threads: int | None) -> Hardware:
         else f"{len(nodes)} nodes, {comm.world} ranks",
         sources=[measured, f"not measured: {'; '.join(assumed)}"],
         device=device,
-        inside=inside or between or alone,
-        between=between or inside or alone,
+        inside=inside or between or one_rank,
+        between=between or inside or one_rank,
         storage=storage,
         host=measure_host(comm, folder, threads),
         node_mtbf_hours=ASSUMED_MTBF_HOURS,
@@ -59,7 +59,7 @@ def _ranks_by_node(comm: Comm) -> list[list[int]]:
     return list(nodes.values())
 
 
-def _links(comm: Comm, nodes: list[list[int]], alone: Link) -> tuple[Link | None, Link | None]:
+def _links(comm: Comm, nodes: list[list[int]], one_rank: Link) -> tuple[Link | None, Link | None]:
     """Return the link inside nodes and the link between them, or None for what is not there.
 
     Ranks of different nodes are measured as training uses them: all ranks of a node at the same time, each with the ranks of

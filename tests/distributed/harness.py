@@ -104,11 +104,11 @@ def fork_ranks(
     return [subprocess.CompletedProcess(command, rank.exitcode, text) for rank, text in zip(ranks, texts, strict=True)]
 
 
-def train_together(world: int, cases: list[dict], folder: Path) -> None:
+def train_together(world: int, cases: list[dict], folder: Path, limit_seconds: float = TIMEOUT_SECONDS) -> None:
     """Train the cases one after another in one process group of `world` ranks."""
     listing = folder / f"cases-{world}.json"
     listing.write_text(json.dumps(cases))
-    results = fork_ranks(world, WORKER, [listing])
+    results = fork_ranks(world, WORKER, [listing], limit_seconds)
     failed = [(rank, result) for rank, result in enumerate(results) if result.returncode]
     # The rank that failed first says why; the others only that it went away.
     failed.sort(key=lambda each: "by peer" in each[1].stdout)

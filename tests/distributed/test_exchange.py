@@ -27,7 +27,7 @@ LONGEST_SUM = (
 )
 
 
-def work(world: int, folder: Path, *jobs: str, limit_seconds: float = 240) -> None:
+def work(world: int, folder: Path, *jobs: str, limit_seconds: float = 480) -> None:
     """Let `world` ranks do the jobs; a hang ends at the time limit as a failure."""
     for result in fork_ranks(world, WORKER, [folder, *jobs], limit_seconds):
         assert result.returncode == 0, result.stdout[-3000:]

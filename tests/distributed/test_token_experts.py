@@ -96,8 +96,9 @@ def continued(runs: Path) -> Path:
 @pytest.fixture(scope="module")
 def matrix(runs: Path) -> Path:
     train_alone(runs, [name for name in RUNS if not (runs / name).exists()])
-    for ranks in (1, 2, 4):
-        train_together(ranks, [each.case(runs) for each in MATRIX if each.ranks == ranks and each not in CASES], runs)
+    for name, ranks in product(RUNS, (1, 2, 4)):
+        layouts = [each for each in MATRIX if (each.like, each.ranks) == (name, ranks) and each not in CASES]
+        train_together(ranks, [each.case(runs) for each in layouts], runs, limit_seconds=900)
     return runs
 
 

@@ -49,7 +49,7 @@ class LinearExperts(Experts):
 def experts_need_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Return True if the experts of a rank that has all of them would read their gates from the device in each block.
 
-    These are MLP experts on a GPU without a grouped product. A plan tells them their rows, so that the host waits once per step.
+    These are MLP experts on a GPU without a grouped product. A plan holds their rows, so that the host waits once per step.
     """
     if config.variant != "switch" or config.experts.kind != "mlp" or device.type == "cpu":
         return False
