@@ -7,12 +7,13 @@ S rows are sent, R rows received. Expert j is in row j % M_local of rank j // M_
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_rows
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
 from sdit.expert_parallel.packed_rows import pack, unpack
 from sdit.expert_parallel.replicated_tokens import sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
@@ -128,10 +129,11 @@ class TokenExchange:
 
     def __init__(self, group: ExpertGroup, is_bounded: bool) -> None:
         self._group, self._is_bounded = group, is_bounded
+        self._uncounted = replace(group, traffic=TrafficCounter())
 
     def forward_pass(self) -> ExchangedTokenPass:
-        """Return a new pass."""
-        return ExchangedTokenPass(self._group, self._is_bounded)
+        """Return a new pass. Without gradients (sampling, held-out images) its bytes are not those of a step."""
+        return ExchangedTokenPass(self._group if torch.is_grad_enabled() else self._uncounted, self._is_bounded)
 
 
 def _mix(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor, work: Work) -> Tensor:

@@ -78,7 +78,6 @@ class TrainContext:
                 yield
         finally:
             self.model.train(training)
-            self.experts.group.traffic.forget()  # of images, whose tokens were exchanged
 
 
 def kept_times(draw: TimesOf) -> TimesOf:

@@ -19,6 +19,7 @@ from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.model.moe.kernels import has_triton
+from sdit.model.moe.token_moe import TokenMoe
 from sdit.train.freezing import freeze
 from sdit.train.initial_weights import read_initial_weights
 from sdit.train.module import TrainModule
@@ -104,6 +105,9 @@ def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
 def wrap_layers(model: DiffusionTransformer, config: Config, device: torch.device) -> None:
     """Compile the layers, or recompute them in backward, as the config asks."""
     if compiles_blocks(config.parallel.compile, device):
+        for module in model.modules():
+            if isinstance(module, TokenMoe):  # it would be compiled again for each block and each number of tokens
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         for layer in model.layers:
             layer.compile()
     if config.parallel.activation_checkpointing != "none":

@@ -68,7 +68,7 @@ class StackedExperts(Experts):
         return mix(z.to(own[0].dtype), weights, rows, own, tuple(replicas[name] for name in self.stacks if replicas))
 
     def _stacks(self) -> Stacks:
-        return tuple(self.get_parameter(name) for name in self.stacks)
+        return tuple(getattr(self, name) for name in self.stacks)
 
     def is_grouped(self) -> bool:
         """Return True if the experts run as grouped products."""

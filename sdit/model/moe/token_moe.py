@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 from typing import SupportsIndex
 
-import torch
 from torch import Tensor, nn
 
 from sdit.config import ModelConfig
@@ -32,8 +31,6 @@ class TokenMoe(nn.Module):
         shared = Mlp if moe.kind == "mlp" else GatedMlp
         self.shared_experts = shared(width, moe.shared_hidden(width)) if moe.shared else None
 
-    # torch.compile would compile it again for each block and for each number of tokens of an expert.
-    @torch.compiler.disable
     def forward(self, x: Tensor, block: SupportsIndex, tokens: TokenPass) -> tuple[Tensor, TokenStatistics]:
         """Return y (B, L, D) and the statistics of the routes for x (B, L, D).
 
