@@ -13,7 +13,7 @@ class Phase:
     """One phase of a run of `ranks` ranks. Seconds are virtual, host times are CPU time of this machine.
 
         Operations and bytes are those on the shared file system. `messages` counts collectives of one rank, and `message_bytes`
-    what it receives in them. `active` ranks take part: fewer than `ranks` if a run goes on with fewer.
+    what it receives in them. `active` ranks take part: fewer than `ranks` if a run continues with fewer.
     """
 
     name: str

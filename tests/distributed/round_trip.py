@@ -2,7 +2,7 @@
 
 usage: round_trip.py TASKS.json: [{"case": {...}, "sources": [FOLDER, ...], "out": FOLDER}, ...], ranks from the environment
 
-Beside each new checkpoint, `opens-RANK.json` holds how often the rank opened a shard file to verify and to load the source.
+Next to each new checkpoint, `opens-RANK.json` holds how often the rank opened a shard file to verify and to load the source.
 """
 
 from __future__ import annotations

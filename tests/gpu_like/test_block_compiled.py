@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdit.config import Config
 from sdit.expert_parallel.all_to_all import ExpertGroup, TrafficCounter
 from sdit.expert_parallel.device_plan import pack_plan
 from sdit.expert_parallel.dispatcher import PlannedPass
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
 from sdit.model import DiffusionTransformer, build_model
+from sdit.train.engine_setup import wrap_layers
 
 DEPTH, WIDTH, SAMPLES, TOKENS = 12, 32, 6, 4
 SHAPE = {"width": WIDTH, "heads": 2, "input_size": 4, "channels": 3, "classes": 5, "timesteps": 50}
@@ -93,3 +95,23 @@ def test_a_block_with_all_its_experts_compiles_once_into_one_graph(options: dict
     backend = Compiled()
     _step(_model(DEPTH, "linear", backend, **options))
     assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("variant", ["dit", "switch"])
+def test_token_routed_experts_are_left_out_of_what_is_compiled(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """The number of tokens of an expert changes in each step, and must compile nothing again. The numbers stay the same."""
+    torch._dynamo.reset()
+    backend, plain_compile = Compiled(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: plain_compile(layer, backend=backend))
+    moe = {"experts": 4, "top_k": 2, "shared": 1}
+    model = build_model({**SHAPE, "depth": 3, "variant": variant, "moe": moe, "learn_variance": False})
+    x, t, y = torch.randn(SAMPLES, 3, 4, 4), torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.int64)
+    expected = [model(scale * x, t, y).prediction for scale in (1, 2, 3)]
+    wrap_layers(model, Config.model_validate({"parallel": {"compile": True}}), torch.device("cpu"))
+    found, graphs = [], []
+    for scale in (1, 2, 3):
+        found.append(model(scale * x, t, y).prediction)
+        graphs.append(backend.graphs)
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
+    for actual, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, plain)

@@ -134,7 +134,7 @@ def most_opens(folder: Path, ranks: int) -> int:
 
 
 def test_opens_of_a_rank_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
-    """A rank verifies one file and reads one file, whatever the number of ranks."""
+    """A rank verifies one file and reads one file, at any number of ranks."""
     found = {ranks: most_opens(save(tmp_path / str(ranks), ranks), ranks) for ranks in (2, 8, 32)}
     assert found == {2: 2, 8: 2, 32: 2}
 

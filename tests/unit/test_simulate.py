@@ -78,8 +78,8 @@ def test_parts_of_a_step_computed_by_hand() -> None:
 def test_only_groups_of_several_ranks_exchange() -> None:
     """EP 1 has no exchange. Within a node there is none between nodes, and the wait is that of the most loaded rank."""
     model = model_config("switch", "linear", depth=1)
-    alone = predict(job_of(model, 1), hardware())
-    assert alone.exchange_inside == alone.exchange_between == alone.imbalance == alone.gradients == 0.0
+    one_gpu = predict(job_of(model, 1), hardware())
+    assert one_gpu.exchange_inside == one_gpu.exchange_between == one_gpu.imbalance == one_gpu.gradients == 0.0
     near, far = (predict(job_of(model, 4, per_node=ranks), hardware()) for ranks in (4, 1))
     assert near.exchange_inside > 0 == near.exchange_between
     assert far.gradients > near.gradients

@@ -106,3 +106,13 @@ def test_transfers_and_gradients_have_one_order_for_any_routes(kind: str) -> Non
     for ep_rank in (0, 1):
         for favourites in ([0, 1], [2, 3], [1, 3]):
             assert token_step_log(ep_rank, favourites, kind) == expected, (ep_rank, favourites)
+
+
+def test_bytes_of_a_pass_without_gradients_are_not_those_of_a_step() -> None:
+    group = SilentGroup(None, 0, 2, True, TrafficCounter())
+    dispatcher = TokenExchange(group, is_bounded=False)
+    assert dispatcher.forward_pass()._group.traffic is group.traffic
+    with torch.no_grad():
+        counted_elsewhere = dispatcher.forward_pass()._group
+    counted_elsewhere.traffic.add("tokens", 8)
+    assert group.traffic.take()[0] == {}
