@@ -105,13 +105,11 @@ def test_token_routed_experts_are_left_out_of_what_is_compiled(monkeypatch: pyte
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: plain_compile(layer, backend=backend))
     moe = {"experts": 4, "top_k": 2, "shared": 1}
     model = build_model({**SHAPE, "depth": 3, "variant": variant, "moe": moe, "learn_variance": False})
-    x, t, y = torch.randn(SAMPLES, 3, 4, 4), torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.int64)
-    expected = [model(scale * x, t, y).prediction for scale in (1, 2, 3)]
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    t, y, batches = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.int64), torch.randn(4, SAMPLES, 3, 4, 4)
+    expected = [model(x, t, y).prediction for x in batches]
     wrap_layers(model, Config.model_validate({"parallel": {"compile": True}}), torch.device("cpu"))
-    found, graphs = [], []
-    for scale in (1, 2, 3):
-        found.append(model(scale * x, t, y).prediction)
-        graphs.append(backend.graphs)
-    assert graphs[0] > 0 and graphs == graphs[:1] * 3
-    for actual, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, plain)
+    for x, plain in zip(batches, expected, strict=True):
+        torch.testing.assert_close(model(x, t, y).prediction, plain)
+        assert backend.graphs == 2  # what stands before the experts, and what follows them

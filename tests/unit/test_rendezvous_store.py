@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from sdit.supervise import members, rendezvous
 from sdit.supervise.admission import SILENT_SECONDS
 from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.membership import announce_seconds
-from sdit.supervise.node_copy import NodeCopy
+from sdit.supervise.node_copy import Beat, NodeCopy
 from sdit.supervise.read_schedule import (
     HEALTHY_READS_PER_SECOND,
     LONGEST_SECONDS,
@@ -139,6 +140,19 @@ def test_supervisors_of_a_node_read_the_store_once_together(tmp_path: Path, read
         assert first.copied_spec(60.0) is None
     finally:
         NodeCopy(token).discard()
+
+
+def test_a_copy_is_used_while_it_is_young_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a supervisor that was stopped after its read would hide the end of an attempt from its whole node."""
+    copy, now = NodeCopy(uuid.uuid4().hex), time.monotonic()
+    try:
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        copy.write_beat(Beat(version=3))
+        for age, is_used in ((0.0, True), (0.9, True), (1.0, False), (-1.0, False)):  # in the future: of another boot
+            monkeypatch.setattr(time, "monotonic", lambda age=age: now + age)
+            assert (copy.beat(1.0) == Beat(version=3)) == is_used, age
+    finally:
+        copy.discard()
 
 
 def test_an_announcement_and_a_report_are_read_once(tmp_path: Path, read: list[str]) -> None:
