@@ -23,7 +23,7 @@ from sdit.planner.traffic import plan_exchange
 from tests.distributed.harness import ROOT, rank_environments
 
 DOCTOR = str(ROOT / "launcher" / "doctor.py")
-DEADLINE_SECONDS = 300
+DEADLINE_SECONDS = 150
 MISSING_SECONDS = "12"  # the doctor's patience where it must run out; the ranks that are there need a second or two
 
 DIES_AFTER_JOINING = """
