@@ -60,7 +60,7 @@ def measure(trainer: Trainer, rounds: int) -> tuple[list[float], list[float], li
         saving.append(block(save=True))
         blocked.append(meter.seconds)
     saver.finish()
-    return plain, saving, blocked, trainer.context.state.checkpoint_bytes()
+    return plain, saving, blocked, trainer.context.state.kinds.checkpoint_bytes()
 
 
 def save_in_place(trainer: Trainer, saves: int) -> list[float]:
@@ -76,7 +76,7 @@ def save_in_place(trainer: Trainer, saves: int) -> list[float]:
 
 def report_saves(trainer: Trainer, size: str) -> None:
     """A row of the table in docs/performance.md."""
-    seconds, size_bytes = save_in_place(trainer, SAVES), trainer.context.state.checkpoint_bytes()
+    seconds, size_bytes = save_in_place(trainer, SAVES), trainer.context.state.kinds.checkpoint_bytes()
     if trainer.context.comm.is_first:
         spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
         print(f"{size}, 3 experts, {size_bytes / 1e6:.0f} MB, {trainer.context.comm.world} ranks: {spread}", flush=True)

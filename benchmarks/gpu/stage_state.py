@@ -40,7 +40,7 @@ def checkpoint_rows(machine: Machine, comm: Comm, size: str) -> Iterator[Row]:
             saver.save()
             seconds = time.perf_counter() - started
             saver.finish()
-            gigabytes = trainer.context.state.checkpoint_bytes() / 1e9
+            gigabytes = trainer.context.state.kinds.checkpoint_bytes() / 1e9
             yield Row(f"{size}: the loop waits for the {turn} save of {gigabytes:.1f} GB", seconds, "s")
 
 

@@ -13,7 +13,7 @@ from sdit.expert_parallel.migration import MigratableState, migrate
 from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
 from sdit.expert_parallel.sharded_experts import ShardedExperts, TrainedShardedExperts
 from sdit.model import DiffusionTransformer
-from sdit.model.dit import Router
+from sdit.model.layer import Router
 from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import build_experts, build_token_experts
 from sdit.model.moe.token_moe import TokenMoe

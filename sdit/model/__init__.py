@@ -2,8 +2,9 @@
 
 from sdit.model.balance import balance_loss
 from sdit.model.build import ParameterCount, build_model, count_parameters, parse_model_config
-from sdit.model.dit import DiffusionTransformer, Layer, Router
+from sdit.model.dit import DiffusionTransformer
 from sdit.model.guidance import forward_with_guidance
+from sdit.model.layer import Layer, Router
 from sdit.model.moe.base import Experts
 from sdit.model.moe.experts import LinearExperts, build_experts, experts_need_plan
 from sdit.model.moe.local import LocalDispatcher

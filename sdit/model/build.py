@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from sdit.config import ModelConfig, describe_error
 from sdit.errors import ConfigError
 from sdit.model.block import Block
-from sdit.model.dit import DiffusionTransformer, Router
+from sdit.model.dit import DiffusionTransformer
+from sdit.model.layer import Router
 from sdit.model.moe.base import Experts
 from sdit.model.weights import init_weights
 

@@ -84,7 +84,7 @@ def _other_ranks(found: Found, comm: Comm) -> list[str]:
 def begin_checkpoints(state: RunState, config: Config) -> None:
     """Ready the folder of checkpoints. Raises: ConfigError, on every rank, when there is no room for them."""
     comm, store = state.engine.comm, state.store
-    size = state.checkpoint_bytes()
+    size = state.kinds.checkpoint_bytes()
     files = comm.world if config.checkpoint.files == "rank" else -(-comm.world // comm.info.local_world)
     problem = ""
     if comm.is_first:

@@ -88,7 +88,7 @@ class TrainStep:
         first = state.clock.first_sample
         context.experts.begin_step(first, micro_batches[0].times)
         assignment, loads = self._gate_targets()
-        rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state)
+        rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state.kinds)
         if rebalanced is not None:
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)

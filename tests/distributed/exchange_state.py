@@ -123,7 +123,7 @@ def changed_by_moves(comm: Comm, folder: Path, layouts: Sequence[tuple[int, int]
             placement = state.experts.placed.placement
             owners = np.random.default_rng(stage).permuted(placement.expert_to_rank, axis=1)
             with torch.no_grad():
-                moved = state.experts.placed.adopt(ExpertPlacement(owners, placement.replicated, ranks), state)
+                moved = state.experts.placed.adopt(ExpertPlacement(owners, placement.replicated, ranks), state.kinds)
             after = whole_state(comm, state.snapshot().tensors)
             stale = sum(not torch.equal(masters, compute) for masters, compute in compute_weights(state))
             names = sorted({name.split("@")[0].split("#")[0].split("/")[0] for name in after})

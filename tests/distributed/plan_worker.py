@@ -42,7 +42,7 @@ def train(case: dict[str, Any], comm: Comm) -> dict[str, Any]:
             "masters": sum(flat.untyped_storage().nbytes() for flat in masters),
             "moments": sum(basic.state[flat][key].nbytes for flat in flats for key in engine.moment_keys),
             "ema": sum(value.nbytes for value in state.ema.values),
-            "checkpoint": state.checkpoint_bytes(),
+            "checkpoint": state.kinds.checkpoint_bytes(),
             "peak": status_bytes("VmHWM") - before,
         }
 

@@ -13,8 +13,8 @@ from sdit.config import load_config, resolve_run
 from sdit.diffusion import build_objective
 from sdit.errors import ConfigError
 from sdit.model import build_model
-from sdit.train.engine_setup import make_optimizer, parameter_groups
 from sdit.train.module import TrainModule
+from sdit.train.optimizer import make_optimizer, parameter_groups
 from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")

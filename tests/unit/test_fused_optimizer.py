@@ -8,7 +8,7 @@ import torch
 
 from sdit.config import OptimizerConfig
 from sdit.distributed.deepspeed_internals import create_moments, set_optimizer_steps
-from sdit.train.engine_setup import make_optimizer
+from sdit.train.optimizer import make_optimizer
 
 
 def stepped(fused: bool) -> torch.Tensor:

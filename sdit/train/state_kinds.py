@@ -1,0 +1,107 @@
+"""The kinds of state of a run - weights, averages, moments - and the collection of them for a checkpoint or for moved experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdit.checkpoint.store import Snapshot, collect
+from sdit.distributed.engine import Engine
+from sdit.distributed.shards import Shard
+from sdit.expert_parallel.migration import ExpertState, expert_state
+from sdit.expert_parallel.sharded_experts import expert_stacks
+from sdit.train.ema import Average, Ema
+from sdit.transfers import HostCopies
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """One kind of state in a checkpoint: `values[i]` (numel,) fp32 belongs to `shards[i]`."""
+
+    name: str
+    shards: Sequence[Shard]
+    values: Sequence[torch.Tensor]
+
+
+class StateKinds:
+    """Lists this rank's part of the state by kind, and collects it. A `MigratableState`."""
+
+    def __init__(self, engine: Engine, ema: Ema) -> None:
+        self._engine, self._ema = engine, ema
+        self._stacks = expert_stacks(engine.module)
+        self._copies, self._power_copies = HostCopies(), HostCopies()  # both may be written at the same time
+
+    def expert_ids(self, parameter: str) -> Sequence[int] | None:
+        """Global expert id of every row of a parameter; None when it is no stack of experts."""
+        module = self._stacks.get(parameter.rpartition(".")[0])
+        return None if module is None else module.ids
+
+    def snapshot(self, images_seen: int, facts: dict[str, Any]) -> Snapshot:
+        """This rank's part of the state; arrays of what lives on the host (on a CPU all, or what is offloaded) are views."""
+        return self._collect(self._of_checkpoint(), self._copies, images_seen, facts)
+
+    def power_snapshot(self, images_seen: int, facts: dict[str, Any]) -> Snapshot:
+        """This rank's part of the power-function averages."""
+        return self._collect(self._averages(self._ema.power), self._power_copies, images_seen, facts)
+
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint over all ranks: masters, averages and moments, four bytes each."""
+        numel, comm = sum(shard.numel for kind in self._of_checkpoint() for shard in kind.shards), self._engine.comm
+        return 4 * int(comm.sum(torch.tensor([numel], dtype=torch.float64, device=comm.device)).item())
+
+    def expert_state(self) -> list[ExpertState]:
+        """The state of all sharded experts, by kind."""
+        engine, ids = self._engine, self.expert_ids
+        pairs = [(engine.owned, engine.local), (engine.frozen_owned, engine.frozen_local)]
+        kinds = [expert_state(a, [s.master for s in a], b, [s.master for s in b], ids) for a, b in pairs]
+        for key in engine.moment_keys:
+            owned, local = with_moment(engine.owned, key), with_moment(engine.local, key)
+            moments = [shard.moment(key) for shard in owned], [shard.moment(key) for shard in local]
+            kinds.append(expert_state(owned, moments[0], local, moments[1], ids))
+        for average in self._ema.averages:
+            kinds.append(expert_state(engine.owned, average.values, engine.owned, average.values, ids))
+        return kinds
+
+    def sync_compute_weights(self) -> None:
+        """Copy the masters into the compute weights."""
+        self._engine.sync_compute_weights()
+
+    def _of_checkpoint(self) -> list[StateKind]:
+        return [*self._weights(), *self._averages(self._ema.averages), *self._moments()]
+
+    def _weights(self) -> list[StateKind]:
+        owned, frozen = self._engine.owned, self._engine.frozen_owned
+        return [StateKind("weight", shards, [shard.master for shard in shards]) for shards in (owned, frozen)]
+
+    def _averages(self, averages: Sequence[Average]) -> list[StateKind]:
+        """The averages. The average of a frozen parameter is the parameter itself."""
+        owned, frozen = self._engine.owned, self._engine.frozen_owned
+        kinds = [StateKind(average.kind, owned, average.values) for average in averages]
+        masters = [shard.master for shard in frozen]
+        return kinds + [StateKind(average.kind, frozen, masters) for average in averages if frozen]
+
+    def _moments(self) -> list[StateKind]:
+        with_key = {key: with_moment(self._engine.owned, key) for key in self._engine.moment_keys}
+        return [StateKind(key, shards, [s.moment(key) for s in shards]) for key, shards in with_key.items()]
+
+    def _collect(
+        self, kinds: Sequence[StateKind], copies: HostCopies, images_seen: int, facts: dict[str, Any]
+    ) -> Snapshot:
+        views: dict[str, torch.Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for kind in kinds:
+            more_views, more_shapes = collect(kind.name, kind.shards, kind.values, self.expert_ids)
+            views |= more_views
+            shapes |= more_shapes
+        pending = copies.begin(list(views.values()))
+        tensors = {key: host.numpy() for key, host in zip(views, pending.tensors, strict=True)}
+        is_live = any(view.device.type == "cpu" for view in views.values())
+        return Snapshot(images_seen, tensors, shapes, facts, is_live, pending.wait)
+
+
+def with_moment(shards: Sequence[Shard], key: str) -> list[Shard]:
+    """The shards whose optimizer state has this moment."""
+    return [shard for shard in shards if shard.has_moment(key)]
