@@ -113,6 +113,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
         clock=Clock(),
         prior=PriorSchedule.of(config),
         ema=SimpleNamespace(update=lambda _: None),
+        kinds=None,  # of migrated experts: there are none
     )
     quiet = SimpleNamespace(progress=lambda: None)
     context: Any = SimpleNamespace(
