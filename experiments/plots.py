@@ -1,4 +1,4 @@
-"""Curves against images and time, differences by seed, samples, and what the gates have learned."""
+"""Curves against images and time, samples, and what the gates have learned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Results, Run, fid, fid_curve, held_out_loss, loss_curve
+from experiments.results import Results, Run, fid_curve, loss_curve
 from experiments.tables import Curve
 
 DPI = 80
@@ -22,15 +22,12 @@ COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
 
 
 def draw_plots(found: list[Results], folder: Path) -> dict[Path, str]:
-    """Write curves and differences of each recipe, samples.png and gates.png; return what each of them shows."""
+    """Write the curves of each recipe, samples.png and gates.png; return what each of them shows."""
     drawn = {}
     for results in filter(lambda each: each.runs, found):
         end, label = ("-" + results.recipe.name, f", {results.recipe.label}") if results.recipe.name else ("", "")
         text = f"held-out loss and FID against images and time{label}"
         drawn[_save(_curves(results), folder / f"curves{end}.png")] = text
-        if results.compared:
-            path = _save(_differences(results), folder / f"differences{end}.png")
-            drawn[path] = f"differences to DiT by seed{label}"
     names = {name: found[0].study.variants[name].full_label for results in found for name in results.runs}
     strips = {label: folder / "results" / f"{name}.png" for name, label in names.items()}
     strips = {label: path for label, path in strips.items() if path.exists()}
@@ -85,25 +82,6 @@ def _mean_curve(axis: Axes, results: Results, variant: str, curve: Curve, agains
     colour = _colour(results, variant)
     axis.plot(x, y.mean(1), "o-", color=colour, label=results.label(variant), markersize=3, linewidth=1)
     axis.fill_between(x, y.min(1), y.max(1), color=colour, alpha=0.15)
-
-
-def _differences(results: Results) -> Figure:
-    """Every seed's difference to the baseline as a dot; left of zero is better."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained", sharey=True)
-    for axis, measure, name in zip(axes, (held_out_loss, fid), ("held-out loss", "FID"), strict=True):
-        for row, variant in enumerate(results.compared):
-            found = results.differences(variant, measure)
-            axis.plot(found, [row] * len(found), "o", color=_colour(results, variant), alpha=0.8)
-            if found:
-                axis.plot(np.mean(found), row, "|", color="black", markersize=16)
-        axis.axvline(0, color="grey", linewidth=1)
-        axis.locator_params(axis="x", nbins=6)
-        axis.set_xlabel(f"{name} less DiT's, by seed (bar: mean); left is better")
-        axis.set_ylim(-0.6, len(results.compared) - 0.4)
-        axis.set_yticks(range(len(results.compared)), list(map(results.label, results.compared)))
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].invert_yaxis()
-    return figure
 
 
 def _samples(strips: dict[str, Path]) -> Figure:

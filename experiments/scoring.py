@@ -39,8 +39,9 @@ class Scorer:
         self._study, self._work = study, work
         real = LabelledImages("training images", PreparedFolder(work / "data" / "train"))
         pixels, labels = real.arrays()
+        pixels = padded(pixels)
         self._network = trained_features(pixels, labels, real.classes, seed=0, cache=work / "features")
-        self._real = statistics_of(real.batches(), self._network)
+        self._real = statistics_of([pixels], self._network)
 
     def score(self, trained: Trained, recipe: Recipe, images: int, guidance: float = 1.0) -> dict[str, Any]:
         """Scores of a model's samples: the same labels, noise and sampler for every model of a recipe."""
@@ -61,7 +62,9 @@ class Scorer:
         `accuracy` is the share of images that the classifier gives their label. FID grows as images become fewer, so that a
         curve needs as many at each point.
         """
-        features, logits = map(np.concatenate, zip(*map(self._network, rebatched(iter([pixels]), BATCH)), strict=True))
+        features, logits = map(
+            np.concatenate, zip(*map(self._network, rebatched([padded(pixels)], BATCH)), strict=True)
+        )
         assert self._real.features is not None
         precision, recall = precision_recall(self._real.features, features)
         return {
@@ -72,6 +75,13 @@ class Scorer:
     def _fid(self, features: np.ndarray) -> float:
         wide, real = features.astype(np.float64), self._real
         return frechet_distance(wide.mean(0), np.cov(wide, rowvar=False), real.mean, real.covariance)
+
+
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """Images (n, H, H, C) with a border of zeros up to the next power of two, which the classifier needs."""
+    border = (1 << (pixels.shape[1] - 1).bit_length()) - pixels.shape[1]
+    sides = (border // 2, border - border // 2)
+    return np.pad(pixels, ((0, 0), sides, sides, (0, 0)))
 
 
 def draw(trained: Trained, labels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:

@@ -66,23 +66,20 @@ def results_table(results: Results) -> str:
         for name, measure, digits in (("held-out loss", held_out_loss, 4), ("FID", fid, 1)):
             row |= {name: spread(results.values(variant, measure), digits)}
             row |= {f"{name} less DiT's": difference(results, variant, measure, digits)}
-        row |= {name: percent(results.values(variant, final(name))) for name in ("precision", "recall")}
-        row |= {"class accuracy": percent(results.values(variant, final("accuracy")))}
-        rows.append(row)
+        rows.append(row | _shares(results, variant))
     return table(rows)
 
 
 def guided_table(results: Results) -> str:
     """The scores of samples with guidance."""
-    return table([
-        {
-            "model": results.label(variant), "FID": spread(results.values(variant, final("fid", True)), 1),
-            "precision": percent(results.values(variant, final("precision", True))),
-            "recall": percent(results.values(variant, final("recall", True))),
-            "class accuracy": percent(results.values(variant, final("accuracy", True))),
-        }
-        for variant in results.runs
-    ])  # fmt: skip
+    names = {name: results.label(name) for name in results.runs}
+    fids = {name: spread(results.values(name, final("fid", True)), 1) for name in names}
+    return table([{"model": names[name], "FID": fids[name], **_shares(results, name, True)} for name in names])
+
+
+def _shares(results: Results, variant: str, guided: bool = False) -> dict[str, str]:
+    names = {"precision": "precision", "recall": "recall", "class accuracy": "accuracy"}
+    return {name: percent(results.values(variant, final(key, guided))) for name, key in names.items()}
 
 
 def seeds_table(results: Results) -> str:
@@ -92,9 +89,11 @@ def seeds_table(results: Results) -> str:
     for variant, seeds in results.runs.items():
         row = {"model": results.label(variant)}
         for seed in every:
-            known = [number(held_out_loss(seeds[seed]), 4), number(fid(seeds[seed]), 1)] if seed in seeds else []
-            known += [percent([final("accuracy")(seeds[seed])])] if seed in seeds else []
-            row[f"seed {seed}"] = " / ".join(known) or NONE
+            run = seeds.get(seed)
+            known = (
+                [number(held_out_loss(run), 4), number(fid(run), 1), percent([final("accuracy")(run)])] if run else []
+            )
+            row[f"seed {seed}"] = " / ".join(each for each in known if each != NONE) or NONE
         rows.append(row)
     return table(rows)
 
