@@ -25,6 +25,7 @@ from experiments.results import (
 TIME_PARTS = 5  # equal parts of the time axis in the table of errors by time
 NONE = "-"
 Curve = Callable[[Run], list[tuple[int, float]]]
+Points = dict[int, np.ndarray]  # images seen -> (B,) values
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -122,19 +123,18 @@ def difference(results: Results, variant: str, measure: Measure, digits: int) ->
 
 def losses_of(results: Results, variant: str) -> np.ndarray:
     """(S, B) differences of held-out losses to the baseline; B is 1 where images were not scored one by one."""
-    return np.array([np.subtract(_blocks(run)[-1], _blocks(other)[-1]) for run, other in results.pairs(variant)])
+    pairs = results.pairs(variant)
+    return np.array([np.subtract(*(_losses(run)[images_seen(run)] for run in pair)) for pair in pairs])
 
 
-def _blocks(run: Run) -> np.ndarray:
-    """(checkpoints, B) held-out losses."""
-    return np.array(
-        [each["blocks"] for each in run["losses"]] if run.get("losses") else [[v] for _, v in loss_curve(run)]
-    )
+def _losses(run: Run) -> Points:
+    if run.get("losses"):
+        return {each["images_seen"]: np.array(each["blocks"]) for each in run["losses"]}
+    return {seen: np.array([loss]) for seen, loss in loss_curve(run)}
 
 
-def _fids(run: Run) -> np.ndarray:
-    """(checkpoints, 1) FIDs."""
-    return np.array([[value] for _, value in fid_curve(run)])
+def _fids(run: Run) -> Points:
+    return {seen: np.array([value]) for seen, value in fid_curve(run)}
 
 
 def equal_table(results: Results) -> str:
@@ -142,28 +142,38 @@ def equal_table(results: Results) -> str:
     rows = []
     for variant in results.compared:
         row = {"model": results.label(variant)}
-        for name, curve, values in (("loss", loss_curve, _blocks), ("FID", fid_curve, _fids)):
-            pairs = [(run, other) for run, other in results.pairs(variant) if curve(run) and curve(other)]
-            turned = [(other, run) for run, other in pairs]
-            row[f"DiT's images to its {name}"] = _needed(turned, curve, values)
-            row[f"its images to DiT's {name}"] = _needed(pairs, curve, values)
+        for name, points in (("loss", _losses), ("FID", _fids)):
+            pairs = results.pairs(variant)
+            longer = [points(other) | _longer_end(results, variant, other, points) for _, other in pairs]
+            mine, others = [points(run) for run, _ in pairs], [points(other) for _, other in pairs]
+            row[f"DiT's images to its {name}"] = _needed(list(zip(longer, mine, strict=True)))
+            row[f"its images to DiT's {name}"] = _needed(list(zip(mine, others, strict=True)))
         rows.append(row)
     return table(rows)
 
 
-def _needed(pairs: list[tuple[Run, Run]], curve: Curve, values: Callable[[Run], np.ndarray]) -> str:
+def _longer_end(results: Results, variant: str, run: Run, points: Callable[[Run], Points]) -> Points:
+    """The end of the longer run of the baseline, by which its curve is extended for other variants."""
+    for name, seeds in results.runs.items():
+        if results.study.variants[name].timed_as == run["variant"] and name != variant and run["seed"] in seeds:
+            last = images_seen(seeds[run["seed"]])
+            return {seen: value for seen, value in points(seeds[run["seed"]]).items() if seen == last}
+    return {}
+
+
+def _needed(pairs: list[tuple[Points, Points]]) -> str:
     """Images that the first of each pair needs for the last value of the second, of the mean curves over the seeds."""
-    if not pairs:
+    images = sorted(set.intersection(*(set(mine) for mine, _ in pairs))) if pairs else []
+    if not images or not all(other for _, other in pairs):
         return NONE
-    images = [seen for seen, _ in curve(pairs[0][0])]
-    mine = np.stack([values(run).T for run, _ in pairs])  # (S, B, checkpoints)
-    target = np.stack([values(other)[-1] for _, other in pairs])  # (S, B)
+    curves = np.array([[mine[seen] for seen in images] for mine, _ in pairs]).swapaxes(1, 2)  # (S, B, checkpoints)
+    targets = np.array([other[max(other)] for _, other in pairs])  # (S, B)
 
-    def needed(mean: np.ndarray, reached: np.ndarray) -> float:
-        return images_to_reach(images, mean, float(reached))
+    def needed(mean: np.ndarray, target: np.ndarray) -> float:
+        return images_to_reach(images, mean, float(target))
 
-    found = needed(mine.mean((0, 1)), target.mean())
-    return _count(found, images) + _limits(interval([mine, target], needed), images)
+    found = needed(curves.mean((0, 1)), targets.mean())
+    return _count(found, images) + _limits(interval([curves, targets], needed), images)
 
 
 def _limits(found: Interval | None, images: Sequence[int]) -> str:

@@ -164,6 +164,11 @@ def test_images_to_equal_loss_of_both_models(results: Results) -> None:
         with_losses(results.runs["switch"][seed], {50: 3.0, 100: 1.0})
     row = tables.equal_table(results).splitlines()[2]
     assert row.startswith("| Switch-DiT (M = 3, k = 2) | not reached [not reached, not reached] | 75 [75, 75] |")
+    for seed in (0, 1):  # the longer DiT extends DiT's curve
+        longer = with_losses(run_of("dit-longer", seed, 1.0, 50.0), {50: 4.0, 150: 0.5})
+        longer["held_out"][-1]["images_seen"] = 150
+        results.runs.setdefault("dit-longer", {})[seed] = longer
+    assert "| Switch-DiT (M = 3, k = 2) | 133 [133, 133] | 75 [75, 75] |" in tables.equal_table(results)
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
