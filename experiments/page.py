@@ -14,6 +14,7 @@ from sdit.errors import DataError
 TABLES = {
     "costs": tables.cost_table,
     "results": tables.results_table,
+    "pairs": tables.pairs_table,
     "seeds": tables.seeds_table,
     "equal": tables.equal_table,
     "guided": tables.guided_table,

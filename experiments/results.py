@@ -32,30 +32,28 @@ class Results:
         """The variants beside the baseline."""
         return [name for name in self.runs if name != self.recipe.baseline]
 
-    def pairs(self, variant: str) -> list[tuple[Run, Run]]:
-        """A variant's run and the baseline's, by seed: a seed's data order, timesteps and noise are the same."""
-        others = self.runs.get(self.recipe.baseline, {})
+    def pairs(self, variant: str, other: str | None = None) -> list[tuple[Run, Run]]:
+        """A variant's run and the other's (None: the baseline's), by seed, which fixes data order, times and noise."""
+        others = self.runs.get(other or self.recipe.baseline, {})
         return [(run, others[seed]) for seed, run in sorted(self.runs[variant].items()) if seed in others]
 
     def values(self, variant: str, measure: Measure) -> list[float]:
         """The measure of every seed that has it."""
         return [value for _, run in sorted(self.runs[variant].items()) if (value := measure(run)) is not None]
 
-    def differences(self, variant: str, measure: Measure) -> list[float]:
-        """The variant's measure less the baseline's, of every seed that has both."""
-        both = [(measure(run), measure(other)) for run, other in self.pairs(variant)]
-        return [mine - other for mine, other in both if mine is not None and other is not None]
+    def differences(self, variant: str, measure: Measure, other: str | None = None) -> list[float]:
+        """The variant's measure less the other's, of every seed that has both."""
+        both = [(measure(run), measure(run_of_other)) for run, run_of_other in self.pairs(variant, other)]
+        return [mine - others for mine, others in both if mine is not None and others is not None]
 
     def milliseconds(self, run: Run) -> float:
         """Time of training for an image."""
         return 1e3 * run["cost"][f"{self.study.clock}_seconds_per_image"]
 
-    def relative_time(self, variant: str) -> list[float]:
-        """Time of the whole training over the baseline's, seed by seed, without checkpoints and held-out losses."""
-        return [
-            self.milliseconds(run) * images_seen(run) / (self.milliseconds(other) * images_seen(other))
-            for run, other in self.pairs(variant)
-        ]
+    def relative_time(self, variant: str, other: str | None = None) -> list[float]:
+        """Time of the whole training over the other's, seed by seed, without checkpoints and held-out losses."""
+        pairs = self.pairs(variant, other)
+        return [self.milliseconds(a) * images_seen(a) / (self.milliseconds(b) * images_seen(b)) for a, b in pairs]
 
 
 def images_seen(run: Run) -> int:

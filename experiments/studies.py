@@ -53,7 +53,8 @@ class Study:
     `groups` holds the names of variants that train in turns; the first group is finished before the next one begins.
     `overrides` change what the config file says. `sampled_images` are scored at the end, the first `curve_images` of them also
     after `scored_after`. `guided_images` are scored at the end with guidance (0: none). `loss_images` held-out images are
-    scored at each kept checkpoint (0: only the trainer's held-out loss is known).
+    scored at each kept checkpoint (0: only the trainer's held-out loss is known). `pairs` are compared with one another, beside
+    the comparison of all with the baseline.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Study:
     scored_after: tuple[int, ...]
     sampled_images: int
     curve_images: int
+    pairs: tuple[tuple[str, str], ...] = ()
     guided_images: int = 0
     loss_images: int = 0
     clock: str = "cpu"  # or `wall`: which time is compared
@@ -110,6 +112,7 @@ _SHORT_VARIANTS = {
 }
 SHORT = Study(
     name="short", config=HERE / "convergence.yaml", folder=HERE, pad=32, clock="wall",
+    pairs=(("switch", "dit-longer"), ("switch", "switch-no-prior"), ("switch-mlp", "switch")),
     variants=_SHORT_VARIANTS, groups=(tuple(_SHORT_VARIANTS),),
     learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), search_images=16_384, turn_images=4_096,
     scored_after=(16_384, 32_768, 49_152), sampled_images=1_000, curve_images=1_000,
@@ -135,6 +138,10 @@ TOKEN_EXPERTS = {
     "modern": "model.moe={experts: 8, top_k: 2, kind: swiglu, hidden_ratio: 1.484375}",
     "paper": "model.moe={experts: 8, top_k: 2, kind: mlp, hidden_ratio: 2.25}",
 }
+_PAIRS = (
+    ("switch", "dit-longer"), ("switch", "dit-wider"), ("switch", "dit-moe"), ("switch", "switch-no-prior"), ("switch", "dtr"),
+    ("switch-mlp", "dit-large"),
+)  # fmt: skip
 _FIRST, _SECOND = slice(0, 3), slice(3, None)
 
 
@@ -162,6 +169,7 @@ _MODERN_ROWS, _PAPER_ROWS = _rows(MODERN), _rows(PAPER)
 LONG = Study(
     name="long", config=HERE / "long.yaml", folder=HERE / "long", variants=_MODERN_ROWS | _PAPER_ROWS,
     groups=tuple(tuple(rows)[part] for rows in (_MODERN_ROWS, _PAPER_ROWS) for part in (_FIRST, _SECOND)),
+    pairs=tuple((f"{recipe.name}-{one}", f"{recipe.name}-{other}") for recipe in (MODERN, PAPER) for one, other in _PAIRS),
     learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), search_images=65_536, turn_images=65_536,
     scored_after=(65_536, 131_072, 262_144, 393_216), sampled_images=5_000, curve_images=2_000, guided_images=2_000,
     loss_images=10_000,

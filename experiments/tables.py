@@ -109,22 +109,33 @@ def percent(values: Sequence[float | None]) -> str:
     return spread(known, 1).replace(" (1 seed)", "") + (" %" if known else "")
 
 
-def difference(results: Results, variant: str, measure: Measure, digits: int) -> str:
-    """Paired difference to the baseline, its 95 % interval, and in how many seeds the variant is better."""
-    differences = results.differences(variant, measure)
+def pairs_table(results: Results) -> str:
+    """Paired differences of models that the study compares with one another, not with the baseline."""
+    rows = []
+    for variant, other in results.study.pairs:
+        if results.runs.keys() >= {variant, other} and results.pairs(variant, other):
+            rows.append({
+                "model": results.label(variant), "less": results.label(other),
+                "time / the other's": spread(results.relative_time(variant, other), 3),
+                "held-out loss": difference(results, variant, held_out_loss, 4, other),
+                "FID": difference(results, variant, fid, 1, other),
+            })  # fmt: skip
+    return table(rows)
+
+
+def difference(results: Results, variant: str, measure: Measure, digits: int, other: str | None = None) -> str:
+    """Paired difference to another variant, its 95 % interval, and in how many seeds the variant is better."""
+    differences = results.differences(variant, measure, other)
     if variant == results.recipe.baseline or not differences:
         return "0" if differences else NONE
-    arrays = [losses_of(results, variant)] if measure is held_out_loss else []
-    found = interval(arrays or [np.reshape(differences, (-1, 1))], lambda mean: float(mean))
+    values = np.reshape(differences, (-1, 1))
+    if measure is held_out_loss:  # (S, B); B is 1 where images were not scored one by one
+        pairs = results.pairs(variant, other)
+        values = np.array([np.subtract(*(_losses(run)[images_seen(run)] for run in pair)) for pair in pairs])
+    found = interval([values], lambda mean: float(mean))
     limits = f" [{found[0]:+.{digits}f}, {found[1]:+.{digits}f}]" if found else ""
     better = sum(value < 0 for value in differences)
     return f"{spread(differences, digits, '+')}{limits}, better in {better} of {len(differences)}"
-
-
-def losses_of(results: Results, variant: str) -> np.ndarray:
-    """(S, B) differences of held-out losses to the baseline; B is 1 where images were not scored one by one."""
-    pairs = results.pairs(variant)
-    return np.array([np.subtract(*(_losses(run)[images_seen(run)] for run in pair)) for pair in pairs])
 
 
 def _losses(run: Run) -> Points:

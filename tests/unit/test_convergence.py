@@ -125,6 +125,12 @@ def test_results_table_has_a_row_for_each_variant(results: Results) -> None:
     assert "precision" not in lines[0]  # no run has it
 
 
+def test_models_are_compared_with_one_another(results: Results) -> None:
+    results.runs["dit-longer"] = {1: run_of("dit-longer", 1, 2.5, 70.0, 0.030), 2: run_of("dit-longer", 2, 9.0, 9.0)}
+    row = tables.pairs_table(results).splitlines()[2]  # in the only seed that both have
+    assert "| DiT, 1.125 x the images | 0.500 (1 seed) | -0.2000 (1 seed), better in 1 of 1 |" in row
+
+
 def test_losses_by_timestep_are_relative_to_the_baseline(results: Results) -> None:
     assert tables.times_table(results).splitlines()[2].count("+12.5 ± 3.5") == tables.TIME_PARTS
 
