@@ -171,7 +171,7 @@ LONG = Study(
     groups=tuple(tuple(rows)[part] for rows in (_MODERN_ROWS, _PAPER_ROWS) for part in (_FIRST, _SECOND)),
     pairs=tuple((f"{recipe.name}-{one}", f"{recipe.name}-{other}") for recipe in (MODERN, PAPER) for one, other in _PAIRS),
     learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), search_images=65_536, turn_images=65_536,
-    scored_after=(65_536, 131_072, 262_144, 393_216), sampled_images=5_000, curve_images=2_000, guided_images=2_000,
+    scored_after=(65_536, 131_072, 262_144, 393_216), sampled_images=5_000, curve_images=2_000, guided_images=1_000,
     loss_images=10_000,
 )  # fmt: skip
 
