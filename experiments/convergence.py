@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""DiT, DTR and Switch-DiT at equal images on Fashion-MNIST: held-out loss and FID against images and wall-clock.
+"""DiT, DTR, Switch-DiT and DiT-MoE on Fashion-MNIST: held-out loss and scores of samples against images and time.
 
-  convergence.py                    everything: search, 8 variants x 3 seeds, scores, tables, plots (two hours on one core)
-  convergence.py --seeds 1 2        of these seeds alone: several such commands may run side by side, one a core, once
-                                    the search is done
-  convergence.py --quick            the same with tiny models, in a minute; writes into the work folder only
-  convergence.py --write            only the tables and the plots, from results/*.json
+  convergence.py --study long                                   everything: search, all rows, scores, tables, plots
+  convergence.py --study long --rows modern-switch --seeds 0    one row: trains it, scores it, writes its result
+  convergence.py --study long --quick                           tiny models in a minute; writes into the work folder only
+  convergence.py --study long --write                           only the tables and the plots, from results/*.json
 
-Tables go between the marks in README.md beside this script, and the summary between <!-- convergence --> marks in the
-project's docs/performance.md, where there are any.
+The study `long` has 524,288 images a run and two recipes, `short` 65,536 images and the recipe of the paper. Several commands may
+run side by side with different seeds, one a core, once the search is done. Killed, the same command goes on, and what is finished
+is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike.
 
-Needs Debian's dataset-fashion-mnist (--quick: the digits inside scikit-learn). Killed, the same command goes on, and what is
-finished is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike. Runs and
-checkpoints lie in the work folder, results/*.json and the plots beside this script.
+Tables go between the marks in README.md of the study's folder, results/*.json and the plots beside it. Runs and checkpoints lie
+in the work folder. Needs Debian's dataset-fashion-mnist (--quick: the digits inside scikit-learn).
 Exit status: 0 done, 64 wrong command line, 65 bad data, 70 crash, 74 file system error, 75 stopped (repeat it), 78 bad config.
 """
 
@@ -36,15 +35,22 @@ ROOT = HERE.parent
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("convergence", __doc__)
     add = parser.add_argument
-    add("--work", type=Path, metavar="DIR", help="data, runs and checkpoints (default: runs/convergence, or -quick)")
+    add("--study", choices=("long", "short"), required=True)
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="data, runs and checkpoints (default: runs/convergence-STUDY, or -quick)",
+    )
     add(
         "--results",
         type=Path,
         metavar="DIR",
-        help="JSON files, tables and plots (default: experiments; WORK for --quick)",
+        help="JSON files, tables and plots (default: that of the study; WORK for --quick)",
     )
+    add("--rows", nargs="+", metavar="NAME", help="train and score these models only (default: all)")
     add("--seeds", type=int, nargs="+", metavar="N", help="train and score these seeds only (default: all)")
-    add("--quick", action="store_true", help="tiny models, two variants, two seeds")
+    add("--quick", action="store_true", help="tiny models, few rows, two seeds")
     add("--write", action="store_true", help="write tables and plots from the JSON files, train nothing")
     return parser.parse_args(arguments)
 
@@ -55,19 +61,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    work = (options.work or ROOT / "runs" / ("convergence-quick" if options.quick else "convergence")).resolve()
-    results = options.results or (work if options.quick else HERE)
+    from experiments.studies import STUDIES, quick
+
+    study = quick(STUDIES[options.study]) if options.quick else STUDIES[options.study]
+    default = ROOT / "runs" / "-".join(("convergence", study.name, *["quick"] * options.quick))
+    work = (options.work or default).resolve()
+    folder = options.results or (work if options.quick else study.folder)
     if not options.write:
         from experiments.stages import run_all  # torch takes seconds to import: not for --help
-        from experiments.variants import FULL, QUICK
 
-        scale = QUICK if options.quick else FULL
-        code = run_all(scale, work, results / "results", options.seeds or scale.seeds)
+        chosen = study.only(options.rows) if options.rows else study
+        code = run_all(chosen, work, folder / "results", options.seeds or study.seeds)
         if code != ExitCode.DONE:
             return code
-    from experiments.study import write_study
+    from experiments.page import write_page
 
-    for path in write_study(results, front_page=ROOT / "docs" / "performance.md" if results == HERE else None):
+    front_page = ROOT / "docs" / "performance.md" if folder == HERE else None
+    for path in write_page(study, folder, front_page):
         print(path)
     return ExitCode.DONE
 

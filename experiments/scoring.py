@@ -1,80 +1,135 @@
-"""What a checkpoint is worth: FID of its samples, and what its gates have learned."""
+"""What a checkpoint is worth: held-out losses, scores of its samples, and what its gates have learned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from experiments.variants import Scale
+from experiments.studies import Recipe, Study
 from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
 from sdit.data.dataset import PreparedFolder
-from sdit.data.pixels import to_pixels
+from sdit.data.pixels import from_levels, to_pixels
+from sdit.diffusion import build_objective
 from sdit.evaluate.classifier import trained_features
+from sdit.evaluate.features import rebatched
 from sdit.evaluate.generate import Generator
 from sdit.evaluate.images import LabelledImages
-from sdit.evaluate.metrics import frechet_distance
+from sdit.evaluate.metrics import frechet_distance, precision_recall
 from sdit.evaluate.statistics import statistics_of
 from sdit.model import solve_assignment
 from sdit.observe.routing import Snapshot, chosen_experts, gate_entropy, path_overlap, prior_agreement, task_paths
+from sdit.randomness import Purpose, normal_noise
 from sdit.time_law import TimeLaw, prior_law
 
-SAMPLER = "dpm++2m"
 NEAR, FAR = 50, 500  # tasks apart: neighbours, and strangers
 OVERLAP_CELLS = 25  # the (T, T) map of overlaps is kept at this resolution
+BLOCK, TIME_BINS = 50, 20  # images of a block of held-out losses; bins of the time axis
+LOSS_SEED = 15_000  # of the times and the noise of held-out losses
+BATCH = 500
 
 
 class Scorer:
     """Holds samples against the training images, in features of a classifier trained on them."""
 
-    def __init__(self, scale: Scale, work: Path) -> None:
-        self._scale, self._work = scale, work
+    def __init__(self, study: Study, work: Path) -> None:
+        self._study, self._work = study, work
         real = LabelledImages("training images", PreparedFolder(work / "data" / "train"))
         pixels, labels = real.arrays()
+        pixels = padded(pixels)
         self._network = trained_features(pixels, labels, real.classes, seed=0, cache=work / "features")
-        self._real = statistics_of(real.batches(), self._network)
+        self._real = statistics_of([pixels], self._network)
 
-    def score(self, trained: Trained, **settings: Any) -> dict[str, Any]:
-        """Scores of a model's samples: the same labels and noise for every model, and the same sampler without `settings`.
-
-        `accuracy` is the share of samples that the classifier gives the label they were drawn for.
-        """
-        sampler, images = self._settings(trained, **settings), self._scale.sampled_images
-        facts = {"sampler": sampler.sampler, "steps": sampler.steps, "guidance": sampler.guidance}
+    def score(self, trained: Trained, recipe: Recipe, images: int, guidance: float = 1.0) -> dict[str, Any]:
+        """Scores of a model's samples: the same labels, noise and sampler for every model of a recipe."""
+        facts = {"sampler": recipe.sampler, "steps": recipe.steps, "guidance": guidance}
         labels = np.resize(np.array(trained.classes.labels, dtype=np.int64), images)
-        pixels = np.concatenate(list(self._draw(trained, labels, sampler)))
-        scores = {"fid": self._fid(iter([pixels])), "accuracy": self._accuracy(pixels, labels)}
-        return {"images_seen": trained.clock.images_seen, **scores, "images": images, **facts, "weights": "ema"}
-
-    def strip(self, trained: Trained) -> np.ndarray:
-        """(classes, H, W, C) uint8: the first image of every class, as it is scored."""
-        labels = np.array(trained.classes.labels, dtype=np.int64)
-        return next(self._draw(trained, labels, self._settings(trained)))
-
-    def _draw(self, trained: Trained, labels: np.ndarray, settings: SampleConfig) -> Iterator[np.ndarray]:
-        """(n, H, W, C) uint8 pixels at a time."""
-        return map(to_pixels, Generator(trained, settings, batch=100).images(labels))
-
-    def _settings(self, trained: Trained, **settings: Any) -> SampleConfig:
-        common = {"sampler": SAMPLER, "steps": self._scale.sampler_steps}
-        return SampleConfig(**trained.config.sample.model_dump() | common | settings)
+        scores = self._scores(draw(trained, labels, facts), labels)
+        return {"images_seen": trained.clock.images_seen, **scores, **facts, "weights": "ema"}
 
     def floor(self) -> dict[str, Any]:
         """The scores of as many real held-out images: what a perfect model would get."""
         pixels, labels = LabelledImages("held-out images", PreparedFolder(self._work / "data" / "test")).arrays()
-        real = pixels[: self._scale.sampled_images]
-        scores = {"fid": self._fid(iter([real])), "accuracy": self._accuracy(real, labels[: len(real)])}
-        return {**scores, "images": len(real), "features": self._network.facts}
+        count = self._study.sampled_images
+        return {**self._scores(pixels[:count], labels[:count]), "features": self._network.facts}
 
-    def _accuracy(self, pixels: np.ndarray, labels: np.ndarray) -> float:
-        return float((self._network(pixels)[1].argmax(1) == labels).mean())
+    def _scores(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """`fid`, `precision` and `recall` of all images, `curve_fid` of the first ones, and the accuracy.
 
-    def _fid(self, images: Iterator[np.ndarray]) -> float:
-        drawn, real = statistics_of(images, self._network), self._real
-        return frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance)
+        `accuracy` is the share of images that the classifier gives their label. FID grows as images become fewer, so that a
+        curve needs as many at each point.
+        """
+        features, logits = map(
+            np.concatenate, zip(*map(self._network, rebatched([padded(pixels)], BATCH)), strict=True)
+        )
+        assert self._real.features is not None
+        precision, recall = precision_recall(self._real.features, features)
+        return {
+            "images": len(pixels), "fid": self._fid(features), "curve_fid": self._fid(features[: self._study.curve_images]),
+            "precision": precision, "recall": recall, "accuracy": float((logits.argmax(1) == labels).mean()),
+        }  # fmt: skip
+
+    def _fid(self, features: np.ndarray) -> float:
+        wide, real = features.astype(np.float64), self._real
+        return frechet_distance(wide.mean(0), np.cov(wide, rowvar=False), real.mean, real.covariance)
+
+
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """Images (n, H, H, C) with a border of zeros up to the next power of two, which the classifier needs."""
+    border = (1 << (pixels.shape[1] - 1).bit_length()) - pixels.shape[1]
+    sides = (border // 2, border - border // 2)
+    return np.pad(pixels, ((0, 0), sides, sides, (0, 0)))
+
+
+def draw(trained: Trained, labels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """(n, H, W, C) uint8: image i has labels[i], from the same noise for every model."""
+    sampler = SampleConfig(**trained.config.sample.model_dump() | settings)
+    return np.concatenate([to_pixels(images) for images in Generator(trained, sampler, batch=100).images(labels)])
+
+
+class HeldOutImages:
+    """The first `count` held-out images with fixed times and noise, on which models are compared image by image."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        pixels, labels = LabelledImages("held-out images", PreparedFolder(folder)).arrays()
+        count = min(count, len(pixels)) // BLOCK * BLOCK
+        self._x0 = from_levels(pixels[:count].transpose(0, 3, 1, 2))
+        self._labels = labels[:count]
+        self._noise = normal_noise(LOSS_SEED, np.arange(count), self._x0.shape[1:], Purpose.NOISE)
+
+    def losses(self, trained: Trained) -> dict[str, Any]:
+        """Losses of the averaged weights, by block and by time.
+
+        Each block of 50 images has one time in each 50th of the time axis, so that the means of blocks are independent
+        estimates of the same loss. `blocks` are these means, with the variational bound's term where the variance is learned.
+        `bins` are means of the error in 20 parts of the time axis, from the least noise to the most.
+        """
+        config, count = trained.config, len(self._x0)
+        objective = build_objective(config.diffusion, config.model.timesteps)
+        law = TimeLaw("stratified")
+        times = np.concatenate(
+            [law.draw(LOSS_SEED, first, BLOCK, objective.timesteps) for first in range(0, count, BLOCK)]
+        )
+        found = []
+        with torch.no_grad():
+            for rows in np.split(np.arange(count), range(BATCH, count, BATCH)):
+                x0, t, y, noise = (
+                    torch.from_numpy(each[rows]) for each in (self._x0, times, self._labels, self._noise)
+                )
+                parts = objective(trained.model, x0, t, y, noise)
+                found.append(torch.stack([parts.mse + parts.vlb, parts.mse]).double().numpy())
+        loss, mse = np.concatenate(found, axis=1)
+        position = times / (objective.timesteps or 1)
+        bins = [
+            mse[np.minimum(position * TIME_BINS, TIME_BINS - 1).astype(int) == each].mean() for each in range(TIME_BINS)
+        ]
+        return {
+            "images_seen": trained.clock.images_seen, "images": count, "block_images": BLOCK,
+            "blocks": loss.reshape(-1, BLOCK).mean(1).round(6).tolist(), "bins": np.round(bins, 6).tolist(),
+        }  # fmt: skip
 
 
 def gates_of(trained: Trained) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What finished runs come to: measures, differences by seed, and the tables of them."""
+"""The tables of the page, one per recipe. A cell is mean ± standard deviation over the seeds."""
 
 from __future__ import annotations
 
@@ -6,147 +6,219 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.variants import BASELINE, VARIANTS
+import numpy as np
 
-Run = dict[str, Any]
-Runs = dict[str, dict[int, Run]]  # variant, in the order of VARIANTS -> seed -> result
-TIME_PARTS = 5  # equal parts of the time axis in the table of losses by timestep
+from experiments.bootstrap import NOT_REACHED, Interval, images_to_reach, interval
+from experiments.results import (
+    Measure,
+    Results,
+    Run,
+    error_bins,
+    fid,
+    fid_curve,
+    final,
+    held_out_loss,
+    images_seen,
+    loss_curve,
+)
 
-
-def held_out_loss(run: Run) -> float:
-    """Error of the noise plus the variational bound's term, at the end of the run, with the averaged weights."""
-    return run["held_out"][-1]["validation_loss"]
-
-
-def held_out_mse(run: Run) -> float:
-    """Error of the noise alone."""
-    return run["held_out"][-1]["validation_mse"]
-
-
-def fid(run: Run) -> float | None:
-    """At the end of the run; None where it is not scored yet."""
-    last = run["held_out"][-1]["images_seen"]
-    return next((score["fid"] for score in run["scores"] if score["images_seen"] == last), None)
-
-
-def wall_milliseconds(run: Run) -> float:
-    """Wall-clock of training for an image."""
-    return 1e3 * run["cost"]["wall_seconds_per_image"]
-
-
-def training_seconds(run: Run) -> float:
-    """Wall-clock of the whole training, without checkpoints and held-out losses."""
-    return run["cost"]["wall_seconds_per_image"] * run["held_out"][-1]["images_seen"]
-
-
-def relative_time(runs: Runs, variant: str) -> list[float]:
-    """Wall-clock of the whole training over the baseline's, seed by seed: the models of a seed took turns."""
-    return [
-        training_seconds(run) / training_seconds(runs[BASELINE][seed])
-        for seed, run in sorted(runs[variant].items())
-        if seed in runs.get(BASELINE, {})
-    ]
-
-
-def values_of(seeds: dict[int, Run], measure: Callable[[Run], float | None]) -> list[float]:
-    """The measure of every seed that has it."""
-    return [value for _, run in sorted(seeds.items()) if (value := measure(run)) is not None]
-
-
-def paired(runs: Runs, variant: str, measure: Callable[[Run], float | None]) -> list[float]:
-    """The variant's measure less the baseline's, seed by seed: a seed's data order, timesteps and noise are the same."""
-    differences = []
-    for seed, run in sorted(runs[variant].items()):
-        mine, other = measure(run), measure(runs[BASELINE][seed]) if seed in runs.get(BASELINE, {}) else None
-        if mine is not None and other is not None:
-            differences.append(mine - other)
-    return differences
+TIME_PARTS = 5  # equal parts of the time axis in the table of errors by time
+NONE = "-"
+Curve = Callable[[Run], list[tuple[int, float]]]
+Points = dict[int, np.ndarray]  # images seen -> (B,) values
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Mean ± standard deviation of the sample; a single value has no deviation."""
     if not values:
-        return "-"
+        return NONE
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (1 seed)"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table of rows by column; a column in which no row has anything is left out."""
+    if not rows:
+        return "No run is finished."
+    columns = [column for column in rows[0] if any(row[column] != NONE for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def results_table(runs: Runs) -> str:
-    """One row a variant: cost, held-out error, FID, and the differences to the baseline by seed."""
+def cost_table(results: Results) -> str:
+    """What each model costs."""
     rows = []
-    for variant, seeds in runs.items():
-        cost = next(iter(seeds.values()))["cost"]
-        rows.append([
-            VARIANTS[variant].label,
-            f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops_per_image'] / 1e6:.0f}",
-            spread(values_of(seeds, wall_milliseconds), 2), spread(relative_time(runs, variant), 3),
-            spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
-            spread(values_of(seeds, held_out_mse), 4), difference(runs, variant, held_out_mse, 4),
-            spread(values_of(seeds, fid), 1), difference(runs, variant, fid, 1),
-        ])  # fmt: skip
-    head = [
-        "model", "parameters, M", "MFLOP / image", "ms / image", "time / DiT's", "held-out loss", "less DiT's", "held-out MSE",
-        "less DiT's", "FID", "less DiT's",
-    ]  # fmt: skip
-    return table(head, rows)
+    for variant, seeds in results.runs.items():
+        run = next(iter(seeds.values()))
+        rows.append({
+            "model": results.label(variant), "parameters, M": f"{run['cost']['parameters'] / 1e6:.2f}",
+            "MFLOP / image": f"{run['cost']['flops_per_image'] / 1e6:.0f}", "images": f"{images_seen(run):,}",
+            "ms / image": spread(results.values(variant, results.milliseconds), 2),
+            "time / DiT's": spread(results.relative_time(variant), 3),
+        })  # fmt: skip
+    return table(rows)
 
 
-def summary_table(runs: Runs) -> str:
-    """The results in few columns."""
-    rows = [
-        [
-            VARIANTS[variant].label, spread(relative_time(runs, variant), 3),
-            spread(values_of(seeds, held_out_loss), 4), difference(runs, variant, held_out_loss, 4),
-            spread(values_of(seeds, fid), 0), difference(runs, variant, fid, 0),
-        ]
-        for variant, seeds in runs.items()
-    ]  # fmt: skip
-    return table(["model", "time / DiT's", "held-out loss", "less DiT's", "FID", "less DiT's"], rows)
+def results_table(results: Results) -> str:
+    """Held-out loss and scores of samples at the end of the runs, and paired differences to the baseline."""
+    rows = []
+    for variant in results.runs:
+        row = {"model": results.label(variant), "time / DiT's": spread(results.relative_time(variant), 3)}
+        for name, measure, digits in (("held-out loss", held_out_loss, 4), ("FID", fid, 1)):
+            row |= {name: spread(results.values(variant, measure), digits)}
+            row |= {f"{name} less DiT's": difference(results, variant, measure, digits)}
+        rows.append(row | _shares(results, variant))
+    return table(rows)
 
 
-def difference(runs: Runs, variant: str, measure: Callable[[Run], float | None], digits: int) -> str:
-    """Paired difference to the baseline, and in how many seeds the variant is better."""
-    if variant == BASELINE:
-        return "0"
-    differences = paired(runs, variant, measure)
+def guided_table(results: Results) -> str:
+    """The scores of samples with guidance."""
+    names = {name: results.label(name) for name in results.runs}
+    fids = {name: spread(results.values(name, final("fid", True)), 1) for name in names}
+    return table([{"model": names[name], "FID": fids[name], **_shares(results, name, True)} for name in names])
+
+
+def _shares(results: Results, variant: str, guided: bool = False) -> dict[str, str]:
+    names = {"precision": "precision", "recall": "recall", "class accuracy": "accuracy"}
+    return {name: percent(results.values(variant, final(key, guided))) for name, key in names.items()}
+
+
+def seeds_table(results: Results) -> str:
+    """Held-out loss, FID and class accuracy of each run."""
+    every = sorted({seed for seeds in results.runs.values() for seed in seeds})
+    rows = []
+    for variant, seeds in results.runs.items():
+        row = {"model": results.label(variant)}
+        for seed in every:
+            run = seeds.get(seed)
+            known = (
+                [number(held_out_loss(run), 4), number(fid(run), 1), percent([final("accuracy")(run)])] if run else []
+            )
+            row[f"seed {seed}"] = " / ".join(each for each in known if each != NONE) or NONE
+        rows.append(row)
+    return table(rows)
+
+
+def number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and deviation in %."""
+    known = [100 * value for value in values if value is not None]
+    return spread(known, 1).replace(" (1 seed)", "") + (" %" if known else "")
+
+
+def pairs_table(results: Results) -> str:
+    """Paired differences of models that the study compares with one another, not with the baseline."""
+    rows = []
+    for variant, other in results.study.pairs:
+        if results.runs.keys() >= {variant, other} and results.pairs(variant, other):
+            rows.append({
+                "model": results.label(variant), "less": results.label(other),
+                "time / the other's": spread(results.relative_time(variant, other), 3),
+                "held-out loss": difference(results, variant, held_out_loss, 4, other),
+                "FID": difference(results, variant, fid, 1, other),
+            })  # fmt: skip
+    return table(rows)
+
+
+def difference(results: Results, variant: str, measure: Measure, digits: int, other: str | None = None) -> str:
+    """Paired difference to another variant, its 95 % interval, and in how many seeds the variant is better."""
+    differences = results.differences(variant, measure, other)
+    if variant == results.recipe.baseline or not differences:
+        return "0" if differences else NONE
+    values = np.reshape(differences, (-1, 1))
+    if measure is held_out_loss:  # (S, B); B is 1 where images were not scored one by one
+        pairs = results.pairs(variant, other)
+        values = np.array([np.subtract(*(_losses(run)[images_seen(run)] for run in pair)) for pair in pairs])
+    found = interval([values], lambda mean: float(mean))
+    limits = f" [{found[0]:+.{digits}f}, {found[1]:+.{digits}f}]" if found else ""
     better = sum(value < 0 for value in differences)
-    return f"{spread(differences, digits, '+')}, better in {better} of {len(differences)}" if differences else "-"
+    return f"{spread(differences, digits, '+')}{limits}, better in {better} of {len(differences)}"
 
 
-def timestep_table(runs: Runs) -> str:
-    """Paired difference to the baseline's held-out MSE in % of it, by part of the time axis (0: least noise)."""
+def _losses(run: Run) -> Points:
+    if run.get("losses"):
+        return {each["images_seen"]: np.array(each["blocks"]) for each in run["losses"]}
+    return {seen: np.array([loss]) for seen, loss in loss_curve(run)}
+
+
+def _fids(run: Run) -> Points:
+    return {seen: np.array([value]) for seen, value in fid_curve(run)}
+
+
+def equal_table(results: Results) -> str:
+    """Images that one model needs for the value that the other one has at its end, with 95 % intervals."""
     rows = []
-    for variant in (name for name in runs if name != BASELINE):
-        cells = []
+    for variant in results.compared:
+        row = {"model": results.label(variant)}
+        for name, points in (("loss", _losses), ("FID", _fids)):
+            pairs = results.pairs(variant)
+            longer = [points(other) | _longer_end(results, variant, other, points) for _, other in pairs]
+            mine, others = [points(run) for run, _ in pairs], [points(other) for _, other in pairs]
+            row[f"DiT's images to its {name}"] = _needed(list(zip(longer, mine, strict=True)))
+            row[f"its images to DiT's {name}"] = _needed(list(zip(mine, others, strict=True)))
+        rows.append(row)
+    return table(rows)
+
+
+def _longer_end(results: Results, variant: str, run: Run, points: Callable[[Run], Points]) -> Points:
+    """The end of the longer run of the baseline, by which its curve is extended for other variants."""
+    for name, seeds in results.runs.items():
+        if results.study.variants[name].timed_as == run["variant"] and name != variant and run["seed"] in seeds:
+            last = images_seen(seeds[run["seed"]])
+            return {seen: value for seen, value in points(seeds[run["seed"]]).items() if seen == last}
+    return {}
+
+
+def _needed(pairs: list[tuple[Points, Points]]) -> str:
+    """Images that the first of each pair needs for the last value of the second, of the mean curves over the seeds."""
+    images = sorted(set.intersection(*(set(mine) for mine, _ in pairs))) if pairs else []
+    if not images or not all(other for _, other in pairs):
+        return NONE
+    curves = np.array([[mine[seen] for seen in images] for mine, _ in pairs]).swapaxes(1, 2)  # (S, B, checkpoints)
+    targets = np.array([other[max(other)] for _, other in pairs])  # (S, B)
+
+    def needed(mean: np.ndarray, target: np.ndarray) -> float:
+        return images_to_reach(images, mean, float(target))
+
+    found = needed(curves.mean((0, 1)), targets.mean())
+    return _count(found, images) + _limits(interval([curves, targets], needed), images)
+
+
+def _limits(found: Interval | None, images: Sequence[int]) -> str:
+    return f" [{_count(found[0], images)}, {_count(found[1], images)}]" if found else ""
+
+
+def _count(value: float, images: Sequence[int]) -> str:
+    if value == NOT_REACHED:
+        return "not reached"
+    return f"at most {images[0]:,}" if value == images[0] else f"{value:,.0f}"
+
+
+def times_table(results: Results) -> str:
+    """Paired difference to the baseline's held-out error in % of it, by part of the time axis (0: least noise)."""
+    rows = []
+    for variant in results.compared:
+        row = {"model": results.label(variant)}
         for part in range(TIME_PARTS):
-            ratios = [
-                100 * (_part(run, part) / _part(runs[BASELINE][seed], part) - 1)
-                for seed, run in sorted(runs[variant].items())
-                if seed in runs.get(BASELINE, {})
-            ]
-            cells.append(spread(ratios, 1, "+"))
-        rows.append([VARIANTS[variant].label, *cells])
-    steps = [f"t in [{part / TIME_PARTS:.1f}, {(part + 1) / TIME_PARTS:.1f}) T" for part in range(TIME_PARTS)]
-    return table(["model", *steps], rows)
+            ratios = [100 * (_error(run, part) / _error(other, part) - 1) for run, other in results.pairs(variant)]
+            row[f"t in [{part / TIME_PARTS:.1f}, {(part + 1) / TIME_PARTS:.1f}) T"] = spread(ratios, 1, "+")
+        rows.append(row)
+    return table(rows)
 
 
-def _part(run: Run, part: int) -> float:
-    bins = run["held_out"][-1]["validation_loss_by_timestep"]
+def _error(run: Run, part: int) -> float:
+    bins = error_bins(run)
     width = len(bins) // TIME_PARTS
-    inside = [value for value in bins[part * width : (part + 1) * width] if value is not None]
-    return statistics.mean(inside)
+    return statistics.mean(value for value in bins[part * width : (part + 1) * width] if value is not None)
 
 
-def gates_table(runs: Runs) -> str:
+def gates_table(results: Results) -> str:
     """What the gates choose at the end of the runs, over the seeds."""
     rows = []
-    for variant, seeds in runs.items():
+    for variant, seeds in results.runs.items():
         gates = [run["gates"][-1] for _, run in sorted(seeds.items()) if run["gates"]]
         if not gates:
             continue
@@ -156,22 +228,23 @@ def gates_table(runs: Runs) -> str:
 
         hottest = [max(max(row) / (sum(row) / len(row)) for row in found["loads"]) for found in gates]
         experts = sum(len(row) for row in gates[0]["loads"])
-        rows.append([
-            VARIANTS[variant].label, spread(hottest, 2), f"{over_seeds('unused_experts', 1)} of {experts}",
-            over_seeds("distinct_paths", 0), over_seeds("near", 2), over_seeds("far", 2),
-            over_seeds("prior_agreement", 2), over_seeds("kept_probability", 2), over_seeds("entropy", 2),
-        ])  # fmt: skip
-    head = [
-        "model", "hottest expert / mean load", "unused experts", "distinct paths", "overlap, near", "overlap, far",
-        "agreement with prior", "kept probability", "gate entropy",
-    ]  # fmt: skip
-    return table(head, rows)
+        rows.append({
+            "model": results.label(variant), "hottest expert / mean load": spread(hottest, 2),
+            "unused experts": f"{over_seeds('unused_experts', 1)} of {experts}",
+            "distinct paths": over_seeds("distinct_paths", 0), "overlap, near": over_seeds("near", 2),
+            "overlap, far": over_seeds("far", 2), "agreement with prior": over_seeds("prior_agreement", 2),
+            "kept probability": over_seeds("kept_probability", 2), "gate entropy": over_seeds("entropy", 2),
+        })  # fmt: skip
+    return table(rows)
 
 
 def search_table(search: dict[str, Any]) -> str:
     """The runs of the learning-rate search."""
-    rows = [
-        [f"{run['learning_rate']:g}", f"{run['validation_loss']:.4f}", "x" * (run["learning_rate"] == search["chosen"])]
+    after = f"held-out loss after {search['images']:,} images"
+    return table([
+        {
+            "learning rate": f"{run['learning_rate']:g}", after: f"{run['validation_loss']:.4f}",
+            "chosen": "x" * (run["learning_rate"] == search["chosen"]),
+        }
         for run in search["runs"]
-    ]
-    return table(["learning rate", f"held-out loss after {search['images']:,} images", "chosen"], rows)
+    ])  # fmt: skip

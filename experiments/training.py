@@ -8,26 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-import experiments.flop_formulas  # noqa: F401  # the counter then knows the products of merged experts
-from experiments.variants import CONFIG, RECIPES, VARIANTS, Scale
+from experiments.studies import Study
 from sdit.clock import Clock
 from sdit.config import Config, load_config, resolve_run
-from sdit.contracts import Batch
-from sdit.diffusion import build_objective
 from sdit.distributed.comm import Comm
 from sdit.errors import ExitCode
-from sdit.model import build_model, solve_assignment
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.observe.progress import Progress
 from sdit.supervise.heartbeat import Heartbeat
 from sdit.supervise.lock import RunLock
 from sdit.supervise.worker import WorkerContext
 from sdit.train.events import Observer, Observers
-from sdit.train.module import TrainModule
 from sdit.train.record import StepRecord
 from sdit.train.setup import open_trainer
 
@@ -72,10 +63,10 @@ class Turn(Observer):
             self._heartbeat.request_stop()
 
 
-def run_config(scale: Scale, variant: str, seed: int, work: Path, run_dir: Path, *more: str) -> Config:
+def run_config(study: Study, variant: str, seed: int, work: Path, run_dir: Path, *more: str) -> Config:
     """The config of one run; all variants of a seed share initial weights, data order, timesteps and noise."""
     places = (f"data.path={work}/data/train", f"validation.path={work}/data/test", f"run_dir={run_dir}", f"seed={seed}")
-    return load_config(CONFIG, [*scale.overrides, *(VARIANTS | RECIPES)[variant].overrides, *places, *more])
+    return load_config(study.config, [*study.overrides, *study.variants[variant].overrides, *places, *more])
 
 
 def train(config: Config, comm: Comm, until: int | None = None) -> ExitCode:
@@ -132,17 +123,3 @@ def seconds_per_image(run_dir: Path, global_batch: int) -> dict[str, float]:
             record[clock] / (record["steps"] * global_batch) for record in records
         )
     return cost
-
-
-def flops_per_image(config: Config) -> float:
-    """Floating-point operations of matrix products, forward and backward, for one training image."""
-    images, model = config.train.global_batch, build_model(config.model, seed=0)
-    module = TrainModule(model, build_objective(config.diffusion, config.model.timesteps), config.prior.weight, 0.0)
-    shape = (images, config.model.channels, config.model.input_size, config.model.input_size)
-    t = torch.arange(images) * config.model.timesteps // images
-    batch = Batch(torch.arange(images), torch.zeros(shape), torch.zeros(shape), t, torch.zeros_like(t))
-    assignment = solve_assignment(model.all_gate_probs(), config.model) if config.prior.weight else None
-    # The counter does not know the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(batch, (lambda: assignment) if assignment else None, None).total.backward()
-    return counter.get_total_flops() / images

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.studies import SHORT, quick
 from experiments.training import StepTimer, is_trained, run_config, train
-from experiments.variants import QUICK
 from sdit.cli.prepare import main as prepare
 from sdit.clock import Clock
 from sdit.distributed.comm import Comm, find_rank
@@ -24,7 +24,7 @@ BATCH = 32
 
 def calls(folder: Path, asked_at: int | None, comm: Comm) -> list[tuple[int, bool]]:
     """Two turns of a run that is asked to stop in the step that ends at `asked_at` images; a stopped turn is repeated."""
-    config, found, asked = run_config(QUICK, "dit", 0, folder, folder / f"run-{asked_at}"), [], []
+    config, found, asked = run_config(quick(SHORT), "dit", 0, folder, folder / f"run-{asked_at}"), [], []
 
     def on_step(self: StepTimer, clock: Clock, record: StepRecord) -> None:
         if clock.images_seen + BATCH == asked_at and not asked:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiments.flop_formulas  # noqa: F401  # the counter then knows the products of merged experts
+import tests.unit.flop_formulas  # noqa: F401  # the counter then knows the products of merged experts
 from sdit.cli.plan import main
 from sdit.config import Config, EmaConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
