@@ -62,7 +62,7 @@ class RendezvousStore:
     def __init__(self, run_dir: Path, token: str, copy: NodeCopy | None = None) -> None:
         """Take a run folder and a lock's token. With a `copy`, what is read here is shared with the node."""
         assert TOKEN.fullmatch(token), token
-        self.copy = copy
+        self.token, self.copy = token, copy
         self._folder = run_dir / "supervise" / token
         self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
         self._written: tuple[int, AttemptSpec] | None = None  # version and content of the one that it wrote last
@@ -75,13 +75,18 @@ class RendezvousStore:
         return cls(run_dir, token) if TOKEN.fullmatch(token) else None
 
     @classmethod
+    def shared(cls, run_dir: Path, token: str) -> RendezvousStore:
+        """Return the store of a lock's token, with a copy of what is read for the other supervisors of the node."""
+        return cls(run_dir, token, NodeCopy(token))
+
+    @classmethod
     def all_of(cls, run_dir: Path) -> list[RendezvousStore]:
         """Return the existing stores, with their copies: that of the lock's holder, or of the last launch."""
         try:
             names = sorted(path.name for path in (run_dir / "supervise").iterdir())
         except FileNotFoundError:
             return []
-        return [cls(run_dir, name, NodeCopy(name)) for name in names if TOKEN.fullmatch(name)]
+        return [cls.shared(run_dir, name) for name in names if TOKEN.fullmatch(name)]
 
     def open(self) -> None:
         """Create the folder and remove those of earlier launches. Only the lock's holder may do so.
