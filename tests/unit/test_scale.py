@@ -53,6 +53,12 @@ def test_rank_0_reads_each_announcement_and_report_once(phases: Phases, phase: s
     assert high["first_operations"] <= 1.1 * HIGH / LOW * low["first_operations"]
 
 
+def test_the_reports_of_a_node_are_one_file(phases: Phases) -> None:
+    """Rank 0 reads a file of each node: an open with its end, and a read."""
+    for low, high in [(phases["stop", LOW], phases["stop", HIGH])]:
+        assert (high["first_operations"] - low["first_operations"]) <= 6 * (HIGH - LOW) / 8
+
+
 def test_the_messages_of_a_logged_step_do_not_grow_with_the_ranks(phases: Phases) -> None:
     """One sum, and eight bytes for the slowest rank."""
     low, high = phases["logged step", LOW], phases["logged step", HIGH]
