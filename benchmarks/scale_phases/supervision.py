@@ -68,6 +68,7 @@ class VirtualLaunch:
         self._world, self._folder, self._clock, self._root = world, folder, clock, root
         self._stack = ExitStack()
         self._supervisors: dict[int, Supervisor] = {}
+        self._managers: dict[int, ExitStack] = {}  # of the supervisors
         self._workers: dict[int, tuple[int, VirtualProcess, Heartbeat]] = {}  # attempt, process, heartbeat
         self._started_at = clock.now
         self._host_seconds: dict[int, float] = {}  # of rank 0, and of all others together as rank 1
@@ -80,6 +81,8 @@ class VirtualLaunch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for manager in self._managers.values():
+            manager.close()
         self._stack.close()
 
     def _node_folder(self) -> Path:
@@ -94,7 +97,8 @@ class VirtualLaunch:
         for rank in range(self._world):
             with self._as_rank(rank):
                 manager = supervisor_of(self._rank(rank, run_dir), shared, self._worker_starter(rank))
-                self._supervisors[rank] = self._stack.enter_context(manager)
+                self._managers[rank] = ExitStack()
+                self._supervisors[rank] = self._managers[rank].enter_context(manager)
         self._until(lambda: len(self._workers) == self._world)
         return self._phase("start")
 
@@ -115,8 +119,6 @@ class VirtualLaunch:
         for _, process, _ in self._workers.values():
             process.code = ExitCode.REQUEUE
         self._until(lambda: not self._supervisors)
-        self._folder.owner = 0
-        self._stack.close()
         return self._phase("stop")
 
     def _rank(self, rank: int, run_dir: Path) -> SupervisedRank:
@@ -164,6 +166,7 @@ class VirtualLaunch:
                 if code is not None:
                     supervisor.close()
                     del self._supervisors[rank]
+                    self._managers.pop(rank).close()
 
     def _until(self, is_reached: Callable[[], bool]) -> None:
         for _ in range(LONGEST_TICKS):

@@ -31,10 +31,10 @@ from sdit.observe.metrics_file import MetricsFile
 from sdit.observe.rank_log import RankLog
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.worker import WorkerContext
+from sdit.train.rank_work import rank_report, work_share
 from sdit.train.record import StepRecord
 from sdit.train.run_start import find_newest, open_run_folder
-from sdit.train.sums import BINS, FLAGS, PARTS, pack, unpack
-from sdit.train.timing import rank_report
+from sdit.train.sums import BINS, FLAGS, PARTS, host_share, pack, unpack
 
 ELEMENTS = 16  # of a tensor in a shard
 IMAGES = 1000
@@ -103,12 +103,11 @@ def _plan(world: int) -> Phase:
 def _log_step(each: Driven, run_dir: Path) -> None:
     """Sum the losses and flags of a step, compare the work of the ranks, and write the record on rank 0."""
     parts = torch.ones(len(PARTS), dtype=torch.float64)
-    share = pack(
-        parts, torch.ones((), dtype=torch.float64), (0.0,) * len(FLAGS), torch.ones(2, BINS, dtype=torch.float64)
-    )
-    sums = unpack(each.comm.sum(share))
-    work = torch.tensor([1.0], dtype=torch.float64)
-    report: dict[str, Any] = rank_report(each.comm.interleave(work).tolist())
+    host = host_share((0.0,) * len(FLAGS), work_share(1.0))
+    share = pack(parts, torch.ones((), dtype=torch.float64), host, torch.ones(2, BINS, dtype=torch.float64))
+    sums = unpack(each.comm.sum(share), has_work=True)
+    assert sums.work is not None
+    report = rank_report(sums.work, 1.0, each.rank, each.comm.smallest)
     record = StepRecord(step=1, images_seen=IMAGES, loss=sums.parts[0], logged=True, **report)
     observers: list[Any] = [RankLog(run_dir, each.comm.info)]
     if each.comm.is_first:

@@ -44,7 +44,7 @@ from sdit.doctor.rendezvous import Rendezvous
 from sdit.errors import ExitCode
 from sdit.files import replace_text
 from sdit.launch_environment import RankInfo, find_rank
-from sdit.supervise.coordinator import free_port
+from sdit.supervise.endpoint import free_port
 
 if TYPE_CHECKING:
     from sdit.distributed.comm import Comm

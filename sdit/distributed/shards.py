@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,12 +60,20 @@ class ReplicaShare:
 
 
 def owned_shards(local: Sequence[Shard], replicas: Mapping[str, ReplicaShare]) -> list[Shard]:
-    """Return the shards that this rank writes and averages. Replicated shards are split over the ranks that have them."""
+    """Return the shards that this rank writes and averages.
+
+    Replicated shards in a row are split equally over the ranks that have them. n shards on P ranks thus give less than n + P
+    ranges, and not n P as if each were split.
+    """
+    totals, positions = Counter[ReplicaShare](), Counter[ReplicaShare]()
+    for shard in local:
+        totals[replicas[shard.name]] += shard.numel
     owned = []
     for shard in local:
         share = replicas[shard.name]
-        numel = -(-shard.numel // share.count)
-        own_shard = shard.cut(shard.start + share.index * numel, numel)
+        numel = -(-totals[share] // share.count)
+        own_shard = shard.cut(shard.start + share.index * numel - positions[share], numel)
+        positions[share] += shard.numel
         if own_shard.numel > 0:
             owned.append(own_shard)
     return owned

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sdit.errors import ConfigError, SditError
 from sdit.launch_environment import RankInfo, is_loopback
-from sdit.supervise.coordinator import free_port
+from sdit.supervise.endpoint import free_port
 
 HELLO = b"sdit doctor 2\n"
 ATTEMPT_SECONDS = 5.0  # longest wait for one connection

@@ -7,17 +7,17 @@ import json
 import logging
 import os
 import re
-import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.admission import Attendance, admit
+from sdit.supervise.endpoint import RendezvousEndpoint, free_port
+from sdit.supervise.job import SupervisedRank
 from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import REFUSED, Decision, ExitReport, RestartPolicy, root_cause
@@ -29,37 +29,19 @@ _log = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"images-\d{12}")
 
 
-@dataclass(frozen=True)
-class RendezvousEndpoint:
-    """The address at which the ranks of an attempt connect, and the port if the launcher sets one."""
-
-    address: str
-    port: int | None
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str], one_node: bool) -> RendezvousEndpoint:
-        port = environment.get("MASTER_PORT", "")
-        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_node else socket.gethostname())
-        return cls(address, int(port) if port.isdecimal() else None)
-
-
 class Coordinator:
-    """Publishes attempt specs.
+    """Publishes attempt specs. It logs how the last launch ended, and writes that this one has begun."""
 
-    `largest_world(n)` returns the largest number of ranks, up to n, that the config can run on (0: none).
-    """
-
-    def __init__(
-        self, store: RendezvousStore, registry: MemberRegistry, member: Member, config: SuperviseConfig,
-        run_dir: Path, world: int, endpoint: RendezvousEndpoint, largest_world: Callable[[int], int], unfinished: Unfinished,
-    ) -> None:  # fmt: skip
-        self._store, self._registry, self._unfinished = store, registry, unfinished
-        self._config, self._run_dir, self._world = config, run_dir, world
-        self._endpoint, self._largest_world = endpoint, largest_world
-        self._policy = RestartPolicy(config.restarts, config.stop_code)
-        self._members: dict[int, Member] = {0: member}
+    def __init__(self, rank: SupervisedRank, store: RendezvousStore, registry: MemberRegistry, run_dir: Path) -> None:
+        self._store, self._registry, self._run_dir = store, registry, run_dir
+        self._config, self._world, self._largest_world = rank.config, rank.info.world, rank.job.largest_world
+        self._unfinished = Unfinished(run_dir, store.token, rank.job.steps)
+        one_node = rank.info.local_world == self._world
+        self._endpoint = RendezvousEndpoint.from_environment(rank.environment, one_node)
+        self._policy = RestartPolicy(rank.config.restarts, rank.config.stop_code)
+        self._members: dict[int, Member] = {0: rank.member}
         self._attendance = Attendance()
-        self._spec = AttemptSpec(attempt=0, members={"0": member.nonce})
+        self._spec = AttemptSpec(attempt=0, members={"0": rank.member.nonce})
         self._since = self._published_at = time.monotonic()
         self._first_report_at: float | None = None  # when rank 0 had the first exit report of the attempt
         self._reached_first_step = False
@@ -257,22 +239,3 @@ class Coordinator:
 def _stop_reason(exit_reports: Mapping[int, ExitReport]) -> str:
     """Return the reason why the ranks stopped, or an empty string if no rank reported one."""
     return next((report.text for report in exit_reports.values() if report.text), "")
-
-
-def free_port(wanted: int | None) -> int:
-    """Return `wanted` if it is free on this host, else any free port.
-
-    Raises: OSError: if there is no free port.
-    """
-    for port in (wanted, 0):
-        if port is None:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                _log.warning("port %d is in use; the ranks use another one", port)
-                continue
-            return int(probe.getsockname()[1])
-    raise OSError("this host has no free port")

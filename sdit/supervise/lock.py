@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdit.errors import ConfigError, StorageError
-from sdit.files import DISK_FULL
+from sdit.errors import ConfigError
 from sdit.json_files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
+from sdit.supervise.run_folder import unwritable
 
 HEARTBEAT_SECONDS = 5.0
 WATCH_SECONDS = (
@@ -232,15 +232,6 @@ def in_use(run_dir: Path, holder: Holder) -> ConfigError:
     return ConfigError(
         f"run_dir: {run_dir}: is in use by {holder.describe()}; legal: another run_dir, or end that process first"
     )
-
-
-def unwritable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
-    """Return the error for a run directory that cannot be used: StorageError if the disk is full."""
-    if error.errno in DISK_FULL:
-        return StorageError(
-            f"run_dir: {run_dir}: cannot be written ({error.strerror}); free space there, then start again"
-        )
-    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
 
 
 def _is_live(path: Path, holder: Holder, watch_seconds: float) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
+import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdit.json_files import read_json, write_json
 from sdit.supervise.launch import LaunchIdentity
-from sdit.supervise.process import is_running, machine
+from sdit.supervise.process import is_running, machine, start_ticks
 
 WAITING = "waiting"
 TOKEN = re.compile(r"[0-9a-f]{32}")
@@ -31,6 +34,12 @@ class Member:
     machine: str = ""
     launch: LaunchIdentity = NOWHERE
     beats: int = 0
+
+    @classmethod
+    def of_this_process(cls, rank: int, digest: str, environment: Mapping[str, str]) -> Member:
+        """Return this process as the supervisor of a rank, whose config has this digest."""
+        pid, launch = os.getpid(), LaunchIdentity.of_this_process(environment)
+        return cls(rank, uuid.uuid4().hex, socket.gethostname(), pid, digest, start_ticks(pid), machine(), launch)
 
     @classmethod
     def parse(cls, body: dict[str, Any] | None) -> Member | None:

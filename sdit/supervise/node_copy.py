@@ -1,7 +1,8 @@
-"""The copy of the attempt spec that the supervisors of one node share in memory, so that one of them reads the shared store.
+"""What the supervisors of one node share in memory, so that one of them reads and writes the shared store for all.
 
     sdit-spec-TOKEN        the attempt spec, as in plan.json
     sdit-spec-TOKEN.beat   the beat, and when a supervisor of this node has read it
+    sdit-spec-TOKEN.ends   the exit reports of the ranks of this node, a file for each attempt and rank
 
 No supervisor has a special role. One that finds the copy too old reads the shared store and updates the copy. If it is killed
 or stopped, another one does so at its next poll.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ class NodeCopy:
     def __init__(self, token: str) -> None:
         self._spec = shared_folder() / f"{PREFIX}{token}"
         self._beat = self._spec.with_name(f"{self._spec.name}.beat")
+        self._ends = self._spec.with_name(f"{self._spec.name}.ends")
         self.is_written = False  # True if this process has written the copy
 
     def beat(self, max_age_seconds: float) -> Beat | None:
@@ -65,8 +69,23 @@ class NodeCopy:
         """Write an attempt spec that was read just now."""
         self._write(self._spec, body)
 
+    def write_report(self, attempt: int, rank: int, body: dict[str, Any]) -> None:
+        """Share the exit report of a rank. Without memory it is not shared."""
+        with contextlib.suppress(OSError):
+            self._ends.mkdir(exist_ok=True)
+            write_json(self._end(attempt, rank), body)
+
+    def reports(self, attempt: int, ranks: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the exit reports of these ranks that are shared."""
+        found = (_own_json(self._end(attempt, rank)) for rank in ranks)
+        return [body for body in found if body is not None]
+
+    def _end(self, attempt: int, rank: int) -> Path:
+        return self._ends / f"{attempt:04d}-{rank:05d}.json"
+
     def discard(self) -> None:
-        """Remove the copy, so that each supervisor of this node reads the shared store itself."""
+        """Remove the copy, so that each supervisor of this node uses the shared store itself."""
+        shutil.rmtree(self._ends, ignore_errors=True)
         for path in (self._beat, self._spec):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -86,7 +105,7 @@ def remove_abandoned_copies() -> None:
         with contextlib.suppress(OSError):
             status = path.lstat()
             if status.st_uid == os.getuid() and status.st_mtime < newest:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _own_json(path: Path) -> dict[str, Any] | None:

@@ -7,12 +7,13 @@
     TOKEN/beat.json              from the same: the version of plan.json, and whether the attempt or the run ends. It is
                                  touched while the holder is alive
     TOKEN/end-0002/00001.json    the exit report of rank 1 in attempt 2
+    TOKEN/end-0002/node-00008.json   those of all ranks of a node, whose first one is 8
 
 The token of the lock identifies a launch. It is a new random number each time. Only the lock's holder creates the folder of its
 token, and only the members of its attempt spec write there. Other ranks write only files with their own nonce. One supervisor
 of each node polls one file of a few bytes, and reads plan.json when its version has changed; see `node_copy`. Only rank 0's
-supervisor, and ranks that no attempt spec lists, list folders. Rank 0's supervisor reads each announcement and each exit
-report once.
+supervisor, and ranks that no attempt spec lists, list folders. Rank 0's supervisor reads each announcement and each file of
+exit reports once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from sdit.supervise.members import TOKEN, WAITING, Member, make_folder
 from sdit.supervise.node_copy import Beat, NodeCopy
 from sdit.supervise.restart_policy import ExitReport
 
-REPORT = re.compile(r"\d+\.json")
+REPORT = re.compile(r"(node-)?\d+\.json")
+NODE_SECONDS = 2.0  # a rank waits this long for the exit reports of the other ranks of its node
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class AttemptSpec:
     def names(self, rank: int, nonce: str) -> bool:
         return self.members.get(str(rank)) == nonce
 
+    def ranks_of_host(self, rank: int) -> list[int]:
+        """Return the participating ranks of a rank's host."""
+        host = self.hosts[self.order.index(rank)]
+        return [other for other, its_host in zip(self.order, self.hosts, strict=True) if its_host == host]
+
 
 class RendezvousStore:
     """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
@@ -62,17 +70,27 @@ class RendezvousStore:
     def __init__(self, run_dir: Path, token: str, copy: NodeCopy | None = None) -> None:
         """Take a run folder and a lock's token. With a `copy`, what is read here is shared with the node."""
         assert TOKEN.fullmatch(token), token
-        self.copy = copy
+        self.token, self.copy = token, copy
         self._folder = run_dir / "supervise" / token
         self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
         self._written: tuple[int, AttemptSpec] | None = None  # version and content of the one that it wrote last
         self._known: tuple[int, AttemptSpec] | None = None  # version and content of the one that it read last
-        self._reports: dict[int, dict[str, ExitReport]] = {}  # those that were read, by attempt and name of the file
+        self._reports: dict[
+            int, dict[str, list[ExitReport]]
+        ] = {}  # those that were read, by attempt and name of the file
+        self._waits_since: tuple[int, float] | None = (
+            None  # attempt whose report waits for the node's others, since when
+        )
 
     @classmethod
     def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:
         """Return the store of a lock's token, or None if `token` is not one."""
         return cls(run_dir, token) if TOKEN.fullmatch(token) else None
+
+    @classmethod
+    def shared(cls, run_dir: Path, token: str) -> RendezvousStore:
+        """Return the store of a lock's token, with a copy of what is read for the other supervisors of the node."""
+        return cls(run_dir, token, NodeCopy(token))
 
     @classmethod
     def all_of(cls, run_dir: Path) -> list[RendezvousStore]:
@@ -81,7 +99,7 @@ class RendezvousStore:
             names = sorted(path.name for path in (run_dir / "supervise").iterdir())
         except FileNotFoundError:
             return []
-        return [cls(run_dir, name, NodeCopy(name)) for name in names if TOKEN.fullmatch(name)]
+        return [cls.shared(run_dir, name) for name in names if TOKEN.fullmatch(name)]
 
     def open(self) -> None:
         """Create the folder and remove those of earlier launches. Only the lock's holder may do so.
@@ -186,16 +204,40 @@ class RendezvousStore:
     def report_exit(self, attempt: int, report: ExitReport) -> None:
         """Write the exit report of a rank unless it exists. The caller repeats this.
 
-        If the folder is missing, nothing is written. Either rank 0 creates it again, or a new holder of the lock has removed
-        the launch.
+        Reports that can wait are written together with those of the other ranks of the node, in one file, by any of its
+        supervisors. If the folder is missing, nothing is written. Either rank 0 creates it again, or a new holder of the
+        lock has removed the launch.
 
         Raises: OSError: if the file system fails.
         """
-        path = self._reports_of(attempt) / f"{report.rank:05d}.json"
-        if not path.exists():
+        name, body = self._own_or_node(attempt, report)
+        path = self._reports_of(attempt) / name
+        if body and not path.exists():
             with contextlib.suppress(FileNotFoundError):
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, asdict(report))
+                write_json(path, body)
+
+    def _own_or_node(self, attempt: int, report: ExitReport) -> tuple[str, dict[str, Any]]:
+        """Return name and content of the file to write for an exit report. There is no content while it waits for others.
+
+        A report that ends the attempt is written at once.
+        """
+        own = f"{report.rank:05d}.json", asdict(report)
+        spec = self._known[1] if self._known is not None else None
+        if self.copy is None or spec is None or spec.attempt != attempt or report.rank not in spec.order:
+            return own
+        ranks = spec.ranks_of_host(report.rank)
+        if len(ranks) == 1:
+            return own
+        self.copy.write_report(attempt, report.rank, own[1])
+        if not report.is_clean and report.cause != "peer":
+            return own
+        reports = self.copy.reports(attempt, ranks)
+        if len(reports) == len(ranks):
+            return f"node-{ranks[0]:05d}.json", {"reports": reports}
+        if self._waits_since is None or self._waits_since[0] != attempt:
+            self._waits_since = attempt, time.monotonic()
+        return own if time.monotonic() - self._waits_since[1] > NODE_SECONDS else (own[0], {})
 
     def exit_reports(self, attempt: int) -> dict[int, ExitReport]:
         """Return the exit reports of an attempt by rank. Each file is read once."""
@@ -207,8 +249,8 @@ class RendezvousStore:
         for name in names:
             body = read_json(folder / name) if REPORT.fullmatch(name) and name not in known else None
             if body is not None:
-                known[name] = ExitReport(**body)
-        return {report.rank: report for report in known.values()}
+                known[name] = [ExitReport(**each) for each in body.get("reports", [body])]
+        return {report.rank: report for reports in known.values() for report in reports}
 
     def _reports_of(self, attempt: int) -> Path:
         return self._folder / f"end-{attempt:04d}"

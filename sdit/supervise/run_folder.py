@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from sdit.errors import ConfigError
-from sdit.supervise.lock import unwritable
+from sdit.errors import ConfigError, StorageError
+from sdit.files import DISK_FULL
 
 
 class RunFolder:
@@ -131,3 +131,12 @@ class RunFolder:
             return os.readlink(f"/proc/self/fd/{self._descriptor}")
         except OSError:
             return None
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
+    """Return the error for a run directory that cannot be used: StorageError if the disk is full."""
+    if error.errno in DISK_FULL:
+        return StorageError(
+            f"run_dir: {run_dir}: cannot be written ({error.strerror}); free space there, then start again"
+        )
+    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,18 +10,15 @@ from sdit.config import SuperviseConfig
 from sdit.errors import SditError
 from sdit.launch_environment import RankInfo
 from sdit.supervise.admission import refuse_own
-from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
+from sdit.supervise.coordinator import Coordinator
 from sdit.supervise.job import Job, SupervisedRank
-from sdit.supervise.launch import LaunchIdentity
-from sdit.supervise.lock import RunLock, unwritable
+from sdit.supervise.lock import RunLock
 from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.membership import Membership
-from sdit.supervise.node_copy import NodeCopy, remove_abandoned_copies
-from sdit.supervise.process import machine, start_ticks
+from sdit.supervise.node_copy import remove_abandoned_copies
 from sdit.supervise.rendezvous import RendezvousStore
-from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.run_folder import RunFolder, unwritable
 from sdit.supervise.supervisor import Supervisor
-from sdit.supervise.unfinished import Unfinished
 from sdit.supervise.worker import StartWorker, start_worker_process
 
 
@@ -38,10 +32,7 @@ def supervise(job: Job, config: SuperviseConfig, info: RankInfo, environment: Ma
         StorageError: if the disk is full.
     """
     folder = RunFolder.create(job.run_dir)
-    member = Member(
-        info.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid(), job.digest, start_ticks(os.getpid()), machine(),
-        LaunchIdentity.of_this_process(environment),
-    )  # fmt: skip
+    member = Member.of_this_process(info.rank, job.digest, environment)
     with supervisor_of(SupervisedRank(job, config, info, environment, member), folder) as supervisor:
         return supervisor.run()
 
@@ -89,17 +80,13 @@ def _first_supervisor(rank: SupervisedRank, folder: RunFolder, start_worker: Sta
         raise
     lock.follow(run_dir)
     with lock:
-        store = RendezvousStore(run_dir, lock.token, NodeCopy(lock.token))
+        store = RendezvousStore.shared(run_dir, lock.token)
         try:
             folder.make("logs")
             store.open()
             registry.wipe()
         except OSError as error:
             raise unwritable(job.run_dir, error) from error
-        endpoint = RendezvousEndpoint.from_environment(rank.environment, rank.info.local_world == world)
-        coordinator = Coordinator(
-            store, registry, rank.member, rank.config, run_dir, world, endpoint, job.largest_world,
-            Unfinished(run_dir, lock.token, job.steps),
-        )  # fmt: skip
+        coordinator = Coordinator(rank, store, registry, run_dir)
         membership = Membership(folder, rank.member, world, registry, store)
         yield Supervisor(rank, folder, membership, start_worker, lock, coordinator)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import sys
 import time
 
-from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.coordinator import LOST_SECONDS, Coordinator
-from sdit.supervise.heartbeat import ALIVE_SECONDS, FOLDER_MOVED, Heartbeat, Phase, memory_file
+from sdit.supervise.heartbeat import FOLDER_MOVED
 from sdit.supervise.job import SupervisedRank
 from sdit.supervise.lock import RunLock
-from sdit.supervise.log_files import append_to, log_path, mark_lines
 from sdit.supervise.membership import Membership
 from sdit.supervise.metrics_publisher import MetricsPublisher
+from sdit.supervise.rank_worker import RankWorker
 from sdit.supervise.read_schedule import STORE_SECONDS, read_seconds, store_seconds
 from sdit.supervise.rendezvous import AttemptSpec
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.stop_request import StopRequest
-from sdit.supervise.worker import KILL_SECONDS, StartWorker, WorkerProcess, WorkerSpec
-from sdit.supervise.worker_environment import worker_environment
+from sdit.supervise.worker import StartWorker
 
 _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
-FROZEN_SECONDS = 5.0  # ten alive
 
 
 class Supervisor:
@@ -38,15 +33,13 @@ class Supervisor:
         self, rank: SupervisedRank, folder: RunFolder, membership: Membership, start_worker: StartWorker,
         lock: RunLock | None = None, coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
-        self._start_worker = start_worker
         self._rank, self._folder, self._membership, self._lock, self._coordinator = (
             rank, folder, membership, lock, coordinator
         )  # fmt: skip
         self._config, self._info, self._member = rank.config, rank.info, rank.member
         self._publisher = MetricsPublisher(rank.job.observe, rank.job.run_dir, rank.member)
         self._stop = StopRequest(rank.info)
-        self._stop_seconds = 0.0
-        self._worker: WorkerProcess | None = None
+        self._worker = RankWorker(rank, folder, start_worker, self._stop, self._publisher.path)
         self._attempt = 0
         self._exit_report: ExitReport | None = None  # of this attempt; written again if its file is missing
         self._spec: AttemptSpec | None = None
@@ -54,9 +47,8 @@ class Supervisor:
         self._unwritten_since: float | None = None  # since when the exit report cannot be written
         self._write_error = ""  # why an exit report of this attempt could not be written, even if that is over
         self._before = time.monotonic()  # of the last poll
-        self._polled_at = (
-            self._read_at
-        ) = -math.inf  # when this process looked for a new attempt spec, and read the store
+        self._polled_at = -math.inf  # when this process looked for a new attempt spec
+        self._read_at = -math.inf  # when it read the store
 
     def run(self) -> int:
         """Follow the attempt specs until one has an exit code; return that."""
@@ -74,13 +66,13 @@ class Supervisor:
         """Watch the worker, and follow a new attempt spec if there is one. Return the exit code if the run is over."""
         now = time.monotonic()
         seconds, self._before = min(now - self._before, 1.0), now
-        if self._worker is not None:
-            self._check_worker(self._worker, seconds)
-        self._handle_stop(seconds)
+        report = self._worker.poll(seconds)
+        if report is not None:
+            self._record(report)
         if self._lock is not None and not self._lock.beat():
             return self._abort("another process has taken the lock of the run directory")
         self._spec_idle_seconds += seconds
-        if now - self._polled_at < (STORE_SECONDS if self._worker is not None else 0.0):
+        if now - self._polled_at < (STORE_SECONDS if self._worker.process is not None else 0.0):
             return None
         code = None
         copied = self._copied_spec(now)
@@ -98,16 +90,13 @@ class Supervisor:
 
     def close(self) -> None:
         """End the worker, if there is one, and free what this process shares with others."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.wait(KILL_SECONDS)
-            self._save_stacks(self._worker.take_stacks())
+        self._worker.close()
         self._membership.discard_copy()
         self._publisher.close()
 
     def _store_seconds(self) -> float:
         """Return the seconds between two reads of the store by this process, or by its node if reads are shared."""
-        has_worker, shares_reads = self._worker is not None, self._membership.shares_reads
+        has_worker, shares_reads = self._worker.process is not None, self._membership.shares_reads
         return read_seconds(self._info, has_worker, self._coordinator is not None, shares_reads)
 
     def _copied_spec(self, now: float) -> AttemptSpec | None:
@@ -123,8 +112,14 @@ class Supervisor:
 
     def _publish(self) -> None:
         worker = self._worker
-        deadline = deadline_seconds(self._config, worker.state.phase) if worker is not None else 0.0
-        self._publisher.publish(self._spec, self._attempt, worker, deadline, int(self._stop.is_set))
+        stops = int(self._stop.is_set)
+        self._publisher.publish(self._spec, self._attempt, worker.process, worker.deadline_seconds, stops)
+
+    def _record(self, report: ExitReport) -> None:
+        """Count a worker that has ended. Its report is written at once if it is of this attempt."""
+        self._publisher.count_end(report)
+        if self._worker.attempt == self._attempt:
+            self._exit_report, self._read_at = report, -math.inf
 
     def _poll_store(self) -> int | None:
         """Write the exit report, read the attempt spec and act on it. Return the exit code if the run is over."""
@@ -175,12 +170,12 @@ class Supervisor:
             self._spec, self._spec_idle_seconds = spec, 0.0
         if spec.code is not None:
             return spec.code
-        if spec.ending and spec.attempt == self._attempt and self._worker is not None:
-            self._end_worker(self._worker, "peer", dump=True)
-        elif spec.attempt > self._attempt and not spec.ending and self._worker is None:
+        if spec.ending and spec.attempt == self._attempt:
+            self._worker.end("peer", dump=True)
+        elif spec.attempt > self._attempt and not spec.ending and self._worker.process is None:
             self._attempt, self._exit_report, self._write_error = spec.attempt, None, ""
             if self._info.rank in spec.order:
-                self._start(spec)
+                self._worker.start(spec)
         return None
 
     def _check_coordinator(self) -> int | None:
@@ -213,74 +208,8 @@ class Supervisor:
 
     def _reset_for_new_coordinator(self) -> None:
         """Forget the attempt: rank 0's supervisor was replaced and counts attempts from 1 again."""
-        if self._worker is not None:
-            self._end_worker(self._worker, "peer", dump=False)
+        self._worker.end("peer", dump=False)
         self._attempt, self._exit_report = 0, None
-
-    def _start(self, spec: AttemptSpec) -> None:
-        with contextlib.suppress(OSError):
-            self._folder.make("logs")  # a user may have deleted it during the launch
-        heartbeat, stacks = Heartbeat.create(), memory_file("sdit-stacks")
-        worker_spec = WorkerSpec(
-            heartbeat.descriptor, spec.attempt, os.getpid(), stacks, spec.resume, self._publisher.path
-        )
-        environment = worker_environment(self._rank, spec)
-        self._worker = self._start_worker(self._rank.job.command, environment, worker_spec, heartbeat)
-        if self._stop.is_set:
-            heartbeat.request_stop(self._stop.reason)
-
-    def _check_worker(self, worker: WorkerProcess, seconds: float) -> None:
-        """Report a worker that has ended; end one that is past its deadline."""
-        code = worker.poll(seconds)
-        if code is not None:
-            self._record_exit(worker, code)
-        elif worker.idle_seconds > deadline_seconds(self._config, worker.state.phase):
-            self._end_worker(worker, "stall", dump=True)
-
-    def _end_worker(self, worker: WorkerProcess, cause: str, dump: bool) -> None:
-        """Kill the worker, unless it is killed already. `_check_worker` reports it when it has ended."""
-        if worker.is_killed:
-            return
-        patience = min(FROZEN_SECONDS, deadline_seconds(self._config, worker.state.phase) / 2)
-        frozen = worker.unresponsive_seconds > max(patience, 3 * ALIVE_SECONDS)
-        if dump:
-            state = worker.state
-            title = f"attempt {self._attempt}, step {state.step}, phase {state.phase.label} ({cause})"
-            self._save_stacks(worker.dump_stacks(title))
-        worker.kill(cause, frozen)
-
-    def _save_stacks(self, text: str) -> None:
-        """Append stack dumps or a traceback of the worker to the file of rank 0 or of the node."""
-        if text:
-            with contextlib.suppress(OSError):  # a full disk: no dump
-                path = log_path(self._folder / "logs", self._info.rank, "stacks")
-                append_to(path, mark_lines(text, self._info.rank))
-
-    def _record_exit(self, worker: WorkerProcess, code: int) -> None:
-        state, failure = worker.heartbeat.read(), worker.heartbeat.failure()
-        report = ExitReport(
-            self._info.rank, self._member.host, worker.end_cause, code, int(state.phase), state.step, state.progress,
-            worker.was_frozen, failure is not None and failure.secondary,
-            failure.text if failure is not None else self._stop.launcher_gone, self._stop.is_set,
-        )  # fmt: skip
-        self._publisher.count_end(report)
-        self._save_stacks(worker.take_stacks())
-        worker.close()
-        self._worker = None
-        if worker.attempt == self._attempt:
-            self._exit_report, self._read_at = report, -math.inf
-
-    def _handle_stop(self, seconds: float) -> None:
-        """Ask the rank to save and stop at the first signal. End it at the second one or after the grace period."""
-        self._stop.check_launcher()
-        if not self._stop.is_set or self._worker is None:
-            return
-        self._stop_seconds += seconds
-        self._worker.heartbeat.request_stop(self._stop.reason)
-        if self._stop.is_urgent:
-            self._end_worker(self._worker, "exit", dump=False)
-        elif self._stop_seconds > self._config.grace_seconds:
-            self._end_worker(self._worker, "stall", dump=True)
 
     def _abort_lost_folder(self) -> int:
         """Return the exit code for a deleted run folder. The supervisors cannot agree any more; one per host reports it."""
@@ -290,19 +219,8 @@ class Supervisor:
 
     def _abort(self, why: str, code: ExitCode = ExitCode.CRASH) -> int:
         where = f"rank {self._info.rank}, host {self._member.host}"
-        if self._worker is not None:
-            where += f", step {self._worker.state.step}, phase {self._worker.state.phase.label}"
+        if self._worker.process is not None:
+            state = self._worker.process.state
+            where += f", step {state.step}, phase {state.phase.label}"
         print(f"FATAL {where}: {why}; next: none", file=sys.stderr, flush=True)
         return code
-
-
-def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:
-    """Return how many seconds a rank may take without progress in a phase."""
-    return {
-        Phase.START: config.start_seconds,
-        Phase.FIRST_STEP: config.first_step_seconds,
-        Phase.STEP: config.step_seconds,
-        Phase.CHECKPOINT: config.checkpoint_seconds,
-        Phase.SAMPLE: config.sample_seconds,
-        Phase.END: config.grace_seconds,
-    }[phase]

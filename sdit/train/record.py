@@ -118,11 +118,12 @@ class StepRecord(Validation):
     dropped_by_block_since_logged: list[int] | None = metric("pairs, by block", "the same since the last logged step")
     rank_step_seconds_p50: float | None = metric(
         "seconds",
-        "median over ranks of loading and forward passes, with their waits for experts",
+        "median over ranks of loading and forward passes, with their waits for experts: mean of a step since the last logged "
+        "one, without this step. Ranks within 4.4 % of each other count with their mean",
         gauge="sdit_rank_work_p50_seconds",
     )
     rank_step_seconds_p99: float | None = metric(
-        "seconds", "99th percentile over ranks of the same", gauge="sdit_rank_work_p99_seconds"
+        "seconds", "99th percentile over ranks of the same, as exact", gauge="sdit_rank_work_p99_seconds"
     )
     slowest_rank: int | None = metric("rank", "rank with the most of the same", gauge="sdit_slowest_rank")
     loss_by_timestep: list[float | None] | None = metric(

@@ -10,9 +10,10 @@ import torch
 from sdit.clock import StepSpan
 from sdit.model.flops import flops_per_image
 from sdit.train.context import TrainContext
+from sdit.train.rank_work import rank_report
 from sdit.train.record import StepRecord
 from sdit.train.sums import BINS, PARTS, StepSums, bin_means
-from sdit.train.timing import memory_bytes, rank_report
+from sdit.train.timing import memory_bytes
 
 
 class Recorder:
@@ -21,6 +22,7 @@ class Recorder:
     def __init__(self, context: TrainContext) -> None:
         self._context, self._config = context, context.run.config
         self._bins = torch.zeros(2, BINS, dtype=torch.float64)  # of all ranks, since the last logged step
+        self._rank_report: dict[str, Any] = {}  # of the last logged step
         weights = {
             "direction_loss": self._config.diffusion.direction_weight,
             "contrastive_loss": self._config.diffusion.contrastive_weight,
@@ -29,8 +31,12 @@ class Recorder:
         self._train_flops = flops_per_image(self._config.model).train
 
     def add(self, sums: StepSums) -> None:
-        """Count a step's losses by timestep."""
+        """Count a step's losses by timestep, and compare the work of the ranks on a logged step, before the step ends."""
         self._bins += sums.bins
+        if sums.work is not None:
+            comm, timer = self._context.comm, self._context.timer
+            self._rank_report = rank_report(sums.work, timer.work_seconds, comm.rank, comm.smallest)
+            timer.forget_work()
 
     def forget(self) -> None:
         """Drop what belongs to steps that a roll-back has undone."""
@@ -84,13 +90,12 @@ class Recorder:
         """The fields that only a logged step has: memory, experts, slow ranks, losses by timestep. All ranks call this."""
         context = self._context
         found = context.experts.statistics()
-        work = torch.tensor([context.timer.take_work()], dtype=torch.float64, device=context.comm.device)
         values: dict[str, Any] = {
             "memory_bytes": memory_bytes(context.comm.device),
             "dropped_fraction": found.dropped_fraction,
             "expert_load_max_over_mean": found.load_imbalance,
             "rank_work_max_over_mean": found.rank_imbalance,
-            **rank_report(context.comm.interleave(work).tolist()),
+            **self._rank_report,
             "loss_by_timestep": bin_means(self._bins),
         }
         if len(found.loads):

@@ -18,8 +18,7 @@ import sdit
 from sdit.config import ResolvedRun, dump_config
 from sdit.distributed.comm import Comm
 from sdit.redact import holds_credential, redact
-from sdit.supervise.lock import unwritable
-from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.run_folder import RunFolder, unwritable
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "webdataset", "numpy", "safetensors")
 _log = logging.getLogger(__name__)

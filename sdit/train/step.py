@@ -15,9 +15,10 @@ from sdit.train.batches import MicroBatch, with_other_targets
 from sdit.train.checkpoints import Checkpoints
 from sdit.train.context import TrainContext
 from sdit.train.guards import BadStepGuard, RollBack, SpikeDetector
+from sdit.train.rank_work import work_share
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
-from sdit.train.sums import BINS, PARTS, StepSums, pack, unpack
+from sdit.train.sums import BINS, PARTS, StepSums, host_share, pack, unpack
 from sdit.transfers import upload
 
 
@@ -41,17 +42,17 @@ class TrainStep:
             DataError: too many unreadable samples.
         """
         context = self._context
-        sums = self._finite_sums(micro_batches)
+        logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
+        sums = self._finite_sums(micro_batches, logged)
         self._check_bad_samples(sums.flags["bad_samples"])
-        context.timer.end_step()
         self._recorder.add(sums)
+        context.timer.end_step()
         self._checkpoints.saver.advance(sums.flags["written"], sums.flags["failed"], sums.flags["committed"])
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
             self._move_gate_biases(sums)
         self._choose_interval()
-        logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
         return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
 
     def _choose_interval(self) -> None:
@@ -67,11 +68,11 @@ class TrainStep:
         self._bad_steps.in_a_row = 0
         self._recorder.forget()
 
-    def _finite_sums(self, micro_batches: Sequence[MicroBatch]) -> StepSums:
+    def _finite_sums(self, micro_batches: Sequence[MicroBatch], logged: bool) -> StepSums:
         """The sums over all ranks of the first attempt that is finite. Raises: RollBack."""
         while True:
             with self._context.timer.phase("forward_backward"):
-                sums = self._accumulate(micro_batches)
+                sums = self._accumulate(micro_batches, logged)
             if self._bad_steps.accept(*sums.parts, sums.grad_norm):
                 return sums
             self._context.engine.skip()
@@ -81,7 +82,7 @@ class TrainStep:
             if self._bad_steps.problem:
                 raise RollBack(self._bad_steps.problem)
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> StepSums:
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], logged: bool) -> StepSums:
         """Forward and backward of all micro-batches; the sums over all ranks."""
         context = self._context
         state, device = context.state, context.comm.device
@@ -109,8 +110,9 @@ class TrainStep:
                 tokens = losses.tokens if tokens is None else tokens + losses.tokens
         next_first = state.clock.after(context.run.batch.global_batch).first_sample
         context.experts.prepare_step(next_first, lambda: context.times_of(next_first))
-        share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), self._flags(), bins, tokens)
-        return unpack(context.comm.sum(share))
+        host = host_share(self._flags(), work_share(context.timer.work_seconds) if logged else None)
+        share = pack(parts / context.comm.world, context.engine.squared_gradient_norm(), host, bins, tokens)
+        return unpack(context.comm.sum(share), has_work=logged)
 
     def _gate_targets(self) -> tuple[Callable[[], Assignment] | None, Callable[[], torch.Tensor] | None]:
         """What the losses on the gates compare them with: the prior's assignment, and expected loads (depth, M) float32.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdit.contracts import ModelOutput
+from sdit.train.rank_work import BUCKETS
 from sdit.transfers import Download, upload
 
 PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss", "direction_loss", "contrastive_loss")
@@ -45,7 +46,8 @@ def token_figures(output: ModelOutput) -> Tensor | None:
 class StepSums:
     """Sums over the ranks: `parts` in the order of PARTS, `flags` by name, `bins` (2, BINS) on the host.
 
-    `tokens` (3 + blocks M,) are summed `token_figures`, empty without token-routed experts.
+    `tokens` (3 + blocks M,) are summed `token_figures`, empty without token-routed experts. `work` (2, BUCKETS) are summed
+    `work_share`, on logged steps only.
     """
 
     parts: list[float]
@@ -53,6 +55,7 @@ class StepSums:
     flags: dict[str, float]
     bins: Tensor
     tokens: Tensor
+    work: Tensor | None = None
 
     def token_sums(self, blocks: int, micro_batches: int) -> TokenSums:
         """Return the sums of token-routed experts. `blocks` have them; `micro_batches`: of all ranks."""
@@ -75,23 +78,27 @@ class StepSums:
         }
 
 
-def pack(
-    parts: Tensor, squared_norm: Tensor, flags: tuple[float, ...], bins: Tensor, tokens: Tensor | None = None
-) -> Tensor:
-    """One float64 vector of this rank's share; `flags` in the order of FLAGS."""
+def host_share(flags: tuple[float, ...], work: Tensor | None = None) -> Tensor:
+    """What this rank adds from its host: `flags` in the order of FLAGS, and on logged steps `work_share`."""
     assert len(flags) == len(FLAGS)
-    values = upload(torch.tensor(flags, dtype=torch.float64), parts.device)
-    share = [parts, squared_norm[None], values, bins.flatten()]
+    values = torch.tensor(flags, dtype=torch.float64)
+    return values if work is None else torch.cat([values, work.flatten()])
+
+
+def pack(parts: Tensor, squared_norm: Tensor, host: Tensor, bins: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """One float64 vector of this rank's share; `host` is `host_share`."""
+    share = [parts, squared_norm[None], bins.flatten(), upload(host, parts.device)]
     return torch.cat(share if tokens is None else [*share, tokens])
 
 
-def unpack(summed: Tensor) -> StepSums:
+def unpack(summed: Tensor, has_work: bool = False) -> StepSums:
     """The sums from the vector summed over the ranks. The host waits for them, once a step."""
     host = Download(summed).wait()
-    sizes = [len(PARTS), 1, len(FLAGS), 2 * BINS]
-    parts, norm, flags, bins, tokens = host.split([*sizes, len(host) - sum(sizes)])
+    sizes = [len(PARTS), 1, 2 * BINS, len(FLAGS), 2 * BUCKETS * has_work]
+    parts, norm, bins, flags, work, tokens = host.split([*sizes, len(host) - sum(sizes)])
     by_name = dict(zip(FLAGS, flags.tolist(), strict=True))
-    return StepSums(parts.tolist(), norm.item(), by_name, bins.view(2, BINS), tokens)
+    by_bucket = work.view(2, BUCKETS) if has_work else None
+    return StepSums(parts.tolist(), norm.item(), by_name, bins.view(2, BINS), tokens, by_bucket)
 
 
 def bin_by_timestep(values: Tensor, t: Tensor, timesteps: int) -> Tensor:

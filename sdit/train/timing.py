@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
@@ -21,14 +20,16 @@ class StepTimer:
 
     A phase counts the host's seconds: kernels that still run count where the host waits for them. Work counts loading and
     forward passes, so that slow ranks show: in backward a rank waits for the others. With sharded experts, a forward pass
-    also has waits for transfers.
+    also has waits for transfers. On a GPU the work of a step is known when its kernels have run. The ranks therefore compare
+    the work of the steps before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._started = time.perf_counter()
-        self._work_steps, self._work_seconds = 0, 0.0
+        self._work_steps, self._work_seconds = 0, 0.0  # of the steps that have ended since the ranks were compared
+        self._step_seconds = 0.0  # work of the present step
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def begin_step(self) -> None:
@@ -54,7 +55,7 @@ class StepTimer:
         """Count what runs inside as work of the host, such as loading data."""
         started = time.perf_counter()
         yield
-        self._work_seconds += time.perf_counter() - started
+        self._step_seconds += time.perf_counter() - started
 
     @contextmanager
     def device_work(self) -> Iterator[None]:
@@ -71,10 +72,10 @@ class StepTimer:
 
     def end_step(self) -> None:
         """Count a step that was taken. Its kernels have run."""
-        self._work_steps += 1
-        if self._events:
-            self._work_seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-            self._events.clear()
+        on_device = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        self._events.clear()
+        self._work_seconds += self._step_seconds + on_device
+        self._work_steps, self._step_seconds = self._work_steps + 1, 0.0
 
     def take_phases(self) -> dict[str, float]:
         """Return the seconds of each phase since the last call, by the names of `StepRecord`, and count from zero."""
@@ -83,21 +84,14 @@ class StepTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return seconds
 
-    def take_work(self) -> float:
-        """Return the mean work of a step in seconds since the last call, and count from zero."""
-        mean = self._work_seconds / max(1, self._work_steps)
+    @property
+    def work_seconds(self) -> float:
+        """Mean work of the steps that have ended since `forget_work`, in seconds. It is 0 if none has ended."""
+        return self._work_seconds / max(1, self._work_steps)
+
+    def forget_work(self) -> None:
+        """Count the work of ended steps from zero."""
         self._work_steps, self._work_seconds = 0, 0.0
-        return mean
-
-
-def rank_report(seconds: Sequence[float]) -> dict[str, float]:
-    """Return the fields of `StepRecord` about slow ranks, from the `take_work()` of every rank."""
-    p50, p99 = np.percentile(seconds, [50, 99])
-    return {
-        "rank_step_seconds_p50": float(p50),
-        "rank_step_seconds_p99": float(p99),
-        "slowest_rank": int(np.argmax(seconds)),
-    }
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:

@@ -76,10 +76,11 @@ class ThreeRanks(NamedTuple):
 
 @pytest.fixture
 def three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ThreeRanks:
-    from sdit.supervise.coordinator import Coordinator, RendezvousEndpoint
+    from sdit.launch_environment import SINGLE, RankInfo
+    from sdit.supervise.coordinator import Coordinator
+    from sdit.supervise.job import Job, SupervisedRank
     from sdit.supervise.members import Member, MemberRegistry
     from sdit.supervise.rendezvous import RendezvousStore
-    from sdit.supervise.unfinished import Unfinished
 
     monkeypatch.setattr("sdit.supervise.coordinator.LOST_SECONDS", 0.0)
     (tmp_path / "logs").mkdir()
@@ -92,10 +93,9 @@ def three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ThreeRanks:
     registry.open()
     for member in members[1:]:
         registry.post(member)
-    coordinator = Coordinator(
-        store, registry, members[0], SuperviseConfig(), tmp_path, 3, RendezvousEndpoint("127.0.0.1", None), lambda ranks: ranks,
-        Unfinished(tmp_path, token, 100),
-    )  # fmt: skip
+    job, info = Job([], tmp_path, "digest", lambda ranks: ranks, steps=100), RankInfo(0, 3, 0, 3, SINGLE)
+    rank = SupervisedRank(job, SuperviseConfig(), info, {}, members[0])
+    coordinator = Coordinator(rank, store, registry, tmp_path)
     eventually(lambda: coordinator.poll() or (store.attempt_spec() is not None and store.attempt_spec().attempt == 1))  # type: ignore[union-attr]
     return ThreeRanks(coordinator, store)
 

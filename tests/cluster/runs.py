@@ -22,8 +22,12 @@ from tests.distributed.harness import ROOT, numbers_of, tensors_of
 BIN = Path(sys.executable).parent
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
 DEEPSPEED_JSON = ROOT / "configs" / "deepspeed" / "zero1.json"
-RANKS, STEPS, BATCH = 4, 40, 32
-OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.every_steps=5", "checkpoint.keep_last=9")
+RANKS, STEPS, BATCH = 4, 40, 24  # the ranks of one node; four and six divide the batch
+NODES, RANKS_PER_NODE = 3, 2  # of a run on several nodes
+OVERRIDES = (
+    f"train.steps={STEPS}", f"train.global_batch={BATCH}", "parallel.expert=2", "checkpoint.every_steps=5",
+    "checkpoint.keep_last=9",
+)  # fmt: skip
 ARGUMENTS = ("--config", str(TINY), "--ds_config", str(DEEPSPEED_JSON), *OVERRIDES)
 # A sample grid after every step, about 0.3 s, gives time to disturb a run. No weight and no loss depends on it.
 SLOWLY = (f"sample.every_images={BATCH}", "sample.steps=10")

@@ -48,9 +48,10 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 
 
 class SlurmCluster:
-    """`nodes` slurmd named n1, n2, ... under one slurmctld; `environment` makes the SLURM commands speak to it."""
+    """`nodes` slurmd named n1, n2, ... with `cpus` each, under one slurmctld. `environment` makes SLURM commands speak to it."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, cpus: int) -> None:
+        self._cpus = cpus
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self._folder = Path(tempfile.mkdtemp(prefix="sdit-slurm-", dir="/var/tmp"))
         self.environment = {**os.environ, "SLURM_CONF": str(self._folder / "slurm.conf")}
@@ -76,7 +77,8 @@ class SlurmCluster:
         host = socket.gethostname()
         text = CONFIG.format(folder=folder, host=host, port=port)
         for name, node_port in zip(self.nodes, node_ports, strict=True):
-            text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 State=UNKNOWN\n"
+            where = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port}"
+            text += f"NodeName={name} {where} CPUs={self._cpus} State=UNKNOWN\n"
         text += f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n"
         (folder / "slurm.conf").write_text(text)
         files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]

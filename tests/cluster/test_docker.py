@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ from tests.cluster.docker_engine import USER, Container, Engine, writable_folder
 from tests.cluster.runs import (
     BATCH,
     DEEPSPEED_JSON,
-    RANKS,
+    NODES,
+    RANKS_PER_NODE,
     SLOWLY,
     STEPS,
     TINY,
@@ -26,7 +30,7 @@ pytest_plugins = ("tests.cluster.docker_image",)
 LARGEST_BYTES = 1_500_000_000
 COMPILERS = "cc gcc g++ c++ c89 c99 clang tcc as ld make cmake nvcc pip"
 RESTRICTED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
-OVERRIDES = (f"train.steps={STEPS}", "parallel.expert=2", "checkpoint.keep_last=9")
+OVERRIDES = (f"train.steps={STEPS}", f"train.global_batch={BATCH}", "parallel.expert=2", "checkpoint.keep_last=9")
 PROBE = "/opt/sdit/docker/health.py"
 TRAIN_SECONDS, DEMO_SECONDS = 240.0, 1200.0
 DEMO_STEPS = 1200
@@ -37,13 +41,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return writable_folder(tmp_path_factory.mktemp("docker"), "runs")
 
 
-def train(engine: Engine, image: str, runs: Path, *more: str, name: str = "run") -> Container:
-    """`docker run ... train` of the small run, four ranks, as an unprivileged user on a read-only root."""
+def train(
+    engine: Engine, image: str, runs: Path, *more: str, name: str = "run", options: tuple[str, ...] = ()
+) -> Container:
+    """`docker run ... train` of the small run, two ranks, as an unprivileged user on a read-only root."""
     volumes = (f"--volume={runs}:/runs", f"--volume={TINY}:/tiny.yaml:ro", f"--volume={DEEPSPEED_JSON}:/zero.json:ro")
-    environment = (f"--env=RANKS_PER_NODE={RANKS}", "--env=OMP_NUM_THREADS=1")
+    environment = (f"--env=RANKS_PER_NODE={RANKS_PER_NODE}", "--env=OMP_NUM_THREADS=1")
     command = ("train", "--config=/tiny.yaml", "--ds_config=/zero.json", f"--run-dir=/runs/{name}", *OVERRIDES)
     probing = ("--health-interval=1s",)
-    return Container(engine, *RESTRICTED, *volumes, *environment, *probing, image, *command, *more)
+    return Container(engine, *RESTRICTED, *volumes, *environment, *probing, *options, image, *command, *more)
+
+
+@contextmanager
+def nodes(engine: Engine, image: str, runs: Path, *more: str) -> Iterator[list[Container]]:
+    """The run on three containers with a network between them, each with a name and a shared memory of its own."""
+    network = f"nodes-{uuid.uuid4().hex[:8]}"
+    shared = (f"--network={network}", f"--env=NNODES={NODES}", "--env=MASTER_ADDR=node-0", "--env=MASTER_PORT=29500")
+    with ExitStack() as stack:
+        engine.run("network", "create", network)
+        stack.callback(engine.run, "network", "rm", network)
+        containers = []
+        for node in range(NODES):
+            own = (f"--hostname=node-{node}", f"--network-alias=node-{node}", f"--env=JOB_COMPLETION_INDEX={node}")
+            containers.append(stack.enter_context(train(engine, image, runs, *more, options=(*shared, *own))))
+        yield containers
 
 
 def test_image_holds_what_it_should_and_no_more(engine: Engine, image: str) -> None:
@@ -75,18 +96,25 @@ def test_versions_inside_are_those_of_constraints(engine: Engine, image: str) ->
 
 
 def test_stop_saves_and_the_same_command_goes_on(engine: Engine, image: str, runs: Path, reference: Path) -> None:
-    """`docker stop` reaches all ranks: they save one step and leave with 75, well within the grace."""
+    """`docker stop` of one node reaches all ranks of three: they save one step and leave with 75, well within the grace."""
     run_dir = runs / "run"
-    with train(engine, image, runs, *SLOWLY) as first:
+    with nodes(engine, image, runs, *SLOWLY) as started:
+        first, *_, last = started
         wait_until(lambda: _steps(run_dir) >= 3, TRAIN_SECONDS, "three steps", first.logs)
-        wait_until(lambda: first.state()["Health"]["Status"] == "healthy", TRAIN_SECONDS, "the health check")
-        assert first.stop(grace_seconds=60) == 75, first.logs()
-        assert not first.state()["OOMKilled"]
+        for container in started:
+            wait_until(
+                lambda c=container: c.state()["Health"]["Status"] == "healthy", TRAIN_SECONDS, "the health check"
+            )
+        assert last.stop(grace_seconds=60) == 75, last.logs()
+        assert [container.code() for container in started] == [75] * NODES, first.logs()
+        assert not any(container.state()["OOMKilled"] for container in started)
+        assert f"rank 0 of {NODES * RANKS_PER_NODE}, 0 of {RANKS_PER_NODE} on this node" in first.logs()
     stopped_at = _steps(run_dir)
     assert 3 <= stopped_at < STEPS and checkpoint_at(run_dir, stopped_at).is_dir()
-    with train(engine, image, runs) as second:
-        assert second.code() == 0, second.logs()
-        assert f"images-{stopped_at * BATCH:012d}" in second.logs()
+    assert {f"node-node-{node}.log" for node in range(NODES)} <= {path.name for path in (run_dir / "logs").iterdir()}
+    with nodes(engine, image, runs) as again:
+        assert [container.code(TRAIN_SECONDS) for container in again] == [0] * NODES, again[0].logs()
+        assert f"images-{stopped_at * BATCH:012d}" in again[0].logs()
     assert_same_curve(run_dir, reference)
     assert {path.stat().st_uid for path in run_dir.rglob("*")} == {USER}
 
@@ -115,7 +143,7 @@ def test_health_check_sees_a_supervisor_that_stands_still(engine: Engine, image:
         wait_until(lambda: _steps(runs / "watched") >= 1, TRAIN_SECONDS, "a step", container.logs)
         assert container.execute(PROBE).returncode == 0
         pids = container.execute("python", "-c", find).stdout.split()
-        assert len(pids) == RANKS
+        assert len(pids) == RANKS_PER_NODE
         container.execute("python", "-c", f"import os, signal; os.kill({pids[1]}, signal.SIGSTOP)")
         result = container.execute(PROBE)
         assert (result.returncode, result.stdout) == (1, f"supervisor {pids[1]} does not move\n")

@@ -1,4 +1,4 @@
-"""Two hosts with a real network between them: a firewall that the doctor names, and a cable that is cut in mid-run."""
+"""Three hosts with a real network between them: a firewall that the doctor names, and a network that is cut in mid-run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from pathlib import Path
 import pytest
 
 from sdit.errors import ExitCode
-from tests.cluster.hosts import Host, two_hosts
-from tests.cluster.runs import ARGUMENTS, STEPS, assert_same_run, launch_environment, wait_until
+from tests.cluster.hosts import Host, connected_hosts
+from tests.cluster.runs import (
+    ARGUMENTS,
+    NODES,
+    RANKS_PER_NODE,
+    STEPS,
+    assert_same_run,
+    launch_environment,
+    wait_until,
+)
 from tests.distributed.harness import ROOT, metrics_of
 from tests.faults.ranks import train_command
 
 pytestmark = pytest.mark.cluster
+RANKS = NODES * RANKS_PER_NODE
 PORT = "29555"  # nobody else is on these hosts
 SECONDS = 240.0
 LAW = ("step", "loss", "prior_loss", "grad_norm")
@@ -26,17 +35,17 @@ DOCTOR = (sys.executable, str(ROOT / "launcher" / "doctor.py"))
 
 
 class Launch:
-    """A program on every host at once, a rank each; ended with the `with` block."""
+    """A program on every host at once, `RANKS_PER_NODE` ranks each; ended with the `with` block."""
 
-    def __init__(self, hosts: tuple[Host, Host], folder: Path, *command: str) -> None:
+    def __init__(self, hosts: list[Host], folder: Path, *command: str) -> None:
         folder.mkdir()
-        self.logs = [folder / host.name for host in hosts]
-        shared = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": PORT, "WORLD_SIZE": "2"}
+        self.logs = [folder / str(rank) for rank in range(RANKS)]
+        shared = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": PORT, "WORLD_SIZE": str(RANKS)}
+        shared |= {"LOCAL_SIZE": str(RANKS_PER_NODE), "LOCAL_WORLD_SIZE": str(RANKS_PER_NODE)}
         self._processes = []
-        for rank, (host, log) in enumerate(zip(hosts, self.logs, strict=True)):
-            environment = launch_environment(
-                **shared, RANK=str(rank), LOCAL_RANK="0", LOCAL_SIZE="1", LOCAL_WORLD_SIZE="1"
-            )
+        for rank, log in enumerate(self.logs):
+            node, local_rank = divmod(rank, RANKS_PER_NODE)
+            host, environment = hosts[node], launch_environment(**shared, RANK=str(rank), LOCAL_RANK=str(local_rank))
             with log.open("w") as file:
                 self._processes.append(
                     subprocess.Popen([*host.enter, *command], env=environment, cwd=ROOT, stdout=file, stderr=file)
@@ -58,48 +67,49 @@ class Launch:
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[Host, Host]]:
-    with two_hosts() as both:
-        yield both
+def hosts() -> Iterator[list[Host]]:
+    with connected_hosts(NODES) as hosts:
+        yield hosts
 
 
 def lines_with(text: str, *words: str) -> list[str]:
     return [line for line in text.splitlines() if all(word in line for word in words)]
 
 
-def test_doctor_sees_two_hosts_and_names_the_ports_that_a_firewall_blocks(
-    hosts: tuple[Host, Host], tmp_path: Path
-) -> None:
-    first, second = hosts
+def test_doctor_sees_the_hosts_and_names_the_ports_that_a_firewall_blocks(hosts: list[Host], tmp_path: Path) -> None:
+    first, second, _ = hosts
     with Launch(hosts, tmp_path / "open", *DOCTOR, "--json", "--run-dir", str(tmp_path / "run")) as doctor:
-        assert doctor.codes() == [ExitCode.DONE] * 2, doctor.said(0) + doctor.said(1)
+        assert doctor.codes() == [ExitCode.DONE] * RANKS, doctor.said(0) + doctor.said(1)
         report = json.loads(doctor.said(0)[doctor.said(0).index("{") :])
-        assert [row["host"] for row in report["ranks"]] == [first.name, second.name]
+        assert [row["host"] for row in report["ranks"]] == [host.name for host in hosts for _ in range(RANKS_PER_NODE)]
 
     first.firewall("-p", "tcp", "--dport", PORT, "-j", "DROP")
     with Launch(hosts, tmp_path / "master", *DOCTOR, "--timeout-seconds", "6") as doctor:
-        assert doctor.codes() == [ExitCode.CRASH] * 2
+        assert doctor.codes() == [ExitCode.CRASH] * RANKS
         assert lines_with(
-            doctor.said(1), f"{first.name}:{PORT}", "a firewall drops the packets", f"open port {PORT} between"
+            doctor.said(RANKS_PER_NODE),
+            f"{first.name}:{PORT}",
+            "a firewall drops the packets",
+            f"open port {PORT} between",
         )
-        assert lines_with(doctor.said(0), "missing rank 1")
+        assert lines_with(doctor.said(0), "missing rank 2, 3, 4, 5")
     first.open_up()
 
     second.firewall("-p", "tcp", "--syn", "-j", "DROP")  # whatever begins elsewhere
     with Launch(hosts, tmp_path / "peers", *DOCTOR) as doctor:
-        assert doctor.codes() == [ExitCode.CRASH] * 2
-        assert lines_with(doctor.said(0), "rank 0", "rank 1", second.address, "a firewall drops the packets"), (
+        assert doctor.codes() == [ExitCode.CRASH] * RANKS
+        assert lines_with(doctor.said(0), "rank 0", "rank 2", second.address, "a firewall drops the packets"), (
             doctor.said(0)
         )
 
 
-def test_cable_that_is_cut_in_mid_run_costs_an_attempt_and_no_bit(
-    hosts: tuple[Host, Host], reference: Path, tmp_path: Path
+def test_network_that_is_cut_in_mid_run_costs_an_attempt_and_no_bit(
+    hosts: list[Host], reference: Path, tmp_path: Path
 ) -> None:
     """All packets are dropped for a while: the attempt ends by its deadline, the next one waits until the ranks can meet."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     with Launch(hosts, tmp_path / "straight", *train_command(), "--run-dir", str(whole), *ARGUMENTS) as launch:
-        assert launch.codes() == [ExitCode.DONE] * 2, launch.said(0) + launch.said(1)
+        assert launch.codes() == [ExitCode.DONE] * RANKS, launch.said(0) + launch.said(1)
     for want, got in zip(metrics_of(reference), metrics_of(whole), strict=True):  # what one host trains
         assert [got[key] for key in LAW] == pytest.approx([want[key] for key in LAW], rel=1e-5)
     train = (*train_command(*SLOWLY), "--run-dir", str(run), *ARGUMENTS, *DEADLINES)
@@ -110,7 +120,7 @@ def test_cable_that_is_cut_in_mid_run_costs_an_attempt_and_no_bit(
         wait_until(lambda: "FATAL" in launch.said(0), SECONDS, "the end of the attempt", lambda: launch.said(0))
         for host in hosts:
             host.open_up()
-        assert launch.codes() == [ExitCode.DONE] * 2, launch.said(0) + launch.said(1)
+        assert launch.codes() == [ExitCode.DONE] * RANKS, launch.said(0) + launch.said(1)
         (line,) = lines_with(launch.said(0), "FATAL")
     assert "restart 1 of 3 from images-" in line, line
     assert_same_run(run, whole)

@@ -1,4 +1,4 @@
-"""`sbatch cluster/train.sbatch` on a real SLURM cluster of four nodes: trains, is preempted, breaks, and goes on."""
+"""`sbatch cluster/train.sbatch` on a real SLURM cluster: three nodes of two ranks train, are preempted, break, and go on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sdit.config import load_config
 from sdit.errors import ExitCode
 from tests.cluster.runs import (
     ARGUMENTS,
-    RANKS,
+    NODES,
+    RANKS_PER_NODE,
     RUN_SECONDS,
     SLOWLY,
     STEPS,
@@ -33,11 +34,12 @@ pytestmark = pytest.mark.cluster
 SCRIPT = str(ROOT / "cluster" / "train.sbatch")
 UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
 SIGNAL_STEPS = (10, 15, 20, 25)  # when a run is disturbed
+RANKS = NODES * RANKS_PER_NODE
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with SlurmCluster(nodes=4) as cluster:
+    with SlurmCluster(NODES, RANKS_PER_NODE) as cluster:
         yield cluster
 
 
@@ -52,7 +54,7 @@ class Job:
             "SDIT_RUN_DIR": str(self.run_dir),
             "SDIT_DOCTOR": "0",
         }
-        options = (f"--nodes={RANKS}", "--parsable", f"--chdir={folder}")
+        options = (f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", "--parsable", f"--chdir={folder}")
         self.id = cluster.command("sbatch", *options, SCRIPT, *arguments, **{**settings, **variables}).strip()
 
     @property
@@ -93,10 +95,9 @@ def straight(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) ->
     return job
 
 
-def test_four_nodes_train_what_deepspeed_trains(straight: Job, reference: Path) -> None:
-    assert (
-        f"0: ranks: rank 0 of {RANKS}, 0 of 1 on this node; found by SLURM; rendezvous at 127.0.0.1:" in straight.output
-    )
+def test_three_nodes_train_what_deepspeed_trains(straight: Job, reference: Path) -> None:
+    where = f"rank 0 of {RANKS}, 0 of {RANKS_PER_NODE} on this node; found by SLURM; rendezvous at 127.0.0.1:"
+    assert f"0: ranks: {where}" in straight.output
     assert json.loads((straight.run_dir / "environment.json").read_text())["ranks_found_by"] == "SLURM"
     assert_same_curve(straight.run_dir, reference)
 
@@ -117,7 +118,7 @@ def test_job_that_is_preempted_and_broken_ends_as_if_nothing_had_happened(
         lambda: cluster.command("scancel", "--signal=USR1", job.id),  # every task, as at a preemption
         lambda: cluster.command("scancel", "--batch", "--signal=USR1", job.id),  # the script, as before the time limit
         lambda: cluster.command("scontrol", "requeue", job.id),
-        lambda: os.kill(task_of(job.id, rank=2), signal.SIGKILL),
+        lambda: os.kill(task_of(job.id, rank=3), signal.SIGKILL),
     )
     for number, (step, disturb) in enumerate(zip(SIGNAL_STEPS, disturbances, strict=True)):
         job.wait(lambda step=step: checkpoint_at(job.run_dir, step).exists(), f"step {step}")
@@ -162,7 +163,7 @@ def test_impossible_config_is_not_tried_again(cluster: SlurmCluster, tmp_path: P
     job = Job(cluster, tmp_path, *ARGUMENTS, "train.global_batch=33")
     job.finish("FAILED", ExitCode.CONFIG)
     assert job.field("Restarts") == "0"
-    assert "error: train.global_batch: 33 is not a multiple of 4 ranks" in job.output
+    assert f"error: train.global_batch: 33 is not a multiple of {RANKS} ranks" in job.output
 
 
 def test_array_of_seeds_that_was_submitted_keeps_them_apart(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sdit.cli.training_rank import has_lost_others
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.heartbeat import Phase
-from sdit.supervise.supervisor import deadline_seconds
+from sdit.supervise.rank_worker import deadline_seconds
 from tests.faults.ranks import Ranks
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdit.errors import ExitCode
-from sdit.supervise.coordinator import LOST_SECONDS, free_port
+from sdit.supervise.coordinator import LOST_SECONDS
+from sdit.supervise.endpoint import free_port
 from sdit.supervise.log_files import log_path, mark_lines
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import FAKE, eventually, is_gone, newest_step, start_fake

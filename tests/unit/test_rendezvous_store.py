@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from sdit.supervise.read_schedule import (
     read_seconds,
     store_seconds,
 )
-from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
+from sdit.supervise.rendezvous import NODE_SECONDS, AttemptSpec, RendezvousStore
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.supervisor import POLL_SECONDS
 
@@ -153,6 +154,62 @@ def test_a_copy_is_used_while_it_is_young_enough(monkeypatch: pytest.MonkeyPatch
             assert (copy.beat(1.0) == Beat(version=3)) == is_used, age
     finally:
         copy.discard()
+
+
+@pytest.fixture
+def four_ranks(tmp_path: Path) -> Iterator[list[RendezvousStore]]:
+    """The stores of four ranks in the first attempt, three of which are on one node."""
+    (tmp_path / "supervise").mkdir()
+    token = uuid.uuid4().hex
+    stores = [RendezvousStore.shared(tmp_path, token) for _ in range(4)]
+    members = {str(rank): "nonce" for rank in range(4)}
+    stores[0].publish(AttemptSpec(1, members, order=(0, 1, 2, 3), hosts=("a", "a", "b", "a")))
+    assert all(store.attempt_spec() is not None for store in stores)
+    yield stores
+    NodeCopy(token).discard()
+
+
+def reports_in(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "supervise").glob("*/end-0001/*")}
+
+
+def test_the_exit_reports_of_a_node_are_written_in_one_file(tmp_path: Path, four_ranks: list[RendezvousStore]) -> None:
+    reports = [ExitReport(rank, "ab"[rank == 2], ("exit", "peer")[rank == 1], -9 * (rank == 1)) for rank in range(4)]
+    for rank in (0, 2, 1):
+        four_ranks[rank].report_exit(1, reports[rank])
+    assert reports_in(tmp_path) == {"00002.json"}  # the only rank of its node
+    four_ranks[3].report_exit(1, reports[3])
+    for rank in range(4):
+        four_ranks[rank].report_exit(1, reports[rank])
+    assert reports_in(tmp_path) == {"00002.json", "node-00000.json"}
+    assert four_ranks[0].exit_reports(1) == dict(enumerate(reports))
+    (tmp_path / "supervise" / four_ranks[0].token / "end-0001" / "node-00000.json").unlink()
+    four_ranks[1].report_exit(1, reports[1])  # any supervisor of the node repeats it
+    assert "node-00000.json" in reports_in(tmp_path)
+
+
+def test_a_report_that_ends_the_attempt_does_not_wait(tmp_path: Path, four_ranks: list[RendezvousStore]) -> None:
+    failed = ExitReport(1, "a", "exit", 70)
+    four_ranks[1].report_exit(1, failed)
+    assert reports_in(tmp_path) == {"00001.json"} and four_ranks[0].exit_reports(1) == {1: failed}
+    for rank in (0, 3):
+        four_ranks[rank].report_exit(1, ExitReport(rank, "a", "peer", -9))
+    assert reports_in(tmp_path) == {"00001.json", "node-00000.json"}
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_report_waits_a_limited_time_for_the_others_of_its_node(
+    tmp_path: Path, four_ranks: list[RendezvousStore], monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """A supervisor that is killed or stopped delays its node's reports, and hides none. So does memory that is full."""
+    now, report = time.monotonic(), ExitReport(0, "a", "exit", 0)
+    if not is_lost:
+        monkeypatch.setattr(NodeCopy, "write_report", lambda *_: None)
+    for later, there in ((0.0, set()), (NODE_SECONDS / 2, set()), (NODE_SECONDS + 0.1, {"00000.json"})):
+        monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+        four_ranks[0].report_exit(1, report)
+        assert reports_in(tmp_path) == there
+    assert four_ranks[1].exit_reports(1) == {0: report}
 
 
 def test_an_announcement_and_a_report_are_read_once(tmp_path: Path, read: list[str]) -> None:

@@ -53,10 +53,18 @@ def test_rank_0_reads_each_announcement_and_report_once(phases: Phases, phase: s
     assert high["first_operations"] <= 1.1 * HIGH / LOW * low["first_operations"]
 
 
-def test_a_logged_step_has_one_sum_and_eight_bytes_per_rank(phases: Phases) -> None:
+@pytest.mark.parametrize("phase", ["restart after a fault", "stop"])
+def test_rank_0_reads_one_file_of_each_node_at_the_end_of_an_attempt(phases: Phases, phase: str) -> None:
+    """An open, a read and a close: three operations."""
+    more = phases[phase, HIGH]["first_operations"] - phases[phase, LOW]["first_operations"]
+    assert more <= 3 * (HIGH - LOW) / 8
+
+
+def test_the_messages_of_a_logged_step_do_not_grow_with_the_ranks(phases: Phases) -> None:
+    """One sum, and eight bytes for the slowest rank."""
     low, high = phases["logged step", LOW], phases["logged step", HIGH]
     assert low["messages"] == high["messages"] == 2
-    assert high["message_bytes"] - low["message_bytes"] == 8 * (HIGH - LOW)
+    assert low["message_bytes"] == high["message_bytes"] < 8192
 
 
 def test_a_commit_does_not_touch_the_shards(phases: Phases) -> None:

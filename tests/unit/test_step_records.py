@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from sdit.train.sums import BINS, FLAGS, bin_by_timestep, bin_means, pack, unpack
+from sdit.train.rank_work import work_share
+from sdit.train.sums import BINS, FLAGS, bin_by_timestep, bin_means, host_share, pack, unpack
 from sdit.train.sums import PARTS as LOSSES
 from sdit.train.timing import PHASES, StepTimer, memory_bytes
 
@@ -25,11 +26,17 @@ def test_what_is_packed_comes_out_under_its_name() -> None:
     bins = torch.arange(2 * BINS, dtype=torch.float64).view(2, BINS)
     parts = torch.arange(len(LOSSES), dtype=torch.float64)
     flags = tuple(float(number) for number in range(10, 10 + len(FLAGS)))
-    share = pack(parts, torch.tensor(9.0, dtype=torch.float64), flags, bins)
+    share = pack(parts, torch.tensor(9.0, dtype=torch.float64), host_share(flags), bins)
     sums = unpack(share * 2)  # two ranks with the same share
     assert sums.parts == (2 * parts).tolist() and sums.grad_norm == 18**0.5
     assert sums.flags == {name: 2 * value for name, value in zip(FLAGS, flags, strict=True)}
     assert torch.equal(sums.bins, 2 * bins)
+    assert sums.work is None and not len(sums.tokens)
+    tokens, work = torch.arange(5, dtype=torch.float64), work_share(0.25)
+    logged = pack(parts, torch.tensor(9.0, dtype=torch.float64), host_share(flags, work), bins, tokens)
+    logged_sums = unpack(logged * 2, has_work=True)
+    assert logged_sums.work is not None and torch.equal(logged_sums.work, 2 * work)
+    assert logged_sums.flags == sums.flags and torch.equal(logged_sums.tokens, 2 * tokens)
     traffic = sums.traffic(world=2)
     assert traffic["exchange_bytes"] == sum(sums.flags[name] for name in ("tokens", "weights", "samples"))
     assert traffic["exchange_wait_seconds"] == sums.flags["waited_seconds"] / 2
@@ -37,7 +44,8 @@ def test_what_is_packed_comes_out_under_its_name() -> None:
 
 def test_gradient_norm_of_a_bad_sum_is_no_number() -> None:
     bad = torch.tensor(float("nan"), dtype=torch.float64)
-    share = pack(torch.zeros(len(LOSSES), dtype=torch.float64), bad, (0.0,) * len(FLAGS), torch.zeros(2, BINS))
+    host = host_share((0.0,) * len(FLAGS))
+    share = pack(torch.zeros(len(LOSSES), dtype=torch.float64), bad, host, torch.zeros(2, BINS))
     assert unpack(share).grad_norm != unpack(share).grad_norm
 
 

@@ -17,9 +17,10 @@ import pytest
 from sdit.config import SuperviseConfig
 from sdit.launch_environment import SINGLE, RankInfo
 from sdit.supervise.heartbeat import Heartbeat, Phase, memory_file
+from sdit.supervise.rank_worker import RankWorker
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
-from sdit.supervise.supervisor import Supervisor
+from sdit.supervise.stop_request import StopRequest
 from sdit.supervise.worker import KILL_SECONDS, WorkerProcess, WorkerSpec, start_worker_process
 
 PATIENCE_SECONDS = 30.0
@@ -66,15 +67,16 @@ def test_supervisor_goes_on_while_its_worker_ends_and_then_reports_why(worker: W
     member = SimpleNamespace(host="n1", rank=0)
     job = SimpleNamespace(observe=None, run_dir=Path("run"))
     rank = SimpleNamespace(job=job, config=config, info=RankInfo(0, 1, 0, 1, SINGLE), member=member)
-    supervisor = Supervisor(rank, RunFolder(tmp_path), None, start_worker_process)  # type: ignore[arg-type]
-    supervisor._worker, supervisor._attempt = worker, 2
+    supervised = RankWorker(rank, RunFolder(tmp_path), start_worker_process, StopRequest(rank.info), "")  # type: ignore[arg-type]
+    supervised.process = worker
     worker.poll(0.0)
+    reports: list[ExitReport | None] = []
     for _ in range(3):  # at the second poll it is past its deadline
-        assert within_patience(lambda: supervisor._check_worker(worker, 4.0))
-    assert supervisor._worker is worker and worker.is_killed and supervisor._exit_report is None
+        assert within_patience(lambda: reports.append(supervised.poll(4.0)))
+    assert supervised.process is worker and worker.is_killed and reports == [None] * 3
     os.kill(worker.pid, signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while supervisor._worker is not None and time.monotonic() < deadline:
-        supervisor._check_worker(worker, 0.1)
-    report: ExitReport | None = supervisor._exit_report
+    while supervised.process is not None and time.monotonic() < deadline:
+        reports.append(supervised.poll(0.1))
+    report = reports[-1]
     assert report is not None and (report.cause, report.code, report.step) == ("stall", -signal.SIGKILL, 7)
