@@ -36,7 +36,7 @@ def exchanged_layer(case: Case, comm: Comm, capacity: float | None, is_bounded: 
     """Our layer: the gate, the exchange and the experts. `is_bounded`: buffers of the capacity, without a count exchange."""
     torch.manual_seed(3)
     config = MoeConfig(experts=EXPERTS, top_k=TOP_K, kind="mlp", capacity_factor=capacity)
-    group = ExpertGroup.create(comm.rank, case.ranks, overlap=True, device=comm.device)
+    group = ExpertGroup.create(comm, case.ranks, overlap=True)
     gate = TokenGate(case.width, config)
     nn.init.normal_(gate.weight, std=case.width**-0.5)
     local = EXPERTS // case.ranks

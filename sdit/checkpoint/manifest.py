@@ -58,13 +58,20 @@ class _ExpertLayout(_Section):
     place: list[list[Count]]
     at_hand: list[list[bool]]
     speeds: _Speeds | None = None
+    token_place: list[list[Count]] = []
+    token_counts: list[list[Count]] = []
 
     @model_validator(mode="after")
     def _fits(self) -> _ExpertLayout:
         if [len(row) for row in self.place] != [len(row) for row in self.at_hand] or len(set(map(len, self.place))) > 1:
             raise ValueError("place and at_hand have different shapes")
-        if any(rank >= self.ranks for row in self.place for rank in row):
-            raise ValueError(f"place holds a rank beyond {self.ranks - 1}")
+        if [len(row) for row in self.token_place] != [len(row) for row in self.token_counts]:
+            raise ValueError("token_place and token_counts have different shapes")
+        if len(set(map(len, self.token_place))) > 1:
+            raise ValueError("token_place has rows of different lengths")
+        for key, rows in (("place", self.place), ("token_place", self.token_place)):
+            if any(rank >= self.ranks for row in rows for rank in row):
+                raise ValueError(f"{key} holds a rank beyond {self.ranks - 1}")
         return self
 
 

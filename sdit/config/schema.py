@@ -230,8 +230,13 @@ class ParallelConfig(Section):
     )
     exchange_refresh_images: int = field(51_200, "images between two decisions of the exchange under auto", ge=1)
     overlap: bool = field(True, "overlap the exchange with computation")
-    placement: Literal["index", "balanced", "path"] = field("path", "assignment of experts to ranks")
-    placement_refresh_images: int = field(51_200, "images between two checks whether a new placement saves bytes", ge=1)
+    placement: Literal["index", "balanced", "path"] = field(
+        "path",
+        "assignment of experts to ranks; for token-routed experts path and balanced are the same: even measured loads",
+    )
+    placement_refresh_images: int = field(
+        51_200, "images between two checks whether a new placement saves more than it costs", ge=1
+    )
     seating: Literal["order", "path"] = field("path", "assignment of samples to the ranks of an EP group")
     activation_checkpointing: Literal["none", "block", "offload"] = field(
         "none",

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import Batch
+from sdit.distributed.comm import Comm
 from sdit.distributed.deepspeed_internals import make_expert_groups
 from sdit.expert_parallel.assignment import SampleExchange
+from sdit.topology import ExpertGroups
 from sdit.transfers import upload
 
 MODES = ("tokens", "weights", "samples")
@@ -91,10 +93,11 @@ class ExpertGroup:
     traffic: TrafficCounter
 
     @classmethod
-    def create(cls, ep_rank: int, ranks: int, overlap: bool, device: torch.device) -> ExpertGroup:
+    def create(cls, comm: Comm, ranks: int, overlap: bool) -> ExpertGroup:
         """Make DeepSpeed's expert groups of `ranks` ranks, on all ranks of the run, and return this rank's."""
         process_group = make_expert_groups(ranks) if ranks > 1 else None
-        return cls(process_group, ep_rank, ranks, overlap, TrafficCounter(device))
+        ep_rank = ExpertGroups(comm.world, ranks).ep_rank_of(comm.rank)
+        return cls(process_group, ep_rank, ranks, overlap, TrafficCounter(comm.device))
 
     def send(
         self, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str

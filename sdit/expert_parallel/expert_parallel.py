@@ -13,19 +13,15 @@ from sdit.config import ResolvedRun
 from sdit.contracts import Batch, ForwardPass
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
-from sdit.expert_parallel.device_plan import DevicePlan
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
-from sdit.expert_parallel.placed_experts import PlacedExperts
-from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer
-from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher
+from sdit.expert_parallel.placed_experts import SampleRoutedExperts, TokenRoutedExperts, shard_model
+from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer, TokenRebalancer
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
-from sdit.expert_parallel.step_plan import RankBatch
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
-from sdit.expert_parallel.token_exchange import TokenExchange
-from sdit.model import DiffusionTransformer, experts_need_plan
-from sdit.topology import ExpertGroups
+from sdit.expert_parallel.token_exchange import token_dispatcher
+from sdit.model import DiffusionTransformer
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,26 +30,25 @@ class ExpertParallel:
     """Everything that sharded experts and limited capacity add to a run. For a model without gates it does nothing.
 
     The trainer calls `begin_step`, `rebalance_if_due` and `begin_micro_step`; the model calls `forward_pass`. `group` is the
-    communicator of this rank's group, `placed` its experts. `ranks` is EP.
+    communicator of this rank's group, `placed` its sample-routed experts, and `placed_tokens` its token-routed ones.
     """
 
     def __init__(self, run: ResolvedRun, comm: Comm) -> None:
         config, batch, ranks = run.config, run.batch, run.expert_parallel
         model, parallel = config.model, config.parallel
-        self._parallel, self._comm = parallel, comm
+        self._parallel, self._comm, dtype = parallel, comm, COMPUTE_TYPES[config.train.precision]
         self._task_weights = task_weights(config)
-        groups = ExpertGroups(comm.world, ranks)
-        self.group = ExpertGroup.create(groups.ep_rank_of(comm.rank), ranks, parallel.overlap, comm.device)
-        self.placed = PlacedExperts(model, comm, ranks, self.group.ep_rank)
-        self._costs = ExchangeCosts(model, parallel, comm, self.group, COMPUTE_TYPES[config.train.precision])
-        self.rebalancer = Rebalancer(model, parallel, batch, comm, self.placed, self._costs)
-        rank_batch = RankBatch(batch, groups, comm.rank)
-        needs_plan = experts_need_plan(model, comm.device, COMPUTE_TYPES[config.train.precision])
-        self._planner = StepPlanner(model, parallel.seating, rank_batch, config.seed, lambda: self.table, needs_plan)
+        self.group = ExpertGroup.create(comm, ranks, parallel.overlap)
+        self.placed = SampleRoutedExperts(model, comm, ranks, self.group.ep_rank)
+        self.placed_tokens = TokenRoutedExperts(model, comm, ranks, self.group.ep_rank)
+        self._costs = ExchangeCosts(model, parallel, comm, self.group, dtype)
+        self.rebalancer = Rebalancer(model, parallel, batch, self.placed, self._costs)
+        self._token_rebalancer = TokenRebalancer(model, parallel, batch, self.placed_tokens, dtype.itemsize)
+        self._planner = StepPlanner.of(run, comm, dtype, lambda: self.table)
         self._model: DiffusionTransformer | None = None
         self._pending: PendingTable | None = None
         self._table: RoutingTable | None = None
-        self._next_plan: DevicePlan | None = None
+        self._next_pass: PlannedPass | None = None
 
     def shard(
         self, model: DiffusionTransformer, init_weights: Callable[[DiffusionTransformer], None], is_random: bool = True
@@ -63,30 +58,37 @@ class ExpertParallel:
         `is_random`: `init_weights` draws them. Otherwise they are given, and the experts may differ from zero.
         """
         self._model = model
-        self.placed.shard(model, init_weights, is_random)
+        shard_model(model, (self.placed, self.placed_tokens), self._comm, init_weights, is_random)
         if self.is_planned:
             model.dispatcher = self
-        if model.config.moe is not None and self._comm.world > 1:
-            # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
-            is_bounded = self._comm.device.type == "cuda"
-            is_sharded = self.group.ranks > 1
-            model.token_dispatcher = (
-                TokenExchange(self.group, is_bounded) if is_sharded else ReplicatedTokenDispatcher()
-            )
+        if self._has_token_experts and self._comm.world > 1:
+            model.token_dispatcher = token_dispatcher(self.group, self._comm.device)
 
     def stored(self) -> dict[str, Any] | None:
-        """Return the placement, and the speeds of the group if they were measured, as a checkpoint carries them."""
-        if not self.is_planned:
+        """Return what a checkpoint carries: placements, counted choices, and the speeds of the group if they were measured."""
+        if not self.is_planned and not self._has_token_experts:
             return None
+        stored: dict[str, Any] = {"ranks": self.group.ranks, **{key: [] for key in self.placed.keys}}
         speeds = self._costs.stored()
-        return self.placed.stored() | ({} if speeds is None else {"speeds": speeds})
+        if self.is_planned:
+            stored |= self.placed.stored() | ({} if speeds is None else {"speeds": speeds})
+        if self._has_token_experts:
+            stored |= self.placed_tokens.stored() | self._token_rebalancer.stored()
+        return stored
 
     def restore(self, stored: dict[str, Any] | None) -> None:
-        """Use a checkpoint's placement if it was made for as many ranks, blocks and experts. Called before `shard`."""
-        if stored is not None and self.is_planned:
+        """Use a checkpoint's placements if they were made for as many ranks, blocks and experts. Called before `shard`."""
+        if stored is None:
+            return
+        self.placed_tokens.restore(stored)
+        if self.is_planned:
             self.placed.restore(stored)
             if stored.get("speeds") is not None and stored["ranks"] == self.group.ranks:
                 self._costs.restore(stored["speeds"])
+
+    def restore_counts(self, stored: dict[str, Any] | None) -> None:
+        """Continue with the choices of token-routed experts that a checkpoint has counted, at any layout."""
+        self._token_rebalancer.restore(stored)
 
     @property
     def table(self) -> RoutingTable:
@@ -108,7 +110,7 @@ class ExpertParallel:
 
     def forget(self) -> None:
         """Drop what was derived from weights that are no longer there."""
-        self._pending, self._table, self._next_plan = None, None, None
+        self._pending, self._table, self._next_pass = None, None, None
 
     def begin_step(self, first_index: int, times: np.ndarray) -> None:
         """Begin a step on the global batch whose samples have times (N,); `first_index` is the run index of the first."""
@@ -135,8 +137,11 @@ class ExpertParallel:
         """Plan the micro-step, exchange samples inside the group, and return the batch that this rank computes."""
         if not self.is_planned:
             return batch
-        device, ready = self._comm.device, self._planner.plan(micro_step, self.placed.placement)
-        plan, self._next_plan = ready.plan, ready.packed.to_device(device)
+        ready = self._planner.plan(micro_step, self.placed.placement)
+        # A block that is computed again in backward would prefetch in the wrong direction.
+        prefetches = self._parallel.overlap and self._parallel.activation_checkpointing == "none"
+        device_plan, ahead = ready.packed.to_device(self._comm.device), self.placed.layers if prefetches else ()
+        plan, self._next_pass = ready.plan, PlannedPass(self.group, device_plan, ahead)
         index = self._planner.own_index(plan)
         if plan.sample_exchange is None:
             assert (batch.index.numpy() == index).all()
@@ -149,19 +154,22 @@ class ExpertParallel:
 
     def forward_pass(self, task: torch.Tensor) -> ForwardPass:
         """Return the pass of the micro-step that was begun. Without one (sampling) all samples share a task."""
-        plan, self._next_plan = self._next_plan, None
-        if plan is not None:
-            # A block that is computed again in backward would prefetch in the wrong direction.
-            prefetches = self._parallel.overlap and self._parallel.activation_checkpointing == "none"
-            return PlannedPass(self.group, plan, self.placed.layers if prefetches else ())
+        planned, self._next_pass = self._next_pass, None
+        if planned is not None:
+            return planned
         assert not torch.is_grad_enabled(), "no micro-step was begun"
         return shared_task_pass(self.group, task)
 
-    def rebalance_if_due(self, images_seen: int, state: MigratableState) -> Rebalanced | None:
+    def count_choices(self, choices: np.ndarray) -> None:
+        """Count the choices (blocks, M) of token-routed experts in a step of all ranks."""
+        self._token_rebalancer.count(choices)
+
+    def rebalance_if_due(self, images_seen: int, state: MigratableState) -> list[Rebalanced]:
         """Reconsider owners and replicas at the start of a run and at the configured intervals. Move experts if it pays."""
-        if self.group.ranks == 1 or not self.is_planned:  # token-routed experts keep their ranks
-            return None
-        return self.rebalancer.rebalance_if_due(images_seen, lambda: self.table, state)
+        found = [self._token_rebalancer.rebalance_if_due(images_seen, state)]
+        if self.group.ranks > 1 and self.is_planned:
+            found.append(self.rebalancer.rebalance_if_due(images_seen, lambda: self.table, state))
+        return [each for each in found if each is not None]
 
     def statistics(self) -> ExpertStatistics:
         """Return the statistics of the present step, and count dropped pairs from zero again."""
@@ -171,6 +179,10 @@ class ExpertParallel:
         """Return the bytes that this rank sent since the last call, by MODES, and the seconds it waited for transfers."""
         sizes, seconds = self.group.traffic.take()
         return (*(float(sizes.get(mode, 0)) for mode in MODES), seconds)
+
+    @property
+    def _has_token_experts(self) -> bool:
+        return self.placed_tokens.placement.expert_to_rank.size > 0
 
     @property
     def is_planned(self) -> bool:

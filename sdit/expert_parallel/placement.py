@@ -33,7 +33,9 @@ class ExpertPlacement:
     @property
     def experts_of_rank(self) -> np.ndarray:
         """The ids of the experts that each rank owns, (depth, P, M / P), ascending."""
-        return np.argsort(self.expert_to_rank, axis=1, kind="stable").reshape(len(self.expert_to_rank), self.ranks, -1)
+        blocks, experts = self.expert_to_rank.shape
+        order = np.argsort(self.expert_to_rank, axis=1, kind="stable")
+        return order.reshape(blocks, self.ranks, experts // self.ranks)
 
 
 def ranks_needed(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
@@ -86,7 +88,7 @@ def place_experts(
     loads = routes.loads
     replicated = hottest(loads, routes.top_k) if replicated is None else replicated
     if kind == "balanced":
-        return _largest_first(np.where(replicated, 0, loads), ranks)
+        return largest_first(np.where(replicated, 0, loads), ranks)
     expert_to_rank = np.empty_like(by_index)
     np.put_along_axis(expert_to_rank, np.argsort(_mean_task(routes), axis=1, kind="stable"), by_index, axis=1)
     return _level(routes, ExpertPlacement(expert_to_rank, replicated, ranks), limit)
@@ -107,7 +109,7 @@ def _mean_task(routes: RoutingTable) -> np.ndarray:
     return np.divide(total, used, out=np.full(used.shape, np.inf), where=used > 0)
 
 
-def _largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
+def largest_first(loads: np.ndarray, ranks: int) -> np.ndarray:
     """Return ranks (depth, M): in descending load, each expert goes to the least loaded rank with a free position.
 
     Source: Graham 1969, LPT.

@@ -1,14 +1,18 @@
-"""The experts of a block, sharded over an expert-parallel group, as DeepSpeed expects them. M experts, M_local local ones."""
+"""The experts of a block, sharded over an expert-parallel group, as DeepSpeed expects them.
+
+M experts, M_local local ones, P ranks of the group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
+import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from sdit.distributed.deepspeed_internals import expert_group_name, make_expert_groups
 from sdit.model.moe.base import Experts
+from sdit.transfers import upload
 
 
 class ShardedExperts(nn.Module):
@@ -22,6 +26,7 @@ class ShardedExperts(nn.Module):
         self.num_experts, self.ep_size, self.num_local_experts = count, ranks, count // ranks
         self.expert_group_name = expert_group_name(ranks)
         self.enable_expert_tensor_parallelism = self.use_residual = False
+        self._columns: Tensor | None = None
         self._local = (local,)  # not a submodule, so that the parameters keep the names of the model's experts
         for name, parameter in local.named_parameters(recurse=False):
             parameter.allreduce = False  # type: ignore[attr-defined]
@@ -38,9 +43,20 @@ class ShardedExperts(nn.Module):
         """The global ids of the local experts, in the order of the parameters' rows."""
         return self.local.ids
 
-    def set_ids(self, ids: Sequence[int]) -> None:
-        """Set the ids of the rows after a new placement moved their contents."""
-        self.local.ids = tuple(ids)
+    def place(self, experts_of_rank: np.ndarray, ep_rank: int) -> None:
+        """Set the global ids (P, M_local) of the experts of each rank. `ep_rank` is this process's rank in the group.
+
+        A new placement also moves the contents of the rows, see `migration`.
+        """
+        self.local.ids = tuple(experts_of_rank[ep_rank].tolist())
+        order = torch.from_numpy(experts_of_rank.flatten())
+        is_in_order = bool((order.diff() > 0).all())
+        self._columns = None if is_in_order else upload(order, next(self.parameters()).device)
+
+    def by_rank(self, values: Tensor) -> Tensor:
+        """Return values (N, P, M_local) of the experts of each rank, for values (N, M) by global id. Differentiable."""
+        ordered = values if self._columns is None else values.index_select(1, self._columns)
+        return ordered.unflatten(1, (self.ep_size, self.num_local_experts))
 
     def forward(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of the local experts only, for gates (B, M_local)."""

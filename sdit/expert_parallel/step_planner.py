@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from sdit.config import ModelConfig
+from sdit.config import ModelConfig, ResolvedRun
+from sdit.distributed.comm import Comm
 from sdit.expert_parallel.capacity import Capacity, dropped_per_block, keep_samples
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.plan_ahead import PlanAhead, PlanInputs, ReadyPlan, make_plan
 from sdit.expert_parallel.routing_table import RoutingTable, load_max_over_mean
 from sdit.expert_parallel.step_plan import MicroStepPlan, RankBatch, StepSamples
 from sdit.expert_parallel.traffic_model import AssignmentKind, rank_work
+from sdit.model import experts_need_plan
+from sdit.topology import ExpertGroups
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class StepPlanner:
         self._step = StepSamples(0, np.empty(0, dtype=np.int64))
         self._computed: list[tuple[MicroStepPlan, ExpertPlacement]] = []  # the micro-steps of the present step
         self._dropped = np.zeros(model.depth, dtype=np.int64)
+
+    @classmethod
+    def of(cls, run: ResolvedRun, comm: Comm, dtype: torch.dtype, table: Callable[[], RoutingTable]) -> StepPlanner:
+        """Return the planner of this rank of a run whose products have this dtype."""
+        config = run.config
+        rank_batch = RankBatch(run.batch, ExpertGroups(comm.world, run.expert_parallel), comm.rank)
+        needs_plan = experts_need_plan(config.model, comm.device, dtype)
+        return cls(config.model, config.parallel.seating, rank_batch, config.seed, table, needs_plan)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

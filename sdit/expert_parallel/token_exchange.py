@@ -1,7 +1,7 @@
 """Token routing in an expert-parallel group: a token is sent once to each other rank that has any of its experts.
 
 B samples of L tokens, N = B L local tokens, D width, M experts of a block, M_local local ones, P ranks of the group.
-S rows are sent, R rows received. Expert j is in row j % M_local of rank j // M_local.
+S rows are sent, R rows received.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from sdit.contracts import TokenDispatcher
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
 from sdit.expert_parallel.packed_rows import pack, unpack
-from sdit.expert_parallel.replicated_tokens import sum_over_ranks
+from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher, sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
-from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, Work, bounded_sizes, true_columns, true_places
+from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
 from sdit.model.moe.base import Experts
 from sdit.model.moe.token_products import mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
@@ -38,10 +39,14 @@ class Rows(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """The tokens x (N, D) of a block and their routes, whose sizes are being exchanged."""
+    """The tokens x (N, D) of a block, and their pairs by the rank of the expert, whose sizes are being exchanged.
+
+    `weights` and `chosen` are (N, P, M_local).
+    """
 
     x: Tensor
-    routes: TokenRoutes
+    weights: Tensor
+    chosen: Tensor
     experts: Experts
     block: int
 
@@ -69,26 +74,27 @@ class ExchangedTokenPass:
     @eagerly
     def dispatch(self, block: SupportsIndex, x: Tensor, routes: TokenRoutes, experts: ShardedExperts) -> Dispatched:
         """Start to exchange the sizes. What the caller computes before `compute` hides the exchange. x (N, D) are tokens."""
-        index = operator.index(block)
+        index, chosen = operator.index(block), experts.by_rank(routes.kept)
         if index not in self._sizes:
-            pairs = self._by_rank(routes.kept)
             if self._is_bounded and routes.limit is not None:
-                self._sizes[index] = bounded_sizes(self._group, pairs, len(routes.chosen), routes.limit)
+                self._sizes[index] = bounded_sizes(self._group, chosen, len(routes.chosen), routes.limit)
             else:
-                self._sizes[index] = PendingSizes(self._group, pairs)
-        return Dispatched(x, routes, experts.local, index)
+                self._sizes[index] = PendingSizes(self._group, chosen)
+        return Dispatched(x, experts.by_rank(routes.weights), chosen, experts.local, index)
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
         """Send tokens, compute local ones and then received ones, and start to send one sum of each received token back."""
-        x, routes, experts, block = dispatched
+        x, weights, chosen, experts, block = dispatched
         sizes = self._sizes[block] = self._sizes[block].wait()
-        own, others = self._rows(routes, sizes)
+        own, others = self._rows(weights, chosen, sizes)
         sent = pack(x.index_select(0, others.tokens), others.weights, others.chosen)
         arriving = begin_rows(self._group, sent, sizes.send, sizes.receive)
-        local = _mix(experts, x.index_select(0, own.tokens), own.weights, own.chosen, sizes.local)
+        rows = x.index_select(0, own.tokens)
+        local = mix_tokens(experts, rows, own.weights, sizes.local.rows(own.chosen))
         mixed = local.new_zeros(x.shape).index_add_(0, own.tokens, local)
-        served = _mix(experts, *unpack(arriving.wait(), x.shape[1], routes.weights.dtype), sizes.remote)
+        rows, received, pairs = unpack(arriving.wait(), x.shape[1], weights.dtype)
+        served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs))
         return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), others.tokens)
 
     @eagerly
@@ -101,14 +107,10 @@ class ExchangedTokenPass:
         """Return int64 counts, summed over all ranks. The host does not wait for them."""
         return sum_over_ranks(counts)
 
-    def _by_rank(self, pairs: Tensor) -> Tensor:
-        """Return values (N, P, M_local) of pairs (N, M)."""
-        return pairs.unflatten(1, (self._group.ranks, -1))
-
-    def _rows(self, routes: TokenRoutes, sizes: Sizes) -> tuple[Rows, Rows]:
-        """Return the rows that this rank computes, and those that it sends, by rank."""
-        pairs, own = self._by_rank(routes.kept), self._group.ep_rank
-        served = pairs.any(2).T.contiguous()
+    def _rows(self, weights: Tensor, chosen: Tensor, sizes: Sizes) -> tuple[Rows, Rows]:
+        """Return the rows that this rank computes, and those that it sends, by rank. `weights`, `chosen`: (N, P, M_local)."""
+        own = self._group.ep_rank
+        served = chosen.any(2).T.contiguous()
         if sizes.local.counts is None:
             tokens, is_row = true_columns(served, sizes.own)
             ranks = torch.arange(self._group.ranks, device=tokens.device).repeat_interleave(sizes.own)
@@ -117,10 +119,10 @@ class ExchangedTokenPass:
             ranks, tokens = true_places(served, sum(sizes.send) + sizes.own)
             is_row = torch.ones_like(tokens, dtype=torch.bool)
         numbers = tokens * self._group.ranks + ranks
-        chosen = pairs.flatten(0, 1).index_select(0, numbers) & is_row[:, None]
-        weights = self._by_rank(routes.weights).flatten(0, 1).index_select(0, numbers).where(chosen, 0)
+        pairs = chosen.flatten(0, 1).index_select(0, numbers) & is_row[:, None]
+        counted = weights.flatten(0, 1).index_select(0, numbers).where(pairs, 0)
         before, after = sum(sizes.send[:own]), sum(sizes.send[own:])
-        parts = [each.split([before, sizes.own, after]) for each in (tokens, weights, chosen)]
+        parts = [each.split([before, sizes.own, after]) for each in (tokens, counted, pairs)]
         return Rows(*(own for _, own, _ in parts)), Rows(*(torch.cat([first, last]) for first, _, last in parts))
 
 
@@ -136,6 +138,9 @@ class TokenExchange:
         return ExchangedTokenPass(self._group if torch.is_grad_enabled() else self._uncounted, self._is_bounded)
 
 
-def _mix(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor, work: Work) -> Tensor:
-    """Return the weighted sums (n, D) of the local experts for tokens x (n, D). Each is a sample of one token to them."""
-    return mix_tokens(experts, x, weights, work.rows(chosen))
+def token_dispatcher(group: ExpertGroup, device: torch.device) -> TokenDispatcher:
+    """Return the dispatcher of token-routed experts of one of several ranks."""
+    if group.ranks == 1:
+        return ReplicatedTokenDispatcher()
+    # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
+    return TokenExchange(group, is_bounded=device.type == "cuda")

@@ -240,14 +240,3 @@ def rank_work(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray 
     flat = rank + block * placement.ranks
     flat = flat.ravel() if kept is None else flat[kept]
     return np.bincount(flat, minlength=depth * placement.ranks).reshape(depth, placement.ranks)
-
-
-def group_transfers(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
-    """Return (depth,), the number of samples that are sent in each block, counted once per destination.
-
-    The samples are in the order of their ranks.
-    """
-    needed = ranks_needed(experts, placement, kept)
-    depth, samples, ranks = needed.shape
-    stays = needed.reshape(depth, ranks, samples // ranks, ranks)[:, np.arange(ranks), :, np.arange(ranks)]
-    return needed.sum(axis=(1, 2)) - stays.sum(axis=(0, 2))

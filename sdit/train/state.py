@@ -100,6 +100,7 @@ class RunState:
         self.clock = Clock.from_json(found.manifest["clock"])
         self.engine.set_steps(self.clock.steps)
         stored = found.manifest
+        self.experts.restore_counts(stored.get("expert_layout"))
         self.prior.load(stored.get("prior_columns"), stored.get("prior_every_steps"), str(found.folder))
         return changes
 

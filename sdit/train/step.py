@@ -51,7 +51,7 @@ class TrainStep:
         self._look_for_spike(sums.parts[0])
         with context.timer.phase("optimizer"):
             learning_rate = self._update(sums.grad_norm, span)
-            self._move_gate_biases(sums)
+            self._count_choices(sums)
         self._choose_interval()
         return self._recorder.record(span, sums, learning_rate, self._skipped_steps, logged)
 
@@ -89,8 +89,7 @@ class TrainStep:
         first = state.clock.first_sample
         context.experts.begin_step(first, micro_batches[0].times)
         assignment, loads = self._gate_targets()
-        rebalanced = context.experts.rebalance_if_due(state.clock.images_seen, state.kinds)
-        if rebalanced is not None:
+        for rebalanced in context.experts.rebalance_if_due(state.clock.images_seen, state.kinds):
             context.event("experts", f"{rebalanced.reason}; {rebalanced.experts_moved} experts moved")
         parts = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
@@ -163,12 +162,14 @@ class TrainStep:
             self._context.engine.skip()
             raise RollBack(found)
 
-    def _move_gate_biases(self, sums: StepSums) -> None:
-        """Balance the choices of token-routed experts after a step, from the choices of its global batch."""
+    def _count_choices(self, sums: StepSums) -> None:
+        """Balance token-routed experts after a step, from the choices of its global batch: their gates and their ranks."""
         model = self._context.model
         blocks = model.config.moe_blocks
         if blocks:
-            model.move_gate_biases(sums.token_sums(len(blocks), self._context.run.batch.micro_batches).counts)
+            counts = sums.token_sums(len(blocks), self._context.run.batch.micro_batches).counts
+            model.move_gate_biases(counts)
+            self._context.experts.count_choices(counts.detach().numpy())
 
     def _update(self, grad_norm: float, span: StepSpan) -> float:
         """Clip, move weights and EMA; return the learning rate used."""

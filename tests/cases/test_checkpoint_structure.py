@@ -213,6 +213,7 @@ def same_piece_in_two_shards(folder: Path) -> None:
     reseal(folder, lambda body: body["files"].append({**body["files"][0], "name": "shard-00002.safetensors"}))
 
 
+NO_SAMPLES = {"ranks": 2, "place": [], "at_hand": []}  # a layout of token-routed experts only
 MANIFESTS: dict[str, Callable[[Path], None]] = {
     "deep manifest": deep_manifest,
     "deep field": with_body(extra=nested(200)),
@@ -240,6 +241,16 @@ MANIFESTS: dict[str, Callable[[Path], None]] = {
     "config as list": with_body(config=[1]),
     "prior columns": with_body(prior_columns=[0, 0, 99]),
     "expert layout": with_body(expert_layout={"ranks": 2, "place": [[0, 7]], "at_hand": [[True, False]]}),
+    "token layout beyond ranks": with_body(
+        expert_layout={**NO_SAMPLES, "token_place": [[0, 2]], "token_counts": [[5, 1]]}
+    ),
+    "token layout without counts": with_body(expert_layout={**NO_SAMPLES, "token_place": [[0, 1]]}),
+    "token layout of unequal blocks": with_body(
+        expert_layout={**NO_SAMPLES, "token_place": [[0, 1], [0]], "token_counts": [[5, 1], [5]]}
+    ),
+    "token counts below zero": with_body(
+        expert_layout={**NO_SAMPLES, "token_place": [[0, 1]], "token_counts": [[5, -1]]}
+    ),
     "extra NaN": with_body(extra={"number": float("nan")}),
     "body as list": lambda folder: write_manifest(folder, cast(dict, [1, 2])),
     "manifest is a FIFO": replaced_by("manifest.json", os.mkfifo),

@@ -38,6 +38,7 @@ class Drawn(NamedTuple):
     """A random routing of a group: by block, `chosen` (P N, M) and `weights` (P N, M). `tokens` (P) are the N of each rank.
 
     `limit`: the most tokens of a rank, as one sample, that an expert takes. None: the sizes are exchanged.
+    `experts_of_rank` (P, M_local) are ids, in order for one half of the routings.
     """
 
     scenario: str
@@ -49,6 +50,7 @@ class Drawn(NamedTuple):
     limit: int | None
     chosen: list[np.ndarray]
     weights: list[np.ndarray]
+    experts_of_rank: np.ndarray
 
 
 def draw(seed: int, world: int) -> Drawn:
@@ -74,7 +76,9 @@ def draw(seed: int, world: int) -> Drawn:
     loads = [mask.reshape(ranks, -1, count).sum(1).max() for mask in masks] if is_bounded else [0]
     limit = max(1, int(max(loads))) if is_bounded else None
     overlap = bool(rng.random() < 0.5)
-    return Drawn(scenario, config, ranks, overlap, recompute, tokens, limit, masks, weights)
+    ids = np.arange(count) if rng.random() < 0.5 else rng.permutation(count)
+    experts_of_rank = np.sort(ids.reshape(ranks, -1), axis=1)
+    return Drawn(scenario, config, ranks, overlap, recompute, tokens, limit, masks, weights, experts_of_rank)
 
 
 def draw_pairs(scenario: str, rng: np.random.Generator, shape: tuple[int, int], top_k: int, ranks: int) -> np.ndarray:
@@ -148,8 +152,10 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
     group = group_of(comm, drawn.ranks, drawn.overlap)
     first = sum(drawn.tokens[: group.ep_rank])
     own = slice(first, first + drawn.tokens[group.ep_rank])
-    held = np.arange(drawn.config.count).reshape(drawn.ranks, -1)[group.ep_rank]
+    held = drawn.experts_of_rank[group.ep_rank]
     experts = [sharded_rows(drawn.config, stack, held, drawn.ranks) for stack in mine.stacks]
+    for each in experts:
+        each.place(drawn.experts_of_rank, group.ep_rank)
     blocks: list[nn.Module] = [Block(index, each) for index, each in enumerate(experts)]
     if drawn.recompute:
         blocks = [checkpoint_wrapper(block) for block in blocks]
@@ -181,7 +187,8 @@ def routed_bytes(drawn: Drawn, ep_rank: int) -> int:
     source = np.repeat(np.arange(drawn.ranks), drawn.tokens)
     total = 0
     for chosen in drawn.chosen:
-        served = chosen.reshape(-1, drawn.ranks, local).any(2) & (source[:, None] != np.arange(drawn.ranks))
+        by_rank = chosen[:, drawn.experts_of_rank.ravel()].reshape(-1, drawn.ranks, local)
+        served = by_rank.any(2) & (source[:, None] != np.arange(drawn.ranks))
         sent, received = served[source == ep_rank].sum(), served[:, ep_rank].sum()
         if drawn.limit is not None:
             sent = received = (drawn.ranks - 1) * (min(drawn.tokens[0], local * drawn.limit) + 1)

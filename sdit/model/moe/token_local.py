@@ -7,6 +7,7 @@ from typing import NamedTuple, SupportsIndex
 from torch import Tensor
 
 from sdit.model.moe.base import ExpertRows, Experts
+from sdit.model.moe.token_products import mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 
@@ -29,9 +30,9 @@ class LocalTokenPass:
         return LocalTokens(x, routes, experts)
 
     def compute(self, dispatched: LocalTokens) -> Tensor:
-        """Return the weighted sum (N, D) of the experts of each token. Each token is a sample of one token to them."""
+        """Return the weighted sum (N, D) of the experts of each token."""
         x, routes, experts = dispatched
-        return experts.mix(x[:, None], routes.weights, ExpertRows(None, routes.pairs(), None))[:, 0]
+        return mix_tokens(experts, x, routes.weights, ExpertRows(None, routes.pairs(), None))
 
     def combine(self, computed: Tensor) -> Tensor:
         """Return the weighted sum (N, D) unchanged."""

@@ -13,6 +13,7 @@ from filelock import FileLock
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from sdit.expert_parallel.placement import ExpertPlacement, ranks_needed
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.model.windows import task_windows
 
@@ -101,3 +102,14 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats, mean over rows."""
     log_mean = torch.log((p + q) / 2 + 1e-6)
     return (p * (torch.log(p + 1e-6) - log_mean) + q * (torch.log(q + 1e-6) - log_mean)).sum(1).mean() / 2
+
+
+def group_transfers(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray | None = None) -> np.ndarray:
+    """(depth,) samples of a group that are sent in each block, counted once per destination.
+
+    `experts` and `kept` are (depth, n, k), the samples in the order of their ranks.
+    """
+    needed = ranks_needed(experts, placement, kept)
+    depth, samples, ranks = needed.shape
+    stays = needed.reshape(depth, ranks, samples // ranks, ranks)[:, np.arange(ranks), :, np.arange(ranks)]
+    return needed.sum(axis=(1, 2)) - stays.sum(axis=(0, 2))

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from learned_gates import prior_routes, random_routes
+from learned_gates import group_transfers, prior_routes, random_routes
 
 from sdit.config import ExpertsConfig
 from sdit.expert_parallel.assignment import assign_samples
@@ -25,7 +25,6 @@ from sdit.expert_parallel.traffic_model import (
     TrafficModel,
     UnitCosts,
     expert_parameters,
-    group_transfers,
     rank_work,
 )
 from sdit.model.moe.experts import build_experts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from learned_gates import prior_routes, random_routes
+from learned_gates import group_transfers, prior_routes, random_routes
 
 from sdit.data.order import rank_indices
 from sdit.expert_parallel.capacity import Capacity, keep_samples
@@ -21,7 +21,7 @@ from sdit.expert_parallel.step_plan import (
     plan_blocks,
     plan_micro_step,
 )
-from sdit.expert_parallel.traffic_model import UnitCosts, group_transfers, rank_work
+from sdit.expert_parallel.traffic_model import UnitCosts, rank_work
 from sdit.topology import ExpertGroups, plan_batch
 
 
