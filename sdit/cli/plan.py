@@ -25,7 +25,7 @@ from sdit.cli.presets import DEFAULT_DEEPSPEED, DEFAULT_HARDWARE, config_file, d
 from sdit.cli.process import command
 from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
 from sdit.errors import ExitCode
-from sdit.planner.hardware import Hardware, read_hardware
+from sdit.planner.hardware import RESERVE_GIB, Hardware, read_hardware
 
 if TYPE_CHECKING:
     from sdit.planner.report import Plan
@@ -41,8 +41,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--nodes", type=_count, default=1, metavar="N", help="hosts (default: 1)")
     add("--gpus-per-node", type=_count, default=1, metavar="G", help="ranks on each host, one a GPU (default: 1)")
     add("--memory-gib", type=_size, metavar="M", help="memory of one GPU, or of one rank on a CPU")
-    reserve_help = "of it, what context, libraries and fragmentation take (default: 2)"
-    add("--reserve-gib", type=_size, default=2.0, metavar="M", help=reserve_help)
+    reserve_help = f"of it, what context, libraries and fragmentation take (default: {RESERVE_GIB:g})"
+    add("--reserve-gib", type=_size, default=RESERVE_GIB, metavar="M", help=reserve_help)
     device_help = "where ranks compute (default: that of the hardware file with --simulate, else cuda)"
     add("--device", choices=("cuda", "cpu"), help=device_help)
     routes_help = (
