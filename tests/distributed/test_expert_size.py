@@ -25,7 +25,7 @@ def events_of(run: Path, kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks: a run on links with slow all-reduces, its resume with the other file, and a run on links with slow all-to-alls."""
+    """Two ranks: a run with slow all-reduces, its resume with the other file, and a run with slow all-to-alls."""
     folder = tmp_path_factory.mktemp("size")
     for name, operation in (("reduce", "all_reduce"), ("exchange", "all_to_all")):
         figures = {f"{link}__{operation}": SLOW for link in ("inside", "between")}

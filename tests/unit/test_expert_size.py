@@ -54,7 +54,7 @@ def test_costs_are_those_of_the_planner_for_a_fixed_size() -> None:
     ],
 )
 def test_the_size_follows_the_speeds_of_the_links(figures: dict[str, Any], size: int) -> None:
-    """Slow all-to-alls speak against groups, slow all-reduces for them: gradients of sharded experts are summed by fewer ranks."""
+    """Slow all-to-alls speak against groups, and slow all-reduces for them: fewer ranks sum the gradients of an expert."""
     run = resolve_run(Config.model_validate(VALUES), {}, "test", 4, 2)
     assert fastest_size(predict_sizes(run, 2, hardware(**figures)), float("inf")).expert_parallel == size
 
