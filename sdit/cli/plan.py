@@ -123,9 +123,10 @@ def _hardware(options: argparse.Namespace) -> Hardware:
 
 def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], hardware: Hardware | None) -> Plan:
     """Return the plan of memory and traffic, with a remedy if the run does not fit."""
+    from sdit.planner.expert_size import choose_size, chooses_size
     from sdit.planner.layout import Job, plan_job
     from sdit.planner.memory import Memory, plan_memory
-    from sdit.planner.remedy import advise  # these import torch: not for --help and wrong configs
+    from sdit.planner.remedy import advise, with_values  # these import torch: not for --help and wrong configs
     from sdit.planner.report import Plan
     from sdit.planner.traffic import Exchange, plan_exchange
 
@@ -137,6 +138,9 @@ def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any]
         exchange = plan_exchange(job, options.routes)
         return job, exchange, plan_memory(job, exchange, device)
 
+    if chooses_size(config):  # as the run does
+        run = resolve_run(config, deepspeed, str(options.ds_config), world, options.gpus_per_node)
+        config = with_values(config, "parallel", expert=choose_size(run, options.gpus_per_node)[0])
     job, exchange, memory = plan(config, deepspeed)
     room = _room_bytes(options, hardware)
     fits = room is None or memory.peak <= room

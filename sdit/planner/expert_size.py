@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sdit.config import ResolvedRun
-from sdit.planner.hardware import Hardware
+from sdit.config import Config, ResolvedRun
+from sdit.planner.hardware import RESERVE_GIB, Hardware, read_hardware
 from sdit.planner.layout import job_of_run
 from sdit.planner.memory import plan_memory
 from sdit.planner.step_time import predict_step
@@ -23,6 +23,23 @@ class SizeCost:
     expert_parallel: int
     step_seconds: float
     peak_bytes: int
+
+
+def choose_size(run: ResolvedRun, per_node: int) -> tuple[int, str]:
+    """Return the EP that `parallel.expert: auto` takes by the hardware file of the config, and the reason in one line.
+
+    Raises: ConfigError: if the file cannot be read.
+    """
+    hardware = read_hardware(str(run.config.parallel.hardware))
+    room_bytes = GIB * max(0.0, hardware.device.memory_gib - RESERVE_GIB)
+    costs = predict_sizes(run, per_node, hardware)
+    chosen = fastest_size(costs, room_bytes)
+    return chosen.expert_parallel, describe_choice(chosen, costs, room_bytes)
+
+
+def chooses_size(config: Config) -> bool:
+    """Return True if EP is chosen by predicted step times."""
+    return config.parallel.expert == "auto" and config.parallel.hardware is not None
 
 
 def predict_sizes(run: ResolvedRun, per_node: int, hardware: Hardware) -> list[SizeCost]:

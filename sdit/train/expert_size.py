@@ -10,8 +10,7 @@ from sdit.checkpoint.store import Found
 from sdit.config import ResolvedRun
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
-from sdit.planner.expert_size import GIB, describe_choice, fastest_size, predict_sizes
-from sdit.planner.hardware import RESERVE_GIB, read_hardware
+from sdit.planner.expert_size import choose_size, chooses_size
 from sdit.topology import common_ranks_per_node, legal_expert_sizes
 
 
@@ -23,8 +22,7 @@ def with_fastest_size(run: ResolvedRun, comm: Comm, found: Found | None) -> tupl
 
     Raises: ConfigError: on all ranks, if the hardware file cannot be read.
     """
-    parallel = run.config.parallel
-    if parallel.expert != "auto" or parallel.hardware is None:
+    if not chooses_size(run.config):
         return run, ""
     per_node = common_ranks_per_node(comm.gather(comm.info.local_world))
     size, text, problem = comm.from_first(_decide(run, per_node, found) if comm.is_first else None)
@@ -48,10 +46,6 @@ def _decide(run: ResolvedRun, per_node: int, found: Found | None) -> tuple[int, 
     if kept is not None:
         return kept, f"EP {kept}, as the run chose it by the hardware file on {run.world} ranks", ""
     try:
-        hardware = read_hardware(str(run.config.parallel.hardware))
-        costs = predict_sizes(run, per_node, hardware)
+        return *choose_size(run, per_node), ""
     except ConfigError as error:
         return 1, "", str(error)
-    room_bytes = GIB * max(0.0, hardware.device.memory_gib - RESERVE_GIB)
-    chosen = fastest_size(costs, room_bytes)
-    return chosen.expert_parallel, describe_choice(chosen, costs, room_bytes), ""

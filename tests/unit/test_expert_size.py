@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdit.cli.plan import main
 from sdit.config import Config, resolve_run
+from sdit.errors import ExitCode
 from sdit.planner.expert_size import SizeCost, describe_choice, fastest_size, predict_sizes
+from sdit.planner.hardware import write_hardware
 from sdit.planner.memory import plan_memory
 from sdit.planner.step_time import predict_step
 from sdit.planner.traffic import plan_exchange
@@ -16,6 +21,8 @@ from sdit.train.expert_size import kept_size
 from tests.unit.test_plan import plan_job
 from tests.unit.test_simulate import hardware
 
+ROOT = Path(__file__).resolve().parents[2]
+LINKS = ("inside", "between")
 MODEL = {"depth": 1, "width": 96, "heads": 4, "input_size": 16, "experts": {"count": 4, "kind": "mlp"}}
 VALUES = {"model": MODEL, "train": {"steps": 1, "global_batch": 16}, "parallel": {"seating": "order"}}
 TABLE = [SizeCost(1, 0.9, 400), SizeCost(2, 0.5, 300), SizeCost(4, 0.7, 200), SizeCost(8, 0.7, 100)]
@@ -83,3 +90,15 @@ def test_a_run_keeps_its_size_on_as_many_ranks_only() -> None:
         {"written_by": {}},
     ):
         assert kept_size(run, {**manifest, **change}) is None
+
+
+def test_the_plan_of_a_run_has_the_size_that_the_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = {f"{link}__all_to_all": {"gigabytes_per_second": 1e-4, "fixed_microseconds": 1e4} for link in LINKS}
+    (tmp_path / "slow.yaml").write_text(write_hardware(hardware(**slow)))
+    words = [str(ROOT / "tests" / "distributed" / "tiny.yaml"), "--gpus-per-node", "4", "--json"]
+    sizes = []
+    for more in ("parallel.expert=auto", f"parallel.hardware={tmp_path}/slow.yaml", "parallel.expert=2"):
+        words.append(more)
+        assert main(words) == ExitCode.DONE
+        sizes.append(json.loads(capsys.readouterr().out)["expert_parallel"])
+    assert sizes == [4, 1, 2]
