@@ -23,8 +23,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from lock_meter import held_share, lock_address
@@ -99,8 +100,7 @@ def _batches(loader, images: int) -> Iterator[object]:  # type: ignore[no-untype
     try:
         from sdit.train.batches import BatchDraws, Request, micro_batches
     except ImportError:
-        from sdit.train.batches import draw_batch  # type: ignore[attr-defined]
-
+        draw_batch = _older_draw_batch()
         for samples in loader.batches(iter(indices)):
             times = draw(SEED, int(samples.index[0]), MICRO_BATCH, 1000)
             yield draw_batch(samples, times, SEED, CLASSES, LABEL_DROP, device)
@@ -109,6 +109,18 @@ def _batches(loader, images: int) -> Iterator[object]:  # type: ignore[no-untype
         requests = (Request(int(index[0]), index) for index in indices)
         for micro_batch in micro_batches(loader, draws, device, requests):
             yield micro_batch.on_device()
+
+
+def _older_draw_batch() -> Callable[..., object]:
+    """Return the function of older commits that draws noise and labels of loaded samples."""
+    try:
+        from sdit.train.batches import draw_batch  # type: ignore[attr-defined]
+    except ImportError:
+        from sdit.train.batch import draw_batch as draw  # type: ignore[import-not-found]
+
+        config = SimpleNamespace(model=SimpleNamespace(classes=CLASSES))
+        return lambda samples, times, seed, _, drop, device: draw(config, seed, samples, times, drop, device)
+    return draw_batch  # type: ignore[no-any-return]
 
 
 def _clocks() -> tuple[float, float, float]:

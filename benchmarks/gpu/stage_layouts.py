@@ -27,20 +27,31 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "EP 2, checkpointing": ("parallel.expert=2", "parallel.activation_checkpointing=block"),
 }
 MLP = "model.experts.kind=mlp"
+TOKEN_LAYOUTS = ("data parallel", "EP 2, tokens", "EP 2, checkpointing")  # the other keys have no effect on them
+TOKEN_ROUTED = ("model.variant=dit", "model.moe={experts: 4, shared: 1, balance: aux}")
 
 
 def measure(machine: Machine) -> list[Row]:
     """The largest relative difference of the losses of a run, for each layout."""
     layouts = {"EP 2, tokens": LAYOUTS["EP 2, tokens"]} if machine.is_tiny else dict(LAYOUTS)
     steps = f"train.steps={3 if machine.is_tiny else 20}"
-    kinds: dict[str, tuple[str, ...]] = {"": (steps,)} if machine.is_tiny else {"": (steps,), ", MLP": (steps, MLP)}
+    kinds: dict[str, tuple[str, ...]] = (
+        {"": (steps,)}
+        if machine.is_tiny
+        else {"": (steps,), ", MLP": (steps, MLP), ", token-routed": (steps, *TOKEN_ROUTED)}
+    )
     with tempfile.TemporaryDirectory() as folder:
         exact = train(machine, 1, {kind: (*NOT_SHARDED, *keys) for kind, keys in kinds.items()}, Path(folder, "one"))
-        split = {name + kind: (*ways, *keys) for name, ways in layouts.items() for kind, keys in kinds.items()}
+        split = {
+            name + kind: (*ways, *keys)
+            for name, ways in layouts.items()
+            for kind, keys in kinds.items()
+            if kind != ", token-routed" or name in TOKEN_LAYOUTS
+        }
         found = train(machine, 2, split, Path(folder, "two"))
     rows = []
     for name, losses in found.items():
-        kind = ", MLP" if name.endswith(", MLP") else ""
+        kind = next(kind for kind in reversed(kinds) if name.endswith(kind))
         pairs = zip(losses, exact[kind], strict=True)
         rows.append(limited(f"2 ranks, {name}: loss against 1 rank", max(abs(a - b) / b for a, b in pairs), "", LIMIT))
     return rows

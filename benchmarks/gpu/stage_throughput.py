@@ -31,6 +31,7 @@ class Case:
     batch: int
     parallel: Mapping[str, Any]
     deepspeed: Mapping[str, Any]
+    moe: Mapping[str, Any] | None = None
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -42,6 +43,7 @@ def cases(machine: Machine) -> Iterator[Case]:
         yield Case("eager", size, batch, {"compile": False}, ZERO_1)
         yield Case("compiled", size, batch, {"compile": True}, ZERO_1)
         yield Case("compiled, ZeRO 2 with overlap", size, batch, {"compile": True}, OVERLAPPED)
+    yield Case("token-routed experts", "S/2", 256, {"compile": True}, ZERO_1, {"experts": 8, "balance": "aux"})
 
 
 def measure(machine: Machine) -> list[Row]:
@@ -60,8 +62,9 @@ def measure(machine: Machine) -> list[Row]:
 
 def measure_case(machine: Machine, comm: Comm, case: Case, peak_teraflops: float) -> list[Row]:
     """Time and memory of one case."""
+    token_routed = {} if case.moe is None else {"variant": "dit", "moe": case.moe}
     keys = {
-        "model": model_keys(machine, case.size),
+        "model": model_keys(machine, case.size) | token_routed,
         "parallel": {"device": machine.device.type, **case.parallel},
         "train": {"steps": 1000, "global_batch": case.batch, "precision": "bf16"},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rows import Machine, Row, limited
 from small_run import comm_of_one, model_keys, open_run
 from train_steps import training_step
 
+from sdit.distributed.comm import Comm
 from sdit.transfers import Download
 
 STEPS = 3
@@ -22,12 +23,21 @@ WAITS_PER_STEP = 2  # the sums, and behind the forward pass the gates
 
 
 def measure(machine: Machine) -> list[Row]:
-    """Waits per step on purpose, and each line that torch reports as a wait."""
-    keys = {
-        "model": model_keys(machine, "S/2"),
-        "train": {"steps": 1000, "global_batch": 8 if machine.is_tiny else 32, "precision": "bf16"},
-    }
-    with comm_of_one(machine) as comm, open_run(machine, comm, keys) as (trainer, _):
+    """The rows of a Switch-DiT, and of a DiT with token-routed experts, whose rows the device counts itself."""
+    switch = model_keys(machine, "S/2")
+    token_routed = {**switch, "variant": "dit", "moe": {"experts": 4, "balance": "aux"}}
+    with comm_of_one(machine) as comm:
+        return [
+            *waits_of(machine, comm, "a step", switch, WAITS_PER_STEP),
+            *waits_of(machine, comm, "a step with token-routed experts", token_routed, 1),
+        ]
+
+
+def waits_of(machine: Machine, comm: Comm, name: str, model: Mapping[str, Any], limit: int) -> list[Row]:
+    """Waits per step on purpose, of which there may be `limit`, and each line that torch reports as a wait."""
+    batch = 8 if machine.is_tiny else 32
+    keys = {"model": model, "train": {"steps": 1000, "global_batch": batch, "precision": "bf16"}}
+    with open_run(machine, comm, keys) as (trainer, _):
         step = training_step(trainer)
         for _ in range(2):
             step()
@@ -37,10 +47,10 @@ def measure(machine: Machine) -> list[Row]:
         ):
             for _ in range(STEPS):
                 step()
-    rows = [limited("waits of a step on purpose (transfers.Download)", waits.call_count / STEPS, "", WAITS_PER_STEP)]
+    rows = [limited(f"waits of {name} on purpose (transfers.Download)", waits.call_count / STEPS, "", limit)]
     others = {line: count for line, count in lines.items() if not line.startswith("sdit/transfers.py")}
-    rows.append(limited("other waits of a step, by torch's report", sum(others.values()) / STEPS, "", 0))
-    return rows + [Row(f"waits at {line}", count / STEPS, "per step") for line, count in others.items()]
+    rows.append(limited(f"other waits of {name}, by torch's report", sum(others.values()) / STEPS, "", 0))
+    return rows + [Row(f"waits of {name} at {line}", count / STEPS, "per step") for line, count in others.items()]
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class _Body(_Section):
     prior_columns: list[Count] | None = None
     prior_every_steps: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     expert_layout: _ExpertLayout | None = None
+    expert_parallel: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     written_by: dict[str, Any] = {}
     length_images: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     index: _Index | None = None

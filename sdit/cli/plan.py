@@ -25,7 +25,7 @@ from sdit.cli.presets import DEFAULT_DEEPSPEED, DEFAULT_HARDWARE, config_file, d
 from sdit.cli.process import command
 from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
 from sdit.errors import ExitCode
-from sdit.planner.hardware import Hardware, read_hardware
+from sdit.planner.hardware import RESERVE_GIB, Hardware, read_hardware
 
 if TYPE_CHECKING:
     from sdit.planner.report import Plan
@@ -41,8 +41,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--nodes", type=_count, default=1, metavar="N", help="hosts (default: 1)")
     add("--gpus-per-node", type=_count, default=1, metavar="G", help="ranks on each host, one a GPU (default: 1)")
     add("--memory-gib", type=_size, metavar="M", help="memory of one GPU, or of one rank on a CPU")
-    reserve_help = "of it, what context, libraries and fragmentation take (default: 2)"
-    add("--reserve-gib", type=_size, default=2.0, metavar="M", help=reserve_help)
+    reserve_help = f"of it, what context, libraries and fragmentation take (default: {RESERVE_GIB:g})"
+    add("--reserve-gib", type=_size, default=RESERVE_GIB, metavar="M", help=reserve_help)
     device_help = "where ranks compute (default: that of the hardware file with --simulate, else cuda)"
     add("--device", choices=("cuda", "cpu"), help=device_help)
     routes_help = (
@@ -123,9 +123,10 @@ def _hardware(options: argparse.Namespace) -> Hardware:
 
 def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any], hardware: Hardware | None) -> Plan:
     """Return the plan of memory and traffic, with a remedy if the run does not fit."""
+    from sdit.planner.expert_size import choose_size, chooses_size
     from sdit.planner.layout import Job, plan_job
     from sdit.planner.memory import Memory, plan_memory
-    from sdit.planner.remedy import advise  # these import torch: not for --help and wrong configs
+    from sdit.planner.remedy import advise, with_values  # these import torch: not for --help and wrong configs
     from sdit.planner.report import Plan
     from sdit.planner.traffic import Exchange, plan_exchange
 
@@ -137,6 +138,9 @@ def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any]
         exchange = plan_exchange(job, options.routes)
         return job, exchange, plan_memory(job, exchange, device)
 
+    if chooses_size(config):  # as the run does
+        run = resolve_run(config, deepspeed, str(options.ds_config), world, options.gpus_per_node)
+        config = with_values(config, "parallel", expert=choose_size(run, options.gpus_per_node)[0])
     job, exchange, memory = plan(config, deepspeed)
     room = _room_bytes(options, hardware)
     fits = room is None or memory.peak <= room

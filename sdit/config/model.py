@@ -221,6 +221,13 @@ class ModelConfig(Section):
         return [block for block in range(self.depth) if self.has_moe(block)]
 
     @property
+    def common_experts(self) -> int:
+        """The greatest common divisor of the experts of each kind, which EP divides. It is 1 for a model without experts."""
+        counts = [self.experts.count] if self.variant == "switch" else []
+        counts += [self.moe.experts] if self.moe is not None else []
+        return math.gcd(*counts) or 1
+
+    @property
     def head_width(self) -> int:
         """d, the channels of an attention head."""
         return self.width // self.heads

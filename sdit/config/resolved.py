@@ -5,7 +5,6 @@ Each process computes it once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,8 +99,6 @@ def largest_world(config: Config, ranks: int) -> int:
 def _expert_parallel(config: Config, world: int, ranks_per_node: int) -> int:
     """Return EP, which divides the experts of each kind. It is 1 for models without experts."""
     model = config.model
-    counts = [model.experts.count] if model.variant == "switch" else []
-    counts += [model.moe.experts] if model.moe is not None else []
-    if not counts:
+    if model.variant != "switch" and model.moe is None:
         return 1
-    return choose_expert_parallel(config.parallel.expert, math.gcd(*counts), world, ranks_per_node)
+    return choose_expert_parallel(config.parallel.expert, model.common_experts, world, ranks_per_node)

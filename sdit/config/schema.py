@@ -219,7 +219,16 @@ class BalanceConfig(Section):
 
 
 class ParallelConfig(Section):
-    expert: int | Literal["auto"] = field("auto", "EP, ranks of an expert group; auto: largest legal size in a node")
+    expert: int | Literal["auto"] = field(
+        "auto",
+        "EP, ranks of an expert group; auto: largest legal size in a node, or with parallel.hardware the fastest that fits",
+    )
+    hardware: PathText | None = field(
+        None,
+        "hardware file of the cluster, measured by sdit doctor --write FILE: parallel.expert auto then takes the EP with the "
+        "least predicted step time of those that fit into memory; null: the largest legal size in a node",
+        min_length=1,
+    )
     exchange: Literal["auto", "tokens", "weights"] = field(
         "auto", "send samples to experts, expert weights to all ranks, or the cheaper of both"
     )

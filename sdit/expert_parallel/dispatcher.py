@@ -75,10 +75,11 @@ class PlannedPass:
         """Compute the local rows, then the received rows, and start to send the results of the received rows back."""
         block, z, gates, experts, replicas, arriving = dispatched
         plan, returning = self._blocks[block], None
-        mixed = experts.mix(z, plan.local.weights(gates), plan.local.rows, replicas)
+        local = experts.parameter_rows()
+        mixed = experts.mix(z, plan.local.weights(gates), plan.local.rows, replicas, local)
         if arriving is not None:
             arrived = arriving.wait()
-            served = experts.mix(arrived, plan.remote.weights(gates), plan.remote.rows)
+            served = experts.mix(arrived, plan.remote.weights(gates), plan.remote.rows, local=local)
             returning = begin_rows(self._group, served.to(arrived.dtype), plan.receive_splits, plan.send_splits)
         return Computed(block, mixed, returning)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sdit.config import describe_error, dump_yaml, read_yaml
 from sdit.errors import ConfigError
 
+RESERVE_GIB = 2.0  # of a device's memory, for context, libraries and fragmentation
 Width = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sdit.config import Config, resolve_run
+from sdit.config import Config, ResolvedRun, resolve_run
 from sdit.config.deepspeed_json import offloads_optimizer, uses_bf16_optimizer
 from sdit.diffusion import build_objective
 from sdit.model import DiffusionTransformer, ParameterCount, build_model, count_parameters
+from sdit.model.freezing import freeze
 from sdit.model.moe.base import Experts
 from sdit.topology import BatchPlan
-from sdit.train.freezing import freeze
 
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
 ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this x the ranks that share it
@@ -104,8 +104,12 @@ def plan_job(config: Config, deepspeed: dict[str, Any], source: str, world: int,
 
     Raises: ConfigError: if the config cannot run on this number of ranks, or the JSON contradicts it.
     """
-    run = resolve_run(config, deepspeed, source, world, per_node)
-    zero = run.deepspeed["zero_optimization"]
+    return job_of_run(resolve_run(config, deepspeed, source, world, per_node), per_node)
+
+
+def job_of_run(run: ResolvedRun, per_node: int) -> Job:
+    """Return the job of a run with `per_node` ranks per node. Raises: ConfigError: if `train.freeze` does not fit the model."""
+    config, world, zero = run.config, run.world, run.deepspeed["zero_optimization"]
     model = build_model(config.model, device="meta")
     freeze(model, config.train.freeze)
     objective = build_objective(config.diffusion, config.model.timesteps)

@@ -63,15 +63,14 @@ def _remedies(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config
         name = "parallel.activation_checkpointing=block"
         text = f"{name}: a third more arithmetic"
         yield text, with_values(config, "parallel", activation_checkpointing="block"), deepspeed
-    if config.model.variant == "switch":
-        for size in legal_expert_sizes(config.model.experts.count, job.world):
-            if size > job.expert_parallel:
-                where = "within a node" if job.per_node % size == 0 else "across nodes"
-                yield (
-                    f"parallel.expert={size}: more exchange, {where}",
-                    with_values(config, "parallel", expert=size),
-                    deepspeed,
-                )
+    for size in legal_expert_sizes(config.model.common_experts, job.world):
+        if size > job.expert_parallel:
+            where = "within a node" if job.per_node % size == 0 else "across nodes"
+            yield (
+                f"parallel.expert={size}: more exchange, {where}",
+                with_values(config, "parallel", expert=size),
+                deepspeed,
+            )
     if config.train.precision == "fp32":
         yield "train.precision=bf16: other rounding", with_values(config, "train", precision="bf16"), deepspeed
     if not job.offload:

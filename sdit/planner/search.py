@@ -59,9 +59,7 @@ def search_layouts(
 
 def _splits(job: Job) -> Iterator[tuple[int, int]]:
     """Yield each legal EP with each legal micro-batch."""
-    model = job.config.model
-    sizes = legal_expert_sizes(model.experts.count, job.world) if model.variant == "switch" else [1]
-    for expert in sizes:
+    for expert in legal_expert_sizes(job.config.model.common_experts, job.world):
         for micro_batch in divisors(job.batch.global_batch // job.world):
             yield expert, micro_batch
 

@@ -16,9 +16,9 @@ from sdit.distributed.comm import Comm
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
+from sdit.model.freezing import freeze
 from sdit.model.moe.kernels import has_triton
 from sdit.model.moe.token_moe import TokenMoe
-from sdit.train.freezing import freeze
 from sdit.train.initial_weights import read_initial_weights
 from sdit.train.module import TrainModule
 from sdit.train.optimizer import make_optimizer, parameter_groups

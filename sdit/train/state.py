@@ -64,6 +64,7 @@ class RunState:
             "prior_columns": self.prior.columns,
             "prior_every_steps": self.prior.chosen,
             "expert_layout": self.experts.stored(),
+            "expert_parallel": self._run.expert_parallel,
             **self.data.stored(),
             "written_by": {
                 "sdit": sdit.__version__,

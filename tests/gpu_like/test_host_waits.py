@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import sdit.expert_parallel.all_to_all
+import sdit.expert_parallel.expert_parallel
 from sdit.config import Config
 from sdit.diffusion import SamplerSettings, sample
+from sdit.expert_parallel.token_exchange import TokenExchange
 from sdit.model import build_model, forward_with_guidance
 from tests.gpu_like.conftest import META, Waits
 from tests.gpu_like.meta_run import make_config, meta_step, run_step
@@ -98,6 +101,25 @@ def test_token_routed_experts_add_no_wait(waits: Waits, moe: dict[str, Any]) -> 
     waits.pageable.clear()
     run_step(step)
     assert waits.events == ["forward", "backward", SUMS] * 2 and not waits.pageable
+
+
+@pytest.mark.parametrize(
+    ("moe", "sizes"),
+    [({"balance": "bias", "capacity_factor": 1.0}, 0), ({"router": "expert_choice"}, 0), ({"balance": "aux"}, 2)],
+)
+def test_two_ranks_wait_for_sizes_of_token_routed_experts_only_without_a_limit(
+    waits: Waits, two_ranks: None, monkeypatch: pytest.MonkeyPatch, moe: dict[str, Any], sizes: int
+) -> None:
+    """A limit of the routes bounds the buffers on a GPU. Otherwise the host reads the sizes once in each of the two blocks."""
+    bounded = partial(TokenExchange, is_bounded=True)
+    monkeypatch.setattr(sdit.expert_parallel.expert_parallel, "TokenExchange", lambda group, _: bounded(group))
+    config = make_config("dit", more_model={"moe": {"experts": 4, **moe}}, parallel={"expert": 2})
+    step, model = meta_step(config, 2, waits)
+    model.bfloat16()
+    run_step(step)
+    waits.pageable.clear()
+    run_step(step)
+    assert waits.events == [*["PendingSizes.wait"] * sizes, "forward", "backward", SUMS] * 2 and not waits.pageable
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])

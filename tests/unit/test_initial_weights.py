@@ -22,7 +22,7 @@ from sdit.interop import FLOW_MODEL, load_published, read_weights, to_published,
 from sdit.interop.flow_weights import DATA_AT_ONE
 from sdit.model import DiffusionTransformer, build_experts, build_model
 from sdit.model.embedding import grid_positions
-from sdit.train.freezing import freeze
+from sdit.model.freezing import freeze
 from sdit.train.initial_weights import InitialWeights, read_initial_weights
 from sdit.train.resume import Resumed, describe_resume
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sdit.model.moe.grouped import SortedPairs
 
 NONE: Mapping[str, Tensor] = {}
+ParameterRows = tuple[Any, ...]  # of each parameter its rows, or the parameter itself
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,21 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
-    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+    def parameter_rows(self) -> ParameterRows | None:
+        """Return the local parameters for all calls of `mix` in one forward pass, or None if these experts need no such thing.
+
+        The calls then add their gradients of each expert, and the gradients of all experts are stacked once, not in each call.
+        """
+        return None
+
+    def mix(
+        self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE,
+        local: ParameterRows | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the weighted sum of expert outputs (B, L, D) for z (B, L, D), computed on the planned rows only.
 
         `replicas` are parameters (n, ...) by name of n experts of other ranks. `weights` (B, M_local + n) are the gates of
-        the local experts, then of the replicas.
+        the local experts, then of the replicas. `local` is what `parameter_rows` returned, for several calls in one forward pass.
         """
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdit.config import ExpertsConfig, ModelConfig, MoeConfig
-from sdit.model.moe.base import NONE, ExpertRows, Experts
+from sdit.model.moe.base import NONE, ExpertRows, Experts, ParameterRows
 from sdit.model.moe.grouped import has_grouped_product
 from sdit.model.moe.merged import merged_linear
 from sdit.model.moe.mlp_experts import MlpExperts, SwiGluExperts
@@ -26,7 +26,10 @@ class LinearExperts(Experts):
         """Return the mixture (B, L, D) of z (B, L, D) with gates (B, M_local): one product per sample."""
         return merged_linear(z, gates, self.w, self.b)
 
-    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+    def mix(
+        self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE,
+        local: ParameterRows | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
         w = torch.cat([self.w, replicas["w"]]) if replicas else self.w
         b = torch.cat([self.b, replicas["b"]]) if replicas else self.b

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdit.model.feed_forward import silu_times
-from sdit.model.moe.base import NONE, ExpertRows, Experts
+from sdit.model.moe.base import NONE, ExpertRows, Experts, ParameterRows
 from sdit.model.moe.grouped import SortedPairs, grouped_mlp, grouped_swiglu, has_grouped_product, sort_pairs
 
 Stacks = tuple[Tensor, ...]  # the parameters of all experts, in the order of `StackedExperts.stacks`
@@ -55,17 +55,26 @@ class StackedExperts(Experts):
         used = (gates.detach() != 0).expand(len(z), -1).cpu()
         gate_of = gates.to(z.dtype).expand(len(z), -1).unbind(1)
         out = torch.zeros_like(z)
-        for expert, gate, row in zip(self._functions(stacks), gate_of, used.unbind(1), strict=True):
+        for expert, gate, row in zip(self._functions(_rows(stacks)), gate_of, used.unbind(1), strict=True):
             samples = row.nonzero().squeeze(1).to(z.device)
             if len(samples):
                 out.index_add_(0, samples, expert(z[samples]) * gate[samples, None, None])
         return out
 
-    def mix(self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE) -> Tensor:
+    def parameter_rows(self) -> ParameterRows:
+        """Return the rows of each parameter, or the parameters themselves for grouped products."""
+        stacks = self._stacks()
+        return _InOneNode.apply(*stacks) if self.is_grouped() else _rows(stacks)
+
+    def mix(
+        self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE,
+        local: ParameterRows | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the weighted sum (n, L, D) of the experts in `rows` for z (n, L, D), local experts and `replicas`."""
-        own = self._stacks()
+        own = self.parameter_rows() if local is None else local
         mix = self._mix_grouped if self.is_grouped() else self._mix_by_expert
-        return mix(z.to(own[0].dtype), weights, rows, own, tuple(replicas[name] for name in self.stacks if replicas))
+        z = z.to(self._stacks()[0].dtype)
+        return mix(z, weights, rows, own, tuple(replicas[name] for name in self.stacks if replicas))
 
     def _stacks(self) -> Stacks:
         return tuple(getattr(self, name) for name in self.stacks)
@@ -78,23 +87,19 @@ class StackedExperts(Experts):
     def _shared(self, z: Tensor, gates: Tensor) -> Tensor:
         """Return the mixture (B, L, D) of experts that all samples use, for gates (1, M). The host waits for nothing."""
         gate, chosen = gates[0].to(z.dtype).topk(self.top_k)
-        experts = self._functions([stack.index_select(0, chosen) for stack in self._stacks()])
+        experts = self._functions(_rows([stack.index_select(0, chosen) for stack in self._stacks()]))
         return torch.stack([expert(z) * gate[j] for j, expert in enumerate(experts)]).sum(0)
 
-    def _functions(self, stacks: Sequence[Tensor]) -> list[partial[Tensor]]:
-        """Return the experts as functions of tokens (n, L, D), without gates.
-
-        The rows come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
-        """
-        rows = zip(*(stack.unbind() for stack in stacks), strict=True)
-        return [partial(self.expert, stacks=row) for row in rows]
+    def _functions(self, rows: ParameterRows) -> list[partial[Tensor]]:
+        """Return the experts, whose parameters are `rows`, as functions of tokens (n, L, D), without gates."""
+        return [partial(self.expert, stacks=row) for row in zip(*rows, strict=True)]
 
     def _mix_by_expert(
-        self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
+        self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: ParameterRows, replicas: Stacks
     ) -> Tensor:
         """Return the mixture (n, L, D) by a loop over the experts that some row uses."""
         own = self._functions(local)
-        functions = own + (self._functions(replicas) if replicas else [])
+        functions = own + (self._functions(_rows(replicas)) if replicas else [])
         mixed = torch.zeros_like(tokens)
         for column, users in rows.by_expert():
             gate = weights[:, column].index_select(0, users).to(tokens.dtype)
@@ -102,11 +107,8 @@ class StackedExperts(Experts):
         # One local expert is enough, because its rows belong to the same parameters as those of the others.
         return _depend_on_unused(mixed, rows, (tokens, weights), own[0].keywords["stacks"], replicas)
 
-    def _mix_grouped(
-        self, tokens: Tensor, weights: Tensor, rows: ExpertRows, local: Stacks, replicas: Stacks
-    ) -> Tensor:
+    def _mix_grouped(self, tokens: Tensor, weights: Tensor, rows: ExpertRows, own: Stacks, replicas: Stacks) -> Tensor:
         """Return the mixture (n, L, D) by grouped products of the local experts, and of the replicas."""
-        own = _InOneNode.apply(*local)
         if rows.counts is None:
             return self.grouped(tokens, weights, rows.pairs, own)
         columns, pairs = len(own[0]), sum(rows.counts[: len(own[0])])
@@ -158,6 +160,14 @@ class SwiGluExperts(StackedExperts):
     def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
         """Return `grouped_swiglu`."""
         return grouped_swiglu(z, weights, pairs, stacks)
+
+
+def _rows(stacks: Sequence[Tensor]) -> ParameterRows:
+    """Return the rows of each parameter (n, ...).
+
+    They come from `unbind`. The gradient of an index such as w1[j] would allocate M matrices for each expert.
+    """
+    return tuple(stack.unbind() for stack in stacks)
 
 
 def _depend_on_unused(

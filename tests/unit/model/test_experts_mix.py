@@ -10,7 +10,7 @@ from torch import Tensor
 from sdit.config import ExpertsConfig
 from sdit.model import Experts, build_experts
 from sdit.model.moe.base import ExpertRows
-from sdit.model.moe.grouped import SortedPairs
+from sdit.model.moe.grouped import SortedPairs, sort_pairs
 from sdit.model.moe.merged import merged_linear
 
 SAMPLES, TOKENS, WIDTH = 5, 4, 8
@@ -141,3 +141,24 @@ def test_merged_matrices_are_not_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         experts(z, gates)
     assert max(saved) <= max(z.numel(), 3 * WIDTH**2) < SAMPLES * WIDTH**2
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_calls_that_share_parameter_rows_stack_gradients_once(kind: Literal["linear", "mlp"]) -> None:
+    """Local and received samples of a block: the same bits as calls that share nothing, and one copy of all gradients less."""
+    count, top_k = 4, 2
+    experts = _experts(kind, count)
+    z, gates = _inputs(count, top_k)
+    pairs = sort_pairs(gates, top_k)
+    rows = ExpertRows(None, pairs, pairs.counts())
+
+    def gradients(shares: bool) -> tuple[list[Tensor], int]:
+        local = experts.parameter_rows() if shares else None
+        mixed = experts.mix(z, gates, rows, local=local) + experts.mix(2 * z, gates, rows, local=local)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            found = torch.autograd.grad(mixed.square().sum(), [z, gates, *experts.parameters()])
+        return list(found), sum(event.count for event in profiler.key_averages() if event.key == "aten::stack")
+
+    (shared, stacked), (apart, stacked_apart) = gradients(True), gradients(False)
+    assert all(torch.equal(a, b) for a, b in zip(shared, apart, strict=True))
+    assert (stacked, stacked_apart) == ((4, 8) if kind == "mlp" else (0, 0))

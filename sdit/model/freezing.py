@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from sdit.errors import ConfigError
-from sdit.model import DiffusionTransformer
+from sdit.model.dit import DiffusionTransformer
 
 
 def freeze(model: DiffusionTransformer, patterns: Sequence[str]) -> None:
