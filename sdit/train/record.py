@@ -97,11 +97,13 @@ class StepRecord(Validation):
         "ratio", "largest expected load of an expert over the mean", gauge="sdit_expert_load_max_over_mean_ratio"
     )
     token_load_max_over_mean: float | None = metric(
-        "ratio", "token-routed experts: largest choices of an expert in the step over the mean of its block"
-    )
+        "ratio", "token-routed experts: largest choices of an expert in the step over the mean of its block",
+        gauge="sdit_token_load_max_over_mean_ratio",
+    )  # fmt: skip
     token_dropped_fraction: float | None = metric(
-        "fraction", "token-routed experts: (token, expert) pairs over capacity, of the step"
-    )
+        "fraction", "token-routed experts: (token, expert) pairs over capacity, of the step",
+        gauge="sdit_token_dropped_ratio",
+    )  # fmt: skip
     router_entropy: float | None = metric(
         "nats", "token-routed experts: mean entropy of the scores of a token; log M if they are even"
     )
