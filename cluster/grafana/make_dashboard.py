@@ -203,6 +203,30 @@ ROWS: dict[str, list[Panel]] = {
             {"rate(sdit_expert_dropped_samples_total{RUN}[$__rate_interval])": "block {{block}}"},
         ),
         Panel(
+            "Load of token-routed experts",
+            "Over the mean of the block; 0: no token",
+            {"sdit_token_load_ratio{RUN}": "block {{block}} expert {{expert}}"},
+            width=12,
+        ),
+        Panel(
+            "Router entropy",
+            "Of a token's scores, by block; ln M: even, 0: collapsed",
+            {"sdit_router_entropy_nats{RUN}": "block {{block}}"},
+            width=12,
+        ),
+        Panel(
+            "Fullest token-routed expert",
+            "Over the mean of its block",
+            {"sdit_token_load_max_over_mean_ratio{RUN}": "expert"},
+        ),
+        Panel("Token-routed experts without tokens", "By block", {"sdit_token_dead_experts{RUN}": "block {{block}}"}),
+        Panel(
+            "Dropped tokens",
+            "Share of (token, expert) pairs",
+            {"sdit_token_dropped_ratio{RUN}": "dropped"},
+            "percentunit",
+        ),
+        Panel(
             "Exchange traffic",
             "All ranks, by what travels",
             {"sum by (mode) (rate(sdit_exchange_bytes_total{RUN}[$__rate_interval]))": "{{mode}}"},

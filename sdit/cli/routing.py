@@ -1,12 +1,16 @@
-"""Draw which experts the denoising tasks take: affinity, overlap of paths, agreement with the prior, load.
+"""Draw which experts the denoising tasks or the tokens take.
 
   sdit routing --checkpoint runs/digits --out map.png
   sdit routing --checkpoint Switch-DiT-S.pt --config switch_s2.yaml --out map.png
   sdit routing --checkpoint runs/digits/routing/images-000000064000.npz --out map.png
+  sdit routing --checkpoint runs/ditmoe_s2_8e2a/routing/tokens-000000064000.npz --out map.png
 
-The routes depend on the timestep only, so the map is exact: it needs no images. With a capacity
-(model.experts.capacity_factor) it also counts the samples that full experts drop in a step, as the mean of random batches.
-Training saves the gate probabilities as arrays in RUN/routing; an array file is drawn as it was saved.
+Switch-DiT: affinity, overlap of paths, agreement with the prior, load. The routes depend on the timestep only, so the map
+is exact: it needs no images. With a capacity (model.experts.capacity_factor) it also counts the samples that full experts
+drop in a step, as the mean of random batches.
+Token-routed experts (model.moe): load over the timesteps and over the image, as training counted it in one step. A run
+folder of such a model without timestep gates gives its newest map.
+Training saves arrays in RUN/routing; an array file is drawn as it was saved.
 Exit status: 0 done, 64 wrong command line, 74 unreadable checkpoint or unwritable file, 78 a model without gates.
 """
 
@@ -34,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--checkpoint", type=Path, required=True, metavar="RUN",
-        help="run folder, checkpoint folder, published file, or array file RUN/routing/images-N.npz",
+        help="run folder, checkpoint folder, published file, or array file of RUN/routing",
     )  # fmt: skip
     add_trained_options(add)
     add("--out", type=Path, required=True, metavar="PNG", help="file to write")
@@ -58,7 +62,11 @@ def run(options: argparse.Namespace) -> int:
     trained = load_trained(options.checkpoint, options.weights, options.config)
     config, model = trained.config, trained.config.model
     if model.variant != "switch":
-        raise ConfigError(f"model.variant: {model.variant} has no gates; legal for a routing map: switch")
+        if model.moe is not None:
+            return draw_arrays(newest_token_map(options.checkpoint), options.out)
+        raise ConfigError(
+            f"model.variant: {model.variant} has no gates and model.moe is null; legal for a routing map: switch, or a model.moe"
+        )
     probs = trained.model.all_gate_probs()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"after {trained.clock.images_seen:,} images ({options.weights})"
@@ -70,17 +78,32 @@ def run(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def newest_token_map(run: Path) -> Path:
+    """Return the newest map of token-routed experts of a run folder. Raises: CheckpointError if there is none."""
+    from sdit.observe.token_maps import token_map_files
+
+    files = token_map_files(run / "routing")
+    if not files:
+        raise CheckpointError(f"{run}: no map of token-routed experts in routing/; only training can count one")
+    return files[-1]
+
+
 def draw_arrays(path: Path, out: Path) -> int:
     """Draw a file of RUN/routing. Raises: CheckpointError if it cannot be read."""
     from sdit.observe.routing import UNREADABLE, Snapshot
     from sdit.observe.routing_figures import draw_map
+    from sdit.observe.token_figures import draw_token_map
+    from sdit.observe.token_maps import TokenMap
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        snapshot = Snapshot.load(path)
+        if path.name.startswith("tokens-"):
+            draw_token_map(TokenMap.load(path), out)
+        else:
+            snapshot = Snapshot.load(path)
+            draw_map(snapshot, out, f"after {snapshot.images_seen:,} images")
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a routing snapshot ({type(error).__name__}: {error})") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_map(snapshot, out, f"after {snapshot.images_seen:,} images")
     print(out)
     return ExitCode.DONE
 

@@ -170,7 +170,10 @@ class ObserveConfig(Section):
     )
     metrics_address: str = field("127.0.0.1", "address the exporter listens on; 0.0.0.0: all")
     metrics_experts: int = field(
-        512, "maximum of (block, expert) pairs with their own series; 0: none", ge=0, le=16_384
+        512,
+        "maximum of (block, expert) pairs with their own series, for each kind of experts; 0: none",
+        ge=0,
+        le=16_384,
     )
     peak_teraflops: float | None = field(
         None,

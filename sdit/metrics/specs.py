@@ -89,6 +89,30 @@ RANK_METRICS = (
     MetricSpec(
         "sdit_expert_dropped_ratio", "gauge", "Fraction of (sample, expert) pairs dropped in the newest logged step"
     ),
+    MetricSpec(
+        "sdit_token_load_ratio",
+        "gauge",
+        "Choices of a token-routed expert over its block's mean, newest logged step; 0: no token",
+        ("block", "expert"),
+    ),
+    MetricSpec(
+        "sdit_token_dead_experts",
+        "gauge",
+        "Token-routed experts of a block that got less than 0.005 % of the choices, newest logged step",
+        ("block",),
+    ),
+    MetricSpec(
+        "sdit_token_load_max_over_mean_ratio",
+        "gauge",
+        "Largest choices of a token-routed expert over the mean, worst block",
+    ),
+    MetricSpec("sdit_token_dropped_ratio", "gauge", "Fraction of (token, expert) pairs dropped in the newest step"),
+    MetricSpec(
+        "sdit_router_entropy_nats",
+        "gauge",
+        "Mean entropy of a token's scores, newest logged step; ln M if even, 0 if one expert has all",
+        ("block",),
+    ),
     MetricSpec("sdit_rank_load_max_over_mean_ratio", "gauge", "Largest expert work of a rank over the mean"),
     MetricSpec("sdit_exchange_bytes_total", "counter", "Bytes sent between ranks for experts, all ranks", ("mode",)),
     MetricSpec(

@@ -40,7 +40,7 @@ class PrometheusObserver(Observer):
     def __init__(self, config: Config, run_dir: Path, info: RankInfo, path: Path) -> None:
         self._config, self._run_dir, self._path = config, run_dir, path
         self._is_first = info.rank == 0
-        self._blocks = shown_blocks(config)
+        self._blocks, self._token_blocks = shown_blocks(config), shown_token_blocks(config)
         self._bad_samples: dict[str, int] = {}
         self._writer: SharedMetricsWriter | None = None
 
@@ -140,6 +140,18 @@ class PrometheusObserver(Observer):
             if block in self._blocks:
                 for expert, load in enumerate(loads):
                     writer.set("sdit_expert_load_ratio", load / mean, str(block), str(expert))
+        self._write_tokens(writer, record)
+
+    def _write_tokens(self, writer: SharedMetricsWriter, record: StepRecord) -> None:
+        """Write the loads and the entropy of token-routed experts. A record has one row for each block with such experts."""
+        blocks, entropies = self._config.model.moe_blocks, record.router_entropy_by_block or ()
+        for block, entropy in zip(blocks, entropies, strict=False):
+            writer.set("sdit_router_entropy_nats", entropy, str(block))
+        for block, loads in zip(blocks, record.token_load or (), strict=False):
+            writer.set("sdit_token_dead_experts", sum(load == 0 for load in loads), str(block))
+            if block in self._token_blocks:
+                for expert, load in enumerate(loads):
+                    writer.set("sdit_token_load_ratio", load * len(loads), str(block), str(expert))
 
     def _publish(self) -> None:
         assert self._writer is not None
@@ -166,9 +178,23 @@ class PrometheusObserver(Observer):
             ("block",): blocks,
             ("block", "expert"): [(str(block), expert) for block in self._blocks for expert in experts],
         }
+        of_tokens = self._token_labels()
         for spec in RANK_METRICS:
             if spec.by_rank or self._is_first:
-                yield from ((spec.name, values) for values in labels[spec.labels])
+                yield from ((spec.name, values) for values in of_tokens.get(spec.name, labels[spec.labels]))
+
+    def _token_labels(self) -> dict[str, list[tuple[str, ...]]]:
+        """Return the labels of the series of token-routed experts, by metric. A run without such experts has none of them."""
+        model, blocks = self._config.model, [(str(block),) for block in self._config.model.moe_blocks]
+        experts = [] if model.moe is None else [str(expert) for expert in range(model.moe.experts)]
+        whole: list[tuple[str, ...]] = [()] if blocks else []
+        return {
+            "sdit_token_load_ratio": [(str(block), expert) for block in self._token_blocks for expert in experts],
+            "sdit_token_dead_experts": [*blocks],
+            "sdit_router_entropy_nats": [*blocks],
+            "sdit_token_load_max_over_mean_ratio": whole,
+            "sdit_token_dropped_ratio": whole,
+        }
 
 
 def shown_blocks(config: Config) -> list[int]:
@@ -179,10 +205,21 @@ def shown_blocks(config: Config) -> list[int]:
     model = config.model
     if model.variant != "switch":
         return []
-    count = min(model.depth, config.observe.metrics_experts // model.experts.count)
+    return _evenly(list(range(model.depth)), config.observe.metrics_experts // model.experts.count)
+
+
+def shown_token_blocks(config: Config) -> list[int]:
+    """Return the blocks whose token-routed experts have their own series, by the same rule."""
+    moe = config.model.moe
+    return [] if moe is None else _evenly(config.model.moe_blocks, config.observe.metrics_experts // moe.experts)
+
+
+def _evenly(blocks: list[int], limit: int) -> list[int]:
+    """Return at most `limit` of the blocks, evenly spaced, with the first and the last (of one: the first)."""
+    count = min(len(blocks), limit)
     if count <= 1:
-        return list(range(count))
-    return [round(number * (model.depth - 1) / (count - 1)) for number in range(count)]
+        return blocks[:count]
+    return [blocks[round(number * (len(blocks) - 1) / (count - 1))] for number in range(count)]
 
 
 def checkpoint_interval_images(config: Config) -> float:

@@ -46,7 +46,7 @@ def build_observers(
                 "sample.vae: is not set; the model samples latents, written to samples/latents-N.npz; no images"
             )
         observers += [MetricsFile(run_dir), Progress(), SampleGrids.of(config, run_dir, shows_images)]
-        if config.model.variant == "switch":
+        if config.model.variant == "switch" or config.model.moe is not None:
             observers.append(RoutingMaps.of(config, run_dir))
         if config.observe.tensorboard:
             observers.append(TensorBoard(Path(str(run_dir)), shows_images))

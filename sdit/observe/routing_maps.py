@@ -1,4 +1,4 @@
-"""Saves the gates of a run as arrays during training, and draws them when the run is complete."""
+"""Saves routing maps of a run as arrays during training, and draws them when the run is complete."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdit.model import Assignment
 from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
 from sdit.observe.sample_grids import remove_after
+from sdit.observe.token_maps import TokenMap
 from sdit.supervise.run_folder import RunFolder
 from sdit.time_law import TimeLaw, prior_law
 from sdit.train.events import ROUTING, Observer, OnFailure
@@ -24,7 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class RoutingMaps(Observer):
-    """Writes RUN/routing/images-N.npz when a map is due, which takes milliseconds. Nothing is drawn during training."""
+    """Writes RUN/routing when a map is due, which takes milliseconds. Nothing is drawn during training.
+
+    images-N.npz are the gates of Switch-DiT, tokens-N.npz the counts of token-routed experts.
+    """
 
     name, on_failure = "routing maps", OnFailure.RETRY
 
@@ -55,6 +59,11 @@ class RoutingMaps(Observer):
         self._is_complete = clock.images_seen >= self._total_images
         if self._model.experts.capacity_factor is not None and record.dropped_by_block is not None:
             self._dropped = np.asarray(record.dropped_by_block, dtype=np.float32)
+        if (counts := record.token_counts) is not None:
+            found = TokenMap(
+                clock.images_seen, self._model.moe_blocks, counts.by_time, counts.by_position, counts.dropped
+            )
+            found.save(self._folder / f"tokens-{clock.images_seen:012d}.npz")
 
     def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
         assignment = None
@@ -71,14 +80,16 @@ class RoutingMaps(Observer):
         remove_after(self._folder, clock.images_seen)
 
     def missing(self, clock: Clock) -> set[str]:
-        return set() if self._path(clock).exists() else {ROUTING}
+        return set() if self._model.variant != "switch" or self._path(clock).exists() else {ROUTING}
 
     def close(self) -> None:
         """Draw the maps of a complete run. A run that was stopped or failed must exit at once, so it draws nothing."""
         if self._is_complete and self._may_draw:
             from sdit.observe.routing_figures import draw_run  # imports matplotlib
+            from sdit.observe.token_figures import draw_newest
 
             draw_run(self._folder, _log.warning)
+            draw_newest(self._folder, _log.warning)
 
     def _path(self, clock: Clock) -> Path:
         return self._folder / f"images-{clock.images_seen:012d}.npz"

@@ -69,8 +69,8 @@ class SampleGrids(Observer):
 
 
 def remove_after(folder: Path, images_seen: int) -> None:
-    """Delete the files images-N.* and latents-N.* with N > images_seen, which the resumed run writes again."""
-    for path in (*folder.glob("images-*.*"), *folder.glob("latents-*.*")):
+    """Delete the files images-N.*, latents-N.* and tokens-N.* with N > images_seen, which the resumed run writes again."""
+    for path in (path for kind in ("images", "latents", "tokens") for path in folder.glob(f"{kind}-*.*")):
         number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) > images_seen:
             path.unlink(missing_ok=True)

@@ -32,14 +32,14 @@ FRAME_NOTE = (
 
 def experts_section(runs: Sequence[RunRecord]) -> Section:
     """Return the section on experts. It is empty for models without gates."""
-    gated = [run for run in runs if run.routing or any(_is_table(record.get("expert_load")) for record in run.metrics)]
+    gated = [run for run in runs if run.routing or any(is_table(record.get("expert_load")) for record in run.metrics)]
     charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if gated]
     charts.append(("Agreement with the diffusion prior", _agreement(runs)))
     curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
     groups = [
         side_by_side(runs, title, draw, among=gated)
         for title, draw in (
-            ("Load of the experts over training", _loads),
+            ("Load of the experts over training", lambda run: load_map(run, "expert_load")),
             ("Dropped by block", _dropped),
             ("Task-expert affinity, now", _affinity),
             ("Paths and the prior, now", _paths),
@@ -60,22 +60,26 @@ def _agreement(runs: Sequence[RunRecord]) -> Element | None:
     return line_chart(series, "% of the paths", top=100.0) if any(one.xs for one in series) else None
 
 
-def _loads(run: RunRecord) -> Element | None:
-    """Return the load over the mean of the block, with one row per expert, over images."""
-    records = [record for record in run.metrics if _is_table(record.get("expert_load"))]
-    shapes = {np.shape(record["expert_load"]) for record in records[-1:]}
-    records = evenly([record for record in records if np.shape(record["expert_load"]) in shapes], MAX_COLUMNS)
+def load_map(run: RunRecord, key: str, every: int = 1) -> Element | None:
+    """Return the load over the mean of the block, with one row per expert, over images.
+
+    `key` of metrics.jsonl holds a table with one row for each block, or for the last one of every `every` blocks.
+    """
+    records = [record for record in run.metrics if is_table(record.get(key))]
+    shapes = {np.shape(record[key]) for record in records[-1:]}
+    records = evenly([record for record in records if np.shape(record[key]) in shapes], MAX_COLUMNS)
     if not records:
         return None
-    loads = np.array([record["expert_load"] for record in records], dtype=np.float64)  # (moments, depth, M)
+    loads = np.array([record[key] for record in records], dtype=np.float64)  # (moments, blocks, M)
     ratio = np.nan_to_num(loads / np.maximum(loads.mean(2, keepdims=True), 1e-9))
-    moments, depth, count = ratio.shape
+    moments, blocks, count = ratio.shape
     first, last = float(records[0]["images_seen"]), float(records[-1]["images_seen"])
     top = max(2.0, float(ratio.max()))
-    rgb = heat(ratio.reshape(moments, -1).T[:: _stride(depth * count)], "cividis", top)
+    rgb = heat(ratio.reshape(moments, -1).T[:: _stride(blocks * count)], "cividis", top)
     images = (first, last) if last > first else None
     scale = ("0", "cividis", f"{top:.2g} x mean")
-    return heat_map(rgb, "images seen", f"block ({count} experts each)", images, _centres(depth), scale)
+    edges = (every / 2 - 1, (blocks + 0.5) * every - 1)
+    return heat_map(rgb, "images seen", f"block ({count} experts each)", images, edges, scale)
 
 
 def _dropped(run: RunRecord) -> Element | None:
@@ -159,7 +163,7 @@ def _centres(count: int) -> tuple[float, float]:
     return -0.5, count - 0.5
 
 
-def _is_table(value: object) -> bool:
+def is_table(value: object) -> bool:
     """Return True for a list of lists of numbers with equal lengths."""
     try:
         return np.asarray(value, dtype=np.float64).ndim == 2

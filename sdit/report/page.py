@@ -14,10 +14,12 @@ from sdit.report.losses import loss_section
 from sdit.report.record import RunRecord
 from sdit.report.setup import config_section, data_section, environment_section, topology_section
 from sdit.report.speed import speed_section
+from sdit.report.token_experts import token_experts_section
 from sdit.report.values import is_number
 
 SECTIONS = (
-    loss_section, samples_section, scores_section, speed_section, experts_section, faults_section, checkpoints_section,
+    loss_section, samples_section, scores_section, speed_section, experts_section, token_experts_section,
+    faults_section, checkpoints_section,
     data_section, topology_section, config_section, environment_section,
 )  # fmt: skip
 ROWS = 40  # of a table; further rows are folded
@@ -49,6 +51,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
         words.append(f"{model['depth']} blocks of width {model['width']}")
         if model["variant"] == "switch" and "model.experts.count" in run.config:
             words.append(f"{run.config['model.experts.count']} experts, {run.config.get('model.experts.top_k')} used")
+        if is_number(run.config.get("model.moe.experts")):
+            words.append(f"{run.config['model.moe.experts']} token-routed experts in a block")
         words.append(f"images of {model['input_size']} x {model['input_size']} x {model['channels']}")
     images = run.last.get("images_seen")
     if is_number(images) and run.total_images and images < run.total_images:  # type: ignore[operator]

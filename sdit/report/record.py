@@ -14,6 +14,7 @@ from sdit.config import config_keys, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
 from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files
+from sdit.observe.token_maps import TokenMap, read_token_maps, token_map_files
 from sdit.report.values import is_number
 from sdit.supervise.unfinished import last_launch
 
@@ -54,6 +55,7 @@ class RunRecord:
     samples: list[Path] = field(default_factory=list)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # file name -> result of evaluate
     routing: list[Snapshot] = field(default_factory=list)
+    token_maps: list[TokenMap] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ended_early: str = ""  # the end of the last launch, if the run is not complete
@@ -219,11 +221,16 @@ def _stored(folder: Path) -> Checkpoint:
 
 
 def _read_routing(run: RunRecord) -> None:
-    files = snapshot_files(run.folder / "routing")
-    found = read_snapshots(
-        evenly(files, MAX_SNAPSHOTS), lambda text: run.missing.append(text.removeprefix(f"{run.folder}/"))
-    )
-    run.routing = found
+    """Read the maps of gates and of token-routed experts, evenly spaced over the run."""
+
+    def report(text: str) -> None:
+        run.missing.append(text.removeprefix(f"{run.folder}/"))
+
+    folder = run.folder / "routing"
+    run.routing = read_snapshots(evenly(snapshot_files(folder), MAX_SNAPSHOTS), report)
+    run.token_maps = read_token_maps(evenly(token_map_files(folder), MAX_SNAPSHOTS), report)
     has_gates = run.config.get("model.variant", "switch") == "switch"
     if not run.routing and has_gates:
         run.missing.append("routing/: no snapshots of the gates" + (", only images of maps" if run.maps else ""))
+    if not run.token_maps and "model.moe.experts" in run.config:
+        run.missing.append("routing/: no maps of token-routed experts")

@@ -44,7 +44,8 @@ class Trainer:
         for micro_batches in self.batches:
             span = state.next_step()
             try:
-                record = self.step.run(micro_batches, span, logged=tasks.validator.due(span))
+                logged, mapped = tasks.validator.due(span), tasks.routing.tokens_due(span)
+                record = self.step.run(micro_batches, span, logged, mapped)
             except RollBack as reason:
                 self._roll_back(str(reason))
                 continue

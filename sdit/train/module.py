@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from sdit.contracts import Batch, Routing
 from sdit.diffusion import Objective
 from sdit.model import Assignment, DiffusionTransformer, balance_loss, prior_divergence
-from sdit.train.sums import bin_by_timestep, token_figures
+from sdit.train.sums import bin_sums, timestep_bins
+from sdit.train.token_sums import token_figures
 
 
 class Losses(NamedTuple):
     """Means over the micro-batch: `total` with gradient; `parts` float64 (7,) in the order of `sums.PARTS`.
 
-    `bins` (2, BINS) float64: sum and count of the samples' mse by timestep. `tokens`: `sums.token_figures`.
+    `bins` (2, BINS) float64: sum and count of the samples' mse by timestep. `tokens`: `token_sums.token_figures`.
     """
 
     total: Tensor
@@ -55,5 +56,5 @@ class TrainModule(nn.Module):
             total = total + parts.output.aux_loss
         flow = (zero if term is None else term.mean() for term in (parts.direction, parts.contrastive))
         values = torch.stack([total, parts.mse.mean(), parts.vlb.mean(), prior, balance, *flow]).detach()
-        bins = bin_by_timestep(parts.mse, batch.t, self.model.config.timesteps)
-        return Losses(total, values.double(), bins, token_figures(parts.output))
+        bins = timestep_bins(batch.t, self.model.config.timesteps)
+        return Losses(total, values.double(), bin_sums(parts.mse, bins), token_figures(parts.output, bins))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdit.train.token_sums import TokenCounts
 
 BIN_COUNT = 20  # equal parts of the time axis
 
@@ -94,16 +97,21 @@ class StepRecord(Validation):
         "ratio", "largest expected load of an expert over the mean", gauge="sdit_expert_load_max_over_mean_ratio"
     )
     token_load_max_over_mean: float | None = metric(
-        "ratio", "token-routed experts: largest choices of an expert in the step over the mean of its block"
-    )
+        "ratio", "token-routed experts: largest choices of an expert in the step over the mean of its block",
+        gauge="sdit_token_load_max_over_mean_ratio",
+    )  # fmt: skip
     token_dropped_fraction: float | None = metric(
-        "fraction", "token-routed experts: (token, expert) pairs over capacity, of the step"
-    )
+        "fraction", "token-routed experts: (token, expert) pairs over capacity, of the step",
+        gauge="sdit_token_dropped_ratio",
+    )  # fmt: skip
     router_entropy: float | None = metric(
         "nats", "token-routed experts: mean entropy of the scores of a token; log M if they are even"
     )
     token_load: list[list[float]] | None = metric(
         "fraction, [block][expert]", "token-routed experts: share of the choices of the step, blocks with such experts"
+    )
+    router_entropy_by_block: list[float] | None = metric(
+        "nats, by block", "token-routed experts: the same for each block with such experts"
     )
     rank_work_max_over_mean: float | None = metric(
         "ratio", "largest expert work of a rank over the mean", gauge="sdit_rank_load_max_over_mean_ratio"
@@ -131,6 +139,9 @@ class StepRecord(Validation):
         by_bin="sdit_loss_by_timestep",
     )  # fmt: skip
     spent_since_logged: Mapping[str, float] | None = metric("seconds", "sums of the times since the last logged step")
+    token_counts: TokenCounts | None = field(
+        default=None, compare=False, metadata={"internal": True}
+    )  # if a map is due
     logged: bool = field(default=False, metadata={"internal": True})
     stop_requested: bool = field(default=False, metadata={"internal": True})
 

@@ -14,6 +14,7 @@ from sdit.train.rank_work import rank_report
 from sdit.train.record import StepRecord
 from sdit.train.sums import BINS, PARTS, StepSums, bin_means
 from sdit.train.timing import memory_bytes
+from sdit.train.token_sums import TokenSums
 
 
 class Recorder:
@@ -64,19 +65,20 @@ class Recorder:
 
     def _token_fields(self, sums: StepSums, logged: bool) -> dict[str, Any]:
         """The fields of token-routed experts."""
-        blocks = self._config.model.moe_blocks
-        if not blocks:
+        if self._config.model.moe is None:
             return {}
-        found = sums.token_sums(len(blocks), self._context.run.batch.micro_batches)
+        found = TokenSums.unpack(sums.tokens, self._config.model, self._context.run.batch.micro_batches)
         loads = found.counts / found.counts.sum(1, keepdim=True)
         values: dict[str, Any] = {
             "aux_loss": found.aux_loss,
             "token_load_max_over_mean": loads.max().item() * loads.shape[1],
-            "token_dropped_fraction": found.dropped,
-            "router_entropy": found.entropy,
+            "token_dropped_fraction": found.dropped_fraction,
+            "router_entropy": found.entropy.mean().item(),
+            "token_counts": found.token_counts,
         }
         if logged:
             values["token_load"] = [[round(share, 4) for share in row] for row in loads.tolist()]
+            values["router_entropy_by_block"] = found.entropy.tolist()
         return values
 
     def _utilization(self, seconds: float) -> float | None:

@@ -101,15 +101,23 @@ class GridSampler:
 
 
 class RoutingMaps:
-    """The gate probabilities of all tasks, from the present weights."""
+    """When a routing map is due, and the gate probabilities of all tasks, from the present weights.
+
+    The map of token-routed experts is counted by the step itself (`TrainStep.run`).
+    """
 
     def __init__(self, context: TrainContext, sampler: GridSampler, every_images: int | None) -> None:
         self._context, self._sampler, self._every_images = context, sampler, every_images
 
     def due(self, span: StepSpan) -> bool:
-        """Return whether a map is due after a step: at its interval or with the sample grid, and at the end."""
-        if self._context.model.config.variant != "switch":
-            return False
+        """Return whether a map of the gates is due after a step: at its interval or with the sample grid, and at the end."""
+        return self._context.model.config.variant == "switch" and self._is_time(span)
+
+    def tokens_due(self, span: StepSpan) -> bool:
+        """Return whether a step counts the map of token-routed experts. It does so when maps of gates are due."""
+        return self._context.model.config.moe is not None and self._is_time(span)
+
+    def _is_time(self, span: StepSpan) -> bool:
         own = self._every_images
         return span.at_end or (self._sampler.due(span) if own is None else span.crosses(own))
 

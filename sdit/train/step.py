@@ -19,6 +19,7 @@ from sdit.train.rank_work import work_share
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
 from sdit.train.sums import BINS, PARTS, StepSums, host_share, pack, unpack
+from sdit.train.token_sums import TokenSums, without_map
 from sdit.transfers import upload
 
 
@@ -34,8 +35,12 @@ class TrainStep:
         self._skipped_steps = 0
         self.log_every_steps = self._config.train.log_every_steps
 
-    def run(self, micro_batches: Sequence[MicroBatch], span: StepSpan, logged: bool = False) -> StepRecord:
+    def run(
+        self, micro_batches: Sequence[MicroBatch], span: StepSpan, logged: bool = False, mapped: bool = False
+    ) -> StepRecord:
         """Take the step `span` on this rank's micro-batches, again while it is not finite, and return its record.
+
+        `mapped`: the record has the counts of token-routed experts by timestep and position.
 
         Raises:
             RollBack: too many non-finite steps in a row, or a loss spike.
@@ -43,7 +48,7 @@ class TrainStep:
         """
         context = self._context
         logged = logged or span.at_end or span.clock.steps % self.log_every_steps == 0
-        sums = self._finite_sums(micro_batches, logged)
+        sums = self._finite_sums(micro_batches, logged, mapped)
         self._check_bad_samples(sums.flags["bad_samples"])
         self._recorder.add(sums)
         context.timer.end_step()
@@ -68,11 +73,11 @@ class TrainStep:
         self._bad_steps.in_a_row = 0
         self._recorder.forget()
 
-    def _finite_sums(self, micro_batches: Sequence[MicroBatch], logged: bool) -> StepSums:
+    def _finite_sums(self, micro_batches: Sequence[MicroBatch], logged: bool, mapped: bool) -> StepSums:
         """The sums over all ranks of the first attempt that is finite. Raises: RollBack."""
         while True:
             with self._context.timer.phase("forward_backward"):
-                sums = self._accumulate(micro_batches, logged)
+                sums = self._accumulate(micro_batches, logged, mapped)
             if self._bad_steps.accept(*sums.parts, sums.grad_norm):
                 return sums
             self._context.engine.skip()
@@ -82,7 +87,7 @@ class TrainStep:
             if self._bad_steps.problem:
                 raise RollBack(self._bad_steps.problem)
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], logged: bool) -> StepSums:
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], logged: bool, mapped: bool) -> StepSums:
         """Forward and backward of all micro-batches; the sums over all ranks."""
         context = self._context
         state, device = context.state, context.comm.device
@@ -106,7 +111,8 @@ class TrainStep:
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
             if losses.tokens is not None:
-                tokens = losses.tokens if tokens is None else tokens + losses.tokens
+                figures = losses.tokens if mapped else without_map(losses.tokens, self._config.model)
+                tokens = figures if tokens is None else tokens + figures
         next_first = state.clock.after(context.run.batch.global_batch).first_sample
         context.experts.prepare_step(next_first, lambda: context.times_of(next_first))
         host = host_share(self._flags(), work_share(context.timer.work_seconds) if logged else None)
@@ -165,11 +171,10 @@ class TrainStep:
     def _count_choices(self, sums: StepSums) -> None:
         """Balance token-routed experts after a step, from the choices of its global batch: their gates and their ranks."""
         model = self._context.model
-        blocks = model.config.moe_blocks
-        if blocks:
-            counts = sums.token_sums(len(blocks), self._context.run.batch.micro_batches).counts
-            model.move_gate_biases(counts)
-            self._context.experts.count_choices(counts.detach().numpy())
+        if model.config.moe is not None:
+            found = TokenSums.unpack(sums.tokens, model.config, self._context.run.batch.micro_batches)
+            model.move_gate_biases(found.counts)
+            self._context.experts.count_choices(found.counts.detach().numpy())
 
     def _update(self, grad_norm: float, span: StepSpan) -> float:
         """Clip, move weights and EMA; return the learning rate used."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdit.contracts import ModelOutput
 from sdit.train.rank_work import BUCKETS
 from sdit.transfers import Download, upload
 
@@ -18,36 +17,11 @@ FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "wei
 
 
 @dataclass(frozen=True)
-class TokenSums:
-    """What token-routed experts report of a step, on the host.
-
-    `aux_loss` is the mean over micro-batches. `counts` (blocks, M) float64 are the choices of each expert before drops,
-    `dropped` the fraction of them that was dropped, and `entropy` the mean entropy of a token's scores in nats.
-    """
-
-    aux_loss: float
-    counts: Tensor
-    dropped: float
-    entropy: float
-
-
-def token_figures(output: ModelOutput) -> Tensor | None:
-    """Return the numbers of a micro-batch whose sums give `TokenSums`, float64 (3 + blocks M,), or None without such experts."""
-    if output.tokens is None or output.aux_loss is None:
-        return None
-    counts, served = output.tokens.counts.sum(1), output.tokens.served
-    head = torch.stack(
-        [output.aux_loss.detach().double(), served.sum().double(), output.tokens.entropy.mean().double()]
-    )
-    return torch.cat([head, counts.flatten().double()])
-
-
-@dataclass(frozen=True)
 class StepSums:
     """Sums over the ranks: `parts` in the order of PARTS, `flags` by name, `bins` (2, BINS) on the host.
 
-    `tokens` (3 + blocks M,) are summed `token_figures`, empty without token-routed experts. `work` (2, BUCKETS) are summed
-    `work_share`, on logged steps only.
+    `tokens` are summed `token_figures`, empty without token-routed experts. `work` (2, BUCKETS) are summed `work_share`, on
+    logged steps only.
     """
 
     parts: list[float]
@@ -56,12 +30,6 @@ class StepSums:
     bins: Tensor
     tokens: Tensor
     work: Tensor | None = None
-
-    def token_sums(self, blocks: int, micro_batches: int) -> TokenSums:
-        """Return the sums of token-routed experts. `blocks` have them; `micro_batches`: of all ranks."""
-        (aux_loss, served, entropy), counts = self.tokens[:3].tolist(), self.tokens[3:].view(blocks, -1)
-        dropped = 1 - served / max(1.0, counts.sum().item())
-        return TokenSums(aux_loss / micro_batches, counts, dropped, entropy / micro_batches)
 
     @property
     def grad_norm(self) -> float:
@@ -101,14 +69,17 @@ def unpack(summed: Tensor, has_work: bool = False) -> StepSums:
     return StepSums(parts.tolist(), norm.item(), by_name, bins.view(2, BINS), tokens, by_bucket)
 
 
-def bin_by_timestep(values: Tensor, t: Tensor, timesteps: int) -> Tensor:
-    """(2, BINS) float64: sum and count of `values` (B,) in each equal part of 0..T-1, or of [0, 1) for continuous t (B,)."""
+def timestep_bins(t: Tensor, timesteps: int) -> Tensor:
+    """(B,) int64: the part of the time axis, 0..BINS-1, of t (B,) in 0..T-1, or in [0, 1) if it is continuous."""
     position = t.double() if t.is_floating_point() else t.double() / timesteps
-    index = (position * BINS).long().clamp_(0, BINS - 1)
+    return (position * BINS).long().clamp_(0, BINS - 1)
+
+
+def bin_sums(values: Tensor, bins: Tensor) -> Tensor:
+    """(2, BINS) float64: sum and count of `values` (B,) in each of the `timestep_bins` (B,)."""
+    found = values.detach().double()
     sums = torch.zeros(2, BINS, dtype=torch.float64, device=values.device)
-    sums[0].index_add_(0, index, values.detach().double())
-    sums[1].index_add_(0, index, torch.ones_like(position))
-    return sums
+    return sums.index_add_(1, bins, torch.stack([found, torch.ones_like(found)]))
 
 
 def bin_means(sums: Tensor) -> list[float | None]:

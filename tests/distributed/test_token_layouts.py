@@ -7,16 +7,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from sdit.observe.token_maps import FIELDS, read_token_maps, token_map_files
 from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
 
 TINY = Path(__file__).with_name("tiny.yaml")
 HALF, STEPS, BATCH = 3, 6, 32
 COMMON = (
     "model.patch_size=2", f"train.steps={STEPS}", f"checkpoint.every_steps={HALF}", "checkpoint.keep_last=9",
-    "optimizer.warmup_images=0", "parallel.expert=1",
+    "optimizer.warmup_images=0", "parallel.expert=1", f"observe.routing_every_images={BATCH}",
 )  # fmt: skip
 RUNS = {
     "aux": ("model.variant=dit", "model.moe={experts: 4, shared: 1, balance: aux, aux_weight: 0.1}"),
@@ -73,6 +75,30 @@ def _train(folder: Path, names: Sequence[str]) -> None:
         train_together(world, cases, folder)
 
 
+def assert_same_maps(actual: Path, expected: Path) -> None:
+    """Each step has a map of token-routed experts. Counts are whole numbers, so that they are equal."""
+    maps = {folder: read_token_maps(token_map_files(folder / "routing"), pytest.fail) for folder in (actual, expected)}
+    assert [found.images_seen for found in maps[expected]] == [BATCH * step for step in range(1, STEPS + 1)]
+    for got, want in zip(maps[actual], maps[expected], strict=True):
+        assert got.images_seen == want.images_seen
+        for name in FIELDS:
+            assert np.array_equal(getattr(got, name), getattr(want, name)), (name, want.images_seen)
+
+
+@pytest.mark.parametrize("layout", QUICK)
+def test_maps_count_each_choice_of_a_step_once(runs: Path, layout: str) -> None:
+    """Both maps of a step sum to the loads that its record has, also if blocks are computed again in backward."""
+    records = metrics_of(runs / layout)
+    for record, found in zip(
+        records, read_token_maps(token_map_files(runs / layout / "routing"), pytest.fail), strict=True
+    ):
+        choices = BATCH * 16 * 2  # of a block: images, tokens, k
+        for counts in (found.by_time.sum(1), found.by_position.sum(1)):
+            assert (counts.sum(1) == choices).all()
+            assert counts / choices == pytest.approx(np.array(record["token_load"]), abs=6e-5)
+        assert (found.by_position.sum(2) == BATCH * 2).all()
+
+
 @pytest.mark.parametrize("layout", EXACT)
 def test_losses_do_not_depend_on_the_layout(request: pytest.FixtureRequest, layout: str) -> None:
     runs = request.getfixturevalue("runs" if layout in QUICK else "all_runs")
@@ -82,6 +108,7 @@ def test_losses_do_not_depend_on_the_layout(request: pytest.FixtureRequest, layo
         for key in KEYS:
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-12), (key, want["step"])
         assert got["token_load"] == want["token_load"]
+    assert_same_maps(runs / layout, runs / LAYOUTS[layout][0])
 
 
 @pytest.mark.parametrize("layout", ["bias", "bias two ranks", pytest.param("bias bf16", marks=pytest.mark.slow)])
@@ -113,9 +140,11 @@ def test_a_resumed_run_has_the_same_bits(runs: Path, layout: str, tmp_path: Path
     name = f"checkpoints/images-{HALF * BATCH:012d}"
     shutil.copytree(straight / name, resumed / name)
     half = [record for record in metrics_of(straight) if record["step"] <= HALF]
+    shutil.copytree(straight / "routing", resumed / "routing")  # the maps of later steps are removed and counted again
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in half))
     train_together(LAYOUTS[layout][1], [_case(resumed, layout, "checkpoint.resume=must")], tmp_path)
     assert numbers_of(resumed) == numbers_of(straight)
+    assert_same_maps(resumed, straight)
     for kind in ("weight", "ema", "exp_avg"):
         want, got = tensors_of(straight, kind), tensors_of(resumed, kind)
         assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want), kind

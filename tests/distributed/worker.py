@@ -14,6 +14,7 @@ from sdit.config import load_config, resolve_run
 from sdit.distributed.comm import Comm, find_rank
 from sdit.distributed.device import prepare_device
 from sdit.observe.metrics_file import MetricsFile
+from sdit.observe.routing_maps import RoutingMaps
 from sdit.train.events import Observers
 from sdit.train.setup import open_trainer
 
@@ -21,13 +22,14 @@ from sdit.train.setup import open_trainer
 def train(case: dict, comm: Comm) -> None:
     deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
-    observers = Observers([MetricsFile(Path(config.run_dir))], comm.is_first)
+    metrics, maps = MetricsFile(Path(config.run_dir)), RoutingMaps.of(config, Path(config.run_dir))
+    observers = Observers([metrics, maps] if config.model.moe is not None else [metrics], comm.is_first)
     prepare_device(config.parallel.device, config.train)
     with open_trainer(
         resolve_run(config, deepspeed, "case", comm.world, comm.info.local_world), comm, observers
     ) as trainer:
         trainer.run()
-    observers.close()
+    metrics.close()  # the maps are not drawn
     torch.use_deterministic_algorithms(False)  # for the next case
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdit.train.rank_work import work_share
-from sdit.train.sums import BINS, FLAGS, bin_by_timestep, bin_means, host_share, pack, unpack
+from sdit.train.sums import BINS, FLAGS, bin_means, bin_sums, host_share, pack, timestep_bins, unpack
 from sdit.train.sums import PARTS as LOSSES
 from sdit.train.timing import PHASES, StepTimer, memory_bytes
 
@@ -16,7 +16,8 @@ from sdit.train.timing import PHASES, StepTimer, memory_bytes
 @pytest.mark.parametrize("continuous", [False, True])
 def test_losses_fall_into_the_bin_of_their_timestep(continuous: bool) -> None:
     t = torch.tensor([0, 49, 50, 999, 999])
-    sums = bin_by_timestep(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), t / 1000 if continuous else t, 1000)
+    bins = timestep_bins(t / 1000 if continuous else t, 1000)
+    sums = bin_sums(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), bins)
     means = bin_means(sums)
     assert len(means) == BINS and (means[0], means[1], means[-1]) == (1.5, 4.0, 12.0)
     assert means[2:-1] == [None] * (BINS - 3)

@@ -96,4 +96,5 @@ class TokenGate(nn.Module):
         probs = scores if self.config.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + EPSILON)
         mean = probs.mean(1) if self.config.balance == "aux" else probs.detach().mean(1)
         entropy = torch.special.entr(probs.detach()).sum(-1).mean(1)
-        return TokenStatistics(mean, self._mask(choice.chosen, scores).sum(1), choice.kept.sum(1), entropy)
+        chosen = self._mask(choice.chosen, scores)
+        return TokenStatistics(mean, chosen.sum(1), choice.kept.sum(1), entropy, chosen.sum(0))

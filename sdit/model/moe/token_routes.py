@@ -64,11 +64,12 @@ class TokenRoutes:
 
 
 class TokenStatistics(NamedTuple):
-    """What a block's routes were, by sample.
+    """What a block's routes were, by sample and by position.
 
     `probs` (B, M) float32 is the mean over tokens of the scores, which sum to 1 over the experts. It has gradient. `counts`
     (B, M) int64 are the choices of each expert before drops, `served` (B, M) int64 those that are computed. `entropy` (B,)
-    float32 is the mean entropy of a token's scores in nats.
+    float32 is the mean entropy of a token's scores in nats. `by_position` (L, M) int64 are the choices before drops of the
+    tokens at each position of the image, summed over the samples.
 
     The statistics of several blocks have one more dimension in front.
     """
@@ -77,3 +78,4 @@ class TokenStatistics(NamedTuple):
     counts: Tensor
     served: Tensor
     entropy: Tensor
+    by_position: Tensor

@@ -28,7 +28,8 @@ from sdit.metrics.shared_file import (
     remove_abandoned_files,
     shared_path,
 )
-from sdit.observe.metrics import BINS, PrometheusObserver, shown_blocks
+from sdit.metrics.specs import RANK_METRICS
+from sdit.observe.metrics import BINS, PrometheusObserver, shown_blocks, shown_token_blocks
 from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -173,6 +174,38 @@ def test_records_become_metrics_with_units_and_labels(shared_file: SharedMetrics
     assert {name: value(found, name) for name in shown} == shown
     assert abs(value(found, "sdit_rank_heartbeat_age_seconds", rank="0") - 3) < 60
     assert value(found, "sdit_run_state", state="training") == 1.0 and value(found, "sdit_restarts_total") == 1.0
+
+
+def test_token_routed_experts_have_metrics_by_block(shared_file: SharedMetricsFile, tmp_path: Path) -> None:
+    shared_file.write_status(status())
+    config = tiny("model.variant=dit", "model.depth=4", "model.moe={experts: 4, every: 2}")
+    observer = PrometheusObserver(config, tmp_path, RankInfo(0, 1, 0, 1, "test"), shared_file.path)
+    observer.on_start(Clock(), 640, "")
+    assert not [name for name, _ in samples(shared_file) if "token_" in name or "router" in name]
+    logged = {
+        **RECORD, "token_load": [[0.5, 0.25, 0.25, 0.0], [0.25] * 4], "token_load_max_over_mean": 2.0,
+        "token_dropped_fraction": 0.125, "router_entropy": 0.75, "router_entropy_by_block": [0.5, 1.0],
+    }  # fmt: skip
+    observer.on_step(Clock(32, 1), record(logged, logged=True))
+    found = samples(shared_file)
+    assert [value(found, "sdit_token_load_ratio", block="1", expert=str(each)) for each in range(4)] == [2, 1, 1, 0]
+    assert value(found, "sdit_token_load_ratio", block="3", expert="3") == 1
+    assert [value(found, "sdit_token_dead_experts", block=block) for block in "13"] == [1, 0]
+    assert [value(found, "sdit_router_entropy_nats", block=block) for block in "13"] == [0.5, 1.0]
+    assert value(found, "sdit_token_load_max_over_mean_ratio") == 2.0
+    assert value(found, "sdit_token_dropped_ratio") == 0.125
+
+
+def test_a_run_without_token_routed_experts_has_no_series_of_them(tmp_path: Path) -> None:
+    observer = PrometheusObserver(tiny(), tmp_path, RankInfo(0, 1, 0, 1, "test"), tmp_path / "unused")
+    of_tokens = {spec.name for spec in RANK_METRICS if spec.name.startswith(("sdit_token_", "sdit_router_"))}
+    assert len(of_tokens) == 5 and not of_tokens & {name for name, _ in observer._series(("",) * 4)}
+
+
+@pytest.mark.parametrize(("cap", "blocks"), [(512, [1, 3, 5]), (12, [1, 3, 5]), (8, [1, 5]), (7, [1]), (3, [])])
+def test_token_routed_experts_have_at_most_so_many_series(cap: int, blocks: list[int]) -> None:
+    keys = ("model.depth=7", "model.moe={experts: 4, every: 2}", f"observe.metrics_experts={cap}")
+    assert shown_token_blocks(tiny(*keys)) == blocks
 
 
 def test_histogram_is_cumulative_and_ends_with_its_count(shared_file: SharedMetricsFile) -> None:

@@ -109,6 +109,36 @@ def test_runs_are_shown_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert [run.name for run in read_runs([folder, same_name])] == [f"{tmp_path.name}/first", "copy/first"]
 
 
+TOKEN_TITLES = (
+    "Most loaded token-routed expert", "Router entropy", "Dropped tokens", "Balance loss",
+    "Load of token-routed experts over training", "Load by timestep, now", "Load over the image, now",
+    "Loads by timestep and over the image",
+)  # fmt: skip
+
+
+def test_token_routed_experts_have_a_section(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "moe", "dit", has_moe=True)
+    page = page_of(folder)
+    assert "token-experts" in page.ids and all(title in page.words for title in TOKEN_TITLES)
+    assert "4 token-routed experts in a block" in page.words and "Not in this report" not in page.words
+    (folder / "routing" / "tokens-000000000640.npz").write_bytes(b"torn")
+    words = page_of(folder).words
+    assert "routing/tokens-000000000640.npz: not a map of token-routed experts" in words
+    assert all(title in words for title in TOKEN_TITLES)
+    shutil.rmtree(folder / "routing")
+    words = page_of(folder).words
+    assert "routing/: no maps of token-routed experts" in words and "Load by timestep, now" not in words
+
+
+def test_runs_with_and_without_token_routed_experts_are_shown_side_by_side(folder: Path, tmp_path: Path) -> None:
+    alone = page_of(folder)
+    assert "token-experts" not in alone.ids and not [title for title in TOKEN_TITLES if title in alone.words]
+    both = write_folder(tmp_path / "both", "switch", has_moe=True)
+    page = page_of(folder, both, write_folder(tmp_path / "dense", "dit"))
+    assert [name for name in page.ids if name != "summary"] == [*SECTIONS[:4], "token-experts", *SECTIONS[4:]]
+    assert page.words.count("Load by timestep, now") == 1  # only the run that has them
+
+
 FILES = [
     "config.yaml", "environment.json", "deepspeed.json", "metrics.jsonl", "events.jsonl", "logs/attempts.jsonl", "samples/*",
     "routing/*", "checkpoints/images-000000000640/manifest.json",

@@ -1,0 +1,101 @@
+"""What a step sums over all ranks about token-routed experts.
+
+B samples, L tokens, M experts of a block. `blocks` is the number of blocks with such experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdit.config import ModelConfig
+from sdit.contracts import ModelOutput
+from sdit.train.sums import BINS
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCounts:
+    """How often the experts of each block were chosen in one step, before drops, over all ranks. Whole numbers in float64.
+
+    `by_time` (blocks, BINS, M) are the choices by equal parts of the time axis, `by_position` (blocks, L, M) those by position
+    of the token in the image. `dropped` (blocks,) are the choices that a full expert did not compute.
+    """
+
+    by_time: np.ndarray
+    by_position: np.ndarray
+    dropped: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """What token-routed experts report of a step, on the host.
+
+    `aux_loss` is the mean over micro-batches. `counts` (blocks, M) float64 are the choices of each expert before drops,
+    `served` (blocks,) those that were computed, and `entropy` (blocks,) is the mean entropy of a token's scores in nats.
+    `maps` (blocks, BINS + L, M) are the counts of `TokenCounts`. Without a map in the step, its second dimension is 0.
+    """
+
+    aux_loss: float
+    served: Tensor
+    entropy: Tensor
+    counts: Tensor
+    maps: Tensor
+
+    @classmethod
+    def unpack(cls, values: Tensor, model: ModelConfig, micro_batches: int) -> TokenSums:
+        """Return the sums from `token_figures` that were summed over all micro-batches. `micro_batches`: of all ranks."""
+        (blocks, experts), sizes = _shape(model), _head_sizes(model)
+        aux_loss, served, entropy, counts, maps = values.split([*sizes, len(values) - sum(sizes)])
+        mean_loss = aux_loss.item() / micro_batches
+        shaped = maps.view(blocks, len(maps) // (blocks * experts), experts)
+        return cls(mean_loss, served, entropy / micro_batches, counts.view(blocks, experts), shaped)
+
+    @property
+    def dropped_fraction(self) -> float:
+        """The fraction of all choices that was dropped."""
+        return 1 - self.served.sum().item() / max(1.0, self.counts.sum().item())
+
+    @property
+    def token_counts(self) -> TokenCounts | None:
+        """The counts of the step's map, or None without one."""
+        if not self.maps.shape[1]:
+            return None
+        by_time, by_position = self.maps[:, :BINS].numpy(), self.maps[:, BINS:].numpy()
+        return TokenCounts(by_time, by_position, (self.counts.sum(1) - self.served).numpy())
+
+
+@torch.no_grad()
+def token_figures(output: ModelOutput, bins: Tensor) -> Tensor | None:
+    """Return the numbers of a micro-batch whose sums give `TokenSums`, as one float64 vector. None: no such experts.
+
+    `bins` (B,) are the samples' `timestep_bins`. The last numbers are the map, which `without_map` removes.
+    """
+    tokens = output.tokens
+    if tokens is None or output.aux_loss is None:
+        return None
+    blocks, _, experts = tokens.counts.shape
+    by_time = tokens.counts.new_zeros(blocks, BINS, experts).index_add_(1, bins, tokens.counts)
+    parts = (
+        output.aux_loss.detach()[None], tokens.served.sum((1, 2)), tokens.entropy.mean(1), tokens.counts.sum(1),
+        torch.cat([by_time, tokens.by_position], 1),
+    )  # fmt: skip
+    return torch.cat([part.flatten().double() for part in parts])
+
+
+def without_map(figures: Tensor, model: ModelConfig) -> Tensor:
+    """Return the `token_figures` of a model without the map."""
+    return figures[: sum(_head_sizes(model))]
+
+
+def _head_sizes(model: ModelConfig) -> tuple[int, ...]:
+    blocks, experts = _shape(model)
+    return 1, blocks, blocks, blocks * experts
+
+
+def _shape(model: ModelConfig) -> tuple[int, int]:
+    """Return the number of blocks with token-routed experts, and M."""
+    assert model.moe is not None
+    return len(model.moe_blocks), model.moe.experts
