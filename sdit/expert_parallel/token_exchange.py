@@ -20,7 +20,7 @@ from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher, su
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
 from sdit.model.moe.base import Experts
-from sdit.model.moe.token_products import mix_tokens
+from sdit.model.moe.token_products import StackGradients, mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 # A transfer's token has a shape but no memory, which torch.compile cannot trace.
@@ -90,11 +90,11 @@ class ExchangedTokenPass:
         own, others = self._rows(weights, chosen, sizes)
         sent = pack(x.index_select(0, others.tokens), others.weights, others.chosen)
         arriving = begin_rows(self._group, sent, sizes.send, sizes.receive)
-        rows = x.index_select(0, own.tokens)
-        local = mix_tokens(experts, rows, own.weights, sizes.local.rows(own.chosen))
+        rows, gradients = x.index_select(0, own.tokens), StackGradients(calls=2)
+        local = mix_tokens(experts, rows, own.weights, sizes.local.rows(own.chosen), gradients)
         mixed = local.new_zeros(x.shape).index_add_(0, own.tokens, local)
         rows, received, pairs = unpack(arriving.wait(), x.shape[1], weights.dtype)
-        served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs))
+        served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs), gradients)
         return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), others.tokens)
 
     @eagerly

@@ -40,13 +40,44 @@ NETWORKS: dict[type[Experts], Network] = {
 }
 
 
-def mix_tokens(experts: Experts, x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
-    """Return the weighted sums (n, D) of the experts in `rows` for tokens x (n, D), with weights (n, M_local)."""
+class StackGradients:
+    """The gradients of the stacks of one block's experts, which compute `calls` buffers of tokens.
+
+    Each call of backward adds to the same memory, and the last one returns it to autograd. A gradient per call would need
+    the memory of all experts as many times.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self._left = calls
+        self._sums: list[Tensor] = []
+
+    def begin(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the memory that a call of backward adds to."""
+        self._sums = self._sums or [torch.zeros_like(stack) for stack in stacks]
+        return self._sums
+
+    def end(self) -> Sequence[Tensor | None]:
+        """Return the gradients after the last call, and None for each stack before."""
+        self._left -= 1
+        if self._left:
+            return [None] * len(self._sums)
+        sums, self._sums = self._sums, []
+        return sums
+
+
+def mix_tokens(
+    experts: Experts, x: Tensor, weights: Tensor, rows: ExpertRows, gradients: StackGradients | None = None
+) -> Tensor:
+    """Return the weighted sums (n, D) of the experts in `rows` for tokens x (n, D), with weights (n, M_local).
+
+    `gradients` is shared by all calls with these experts in a block (None: there is one). Backward must reach all of them.
+    """
     assert isinstance(experts, StackedExperts)
     if experts.is_grouped():
         return experts.mix(x[:, None], weights, rows)[:, 0]
     stacks = [experts.get_parameter(name) for name in experts.stacks]
-    work = _Work(NETWORKS[type(experts)], rows.by_expert(), torch.is_grad_enabled())
+    gradients = StackGradients(1) if gradients is None else gradients
+    work = _Work(NETWORKS[type(experts)], rows.by_expert(), gradients, torch.is_grad_enabled())
     mixed: Tensor = _Mix.apply(work, x.to(stacks[0].dtype), weights, *stacks)
     return mixed
 
@@ -56,6 +87,7 @@ class _Work(NamedTuple):
 
     network: Network
     by_expert: list[tuple[int, Tensor]]
+    gradients: StackGradients
     keeps: bool
 
 
@@ -80,12 +112,12 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
         x, weights, *stacks = ctx.saved_tensors
-        grads = _Gradients(torch.zeros_like(x), torch.zeros_like(weights), _empty_rows(stacks, work))
+        grads = _Gradients(torch.zeros_like(x), torch.zeros_like(weights), work.gradients.begin(stacks))
         for number, (column, users) in enumerate(work.by_expert):
             hidden, ctx.hidden[number] = ctx.hidden[number], None
             gate = _gate(weights, column, users, x.dtype)
             _backward_of_expert(work.network, stacks, (column, users), (x, gate, hidden, grad), grads)
-        return None, grads.x, grads.weights, *grads.stacks
+        return None, grads.x, grads.weights, *work.gradients.end()
 
 
 class _Gradients(NamedTuple):
@@ -110,17 +142,17 @@ def _backward_of_expert(
     h_grad = result_grad @ stacks[matrix][column].T
     gate_grad = torch.linalg.vecdot(h_grad, h)
     weighted = result_grad * gate
-    torch.mm(h.T, weighted, out=grads.stacks[matrix][column])
+    grads.stacks[matrix][column].addmm_(h.T, weighted)
     if bias is not None:
         gate_grad += result_grad @ stacks[bias][column]
-        torch.sum(weighted, 0, out=grads.stacks[bias][column])
+        grads.stacks[bias][column].add_(weighted.sum(0))
     grads.weights[:, column].index_copy_(0, users, gate_grad.to(grads.weights.dtype))
     hidden_grads = torch.autograd.grad(activated, leaves, h_grad.mul_(gate))
     row = x.index_select(0, users)
     for (matrix, bias), hidden_grad in zip(network.inputs, hidden_grads, strict=True):
-        torch.mm(row.T, hidden_grad, out=grads.stacks[matrix][column])
+        grads.stacks[matrix][column].addmm_(row.T, hidden_grad)
         if bias is not None:
-            torch.sum(hidden_grad, 0, out=grads.stacks[bias][column])
+            grads.stacks[bias][column].add_(hidden_grad.sum(0))
         grads.x.index_add_(0, users, hidden_grad @ stacks[matrix][column].T)
 
 
@@ -134,12 +166,3 @@ def _linear(rows: Tensor, stacks: Sequence[Tensor], layer: tuple[int, int | None
 def _gate(weights: Tensor, column: int, users: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weights (n, 1) of the tokens of an expert, in the dtype of the tokens."""
     return weights[:, column].index_select(0, users).to(dtype)[:, None]
-
-
-def _empty_rows(stacks: Sequence[Tensor], work: _Work) -> list[Tensor]:
-    """Return memory for the gradients of the stacks. The rows of experts without tokens are zero."""
-    grads = [torch.empty_like(stack) for stack in stacks]
-    for column in set(range(len(stacks[0]))) - {column for column, _ in work.by_expert}:
-        for each in grads:
-            each[column].zero_()
-    return grads

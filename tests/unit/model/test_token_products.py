@@ -9,7 +9,7 @@ from torch import nn
 from sdit.model.moe.base import ExpertRows
 from sdit.model.moe.grouped import SortedPairs
 from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
-from sdit.model.moe.token_products import mix_tokens
+from sdit.model.moe.token_products import StackGradients, mix_tokens
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 9, 4, 6, 3
 ROUNDING = 2.0**-53 * TOKENS * WIDTH * HIDDEN * EXPERTS  # of the longest sum in float64
@@ -52,3 +52,23 @@ def test_nothing_is_kept_without_gradient() -> None:
         mixed = mix_tokens(experts, x, weights, work_of(chosen))
     assert not mixed.requires_grad
     torch.testing.assert_close(mixed, experts(x[:, None], weights)[:, 0])
+
+
+@pytest.mark.parametrize("kind", [MlpExperts, SwiGluExperts])
+def test_calls_that_share_gradients_return_their_sum_once(kind: type[StackedExperts]) -> None:
+    torch.manual_seed(0)
+    experts = kind(WIDTH, HIDDEN, 2, range(EXPERTS)).double()  # type: ignore[call-arg,arg-type]
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x, weights = torch.randn(TOKENS, WIDTH, dtype=torch.float64), torch.rand(TOKENS, EXPERTS, dtype=torch.float64)
+    chosen = torch.rand(TOKENS, EXPERTS) < 0.6
+    halves = [(x[part], weights[part], work_of(chosen[part])) for part in (slice(4), slice(4, None))]
+    whole = mix_tokens(experts, x, weights, work_of(chosen))
+    gradients = StackGradients(calls=2)
+    shared = torch.cat([mix_tokens(experts, *each, gradients) for each in halves])
+    torch.testing.assert_close(shared, whole, rtol=0, atol=ROUNDING * float(whole.abs().max().clamp(min=1)))
+    stacks = list(experts.parameters())
+    wanted, got = (torch.autograd.grad(each.square().sum(), stacks) for each in (whole, shared))
+    for want, each in zip(wanted, got, strict=True):
+        assert float((each - want).abs().max()) <= ROUNDING * max(1.0, float(want.abs().max()))
+    assert gradients._sums == [], "the memory belongs to autograd"
