@@ -1,6 +1,6 @@
 """Measures from outside in how much of a process's CPU time its interpreter lock is held, without taking the lock.
 
-The process publishes the address of the lock's state (`lock_address`). The parent process reads it in short bursts
+The process publishes the address of the lock's state (`lock_address`). The parent process reads it again and again
 from the child's memory (/proc/PID/mem; Linux, CPython 3.8 to 3.13). No thread of the child waits for the lock, so that the
 measurement does not change it.
 """
@@ -19,7 +19,7 @@ _MARK = 4_321  # microseconds: a switch interval by which the lock's state is fo
 _INTERVAL = struct.Struct("L")
 _LOCKED_OFFSET = struct.calcsize("LP")  # the state begins: interval in microseconds, last holder, locked
 _SEARCHED_BYTES = 1 << 20
-_BURST, _PAUSE_SECONDS = 200, 0.001
+_PAUSE_SECONDS = 0.0002
 
 
 def lock_address() -> int:
@@ -49,19 +49,19 @@ def lock_address() -> int:
 def held_share(pid: int, address: int, is_running: Callable[[], bool]) -> float:
     """Return the share of a child's CPU time in which its lock is held, sampled while `is_running()`.
 
-    A sample counts the CPU time of the child since the sample before, so that a suspended child counts nothing.
+    A sample counts the CPU time of the child since the sample before, so that a suspended child counts nothing. The samples
+    are apart, so that the child runs between them also if both share a core.
     """
     held = total = 0
     cpu_clock = (~pid << 3) | 2  # clock_getcpuclockid(3): the CPU time of another process
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
+        last = time.clock_gettime_ns(cpu_clock)
         while is_running():
-            last = time.clock_gettime_ns(cpu_clock)
-            for _ in range(_BURST):
-                is_held = os.pread(memory, 1, address) != b"\0"
-                now = time.clock_gettime_ns(cpu_clock)
-                held, total, last = held + is_held * (now - last), total + now - last, now
-            time.sleep(_PAUSE_SECONDS)  # leaves most of a core to the child
+            time.sleep(_PAUSE_SECONDS)
+            is_held = os.pread(memory, 1, address) != b"\0"
+            now = time.clock_gettime_ns(cpu_clock)
+            held, total, last = held + is_held * (now - last), total + now - last, now
     finally:
         os.close(memory)
     return held / total
