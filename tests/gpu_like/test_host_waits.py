@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,8 +110,9 @@ def test_two_ranks_wait_for_sizes_of_token_routed_experts_only_without_a_limit(
     waits: Waits, two_ranks: None, monkeypatch: pytest.MonkeyPatch, moe: dict[str, Any], sizes: int
 ) -> None:
     """A limit of the routes bounds the buffers on a GPU. Otherwise the host reads the sizes once in each of the two blocks."""
-    bounded = partial(TokenExchange, is_bounded=True)
-    monkeypatch.setattr(sdit.expert_parallel.expert_parallel, "TokenExchange", lambda group, _: bounded(group))
+    monkeypatch.setattr(
+        sdit.expert_parallel.expert_parallel, "token_dispatcher", lambda group, _: TokenExchange(group, is_bounded=True)
+    )
     config = make_config("dit", more_model={"moe": {"experts": 4, **moe}}, parallel={"expert": 2})
     step, model = meta_step(config, 2, waits)
     model.bfloat16()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import sdit.expert_parallel.expert_parallel as expert_parallel
+import sdit.expert_parallel.step_planner as step_planner
 from sdit.config import ResolvedRun
 from sdit.contracts import Batch
 from sdit.expert_parallel.expert_parallel import ExpertParallel
@@ -39,7 +39,7 @@ def filled(model: DiffusionTransformer) -> None:
 
 def planned(monkeypatch: pytest.MonkeyPatch, needs_plan: bool) -> tuple[list[torch.Tensor], bool]:
     """The output and the gradients of one micro-step, and whether it was planned."""
-    monkeypatch.setattr(expert_parallel, "experts_need_plan", lambda *_: needs_plan)
+    monkeypatch.setattr(step_planner, "experts_need_plan", lambda *_: needs_plan)
     config, comm = make_config("switch", "mlp"), _comm()
     run = ResolvedRun(config, {}, BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH, 1), 1, 1, 0)
     experts, model = ExpertParallel(run, comm), build_model(config.model, device="meta")
