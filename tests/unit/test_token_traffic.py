@@ -94,7 +94,10 @@ def sharded(config: ModelConfig, ranks: int) -> DiffusionTransformer:
 
 
 def kept_bytes(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What a forward pass with its objective keeps for backward, every storage once, without weights: saved tensors, and those of `_Mix`."""
+    """What a forward pass with its objective keeps for backward: every storage once, without weights.
+
+    Autograd names its saved tensors. `_Mix` keeps others.
+    """
     lasting = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     alive: list[Tensor] = []
     contexts, mix = [], token_products._Mix.forward
@@ -126,7 +129,7 @@ def kept_bytes(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> 
 def test_sharded_experts_keep_what_is_planned(
     moe: dict[str, Any], ranks: int, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 4 %: the choices of a new gate are nearly even, and norms of bf16 vectors are counted in float32."""
+    """Within 4 %: the choices of a new gate are only nearly even, and small tensors are not planned."""
     shape = {"depth": 4, "width": 96, "heads": 4, "patch_size": 2, "input_size": 16, "channels": 3, "classes": 10}
     config = ModelConfig.model_validate({"variant": "dit", **shape, "moe": moe})
     train = TrainConfig(steps=1, global_batch=BATCH * ranks, precision=precision)
