@@ -18,7 +18,7 @@ VERBS = {  # verb, which is the name of a module here -> what it does
     "evaluate": "score a run's images, or a file of images, against a data set",
     "export": "write a run's weights as one file in published names",
     "ema": "write the average of a run's weights for any width",
-    "routing": "draw which experts the denoising tasks take",
+    "routing": "draw which experts the denoising tasks or the tokens take",
     "report": "write one HTML page about a run, or several side by side",
     "doctor": "check a launch: ranks, hosts, versions, disk space, network",
     "plan": "estimate what a run needs before it starts, and whether it fits",

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from sdit.config import ModelConfig
 from sdit.planner.layout import Group, Job
+from sdit.planner.token_traffic import pair_numbers, token_expert_activations
 from sdit.planner.traffic import Exchange
 
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 0}  # the most per parameter: Muon itself has one
@@ -60,7 +61,7 @@ def plan_memory(job: Job, exchange: Exchange | None, device: DeviceKind, rank: i
     On a CPU, memory that is allocated but never written does not count.
     """
     state = state_bytes(job, rank)
-    activations, working = activation_bytes(job), working_bytes(job)
+    activations, working = activation_bytes(job, device), working_bytes(job)
     gradients = gradient_bytes(job, rank)
     bucket, flattened = bucket_bytes(job, device), flattened_bytes(job)
     exchanged = 0 if exchange is None else exchange.buffer_bytes
@@ -173,11 +174,18 @@ def update_bytes(job: Job) -> int:
     return 4 * copies * max(group.partition_numel for group in job.groups)
 
 
-def activation_bytes(job: Job) -> int:
-    """Return the bytes of activations that the forward pass of a micro-batch keeps on the device for backward."""
+def activation_bytes(job: Job, device: DeviceKind = "cpu") -> int:
+    """Return the bytes of activations that the forward pass of a micro-batch keeps on the device for backward.
+
+    Tokens that are received from other ranks are not included (`Exchange.buffer_bytes`).
+    """
     config, batch = job.config.model, job.batch.micro_batch
     size, kind = job.element_bytes, job.config.parallel.activation_checkpointing
-    each = [block_activations(config, size, config.has_moe(block)) for block in range(config.depth)]
+    saved = round(token_expert_activations(job, device))
+    each = [
+        block_activations(config, size, config.has_moe(block)) + saved * config.has_moe(block)
+        for block in range(config.depth)
+    ]
     if kind == "none":
         blocks = sum(each)
     else:
@@ -191,9 +199,9 @@ def block_activations(config: ModelConfig, size: int, has_moe: bool = False) -> 
 
     Rows of (L, D): the block's input; per branch its norm, its scaled norm and its result; the residual between the
     branches; q, k, v and the attention's output. Norms of q and k, and rope, add the q and k that the attention gets. (On a
-    CPU, torch has no fused RMSNorm and saves the normed q and k as well.) The MLP adds 2 rows of H, SwiGLU 3; token-routed
-    experts add theirs for each pair, 3 rows of D (the token, two results), and a float32 input of the gate. A switch adds its
-    mixture and the sum, DTR adds the sum.
+    CPU, torch has no fused RMSNorm and saves the normed q and k as well.) The MLP adds 2 rows of H, SwiGLU 3. With
+    token-routed experts, their shared network and a float32 input of the gate take the place of the MLP
+    (`token_expert_activations` adds the others). A switch adds its mixture and the sum, DTR adds the sum.
     """
     length, width = config.tokens, config.width
     of_width = 14 if config.rope or config.qk_norm != "none" else 12
@@ -216,13 +224,11 @@ def block_activations(config: ModelConfig, size: int, has_moe: bool = False) -> 
 
 
 def mlp_numbers(config: ModelConfig, has_moe: bool) -> int:
-    """Return how many numbers of a token the MLP of a block, or its token-routed experts, keep for backward."""
-    moe, width = config.moe, config.width
+    """Return how many numbers of a token the MLP of a block, or its shared experts, keep for backward."""
+    moe = config.moe
     if moe is None or not has_moe:
         return (3 if config.ffn == "swiglu" else 2) * config.hidden
-    layers = 3 if moe.kind == "swiglu" else 2
-    pair = 3 * width + layers * moe.hidden(width)
-    return round(moe.experts_per_token(config.tokens) * pair) + layers * moe.shared_hidden(width)
+    return (3 if moe.kind == "swiglu" else 2) * moe.shared_hidden(config.width)
 
 
 def outer_activations(config: ModelConfig, size: int) -> int:
@@ -240,7 +246,8 @@ def working_bytes(job: Job) -> int:
     config, size = job.config.model, job.element_bytes
     hidden = (2 if config.ffn == "swiglu" else 1) * config.hidden
     if config.moe is not None:
-        hidden = max(hidden, mlp_numbers(config, has_moe=True) * 2 // 3)
+        pairs = round(config.moe.experts_per_token(config.tokens) * pair_numbers(config.moe, config.width))
+        hidden = max(hidden, (pairs + mlp_numbers(config, has_moe=True)) * 2 // 3)
     rows = config.tokens * (4 * config.width + hidden)
     merged = 2 * config.width**2 if config.variant == "switch" and config.experts.kind == "linear" else 0
     return size * job.batch.micro_batch * (rows + merged)

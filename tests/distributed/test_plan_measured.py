@@ -27,9 +27,10 @@ LARGE = ["model.depth=12", "model.width=384", "model.heads=6", "model.patch_size
 WARM = ["train.global_batch=16", *SHORT]
 
 
-LAYOUTS = {  # ranks -> (ZeRO stage, EP, precision)
+TOKENS = ("model.variant=dit", "model.moe={experts: 4, hidden_ratio: 2}")
+LAYOUTS: dict[int, list[tuple[int, int, str, *tuple[str, ...]]]] = {  # ranks -> (ZeRO stage, EP, precision, model)
     1: [(0, 1, "fp32"), (1, 1, "fp32"), (2, 1, "fp32")],
-    2: [(0, 2, "fp32"), (1, 1, "fp32"), (1, 2, "fp32"), (2, 2, "fp32")],
+    2: [(0, 2, "fp32"), (1, 1, "fp32"), (1, 2, "fp32"), (2, 2, "fp32"), (1, 2, "fp32", *TOKENS)],
     4: [(1, 2, "fp32"), (2, 4, "fp32"), (0, 4, "bf16"), (1, 2, "bf16"), (2, 2, "bf16")],
 }
 IMAGES = {1: 16, 2: 8, 4: 4}  # of a rank
@@ -38,9 +39,9 @@ IMAGES = {1: 16, 2: 8, 4: 4}  # of a rank
 def cases_of(world: int, folder: Path) -> list[dict[str, Any]]:
     """A large run and a tiny one before it for every layout of `world` ranks."""
     found = []
-    for stage, spread, precision in LAYOUTS[world]:
-        same = [f"parallel.expert={spread}", f"train.precision={precision}"]
-        name = f"{world}-zero{stage}-ep{spread}-{precision}"
+    for stage, spread, precision, *model in LAYOUTS[world]:
+        same = [f"parallel.expert={spread}", f"train.precision={precision}", *model]
+        name = f"{world}-zero{stage}-ep{spread}-{precision}" + ("-tokens" if model else "")
         run = case(folder / name, DIGITS, *LARGE, *same, f"train.global_batch={IMAGES[world] * world}")
         warm = case(folder / f"warm-{name}", DIGITS, *WARM, *same)
         deepspeed = {"zero_optimization": {"stage": stage}}
