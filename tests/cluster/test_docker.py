@@ -18,7 +18,7 @@ from tests.cluster.runs import (
     SLOWLY,
     STEPS,
     TINY,
-    assert_same_curve,
+    assert_same_losses,
     checkpoint_at,
     wait_until,
 )
@@ -115,7 +115,7 @@ def test_stop_saves_and_the_same_command_goes_on(engine: Engine, image: str, run
     with nodes(engine, image, runs) as again:
         assert [container.code(TRAIN_SECONDS) for container in again] == [0] * NODES, again[0].logs()
         assert f"images-{stopped_at * BATCH:012d}" in again[0].logs()
-    assert_same_curve(run_dir, reference)
+    assert_same_losses(run_dir, reference)
     assert {path.stat().st_uid for path in run_dir.rglob("*")} == {USER}
 
 

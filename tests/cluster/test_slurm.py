@@ -20,7 +20,7 @@ from tests.cluster.runs import (
     RUN_SECONDS,
     SLOWLY,
     STEPS,
-    assert_same_curve,
+    assert_same_losses,
     assert_same_run,
     checkpoint_at,
     commit_all,
@@ -99,7 +99,7 @@ def test_three_nodes_train_what_deepspeed_trains(straight: Job, reference: Path)
     where = f"rank 0 of {RANKS}, 0 of {RANKS_PER_NODE} on this node; found by SLURM; rendezvous at 127.0.0.1:"
     assert f"0: ranks: {where}" in straight.output
     assert json.loads((straight.run_dir / "environment.json").read_text())["ranks_found_by"] == "SLURM"
-    assert_same_curve(straight.run_dir, reference)
+    assert_same_losses(straight.run_dir, reference)
 
 
 def test_ranks_see_the_variables_they_need_and_no_others(straight: Job) -> None:

@@ -1,10 +1,10 @@
 """A fake rank on one of several virtual nodes. It logs each read of the beat in the shared folder, and can be struck in one.
 
 usage: as fake_rank.py, with these options in "reads":
-    {"folder": DIR, "ranks_per_node": n, "node": k, "after": r, "strike": SIGNAL or null}
+    {"folder": DIR, "ranks_per_node": n, "node": k, "strike": SIGNAL or null}
 
-A line of DIR/node-K.reads has the rank that read and the time. Each node has a memory of its own, DIR/node-K. When node `k` has
-read `after` times, the supervisor that reads next gets `strike` while it reads.
+A line of DIR/node-K.reads has the rank that read and the time. Each node has a memory of its own, DIR/node-K. When the
+run has a checkpoint, the supervisor of node `k` that reads next gets `strike` while it reads.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def count_reads(options: dict[str, Any], rank: int) -> None:
         if path.name == "beat.json":
             with log.open("a") as file:
                 file.write(f"{rank} {time.monotonic()}\n")
-            count = len(log.read_text().splitlines())
-            if options["strike"] is not None and node == options["node"] and count > options["after"]:
+            trains = any((Path(sys.argv[1]) / "checkpoints").glob("images-*"))
+            if options["strike"] is not None and node == options["node"] and trains:
                 strike(folder / "struck", rank, options["strike"])
         return read(path)
 

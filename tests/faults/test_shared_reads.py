@@ -36,7 +36,6 @@ class TwoNodes(Ranks):
             "ranks_per_node": PER_NODE,
             "strike": strike,
             "node": NODE,
-            "after": READS,
         }
         options = {"config": config, "step_seconds": 0.05, "reads": reads}
         command = [sys.executable, str(PROGRAM), str(run_dir), "10000", json.dumps(options)]
