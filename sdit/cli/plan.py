@@ -160,18 +160,10 @@ def _sections(
     options: argparse.Namespace, deepspeed: dict[str, Any], hardware: Hardware, plan: Plan
 ) -> dict[str, tuple[Any, str]]:
     """Return the simulation and, with --search, the layouts, each as JSON types and as a table."""
-    from sdit.planner import simulation_report as report
-    from sdit.planner.search import search_layouts
-    from sdit.planner.simulation import simulate
+    from sdit.planner.simulation_report import searched_sections, simulated_sections
 
-    simulation = simulate(plan.job, plan.exchange, hardware, options.images)
-    found: dict[str, tuple[Any, str]] = {
-        "simulation": (report.simulation_json(simulation), report.simulation_table(simulation))
-    }
-    if options.search:
-        layouts = search_layouts(plan.job, deepspeed, hardware, options.routes, plan.room_bytes or float("inf"))
-        found["layouts"] = (report.layouts_json(layouts), report.layouts_table(layouts))
-    return found
+    found = simulated_sections(plan, hardware, options.images)
+    return found | searched_sections(plan, hardware, deepspeed) if options.search else found
 
 
 def _count(text: str) -> int:

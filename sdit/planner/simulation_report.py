@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sdit.planner.report import GIB, row
-from sdit.planner.search import Layout
-from sdit.planner.simulation import Simulation
+from sdit.planner.hardware import Hardware
+from sdit.planner.report import GIB, Plan, row
+from sdit.planner.search import Layout, search_layouts
+from sdit.planner.simulation import Simulation, simulate
 
 SHOWN_LAYOUTS = 5
 PART_NAMES = {
@@ -20,6 +21,18 @@ PART_NAMES = {
     "optimizer": "optimizer, averages",
     "host": "host",
 }
+
+
+def simulated_sections(plan: Plan, hardware: Hardware, images: int | None) -> dict[str, tuple[Any, str]]:
+    """Return the section `simulation` of a plan, as JSON types and as a table. `images`: how long the run is."""
+    found = simulate(plan.job, plan.exchange, hardware, images)
+    return {"simulation": (simulation_json(found), simulation_table(found))}
+
+
+def searched_sections(plan: Plan, hardware: Hardware, deepspeed: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Return the section `layouts` of a plan: the fastest layouts that fit, as JSON types and as a table."""
+    found = search_layouts(plan.job, deepspeed, hardware, plan.routes, plan.room_bytes or float("inf"))
+    return {"layouts": (layouts_json(found), layouts_table(found))}
 
 
 def simulation_json(found: Simulation) -> dict[str, Any]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from sdit.checkpoint.store import Found
-from sdit.config import Config, ResolvedRun, check_trainable
+from sdit.config import ResolvedRun, check_trainable
 from sdit.config.deepspeed_json import offloads_optimizer
 from sdit.diffusion import Objective, SamplerSettings, build_objective
 from sdit.distributed.comm import Comm
@@ -17,9 +14,9 @@ from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
 from sdit.model import DiffusionTransformer, build_model, count_parameters, init_weights
 from sdit.model.freezing import freeze
-from sdit.model.moe.kernels import has_triton
-from sdit.model.moe.token_moe import TokenMoe
+from sdit.train.expert_size import with_fastest_size
 from sdit.train.initial_weights import read_initial_weights
+from sdit.train.layer_wrapping import wrap_layers
 from sdit.train.module import TrainModule
 from sdit.train.optimizer import make_optimizer, parameter_groups
 
@@ -30,13 +27,16 @@ WrapEngine = Callable[[Engine], Engine]
 class Network:
     """What a rank trains: the model with the experts of this rank, its objective, and DeepSpeed's engine of both.
 
-    `origin` says in one line which weights a new run starts from. It is empty for random ones.
+    `run` has the EP that was chosen. `expert_size` says in one line how `parallel.hardware` led to it, and `origin` which
+    weights a new run starts from. They are empty if no file was read.
     """
 
+    run: ResolvedRun
     model: DiffusionTransformer
     experts: ExpertParallel
     objective: Objective
     engine: Engine
+    expert_size: str
     origin: str
 
 
@@ -48,11 +48,13 @@ def check_run(run: ResolvedRun) -> None:
 
 def build_network(run: ResolvedRun, comm: Comm, found: Found | None, wrap_engine: WrapEngine | None = None) -> Network:
     """Return the network with its initial weights. `wrap_engine` replaces the engine; only tests pass it."""
+    run, expert_size = with_fastest_size(run, comm, found)
     config = run.config
     model, experts, origin = build_sharded_model(run, comm, found)
     objective = build_objective(config.diffusion, config.model.timesteps).to(comm.device)
     engine = build_engine(run, comm, model, objective)
-    return Network(model, experts, objective, wrap_engine(engine) if wrap_engine else engine, origin)
+    engine = wrap_engine(engine) if wrap_engine else engine
+    return Network(run, model, experts, objective, engine, expert_size, origin)
 
 
 def build_sharded_model(
@@ -98,25 +100,3 @@ def describe_layout(run: ResolvedRun, model: DiffusionTransformer) -> str:
     held = sum(parameter.numel() for parameter in model.parameters())
     millions = [f"{count / 1e6:.2f} M" for count in (whole.total, whole.active, held)]
     return f"{run.describe()}; parameters {millions[0]}, active {millions[1]}, per rank {millions[2]}"
-
-
-def wrap_layers(model: DiffusionTransformer, config: Config, device: torch.device) -> None:
-    """Compile the layers, or recompute them in backward, as the config asks."""
-    if compiles_blocks(config.parallel.compile, device):
-        for module in model.modules():
-            if isinstance(module, TokenMoe):  # it would be compiled again for each block and each number of tokens
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-        for layer in model.layers:
-            layer.compile()
-    if config.parallel.activation_checkpointing != "none":
-        from fairscale.nn.checkpoint import checkpoint_wrapper
-
-        offload = config.parallel.activation_checkpointing == "offload"
-        model.layers = tuple(checkpoint_wrapper(layer, offload_to_cpu=offload) for layer in model.layers)
-
-
-def compiles_blocks(wanted: bool | Literal["auto"], device: torch.device) -> bool:
-    """Return True if the blocks are compiled. Under `auto` they are compiled on GPUs, if Triton can build its launchers there."""
-    if wanted != "auto":
-        return wanted
-    return device.type == "cuda" and has_triton()

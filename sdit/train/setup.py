@@ -13,7 +13,6 @@ from sdit.train.context import TrainContext
 from sdit.train.data_setup import open_data
 from sdit.train.engine_setup import WrapEngine, build_network, check_run, describe_layout
 from sdit.train.events import Observers
-from sdit.train.expert_size import with_fastest_size
 from sdit.train.guards import StopSignals
 from sdit.train.loop import Trainer
 from sdit.train.run_start import find_newest, open_run_folder, start
@@ -37,8 +36,8 @@ def open_trainer(
         loader = stack.enter_context(build_loader(config.data, config.model, config.seed, comm.world))
         store, found = find_newest(folder, config.checkpoint, comm)
         opened = stack.enter_context(open_data(config, comm, loader.identity, found))
-        run, chosen_size = with_fastest_size(run, comm, found)
         network = build_network(run, comm, found, wrap_engine)
+        run = network.run
         state = RunState(run, network.engine, store, opened.data, network.experts)
         message = start(state, found, run, folder)
         signals = stack.enter_context(closing(StopSignals(worker.heartbeat)))
@@ -51,8 +50,8 @@ def open_trainer(
         observers.on_start(state.clock, state.length_images, message)
         if comm.is_first:
             context.event("layout", describe_layout(run, network.model))
-        if comm.is_first and chosen_size:
-            context.event("expert_parallel", chosen_size)
+        if comm.is_first and network.expert_size:
+            context.event("expert_parallel", network.expert_size)
         if comm.is_first and network.origin:
             context.event("initial_weights", network.origin)
         for note in opened.notes:

@@ -17,7 +17,7 @@ from sdit.expert_parallel.dispatcher import PlannedPass
 from sdit.expert_parallel.placement import ExpertPlacement
 from sdit.expert_parallel.step_plan import MicroStepPlan, plan_blocks
 from sdit.model import DiffusionTransformer, build_model
-from sdit.train.engine_setup import wrap_layers
+from sdit.train.layer_wrapping import wrap_layers
 
 DEPTH, WIDTH, SAMPLES, TOKENS = 12, 32, 6, 4
 SHAPE = {"width": WIDTH, "heads": 2, "input_size": 4, "channels": 3, "classes": 5, "timesteps": 50}

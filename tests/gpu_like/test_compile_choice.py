@@ -13,7 +13,7 @@ import torch
 
 from sdit.config import ParallelConfig
 from sdit.model.moe.kernels import has_triton
-from sdit.train.engine_setup import compiles_blocks
+from sdit.train.layer_wrapping import compiles_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
