@@ -1,4 +1,4 @@
-"""Lets torch's FLOP counter count the products of merged experts, which are operators of their own.
+"""Lets torch's FLOP counter count the products of merged experts, which are operators of their own, and in-place products.
 
 G samples, L tokens, D_in and D_out widths, M experts: z (G, L, D_in), gates (G, M), w (M, D_in, D_out), b (M, D_out).
 """
@@ -33,3 +33,9 @@ def _grad_experts_flops(grad: Shape, z: Shape, gates: Shape, w: Shape, b: Shape,
 
 def _merge_flops(gates: Shape, w: Shape) -> int:
     return 2 * gates[0] * gates[1] * w[1] * w[2]
+
+
+@register_flop_formula(torch.ops.aten.addmm_)
+def _addmm_flops(total: Shape, a: Shape, b: Shape, **_: Any) -> int:
+    """The gradients of token-routed experts are added in place, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
