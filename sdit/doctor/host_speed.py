@@ -15,7 +15,7 @@ from sdit.planner.hardware import Host
 from sdit.train.setup import open_trainer
 
 WARM_STEPS, STEPS = 2, 8
-ASSUMED_RESTART_SECONDS, ASSUMED_MICROSECONDS_PER_RANK = 300.0, 0.8  # of the hardware files that come with sdit
+ASSUMED_RESTART_SECONDS, ASSUMED_MICROSECONDS_PER_RANK = 300.0, 0.0  # of the hardware files that come with sdit
 
 
 def measure_host(comm: Comm, folder: Path, threads: int | None) -> Host:
