@@ -162,10 +162,15 @@ class Loader:
                 continue
             at = np.flatnonzero(keys.shard == number)
             at = at[shard.decoded.row[keys.member[at]] >= 0]
-            row = shard.decoded.row[keys.member[at]]
-            chosen = (row, mirrored[at].astype(np.int64)) if is_latents else row
-            values[at], labels[at] = shard.decoded.values[chosen], shard.decoded.labels[keys.member[at]]
-            is_read[at] = True
+            rows, labels[at], is_read[at] = (
+                shard.decoded.row[keys.member[at]],
+                shard.decoded.labels[keys.member[at]],
+                True,
+            )
+            # An index array would first collect the samples in new memory, which takes longer than to copy them.
+            for position, row in zip(at.tolist(), rows.tolist(), strict=True):
+                stored = shard.decoded.values[row]
+                values[position] = stored[int(mirrored[position])] if is_latents else stored
         rest = np.flatnonzero(~is_read)
         for position, key in zip(rest.tolist(), keys[rest], strict=True):
             sample = self._sample(key, opened[key.shard])
