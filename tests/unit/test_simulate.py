@@ -62,7 +62,7 @@ def scaled(link: str, factor: float) -> Hardware:
 def test_parts_of_a_step_computed_by_hand() -> None:
     """Two ranks in one node, ZeRO 1, EP 1, fp32, no overlap. Each formula is written out once more."""
     job = job_of(model_config("dit", "linear"), 2)
-    on = hardware(device__mfu={96: 0.5})
+    on = hardware(device__mfu={96: 0.5}, host__step_milliseconds=1.6, host__step_microseconds_per_rank=0.8)
     step, numel = predict(job, on), job.numel
     assert step.compute == pytest.approx(4 * flops_per_image(job.config.model).train / (67e12 * 0.5))
     assert (step.imbalance, step.exchange_inside, step.exchange_between) == (0.0, 0.0, 0.0)
