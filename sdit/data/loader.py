@@ -162,13 +162,11 @@ class Loader:
                 continue
             at = np.flatnonzero(keys.shard == number)
             at = at[shard.decoded.row[keys.member[at]] >= 0]
-            rows, labels[at], is_read[at] = (
-                shard.decoded.row[keys.member[at]],
-                shard.decoded.labels[keys.member[at]],
-                True,
-            )
+            members = keys.member[at]
+            labels[at] = shard.decoded.labels[members]
+            is_read[at] = True
             # An index array would first collect the samples in new memory, which takes longer than to copy them.
-            for position, row in zip(at.tolist(), rows.tolist(), strict=True):
+            for position, row in zip(at.tolist(), shard.decoded.row[members].tolist(), strict=True):
                 stored = shard.decoded.values[row]
                 values[position] = stored[int(mirrored[position])] if is_latents else stored
         rest = np.flatnonzero(~is_read)
