@@ -37,19 +37,19 @@ def token_exchange_bytes(job: Job) -> tuple[float, int]:
 def token_expert_activations(job: Job, device: Literal["cuda", "cpu"]) -> float:
     """Return the bytes that the token-routed experts of a block keep of one image for backward, without received tokens.
 
-    A pair keeps its `pair_numbers`. With EP, experts without a grouped product run one after another, and backward computes
-    the activation and the result again (`sdit.model.moe.token_products`): a pair then keeps its hidden numbers and an index.
-    A token that the rank computes is kept once, and its sum once (torch's `index_add_` saves what it adds).
+    A pair keeps its `pair_numbers`. Experts without a grouped product run one after another, and backward computes the
+    activation and the result again (`sdit.model.moe.token_products`): a pair then keeps its hidden numbers and an index.
+    With EP, a token that the rank computes is kept once more, and its sum once (torch's `index_add_` saves what it adds).
     """
     moe, model, ranks = job.config.model.moe, job.config.model, job.expert_parallel
     if moe is None:
         return 0.0
     pairs = moe.experts_per_token(model.tokens) * model.tokens
-    if ranks == 1 or (device == "cuda" and job.element_bytes == 2):
+    if device == "cuda" and job.element_bytes == 2:
         return job.element_bytes * pairs * pair_numbers(moe, model.width)
     local = moe.experts // ranks
     hidden = (2 if moe.kind == "swiglu" else 1) * moe.hidden(model.width)
-    rows = model.tokens * served_share(moe, model.tokens, local)
+    rows = model.tokens * served_share(moe, model.tokens, local) if ranks > 1 else 0
     row = 2 * job.element_bytes * model.width + _row_extra(local)
     return pairs * (job.element_bytes * hidden + INDEX_BYTES) + rows * row + model.tokens * moe.experts
 

@@ -24,6 +24,7 @@ from sdit.planner.layout import Group, Job, plan_job
 from sdit.planner.memory import activation_bytes, checkpoint_bytes, plan_memory, state_bytes
 from sdit.planner.remedy import find_remedy
 from sdit.planner.traffic import gradient_traffic_bytes, plan_exchange
+from tests.unit.kept_tensors import kept_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 XL2, DIGITS = str(ROOT / "configs" / "imagenet256_xl2.yaml"), str(ROOT / "configs" / "digits.yaml")
@@ -88,26 +89,14 @@ def test_training_costs_three_forward_passes(variant: str, kind: str, options: d
 @pytest.mark.parametrize("learn_variance", [True, False])
 @pytest.mark.parametrize(("variant", "kind"), VARIANTS)
 def test_activations_are_what_autograd_saves(
-    variant: str, kind: str, learn_variance: bool, options: dict[str, Any]
+    variant: str, kind: str, learn_variance: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every storage once, without weights; within 3 %. Torch's RMSNorm on a CPU saves the normed q and k, an extra."""
+    """Within 3 %. Torch's RMSNorm on a CPU saves the normed q and k, an extra."""
     config = model_config(variant, kind, learn_variance=learn_variance, **options)
     model, objective = build_model(config).train(), build_objective({}, config.timesteps)
-    lasting = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-    alive = []
-
-    def keep(value: Tensor) -> Tensor:
-        alive.append(value)  # or its address would be used again
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in lasting:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        objective(model, *inputs(config))
+    kept = kept_bytes(model, lambda: objective(model, *inputs(config)), monkeypatch)
     unfused = 2 * BATCH * 4 * config.depth * config.tokens * config.width if config.qk_norm == "rms" else 0
-    assert sum(saved.values()) == pytest.approx(activation_bytes(job_of(config)) + unfused, rel=0.03)
+    assert kept == pytest.approx(activation_bytes(job_of(config)) + unfused, rel=0.03)
 
 
 def test_checkpointing_keeps_one_block_and_the_entries_of_the_others() -> None:

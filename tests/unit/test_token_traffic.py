@@ -17,7 +17,6 @@ from sdit.expert_parallel.all_to_all import TrafficCounter
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_exchange import TokenExchange
 from sdit.model import DiffusionTransformer, build_model
-from sdit.model.moe import token_products
 from sdit.model.moe.experts import build_token_experts
 from sdit.model.moe.token_moe import TokenMoe
 from sdit.planner.layout import plan_job
@@ -25,6 +24,7 @@ from sdit.planner.memory import activation_bytes
 from sdit.planner.token_traffic import served_share, token_exchange_bytes
 from sdit.planner.traffic import plan_exchange
 from tests.unit.expert_parallel.test_gradient_order import SilentGroup
+from tests.unit.kept_tensors import kept_bytes
 
 
 @pytest.mark.parametrize(("experts", "top_k", "local"), [(8, 2, 4), (8, 2, 2), (6, 3, 1), (4, 2, 4)])
@@ -93,34 +93,12 @@ def sharded(config: ModelConfig, ranks: int) -> DiffusionTransformer:
     return model
 
 
-def kept_bytes(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What a forward pass with its objective keeps for backward: every storage once, without weights.
-
-    Autograd names its saved tensors. `_Mix` keeps others.
-    """
-    lasting = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    alive: list[Tensor] = []
-    contexts, mix = [], token_products._Mix.forward
-
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        contexts.append(ctx)
-        return mix(ctx, *arguments)
-
-    def keep(value: Tensor) -> Tensor:
-        alive.append(value)  # or its address would be used again
-        return value
-
-    monkeypatch.setattr(token_products._Mix, "forward", staticmethod(forward))
+def loss_of(model: DiffusionTransformer) -> Tensor:
+    """The loss of a batch of noise."""
     config = model.config
     x = torch.randn(BATCH, config.channels, config.input_size, config.input_size)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        labels = torch.zeros(BATCH, dtype=torch.int64)
-        parts = build_objective({}, config.timesteps)(model, x, torch.arange(BATCH), labels, torch.randn_like(x))
-    for ctx in contexts:
-        alive += [each for hidden in ctx.hidden for each in hidden] + [users for _, users in ctx.work.by_expert]
-    assert contexts and parts.loss.requires_grad
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in alive}
-    return sum(size for address, size in storages.items() if address not in lasting)
+    labels = torch.zeros(BATCH, dtype=torch.int64)
+    return build_objective({}, config.timesteps)(model, x, torch.arange(BATCH), labels, torch.randn_like(x)).loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -138,7 +116,7 @@ def test_sharded_experts_keep_what_is_planned(
     assert exchange is not None and job.expert_parallel == ranks
     planned = activation_bytes(job, "cpu") + exchange.buffer_bytes
     model = sharded(config, ranks).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    assert kept_bytes(model, monkeypatch) == pytest.approx(planned, rel=0.04)
+    assert kept_bytes(model, lambda: loss_of(model), monkeypatch) == pytest.approx(planned, rel=0.04)
 
 
 def test_grouped_products_keep_more_than_experts_in_turn() -> None:
