@@ -94,13 +94,15 @@ def floor_text(floor: dict[str, Any]) -> str:
 
 
 def missing(found: list[Results]) -> str:
-    """The runs without a result."""
-    lines = []
+    """The runs without a result: a line for each recipe and set of seeds."""
+    rows: dict[str, list[str]] = {}
     for results in found:
         for name, variant in results.study.variants.items():
             seeds = [seed for seed in results.study.seeds if seed not in results.runs.get(name, {})]
             if variant.recipe == results.recipe and seeds:
-                lines.append(f"* {variant.full_label}: seeds {', '.join(map(str, seeds))}")
+                label = f"{variant.recipe.label}, " if variant.recipe.label else ""
+                rows.setdefault(f"{label}seeds {', '.join(map(str, seeds))}", []).append(variant.label)
+    lines = [f"* {runs}: {'; '.join(labels)}" for runs, labels in rows.items()]
     return "Runs that are missing:\n\n" + "\n".join(lines) if lines else "No run is missing."
 
 

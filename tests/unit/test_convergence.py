@@ -210,8 +210,8 @@ def test_results_go_to_the_front_page_where_it_is_marked(results: Results, tmp_p
 def test_missing_runs_are_named(results: Results) -> None:
     del results.runs["switch"][1]
     lines = page.missing([results]).splitlines()
-    assert "* Switch-DiT (M = 3, k = 2): seeds 1, 2" in lines and "* DTR: seeds 0, 1, 2" in lines
-    assert "* DiT: seeds 2" in lines
+    assert "* seeds 2: DiT" in lines and "* seeds 1, 2: Switch-DiT (M = 3, k = 2)" in lines
+    assert any(line.startswith("* seeds 0, 1, 2: ") and "; DTR; " in line for line in lines)
 
 
 def test_a_page_of_one_recipe_names_all_runs_of_the_other(tmp_path: Path) -> None:
@@ -219,7 +219,8 @@ def test_a_page_of_one_recipe_names_all_runs_of_the_other(tmp_path: Path) -> Non
     write(Results(LONG, MODERN, runs), tmp_path / "results")
     page.write_page(LONG, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "* DiT, modern recipe: seeds 1, 2" in text and "* DiT, recipe of the paper: seeds 0, 1, 2" in text
+    assert "* modern recipe, seeds 1, 2: DiT; Switch-DiT (M = 3, k = 2)\n" in text
+    assert "* recipe of the paper, seeds 0, 1, 2: DiT; Switch-DiT (M = 3, k = 2); DiT-MoE" in text
     assert "<!-- results-paper -->\nNo run is finished.\n" in text
     assert tables.results_table(read_results(LONG, tmp_path / "results")[0]) in text
 
