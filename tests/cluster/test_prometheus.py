@@ -113,6 +113,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     taken_port, port = free_ports(2)
     arguments = [
         "train.steps=1000000", "parallel.expert=2", "model.experts.capacity_factor=1.0", "checkpoint.every_steps=100",
+        "model.moe={experts: 4, top_k: 2, kind: mlp, hidden_ratio: 1.0, capacity_factor: 2.0}",
         "supervise.step_seconds=240", f"observe.metrics_port={taken_port}",
     ]  # fmt: skip
     prometheus = start_prometheus(folder, run_dir, port)
