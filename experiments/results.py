@@ -29,7 +29,7 @@ class Results:
 
     @property
     def compared(self) -> list[str]:
-        """The variants beside the baseline."""
+        """The variants other than the baseline."""
         return [name for name in self.runs if name != self.recipe.baseline]
 
     def pairs(self, variant: str, other: str | None = None) -> list[tuple[Run, Run]]:

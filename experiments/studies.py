@@ -53,8 +53,8 @@ class Study:
     `groups` holds the names of variants that train in turns; the first group is finished before the next one begins.
     `overrides` change what the config file says. `sampled_images` are scored at the end, the first `curve_images` of them also
     after `scored_after`. `guided_images` are scored at the end with guidance (0: none). `loss_images` held-out images are
-    scored at each kept checkpoint (0: only the trainer's held-out loss is known). `pairs` are compared with one another, beside
-    the comparison of all with the baseline.
+    scored at each kept checkpoint (0: only the trainer's held-out loss is known). `pairs` are compared with one another, in
+    addition to the comparison of all with the baseline.
     """
 
     name: str

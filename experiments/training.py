@@ -1,4 +1,4 @@
-"""One run of the experiment: the trainer's own run directory, and beside it what the training cost in time."""
+"""One run of the experiment: the trainer's run directory, and what the training cost in time."""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ class Layer(nn.Module):
         """Return the mixture m (B, L, D) of the router's experts, and the modulation of the block."""
         assert forward_pass is not None and self.router is not None
         computed = forward_pass.compute(forward_pass.dispatch(self.index, z, gates, self.router.experts))
-        modulation = self.block.modulation(
-            c
-        )  # computed before `combine`, so that it overlaps with the transfer of the results
+        modulation = self.block.modulation(c)  # before `combine`: it overlaps with the transfer of the results
         return forward_pass.combine(computed), modulation
 
 

@@ -60,7 +60,7 @@ def pair_numbers(moe: MoeConfig, width: int) -> int:
 
 
 def _row_extra(local: int) -> int:
-    """Return the bytes that a computed row keeps beside its token: an index, and weights and masks of the local experts."""
+    """Return the bytes of a computed row without its token: an index, and weights and masks of the local experts."""
     return INDEX_BYTES + local * (WEIGHT_BYTES + 2)
 
 

@@ -75,12 +75,10 @@ class RendezvousStore:
         self._spec, self._beat = self._folder / "plan.json", self._folder / "beat.json"
         self._written: tuple[int, AttemptSpec] | None = None  # version and content of the one that it wrote last
         self._known: tuple[int, AttemptSpec] | None = None  # version and content of the one that it read last
-        self._reports: dict[
-            int, dict[str, list[ExitReport]]
-        ] = {}  # those that were read, by attempt and name of the file
-        self._waits_since: tuple[int, float] | None = (
-            None  # attempt whose report waits for the node's others, since when
-        )
+        # The reports that were read, by attempt and name of the file.
+        self._reports: dict[int, dict[str, list[ExitReport]]] = {}
+        # The attempt whose report waits for the others of the node, and since when.
+        self._waits_since: tuple[int, float] | None = None
 
     @classmethod
     def of_token(cls, run_dir: Path, token: str) -> RendezvousStore | None:

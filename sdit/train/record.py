@@ -139,9 +139,8 @@ class StepRecord(Validation):
         by_bin="sdit_loss_by_timestep",
     )  # fmt: skip
     spent_since_logged: Mapping[str, float] | None = metric("seconds", "sums of the times since the last logged step")
-    token_counts: TokenCounts | None = field(
-        default=None, compare=False, metadata={"internal": True}
-    )  # if a map is due
+    # The counts of a map, if one is due.
+    token_counts: TokenCounts | None = field(default=None, compare=False, metadata={"internal": True})
     logged: bool = field(default=False, metadata={"internal": True})
     stop_requested: bool = field(default=False, metadata={"internal": True})
 

@@ -1,4 +1,4 @@
-"""`sbatch cluster/train.sbatch` on a real SLURM cluster: three nodes of two ranks train, are preempted, break, and go on."""
+"""`sbatch cluster/train.sbatch` on a real SLURM cluster: three nodes of two ranks train, are preempted, break, and continue."""
 
 from __future__ import annotations
 

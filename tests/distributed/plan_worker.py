@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ def status_bytes(key: str) -> int:
 def train(case: dict[str, Any], comm: Comm) -> dict[str, Any]:
     """Bytes of the state by kind, and by how much the peak of resident memory rose over its start."""
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
+    gc.collect()  # trainers of earlier cases; what is freed during the run would hide its growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
     before = status_bytes("VmRSS")
     run = resolve_run(config, case["deepspeed"], "case", comm.world, comm.info.local_world)

@@ -99,7 +99,7 @@ def test_another_supervisor_reads_while_the_reader_is_stopped(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_reader_that_is_lost_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
-    """The others of its node read, end the attempt, and go on without it; a parent that stays stopped counts as lost."""
+    """The others of its node read, end the attempt, and continue without it; a parent that stays stopped counts as lost."""
     run = tmp_path / "run"
     with TwoNodes(run, number, elastic=True, **QUICK) as ranks:
         struck = ranks.struck
