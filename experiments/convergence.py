@@ -6,9 +6,9 @@
   convergence.py --study long --quick                           tiny models in a minute; writes into the work folder only
   convergence.py --study long --write                           only the tables and the plots, from results/*.json
 
-The study `long` has 524,288 images a run and two recipes, `short` 65,536 images and the recipe of the paper. Several commands with
-different seeds may run at the same time, one a core, once the search is done. After a kill, the same command continues, and what
-is finished is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike.
+The study `long` has 524,288 images a run and two recipes, `short` 65,536 images and the recipe of the paper. Several commands
+with different seeds may run at the same time, one a core, once the search is done. After a kill, the same command continues, and
+what is finished is skipped. The models of a seed train in turns, so that other load on the machine slows all of them alike.
 
 Tables are written between the marks in README.md of the study's folder, which also has results/*.json and the plots. The work
 folder has runs and checkpoints. Needs Debian's dataset-fashion-mnist (--quick: the digits inside scikit-learn).
