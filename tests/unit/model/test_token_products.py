@@ -72,3 +72,14 @@ def test_calls_that_share_gradients_return_their_sum_once(kind: type[StackedExpe
     for want, each in zip(wanted, got, strict=True):
         assert float((each - want).abs().max()) <= ROUNDING * max(1.0, float(want.abs().max()))
     assert gradients._sums == [], "the memory belongs to autograd"
+
+
+def test_only_the_last_call_returns_gradients_and_all_calls_add_to_one_memory() -> None:
+    """A gradient of each call would need the memory of all experts as many times."""
+    stacks = [torch.ones(EXPERTS, WIDTH), torch.ones(EXPERTS)]
+    gradients = StackGradients(calls=2)
+    first = gradients.begin(stacks)
+    assert gradients.end() == [None, None]
+    second = gradients.begin(stacks)
+    assert [one.data_ptr() for one in first] == [other.data_ptr() for other in second]
+    assert [each.data_ptr() for each in gradients.end() if each is not None] == [one.data_ptr() for one in first]
