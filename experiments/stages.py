@@ -21,7 +21,7 @@ from sdit.cli.prepare import main as prepare
 from sdit.config import Config
 from sdit.distributed.comm import Comm, find_rank, set_threads
 from sdit.errors import DataError, ExitCode
-from sdit.files import replacing
+from sdit.files import file_lock, replacing
 from sdit.model import build_model
 from sdit.model.flops import flops_per_image
 from sdit.observe.sample_grids import save_pixels
@@ -44,12 +44,14 @@ def run_all(study: Study, work: Path, results: Path, seeds: Sequence[int]) -> Ex
 def prepare_data(study: Study, work: Path) -> None:
     """Training and held-out images as shards; those that are there are checked. Raises: DataError."""
     pad = ("--pad", str(study.pad)) if study.pad else ()
-    for part in ("train", "test"):
-        folder = work / "data" / part
-        split = ("--split", part) if study.data == "fashion-mnist" else ()
-        code = prepare([study.data, *split, *pad, "--jobs", "1", "--out", str(folder)])
-        if code != ExitCode.DONE:
-            raise DataError(f"{folder}: preparing {study.data} ended with {code}")
+    work.mkdir(parents=True, exist_ok=True)
+    with file_lock(work / "data.lock"):  # commands for other seeds, started at the same time, wait
+        for part in ("train", "test"):
+            folder = work / "data" / part
+            split = ("--split", part) if study.data == "fashion-mnist" else ()
+            code = prepare([study.data, *split, *pad, "--jobs", "1", "--out", str(folder)])
+            if code != ExitCode.DONE:
+                raise DataError(f"{folder}: preparing {study.data} ended with {code}")
 
 
 def recorded(config: Config) -> dict[str, Any]:

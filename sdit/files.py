@@ -1,8 +1,9 @@
-"""Atomic file writes, fsync, and free space. It imports no torch."""
+"""Atomic file writes, fsync, locks of files, and free space. It imports no torch."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -120,6 +121,14 @@ def remove_folder(folder: Path) -> None:
 def _unlink_all(paths: Sequence[str]) -> None:
     for path in paths:
         os.unlink(path)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made if it is missing. Other processes of this machine that want it wait."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_bytes(folder: Path) -> int:

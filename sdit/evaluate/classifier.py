@@ -6,7 +6,6 @@ always finds the same weights; they are kept in a cache. n images, H = W pixels,
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torch.nn import functional
 from sdit.caches import user_cache
 from sdit.errors import CheckpointError, ConfigError, DataError
 from sdit.evaluate.features import weights_digest
-from sdit.files import replacing
+from sdit.files import file_lock, replacing
 from sdit.safetensors_file import read_header
 
 FEATURES = 128
@@ -112,7 +111,7 @@ def trained_features(
     folder.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"classifier-{key}.safetensors"
-    with _locked(path.with_suffix(".lock")):
+    with file_lock(path.with_suffix(".lock")):  # the first process trains the network, the others read it
         if path.exists():
             return _read(path, recipe)
         model, accuracy = _train(pixels, labels, classes, seed, progress)
@@ -210,14 +209,6 @@ def _read(path: Path, recipe: dict[str, Any]) -> TrainedFeatures:
         model = Classifier(height, channels, recipe["classes"])
     model.load_state_dict(tensors, assign=True)
     return TrainedFeatures(model, recipe, float(facts["held_out_accuracy"]))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Processes that want one network take turns: the first trains it, the others read it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

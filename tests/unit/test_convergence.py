@@ -5,6 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from sdit.checkpoint.load import Trained
 from sdit.cli.prepare import main as prepare
 from sdit.clock import Clock
 from sdit.config import Config
+from sdit.data import prepare as preparation
 from sdit.errors import ConfigError, DataError, ExitCode
 from sdit.model import build_model
 from sdit.model.flops import flops_per_image
@@ -323,6 +329,29 @@ def test_a_turn_ends_at_its_images_and_not_before() -> None:
     assert not heartbeat.stop_requested
     turn.on_step(Clock(64, 2), record(2))
     assert heartbeat.stop_requested
+
+
+def test_commands_of_two_seeds_may_prepare_the_data_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def prepare_both_at_once(_: int) -> None:
+        both.wait()
+        stages.prepare_data(QUICK, tmp_path)
+
+    opened_journal = preparation.opened_journal
+
+    @contextmanager
+    def slow_writer(*arguments: Any) -> Iterator[Any]:
+        with opened_journal(*arguments) as journal:
+            time.sleep(0.3)  # the other command comes while this one writes
+            yield journal
+
+    monkeypatch.setattr(preparation, "opened_journal", slow_writer)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(prepare_both_at_once, range(2)))
+    assert all((tmp_path / "data" / part / "index.json").exists() for part in ("train", "test"))
 
 
 def test_models_of_a_seed_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
