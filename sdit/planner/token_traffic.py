@@ -18,7 +18,8 @@ INDEX_BYTES = 8
 def token_exchange_bytes(job: Job) -> tuple[float, int]:
     """Return the expected bytes of rows per step over all ranks, and those that a rank keeps of rows for backward.
 
-    It keeps the tokens that it received, and which tokens it sent. The exchange of sizes, and the rows that a bounded buffer leaves empty, are not counted.
+    It keeps the tokens that it received, and which tokens it sent. The exchange of sizes, and the rows that a bounded buffer
+    leaves empty, are not counted.
     """
     moe, model, ranks = job.config.model.moe, job.config.model, job.expert_parallel
     if moe is None or ranks == 1:

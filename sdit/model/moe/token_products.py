@@ -17,7 +17,6 @@ from torch import Tensor
 from sdit.model.moe.base import ExpertRows, Experts
 from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
 
-
 ROWS = 256  # of one expert, whose activations backward has in memory at a time
 
 
