@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The expert layer against its peers, on gloo ranks of this machine: time, bytes on the wire, peak memory.
 
-usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--whole-step | --token-routed]
+usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--even-routes] [--whole-step | --token-routed]
 
 Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work shows:
   unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 400ms;
@@ -10,8 +10,11 @@ Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
 other load leaves alone. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
-RoutingTable: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens),
-which loads experts evenly: no prior, path placement or assignment helps us here.
+Routes: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens): no
+prior, path placement or assignment helps us here. DeepSpeed pads all experts to the fullest one, so that its ranks compute
+equally many rows. Ours compute the rows of their experts only, and all ranks wait for the most loaded one. The column "most
+loaded rank" is its CPU time over the mean of the ranks. With --even-routes, ours draw only global batches whose (sample,
+expert) pairs are divided evenly among the ranks.
 Bytes: what leaves a rank through all_to_all_single and all_reduce (counted as a ring, 2 (P - 1) / P of its size), mean of
 the ranks. Memory: highest sum of live allocations within a step, as the profiler of torch counts them, of the fullest rank;
 parameters and the input are there before the step and do not count.
@@ -54,16 +57,16 @@ HOLDERS = ("auto", "tokens", "weights", "EP = 1", "DeepSpeed", "fairscale")
 
 
 @dataclass
-class ExpertGroup:
+class SentBytes:
     """Bytes that left this rank."""
 
     sent_bytes: float = 0.0
 
 
 @contextmanager
-def metered() -> Iterator[ExpertGroup]:
+def metered() -> Iterator[SentBytes]:
     """Count what every caller of torch.distributed sends inside the `with`."""
-    wire, all_to_all, all_reduce = ExpertGroup(), dist.all_to_all_single, dist.all_reduce
+    wire, all_to_all, all_reduce = SentBytes(), dist.all_to_all_single, dist.all_reduce
 
     def counted_all_to_all(
         output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
@@ -105,19 +108,20 @@ def peak_step_bytes(layer: Layer, z: Tensor, grad: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one layer: `seconds` of the slowest rank and `cpu_seconds` of all ranks by round, mean `sent_bytes` of a rank,
-    `peak_bytes` of the load_imbalance."""
+    """Of one layer: `seconds` of the slowest rank, `cpu_seconds` of all ranks and `imbalance` (CPU seconds of the most
+    loaded rank over the mean) by round, mean `sent_bytes` of a rank, `peak_bytes` of the fullest rank."""
 
     name: str
     seconds: list[float]
     cpu_seconds: list[float]
+    imbalance: list[float]
     sent_bytes: float
     peak_bytes: float
 
 
 def race(layers: Sequence[Layer], z: Tensor, grad: Tensor, rounds: int, comm: Comm) -> list[Outcome]:
     """All layers' outcomes; steps are taken in turn, in a new order each round, after one warm-up."""
-    times: dict[str, list[tuple[float, float]]] = {layer.name: [] for layer in layers}
+    times: dict[str, list[tuple[float, float, float]]] = {layer.name: [] for layer in layers}
     order = random.Random(0)
     for round_number in range(rounds + 1):
         for layer in order.sample(layers, len(layers)):
@@ -131,20 +135,20 @@ def race(layers: Sequence[Layer], z: Tensor, grad: Tensor, rounds: int, comm: Co
             layer.step(z, grad)
         _clear(layer, z)
         sent, peak = zip(*_of_all_ranks(comm, wire.sent_bytes, peak_step_bytes(layer, z, grad)), strict=True)
-        seconds, cpu_seconds = zip(*times[layer.name], strict=True)
-        outcomes.append(Outcome(layer.name, list(seconds), list(cpu_seconds), statistics.mean(sent), max(peak)))
+        seconds, cpu_seconds, imbalance = map(list, zip(*times[layer.name], strict=True))
+        outcomes.append(Outcome(layer.name, seconds, cpu_seconds, imbalance, statistics.mean(sent), max(peak)))
     return outcomes
 
 
-def _timed(layer: Layer, z: Tensor, grad: Tensor, comm: Comm) -> tuple[float, float]:
-    """Seconds of the slowest rank and CPU seconds of all ranks for one step."""
+def _timed(layer: Layer, z: Tensor, grad: Tensor, comm: Comm) -> tuple[float, float, float]:
+    """Seconds of the slowest rank, CPU seconds of all ranks, and those of the most loaded rank over the mean, for one step."""
     _clear(layer, z)
     comm.barrier()
     started, used = time.perf_counter(), time.process_time()
     layer.step(z, grad)
     spent = _of_all_ranks(comm, time.perf_counter() - started, time.process_time() - used)
     seconds, cpu_seconds = zip(*spent, strict=True)
-    return max(seconds), sum(cpu_seconds)
+    return max(seconds), sum(cpu_seconds), max(cpu_seconds) / statistics.mean(cpu_seconds)
 
 
 def _clear(layer: Layer, z: Tensor) -> None:
@@ -161,7 +165,8 @@ def _of_all_ranks(comm: Comm, *values: float) -> list[list[float]]:
 def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
     """The cases of the table: all, those of one size, or the first alone if it has to be quick."""
     every = [
-        Case(size, count, kind, options.batch // ranks, ranks) for size, count, kind in product(SIZES, COUNTS, KINDS)
+        Case(size, count, kind, options.batch // ranks, ranks, options.even_routes)
+        for size, count, kind in product(SIZES, COUNTS, KINDS)
     ]
     chosen = [case for case in every if options.size in (None, case.size) and options.kind in (None, case.kind)]
     return chosen[:1] if options.quick else chosen
@@ -179,8 +184,9 @@ def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
 
 
 HEAD = (
-    "ranks", "size", "M", "experts", "`auto`, ms", "at hand", *(f"{name}, CPU time" for name in RIVALS),
-    "DeepSpeed, fairscale: time", f"MB sent: {' / '.join(SENDERS)}", f"peak MB: {' / '.join(HOLDERS)}",
+    "ranks", "size", "M", "experts", "`auto`, ms", "replicated", *(f"{name}, CPU time" for name in RIVALS),
+    "most loaded rank: auto, DeepSpeed", "DeepSpeed, fairscale: time",
+    f"MB sent: {' / '.join(SENDERS)}", f"peak MB: {' / '.join(HOLDERS)}",
 )  # fmt: skip
 
 
@@ -191,6 +197,7 @@ def table_line(case: Case, replicated: int, outcomes: dict[str, Outcome]) -> str
         str(case.ranks), case.size, str(case.experts), case.kind,
         f"{1e3 * statistics.median(auto.seconds):.0f}", str(replicated),
         *(f"{_ratio(outcomes[name].cpu_seconds, auto.cpu_seconds):.2f}" for name in RIVALS),
+        ", ".join(f"{statistics.median(outcomes[name].imbalance):.2f}" for name in ("auto", "DeepSpeed")),
         ", ".join(f"{_ratio(outcomes[name].seconds, auto.seconds):.2f}" for name in ("DeepSpeed", "fairscale")),
         " / ".join(f"{outcomes[name].sent_bytes / 1e6:.1f}" for name in SENDERS),
         " / ".join(f"{outcomes[name].peak_bytes / 1e6:.0f}" for name in HOLDERS),
@@ -215,6 +222,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="this model size only")
     parser.add_argument("--kind", choices=KINDS, help="this kind of experts only")
     parser.add_argument("--quick", action="store_true", help="4 linear experts of the first size only")
+    parser.add_argument("--even-routes", action="store_true", help="our routes load all ranks alike, as the peers' do")
     parser.add_argument(
         "--whole-step", action="store_true", help="whole training steps, by layout of the experts, instead"
     )
@@ -237,9 +245,10 @@ def start_all(options: argparse.Namespace) -> int:
     if options.token_routed:
         print(heading(options), flush=True)
     elif not options.whole_step:
+        routes = "even" if options.even_routes else "random"
         print(
-            f"{options.batch} samples of {TOKENS} tokens over all ranks, k = {TOP_K}, 1 thread per rank, medians of "
-            f"{options.rounds} rounds; times over those of `auto`"
+            f"{options.batch} samples of {TOKENS} tokens over all ranks, k = {TOP_K}, {routes} routes, 1 thread per rank, "
+            f"medians of {options.rounds} rounds; times over those of `auto`"
         )
         print(_line(HEAD))
         print(_line(["---"] * len(HEAD)), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 import numpy as np
@@ -31,17 +32,22 @@ from sdit.topology import plan_batch
 
 TOP_K = 2  # the only k that fairscale's gate knows
 TASKS = 1000
+DRAWS = 20_000  # of a global batch. With 4 ranks about one of 1000 has even routes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the comparison: a model size, M experts of a kind, B samples per rank, P ranks."""
+    """One line of the comparison: a model size, M experts of a kind, B samples per rank, P ranks.
+
+    `is_even`: each rank owns the experts of as many (sample, expert) pairs as any other, in each global batch of our layers.
+    """
 
     size: Literal["S/2", "B/2"]
     experts: int
     kind: Literal["linear", "mlp"]
     batch: int
     ranks: int
+    is_even: bool = False
 
     @property
     def width(self) -> int:
@@ -89,14 +95,20 @@ class TaskGate:
         self.linear = nn.Linear(case.width, case.experts)
         nn.init.normal_(self.linear.weight, std=case.width**-0.5)
         self.table = torch.randn(TASKS, case.width)
-        self._generator = np.random.default_rng(2)
-        self._samples = case.batch * case.ranks
         top = gate_probabilities(self.table, [self.linear]).detach().topk(TOP_K)
         self.routes = RoutingTable(top.indices.numpy(), top.values.numpy(), case.experts)
+        tasks = np.random.default_rng(2).integers(0, TASKS, (DRAWS, case.batch * case.ranks))
+        self._batches = cycle(tasks[self._are_even(tasks, case)] if case.is_even else tasks)
 
     def draw(self) -> np.ndarray:
         """(P B,) tasks of the next global batch."""
-        return self._generator.integers(0, TASKS, self._samples)
+        return next(self._batches)
+
+    def _are_even(self, tasks: np.ndarray, case: Case) -> np.ndarray:
+        """(n,) bool of global batches of tasks (n, P B), see `Case`. Experts are placed by index."""
+        owners = self.routes.experts[0, tasks] * case.ranks // case.experts
+        pairs = case.batch * TOP_K
+        return np.logical_and.reduce([(owners == rank).sum((1, 2)) == pairs for rank in range(case.ranks)])
 
     def gates(self, tasks: Tensor, experts: Tensor | None) -> Tensor:
         """(G, M) sparse gates of tasks (G,); `experts` (1, G, k) fixes the choice."""

@@ -43,7 +43,7 @@ class ExpertParallel:
         self.placed_tokens = TokenRoutedExperts(model, comm, ranks, self.group.ep_rank)
         self._costs = ExchangeCosts(model, parallel, comm, self.group, dtype)
         self.rebalancer = Rebalancer(model, parallel, batch, self.placed, self._costs)
-        self._token_rebalancer = TokenRebalancer(model, parallel, batch, self.placed_tokens, dtype.itemsize)
+        self._token_rebalancer = TokenRebalancer(model, parallel, batch, self.placed_tokens, self._costs)
         self._planner = StepPlanner.of(run, comm, dtype, lambda: self.table)
         self._model: DiffusionTransformer | None = None
         self._pending: PendingTable | None = None
@@ -70,8 +70,9 @@ class ExpertParallel:
             return None
         stored: dict[str, Any] = {"ranks": self.group.ranks, **{key: [] for key in self.placed.keys}}
         speeds = self._costs.stored()
+        stored |= {} if speeds is None else {"speeds": speeds}
         if self.is_planned:
-            stored |= self.placed.stored() | ({} if speeds is None else {"speeds": speeds})
+            stored |= self.placed.stored()
         if self._has_token_experts:
             stored |= self.placed_tokens.stored() | self._token_rebalancer.stored()
         return stored
@@ -83,8 +84,8 @@ class ExpertParallel:
         self.placed_tokens.restore(stored)
         if self.is_planned:
             self.placed.restore(stored)
-            if stored.get("speeds") is not None and stored["ranks"] == self.group.ranks:
-                self._costs.restore(stored["speeds"])
+        if stored.get("speeds") is not None and stored["ranks"] == self.group.ranks:
+            self._costs.restore(stored["speeds"])
 
     def restore_counts(self, stored: dict[str, Any] | None) -> None:
         """Continue with the choices of token-routed experts that a checkpoint has counted, at any layout."""

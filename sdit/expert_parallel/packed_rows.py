@@ -1,4 +1,7 @@
-"""Rows of tokens joined with their weights, so that one transfer sends both. S rows, D width, C experts of the receiver."""
+"""Rows of tokens joined with their weights, so that one transfer sends both, and sums that come back.
+
+N tokens, S rows, D width, C experts of the receiver.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,47 @@ from torch import Tensor
 UNCHOSEN = -torch.inf  # sent as the weight of an expert that was not chosen. No weight has this value.
 
 
-def pack(rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Return rows (S, D) joined with weights (S, C), in the dtype of the rows. Differentiable.
+def pack(x: Tensor, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Return the rows `tokens` (S,) of x (N, D) joined with weights (S, C), in the dtype of x. Differentiable.
 
     No bit of a weight changes: a float32 weight takes the place of two bfloat16 numbers. `chosen` (S, C) is sent as well.
     """
-    packed: Tensor = _Pack.apply(rows, weights.masked_fill(~chosen, UNCHOSEN))
+    packed: Tensor = _Pack.apply(x, tokens, weights.masked_fill(~chosen, UNCHOSEN))
     return packed
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `pack` was given: rows (S, D), weights (S, C), zero where not chosen, and `chosen` (S, C). Differentiable."""
+    """Return what `pack` joined: rows (S, D), weights (S, C), zero where not chosen, and `chosen` (S, C). Differentiable."""
     rows, weights = _Unpack.apply(packed, width, dtype)
     unchosen = weights == UNCHOSEN
     return rows, weights.masked_fill(unchosen, 0), ~unchosen
 
 
+def add_rows(sums: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Return sums (N, D) with rows (S, D) added to those of `tokens` (S,). Differentiable.
+
+    Torch's `index_add` would keep the rows for backward.
+    """
+    added: Tensor = _AddRows.apply(sums, tokens, rows)
+    return added
+
+
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
-        ctx.width, ctx.dtype = rows.shape[1], weights.dtype
-        return _join(rows, weights)
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.shape, ctx.dtype, width = x.shape, weights.dtype, x.shape[1]
+        sent = weights.contiguous().view(x.dtype)
+        packed = x.new_empty((len(tokens), width + sent.shape[1]))
+        torch.index_select(x, 0, tokens, out=packed[:, :width])
+        packed[:, width:] = sent
+        return packed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(grad, ctx.width, ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        rows, weights = _split(grad, ctx.shape[1], ctx.dtype)
+        return grad.new_zeros(ctx.shape).index_add_(0, tokens, rows), None, weights
 
 
 class _Unpack(torch.autograd.Function):
@@ -44,11 +63,19 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rows: Tensor, weights: Tensor) -> tuple[Tensor, None, None]:
-        return _join(rows, weights), None, None
+        return torch.cat([rows, weights.contiguous().view(rows.dtype)], dim=1), None, None
 
 
-def _join(rows: Tensor, weights: Tensor) -> Tensor:
-    return torch.cat([rows, weights.contiguous().view(rows.dtype)], dim=1)
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return sums.index_add(0, tokens, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, tokens)
 
 
 def _split(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ M experts of a block, k experts of a token, P ranks of a group, B samples of a r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from sdit.expert_parallel.placement import (
 )
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.strategy import STATE_COPIES, choose_exchange, decide_placement, worth_moving
-from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, expert_parameters
+from sdit.expert_parallel.traffic_model import ExpertFlops, TrafficModel, UnitCosts, expert_parameters
 from sdit.topology import BatchPlan
 
 
@@ -94,11 +94,9 @@ class TokenRebalancer:
     """
 
     def __init__(
-        self, model: ModelConfig, parallel: ParallelConfig, batch: BatchPlan, placed: PlacedExperts, element_bytes: int
-    ) -> None:
-        self._config, self._parallel, self._batch, self._placed = model, parallel, batch, placed
-        forwards = 1 if parallel.activation_checkpointing == "none" else 2
-        self._costs = UnitCosts(model.width * element_bytes, 0, placed.placement.ranks, forwards)  # a row is a token
+        self, model: ModelConfig, parallel: ParallelConfig, batch: BatchPlan, placed: PlacedExperts, costs: ExchangeCosts
+    ) -> None:  # fmt: skip
+        self._config, self._parallel, self._batch, self._placed, self._costs = model, parallel, batch, placed, costs
         self._counts = np.zeros(placed.placement.expert_to_rank.shape, dtype=np.int64)
         self._is_started = False
 
@@ -145,16 +143,25 @@ class TokenRebalancer:
     def _imbalance_of_a_move(self) -> float:
         """Return the decrease of max / mean of a block's ranks that repays the move of one expert until the next check.
 
-        As for sample-routed experts, waiting for one more mean share of work is counted as the bytes of the tokens if each
-        (token, expert) pair is sent to a random rank. A move includes the optimizer state.
+        As for sample-routed experts (`Choice.cost`, `worth_moving`), waiting for one more mean share of work is counted in
+        seconds if the speeds of the group are known. Otherwise it is counted as the bytes of the tokens if each (token, expert)
+        pair is sent to a random rank. A move includes the optimizer state.
         """
-        model, ranks = self._config, self._placed.placement.ranks
+        model, ranks, costs = self._config, self._placed.placement.ranks, self._pair_costs()
         assert model.moe is not None
         pairs = ranks * self._batch.micro_batch * model.tokens * model.moe.experts_per_token(model.tokens)
-        work = pairs * (ranks - 1) / ranks * self._costs.transfer_bytes
+        random_bytes = pairs * (ranks - 1) / ranks * costs.transfer_bytes
+        work = random_bytes if costs.speeds is None else costs.work_seconds(pairs)
         micro_steps = self._parallel.placement_refresh_images / self._batch.chunk
         parameters = sum(parameter[0].numel() for parameter in self._placed.layers[0].parameters())
-        return parameters * 4 * STATE_COPIES / (work * micro_steps)
+        return costs.moving_cost(parameters * 4 * STATE_COPIES) / (work * micro_steps)
+
+    def _pair_costs(self) -> UnitCosts:
+        """Return the unit costs of the run, with a (token, expert) pair instead of a sample."""
+        model, costs = self._config, self._costs.unit_costs()
+        assert model.moe is not None
+        products = (3 if model.moe.kind == "swiglu" else 2) * model.width * model.moe.hidden(model.width)
+        return replace(costs, row_bytes=costs.row_bytes // model.tokens, flops=ExpertFlops(sample=2.0 * products))
 
 
 def even_placement(loads: np.ndarray, present: ExpertPlacement, imbalance_of_a_move: float) -> ExpertPlacement:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdit.contracts import TokenDispatcher
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
-from sdit.expert_parallel.packed_rows import pack, unpack
+from sdit.expert_parallel.packed_rows import add_rows, pack, unpack
 from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher, sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
@@ -25,17 +25,6 @@ from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 # A transfer's token has a shape but no memory, which torch.compile cannot trace.
 eagerly = torch.compiler.disable
-
-
-class Rows(NamedTuple):
-    """The tokens that a rank computes, or is sent: their numbers `tokens` (S,), and the pairs with the experts of that rank.
-
-    `weights` (S, M_local) count where `chosen` (S, M_local) is true. They are zero elsewhere.
-    """
-
-    tokens: Tensor
-    weights: Tensor
-    chosen: Tensor
 
 
 class Dispatched(NamedTuple):
@@ -87,43 +76,41 @@ class ExchangedTokenPass:
         """Send tokens, compute local ones and then received ones, and start to send one sum of each received token back."""
         x, weights, chosen, experts, block = dispatched
         sizes = self._sizes[block] = self._sizes[block].wait()
-        own, others = self._rows(weights, chosen, sizes)
-        sent = pack(x.index_select(0, others.tokens), others.weights, others.chosen)
-        arriving = begin_rows(self._group, sent, sizes.send, sizes.receive)
-        rows, gradients = x.index_select(0, own.tokens), StackGradients(calls=2)
-        local = mix_tokens(experts, rows, own.weights, sizes.local.rows(own.chosen), gradients)
-        mixed = local.new_zeros(x.shape).index_add_(0, own.tokens, local)
+        own, gradients = self._group.ep_rank, StackGradients(calls=2)
+        tokens, *sent = self._sent(weights, chosen, sizes)
+        arriving = begin_rows(self._group, pack(x, tokens, *sent), sizes.send, sizes.receive)
+        counted = weights[:, own].where(chosen[:, own], 0)
+        mixed = mix_tokens(experts, x, counted, sizes.local.rows(chosen[:, own]), gradients)
         rows, received, pairs = unpack(arriving.wait(), x.shape[1], weights.dtype)
         served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs), gradients)
-        return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), others.tokens)
+        return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), tokens)
 
     @eagerly
     def combine(self, computed: Computed) -> Tensor:
         """Return the weighted sum (N, D) of the experts of each token."""
         mixed, returning, tokens = computed
-        return mixed.index_add_(0, tokens, returning.wait().to(mixed.dtype))
+        return add_rows(mixed, tokens, returning.wait().to(mixed.dtype))
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
         """Return int64 counts, summed over all ranks. The host does not wait for them."""
         return sum_over_ranks(counts)
 
-    def _rows(self, weights: Tensor, chosen: Tensor, sizes: Sizes) -> tuple[Rows, Rows]:
-        """Return the rows that this rank computes, and those that it sends, by rank. `weights`, `chosen`: (N, P, M_local)."""
-        own = self._group.ep_rank
-        served = chosen.any(2).T.contiguous()
-        if sizes.local.counts is None:
-            tokens, is_row = true_columns(served, sizes.own)
-            ranks = torch.arange(self._group.ranks, device=tokens.device).repeat_interleave(sizes.own)
-            tokens, is_row = tokens.flatten(), is_row.flatten()
+    def _sent(self, weights: Tensor, chosen: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that this rank sends, by rank: their tokens (S,), weights (S, M_local) and chosen pairs (S, M_local).
+
+        `weights` and `chosen` are (N, P, M_local).
+        """
+        own, served = self._group.ep_rank, chosen.any(2).T
+        served = torch.cat([served[:own], served[own + 1 :]])
+        if sizes.bound is None:
+            others, tokens = true_places(served, sum(sizes.send))
+            is_row = None
         else:
-            ranks, tokens = true_places(served, sum(sizes.send) + sizes.own)
-            is_row = torch.ones_like(tokens, dtype=torch.bool)
-        numbers = tokens * self._group.ranks + ranks
-        pairs = chosen.flatten(0, 1).index_select(0, numbers) & is_row[:, None]
-        counted = weights.flatten(0, 1).index_select(0, numbers).where(pairs, 0)
-        before, after = sum(sizes.send[:own]), sum(sizes.send[own:])
-        parts = [each.split([before, sizes.own, after]) for each in (tokens, counted, pairs)]
-        return Rows(*(own for _, own, _ in parts)), Rows(*(torch.cat([first, last]) for first, _, last in parts))
+            tokens, is_row = (each.flatten() for each in true_columns(served, sizes.bound))
+            others = torch.arange(len(served), device=tokens.device).repeat_interleave(sizes.bound)
+        numbers = tokens * self._group.ranks + others + (others >= own)
+        counted, pairs = (each.flatten(0, 1).index_select(0, numbers) for each in (weights, chosen))
+        return tokens, counted, pairs if is_row is None else pairs & is_row[:, None]
 
 
 class TokenExchange:

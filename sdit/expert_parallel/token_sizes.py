@@ -17,35 +17,42 @@ from sdit.transfers import Download
 
 
 class Work(NamedTuple):
-    """The number of (row, expert) pairs of a buffer, and `counts` (M_local), those of each expert.
+    """`counts` (M_local): the number of (row, expert) pairs of each expert in a buffer.
 
-    `counts` None: the host knows only that there are at most `pairs`, and the last row has none.
+    `is_bound`: at most so many rows have chosen an expert. Its other pairs are rows that have not, with a weight of zero.
     """
 
-    pairs: int
-    counts: list[int] | None
+    counts: list[int]
+    is_bound: bool
 
     def rows(self, chosen: Tensor) -> ExpertRows:
-        """Return the work for the chosen pairs (n, M_local). The missing pairs are those of the last row and expert."""
-        columns, rows = true_places(chosen.T.contiguous(), self.pairs)
-        ends = chosen.sum(0).cumsum(0)
-        if self.counts is None:
-            ends[-1] = self.pairs
+        """Return the work for the chosen pairs (n, M_local). The host waits for nothing."""
+        by_expert = chosen.T.contiguous()
+        if self.is_bound:
+            first = by_expert.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.counts[0]]
+            rows, columns = (
+                first.flatten(),
+                torch.arange(len(first), device=first.device).repeat_interleave(first.shape[1]),
+            )
+            ends = (torch.arange(len(first), device=first.device) + 1) * first.shape[1]
+        else:
+            columns, rows = true_places(by_expert, sum(self.counts))
+            ends = chosen.sum(0).cumsum(0)
         return ExpertRows(None, SortedPairs(rows, columns, ends), self.counts)
 
 
 class Sizes(NamedTuple):
     """The sizes of a block, on the host: rows that this rank sends to and receives from each rank (P), without its own.
 
-    `own` is the number of local tokens that this rank computes. `local` and `remote` are the pairs of its experts with local
-    and received tokens.
+    `local` and `remote` are the pairs of its experts with local and received tokens. `bound`: the rows for each other rank, if
+    they are the most that the routes allow.
     """
 
     send: list[int]
     receive: list[int]
-    own: int
     local: Work
     remote: Work
+    bound: int | None = None
 
     def wait(self) -> Sizes:
         """Return the sizes."""
@@ -74,10 +81,10 @@ class PendingSizes:
         assert self._copy is not None
         sent, received = self._copy.wait().unbind()
         others = torch.arange(self._group.ranks) != self._group.ep_rank
-        rows, *local = sent[self._group.ep_rank].tolist()
+        local = sent[self._group.ep_rank, 1:].tolist()
         remote = received[others, 1:].sum(0).tolist()
         send, receive = ((each[:, 0] * others).tolist() for each in (sent, received))
-        return Sizes(send, receive, rows, Work(sum(local), local), Work(sum(remote), remote))
+        return Sizes(send, receive, Work(local, is_bound=False), Work(remote, is_bound=False))
 
     def _start_copy(self) -> None:
         self._group.wait(self._work)
@@ -87,23 +94,20 @@ class PendingSizes:
 def bounded_sizes(group: ExpertGroup, pairs: Tensor, samples: int, limit: int) -> Sizes:
     """Return sizes that hold any routes of B samples in which an expert takes at most `limit` tokens of a sample.
 
-    `pairs` is (N, P, M_local). The last row of each buffer of rows is never used.
+    `pairs` is (N, P, M_local).
     """
     tokens, ranks, experts = pairs.shape
-    rows = samples * min(tokens // samples, experts * limit) + 1
+    rows, taken = samples * min(tokens // samples, experts * limit), samples * limit
     others = [rows * (rank != group.ep_rank) for rank in range(ranks)]
-    bound = samples * experts * limit
-    return Sizes(others, others, rows, Work(bound, None), Work(bound * (ranks - 1), None))
+    local, remote = (Work([each] * experts, is_bound=True) for each in (taken, taken * (ranks - 1)))
+    return Sizes(others, others, local, remote, bound=rows)
 
 
 def true_places(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of `count` places where `mask` is true, in order. The host waits for nothing.
-
-    If there are fewer, the last place of the mask follows them.
-    """
+    """Return the rows and columns of the `count` places where `mask` is true, in order. The host waits for nothing."""
     ordinals = torch.arange(1, count + 1, device=mask.device)
     # `nonzero` would copy the number of places to the host.
-    places = torch.searchsorted(mask.flatten().cumsum(0), ordinals).clamp_(max=mask.numel() - 1)
+    places = torch.searchsorted(mask.flatten().cumsum(0), ordinals)
     return places // mask.shape[1], places % mask.shape[1]
 
 

@@ -135,7 +135,8 @@ class DiffusionTransformer(nn.Module, Pretrained):
                 found.append(fields)
             else:
                 z = layer(z, c, route, forward_pass)
-        statistics = TokenStatistics(*(torch.stack(each) for each in zip(*found, strict=True)))
+        *fields, chosen = zip(*found, strict=True)
+        statistics = TokenStatistics(*(torch.stack(each) for each in fields), chosen)
         if moe.balance != "aux" or moe.aux_weight is None or not (self.training or torch.is_grad_enabled()):
             return z, statistics, statistics.probs.new_zeros(())
         loss = token_balance_loss(statistics, moe.aux_scope, tokens if self.training else None)

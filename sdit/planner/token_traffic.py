@@ -16,11 +16,10 @@ INDEX_BYTES = 8
 
 
 def token_exchange_bytes(job: Job) -> tuple[float, int]:
-    """Return the expected bytes of rows per step over all ranks, and those of received rows that a rank keeps for backward.
+    """Return the expected bytes of rows per step over all ranks, and those that a rank keeps of rows for backward.
 
-    It keeps tokens that it received, and sums that it received.
-
-    The exchange of sizes, and the rows that a bounded buffer leaves empty, are not counted.
+    It keeps the tokens that it received, and which tokens it sent. The exchange of sizes, and the rows that a bounded buffer
+    leaves empty, are not counted.
     """
     moe, model, ranks = job.config.model.moe, job.config.model, job.expert_parallel
     if moe is None or ranks == 1:
@@ -31,7 +30,9 @@ def token_exchange_bytes(job: Job) -> tuple[float, int]:
     forwards = 1 if job.config.parallel.activation_checkpointing == "none" else 2
     # A row with its weights there and a sum back; backward sends their gradients.
     sent = (forwards + 1) * rows * (2 * row + weights) * job.world * job.batch.accumulation
-    return sent, int(rows * (2 * row + weights + _row_extra(moe.experts // ranks))) if forwards == 1 else 0
+    # A sent row keeps two indices and a mask, a received one the token, its weights twice, and a mask.
+    kept = rows * (row + 2 * weights + 2 * INDEX_BYTES + 2 * (moe.experts // ranks))
+    return sent, int(kept) if forwards == 1 else 0
 
 
 def token_expert_activations(job: Job, device: Literal["cuda", "cpu"]) -> float:
@@ -39,19 +40,20 @@ def token_expert_activations(job: Job, device: Literal["cuda", "cpu"]) -> float:
 
     A pair keeps its `pair_numbers`. Experts without a grouped product run one after another, and backward computes the
     activation and the result again (`sdit.model.moe.token_products`): a pair then keeps its hidden numbers and an index.
-    With EP, a token that the rank computes is kept once more, and its sum once (torch's `index_add_` saves what it adds).
+    Sharded experts compute no dropped pair, but on a GPU as many pairs as the capacity allows.
     """
     moe, model, ranks = job.config.model.moe, job.config.model, job.expert_parallel
     if moe is None:
         return 0.0
     pairs = moe.experts_per_token(model.tokens) * model.tokens
+    if ranks > 1:
+        limit = moe.limit(model.tokens) if device == "cuda" else None
+        pairs = pairs * kept_share(moe, model.tokens) if limit is None else moe.experts * limit
     if device == "cuda" and job.element_bytes == 2:
         return job.element_bytes * pairs * pair_numbers(moe, model.width)
-    local = moe.experts // ranks
     hidden = (2 if moe.kind == "swiglu" else 1) * moe.hidden(model.width)
-    rows = model.tokens * served_share(moe, model.tokens, local) if ranks > 1 else 0
-    row = 2 * job.element_bytes * model.width + _row_extra(local)
-    return pairs * (job.element_bytes * hidden + INDEX_BYTES) + rows * row + model.tokens * moe.experts
+    weights = moe.experts // ranks * WEIGHT_BYTES if ranks > 1 else 0  # of the local experts
+    return pairs * (job.element_bytes * hidden + INDEX_BYTES) + model.tokens * (moe.experts + weights)
 
 
 def pair_numbers(moe: MoeConfig, width: int) -> int:
@@ -59,15 +61,31 @@ def pair_numbers(moe: MoeConfig, width: int) -> int:
     return 3 * width + (3 if moe.kind == "swiglu" else 2) * moe.hidden(width)
 
 
-def _row_extra(local: int) -> int:
-    """Return the bytes of a computed row without its token: an index, and weights and masks of the local experts."""
-    return INDEX_BYTES + local * (WEIGHT_BYTES + 2)
+def kept_share(moe: MoeConfig, tokens: int) -> float:
+    """Return the share of chosen pairs that the capacity keeps, for samples of `tokens` tokens. The others are dropped.
+
+    The load of an expert in a sample is binomial.
+    """
+    limit, mean = moe.limit(tokens), tokens * moe.top_k / moe.experts
+    if moe.router == "expert_choice" or limit is None or limit == tokens:
+        return 1.0
+    chance = moe.top_k / moe.experts
+
+    def probability(load: int) -> float:
+        ways = math.lgamma(tokens + 1) - math.lgamma(load + 1) - math.lgamma(tokens - load + 1)
+        return math.exp(ways + load * math.log(chance) + (tokens - load) * math.log1p(-chance))
+
+    if chance == 1:
+        return limit / tokens
+    return (limit - sum((limit - load) * probability(load) for load in range(limit))) / mean
 
 
 def served_share(moe: MoeConfig, tokens: int, local: int) -> float:
-    """Return the share of tokens that use any of `local` experts of one rank, for samples of `tokens` tokens."""
+    """Return the share of tokens that any of `local` experts of one rank computes, for samples of `tokens` tokens."""
     if moe.router == "expert_choice":
         taken = moe.limit(tokens)
         assert taken is not None
         return 1 - (1 - taken / tokens) ** local
-    return 1 - math.comb(moe.experts - local, moe.top_k) / math.comb(moe.experts, moe.top_k)
+    dropped, others = 1 - kept_share(moe, tokens), moe.experts - local
+    ways = (math.comb(local, n) * math.comb(others, moe.top_k - n) * dropped**n for n in range(moe.top_k + 1))
+    return 1 - sum(ways) / math.comb(moe.experts, moe.top_k)

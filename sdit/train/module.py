@@ -38,12 +38,13 @@ class TrainModule(nn.Module):
         self.prior_weight, self.balance_weight = prior_weight, balance_weight
 
     def forward(
-        self, batch: Batch, assignment: Callable[[], Assignment] | None, loads: Callable[[], Tensor] | None
-    ) -> Losses:
+        self, batch: Batch, assignment: Callable[[], Assignment] | None, loads: Callable[[], Tensor] | None,
+        mapped: bool = False,
+    ) -> Losses:  # fmt: skip
         """Return the losses of a micro-batch.
 
         `assignment` and `loads` (depth, M) come from the gates of all tasks. They are called after the forward pass has been
-        launched. None: the loss on the gates is off.
+        launched. None: the loss on the gates is off. `mapped`: the map of token-routed experts is counted.
         """
         parts = self.objective(self.model, batch.x0, batch.t, batch.y, batch.noise, batch.other_target)
         routing: Routing = parts.output.routing
@@ -57,4 +58,5 @@ class TrainModule(nn.Module):
         flow = (zero if term is None else term.mean() for term in (parts.direction, parts.contrastive))
         values = torch.stack([total, parts.mse.mean(), parts.vlb.mean(), prior, balance, *flow]).detach()
         bins = timestep_bins(batch.t, self.model.config.timesteps)
-        return Losses(total, values.double(), bin_sums(parts.mse, bins), token_figures(parts.output, bins))
+        tokens = token_figures(parts.output, self.model.config, bins, mapped)
+        return Losses(total, values.double(), bin_sums(parts.mse, bins), tokens)

@@ -19,7 +19,7 @@ from sdit.train.rank_work import work_share
 from sdit.train.record import StepRecord
 from sdit.train.recorder import Recorder
 from sdit.train.sums import BINS, PARTS, StepSums, host_share, pack, unpack
-from sdit.train.token_sums import TokenSums, without_map
+from sdit.train.token_sums import TokenSums
 from sdit.transfers import upload
 
 
@@ -105,14 +105,13 @@ class TrainStep:
         for micro_step, loaded in enumerate(batches):
             batch = context.experts.begin_micro_step(micro_step, loaded)
             with context.timer.device_work():
-                losses = context.engine.forward(batch, assignment, loads)
+                losses = context.engine.forward(batch, assignment, loads, mapped)
             context.heartbeat.progress()
             context.engine.backward(losses.total)
             parts += losses.parts / len(micro_batches)
             bins += losses.bins
             if losses.tokens is not None:
-                figures = losses.tokens if mapped else without_map(losses.tokens, self._config.model)
-                tokens = figures if tokens is None else tokens + figures
+                tokens = losses.tokens if tokens is None else tokens + losses.tokens
         next_first = state.clock.after(context.run.batch.global_batch).first_sample
         context.experts.prepare_step(next_first, lambda: context.times_of(next_first))
         host = host_share(self._flags(), work_share(context.timer.work_seconds) if logged else None)

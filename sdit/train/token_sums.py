@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.contracts import ModelOutput
+from sdit.model.moe.token_routes import TokenStatistics, chosen_mask
 from sdit.train.sums import BINS
 
 
@@ -68,26 +69,28 @@ class TokenSums:
 
 
 @torch.no_grad()
-def token_figures(output: ModelOutput, bins: Tensor) -> Tensor | None:
+def token_figures(output: ModelOutput, model: ModelConfig, bins: Tensor, mapped: bool) -> Tensor | None:
     """Return the numbers of a micro-batch whose sums give `TokenSums`, as one float64 vector. None: no such experts.
 
-    `bins` (B,) are the samples' `timestep_bins`. The last numbers are the map, which `without_map` removes.
+    `bins` (B,) are the samples' `timestep_bins`. If `mapped`, the last numbers are the map. Otherwise no map is counted.
     """
     tokens = output.tokens
     if tokens is None or output.aux_loss is None:
         return None
-    blocks, _, experts = tokens.counts.shape
-    by_time = tokens.counts.new_zeros(blocks, BINS, experts).index_add_(1, bins, tokens.counts)
-    parts = (
-        output.aux_loss.detach()[None], tokens.served.sum((1, 2)), tokens.entropy.mean(1), tokens.counts.sum(1),
-        torch.cat([by_time, tokens.by_position], 1),
-    )  # fmt: skip
+    parts = [output.aux_loss.detach()[None], tokens.served.sum((1, 2)), tokens.entropy.mean(1), tokens.counts.sum(1)]
+    if mapped:
+        parts.append(_token_map(tokens, model, bins))
     return torch.cat([part.flatten().double() for part in parts])
 
 
-def without_map(figures: Tensor, model: ModelConfig) -> Tensor:
-    """Return the `token_figures` of a model without the map."""
-    return figures[: sum(_head_sizes(model))]
+def _token_map(tokens: TokenStatistics, model: ModelConfig, bins: Tensor) -> Tensor:
+    """Return the choices before drops (blocks, BINS + L, M) int64 of a micro-batch, by time and by position."""
+    (blocks, experts), samples = _shape(model), len(bins)
+    assert model.moe is not None
+    by_time = tokens.counts.new_zeros(blocks, BINS, experts).index_add_(1, bins, tokens.counts)
+    by_expert, shape = model.moe.router == "expert_choice", (samples, model.tokens, experts)
+    by_position = torch.stack([chosen_mask(chosen, by_expert, shape).sum(0) for chosen in tokens.chosen])
+    return torch.cat([by_time, by_position], 1)
 
 
 def _head_sizes(model: ModelConfig) -> tuple[int, ...]:

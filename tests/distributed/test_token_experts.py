@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+from sdit.observe.token_maps import FIELDS, read_token_maps, token_map_files
 from tests.distributed.harness import case, metrics_of, tensors_of, train_together
 from tests.distributed.test_expert_parallel import assert_same_state, checkpoint_of
 
 TINY = Path(__file__).with_name("tiny.yaml")
 CURVES = ("loss", "mse", "grad_norm")
+BATCH, STEPS, MAPPED_IMAGES = 32, 20, 128  # a map of token-routed experts in every 4th step
 # AdamW makes full-size steps of gradients near zero, rounding included; an epsilon above the gradients keeps it smooth.
 COMMON = (
-    "train.steps=20", "optimizer.epsilon=1e-2", "optimizer.learning_rate=1e-2", "checkpoint.every_steps=10",
-    "checkpoint.keep_last=9", "model.patch_size=2",
+    f"train.steps={STEPS}", "optimizer.epsilon=1e-2", "optimizer.learning_rate=1e-2", "checkpoint.every_steps=10",
+    "checkpoint.keep_last=9", "model.patch_size=2", f"observe.routing_every_images={MAPPED_IMAGES}",
 )  # fmt: skip
 DIT = "model.variant=dit"
 
@@ -104,11 +107,25 @@ def matrix(runs: Path) -> Path:
 
 def assert_same_run(actual: Path, expected: Path, first_step: int = 1) -> None:
     want, got = ({row["step"]: row for row in metrics_of(folder)} for folder in (expected, actual))
-    assert sorted(got) == list(range(first_step, 21)) and sorted(want) == list(range(1, 21))
+    assert sorted(got) == list(range(first_step, STEPS + 1)) and sorted(want) == list(range(1, STEPS + 1))
     for step, row in got.items():
         for key in CURVES:
             assert row[key] == pytest.approx(want[step][key], rel=1e-5), (key, step)
     assert_same_state(actual, expected, ("weight", "ema", "exp_avg", "exp_avg_sq"))
+    mapped = range(MAPPED_IMAGES, BATCH * STEPS + 1, MAPPED_IMAGES)
+    assert_same_maps(actual, expected, [images for images in mapped if images >= BATCH * first_step])
+
+
+def assert_same_maps(actual: Path, expected: Path, images: Sequence[int]) -> None:
+    """Both runs have maps of these steps with the same counts by global expert id. They are whole numbers."""
+    wanted, found = (
+        {each.images_seen: each for each in read_token_maps(token_map_files(folder / "routing"), pytest.fail)}
+        for folder in (expected, actual)
+    )
+    assert sorted(found) == list(images) and set(images) <= set(wanted)
+    for seen, got in found.items():
+        for name in FIELDS:
+            assert np.array_equal(getattr(got, name), getattr(wanted[seen], name)), (name, seen)
 
 
 @pytest.mark.parametrize("layout", CASES, ids=lambda each: each.name)

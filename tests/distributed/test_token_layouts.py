@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from sdit.observe.token_maps import FIELDS, read_token_maps, token_map_files
+from sdit.observe.token_maps import read_token_maps, token_map_files
 from tests.distributed.harness import case, metrics_of, numbers_of, tensors_of, train_together
+from tests.distributed.test_token_experts import assert_same_maps
 
 TINY = Path(__file__).with_name("tiny.yaml")
 HALF, STEPS, BATCH = 3, 6, 32
+EVERY_STEP = range(BATCH, BATCH * STEPS + 1, BATCH)  # images of the steps, which all write a map
 COMMON = (
     "model.patch_size=2", f"train.steps={STEPS}", f"checkpoint.every_steps={HALF}", "checkpoint.keep_last=9",
     "optimizer.warmup_images=0", "parallel.expert=1", f"observe.routing_every_images={BATCH}",
@@ -75,16 +77,6 @@ def _train(folder: Path, names: Sequence[str]) -> None:
         train_together(world, cases, folder)
 
 
-def assert_same_maps(actual: Path, expected: Path) -> None:
-    """Each step has a map of token-routed experts. Counts are whole numbers, so that they are equal."""
-    maps = {folder: read_token_maps(token_map_files(folder / "routing"), pytest.fail) for folder in (actual, expected)}
-    assert [found.images_seen for found in maps[expected]] == [BATCH * step for step in range(1, STEPS + 1)]
-    for got, want in zip(maps[actual], maps[expected], strict=True):
-        assert got.images_seen == want.images_seen
-        for name in FIELDS:
-            assert np.array_equal(getattr(got, name), getattr(want, name)), (name, want.images_seen)
-
-
 @pytest.mark.parametrize("layout", QUICK)
 def test_maps_count_each_choice_of_a_step_once(runs: Path, layout: str) -> None:
     """Both maps of a step sum to the loads that its record has, also if blocks are computed again in backward."""
@@ -108,7 +100,7 @@ def test_losses_do_not_depend_on_the_layout(request: pytest.FixtureRequest, layo
         for key in KEYS:
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-12), (key, want["step"])
         assert got["token_load"] == want["token_load"]
-    assert_same_maps(runs / layout, runs / LAYOUTS[layout][0])
+    assert_same_maps(runs / layout, runs / LAYOUTS[layout][0], EVERY_STEP)
 
 
 @pytest.mark.parametrize("layout", ["bias", "bias two ranks", pytest.param("bias bf16", marks=pytest.mark.slow)])
@@ -144,7 +136,7 @@ def test_a_resumed_run_has_the_same_bits(runs: Path, layout: str, tmp_path: Path
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in half))
     train_together(LAYOUTS[layout][1], [_case(resumed, layout, "checkpoint.resume=must")], tmp_path)
     assert numbers_of(resumed) == numbers_of(straight)
-    assert_same_maps(resumed, straight)
+    assert_same_maps(resumed, straight, EVERY_STEP)
     for kind in ("weight", "ema", "exp_avg"):
         want, got = tensors_of(straight, kind), tensors_of(resumed, kind)
         assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want), kind

@@ -191,7 +191,7 @@ def routed_bytes(drawn: Drawn, ep_rank: int) -> int:
         served = by_rank.any(2) & (source[:, None] != np.arange(drawn.ranks))
         sent, received = served[source == ep_rank].sum(), served[:, ep_rank].sum()
         if drawn.limit is not None:
-            sent = received = (drawn.ranks - 1) * (min(drawn.tokens[0], local * drawn.limit) + 1)
+            sent = received = (drawn.ranks - 1) * min(drawn.tokens[0], local * drawn.limit)
         forward = sent * (WIDTH + local) + received * WIDTH
         backward = sent * WIDTH + received * (WIDTH + local)
         counts = (drawn.ranks - 1) * (1 + local) if drawn.limit is None else 0

@@ -17,11 +17,12 @@ from sdit.expert_parallel.all_to_all import TrafficCounter
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_exchange import TokenExchange
 from sdit.model import DiffusionTransformer, build_model
+from sdit.model.moe import token_gate
 from sdit.model.moe.experts import build_token_experts
 from sdit.model.moe.token_moe import TokenMoe
 from sdit.planner.layout import plan_job
 from sdit.planner.memory import activation_bytes
-from sdit.planner.token_traffic import served_share, token_exchange_bytes
+from sdit.planner.token_traffic import kept_share, served_share, token_exchange_bytes
 from sdit.planner.traffic import plan_exchange
 from tests.unit.expert_parallel.test_gradient_order import SilentGroup
 from tests.unit.kept_tensors import kept_bytes
@@ -53,7 +54,9 @@ def test_bytes_are_rows_and_sums_of_both_passes() -> None:
     moe = ("model.variant=dit", "model.moe={experts: 2, top_k: 2}")
     rows = 2 * 4 * 4  # blocks, samples of a rank, tokens: every token is served by the other rank
     row, weight = 32 * 4, 4
-    kept = rows * (2 * row + 2 * weight + 2 + 8)  # the token, the sum that comes back, weights, masks and an index
+    kept = rows * (
+        row + 2 * weight + 2 + 2 * 8
+    )  # the received token, its weights twice, masks, and indices of the sent one
     assert sent(*moe) == (2 * 2 * rows * (2 * row + weight), kept)
     assert sent(*moe, "parallel.activation_checkpointing=block") == (2 * 3 * rows * (2 * row + weight), 0)
     assert sent() == (0, 0)
@@ -108,15 +111,55 @@ def test_sharded_experts_keep_what_is_planned(
     moe: dict[str, Any], ranks: int, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within 4 %: the choices of a new gate are only nearly even, and small tensors are not planned."""
+    planned, kept = planned_and_kept(moe, ranks, precision, monkeypatch)
+    assert kept == pytest.approx(planned, rel=0.04)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("capacity_factor", [1.25, 1.0, 0.5])
+@pytest.mark.parametrize("kind", ["mlp", "swiglu"])
+def test_dropped_pairs_are_not_planned(
+    kind: str, capacity_factor: float, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 4 %, for independent choices. The loads of a new gate are less even, and it drops more."""
+    monkeypatch.setattr(token_gate, "float_linear", lambda x, w: torch.randn_like(x @ w.T) + 0 * (x @ w.T))
+    moe = {"experts": 8, "kind": kind, "capacity_factor": capacity_factor}
+    planned, kept = planned_and_kept(moe, ranks, "fp32", monkeypatch)
+    assert kept == pytest.approx(planned, rel=0.04)
+
+
+def planned_and_kept(
+    moe: dict[str, Any], ranks: int, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int]:
+    """The bytes that one of `ranks` ranks is planned to keep for backward, and those that it keeps."""
     shape = {"depth": 4, "width": 96, "heads": 4, "patch_size": 2, "input_size": 16, "channels": 3, "classes": 10}
     config = ModelConfig.model_validate({"variant": "dit", **shape, "moe": moe})
     train = TrainConfig(steps=1, global_batch=BATCH * ranks, precision=precision)
     job = plan_job(Config(model=config, train=train), {}, "test", ranks, ranks)
     exchange = plan_exchange(job, "random")
     assert exchange is not None and job.expert_parallel == ranks
-    planned = activation_bytes(job, "cpu") + exchange.buffer_bytes
     model = sharded(config, ranks).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    assert kept_bytes(model, lambda: loss_of(model), monkeypatch) == pytest.approx(planned, rel=0.04)
+    kept = kept_bytes(model, lambda: loss_of(model), monkeypatch)
+    return activation_bytes(job, "cpu") + exchange.buffer_bytes, kept
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (6, 3), (4, 4)])
+@pytest.mark.parametrize("capacity_factor", [1.5, 1.25, 1.0])
+def test_the_shares_of_kept_pairs_and_of_served_tokens_are_those_of_random_choices(
+    experts: int, top_k: int, capacity_factor: float
+) -> None:
+    """Within 5 standard errors of 400 samples of 32 tokens. With more drops, those of a token's pairs are not independent."""
+    samples, tokens = 400, 32
+    config = MoeConfig(experts=experts, top_k=top_k, capacity_factor=capacity_factor)
+    gate = token_gate.TokenGate(experts, config).train()
+    torch.manual_seed(0)
+    nn.init.eye_(gate.weight)
+    kept = gate(torch.randn(samples, tokens, experts))[0].kept
+    for share, each in (
+        (kept_share(config, tokens), kept.sum((1, 2)) / (tokens * top_k)),
+        (served_share(config, tokens, experts // 2), kept[..., : experts // 2].any(2).sum(1) / tokens),
+    ):
+        assert share == pytest.approx(float(each.mean()), abs=float(5 * each.std() / samples**0.5 + 1e-6))
 
 
 def test_grouped_products_keep_more_than_experts_in_turn() -> None:

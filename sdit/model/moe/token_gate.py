@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdit.config import MoeConfig
 from sdit.model.embedding import float_linear
-from sdit.model.moe.token_routes import TokenChoice, TokenRoutes, TokenStatistics
+from sdit.model.moe.token_routes import TokenChoice, TokenRoutes, TokenStatistics, chosen_mask
 
 EPSILON = 1e-20  # of sums that divide
 
@@ -55,9 +55,10 @@ class TokenGate(nn.Module):
         if choice is None:
             with torch.no_grad():
                 choice = self._choose_tokens(scores) if by_expert else self._choose_experts(scores, limit)
-        weights = self._weights(scores, self._mask(choice.chosen, scores)).where(choice.kept, 0.0)
+        mask = self._mask(choice.chosen, scores)
+        weights = self._weights(scores, mask).where(choice.kept, 0.0)
         flat = weights.flatten(0, 1), choice.kept.flatten(0, 1)
-        return choice, TokenRoutes(*flat, choice.chosen, by_expert, limit), self._statistics(scores, choice)
+        return choice, TokenRoutes(*flat, choice.chosen, by_expert, limit), self._statistics(scores, choice, mask)
 
     def _choose_experts(self, scores: Tensor, limit: int | None) -> TokenChoice:
         """Return the k experts with the largest scores plus bias of each token, at most `limit` tokens of a sample each."""
@@ -80,10 +81,7 @@ class TokenGate(nn.Module):
 
     def _mask(self, chosen: Tensor, scores: Tensor) -> Tensor:
         """Return the chosen pairs (B, L, M) as a mask."""
-        mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        if self.config.router == "expert_choice":
-            return mask.scatter_(1, chosen.transpose(1, 2), True)
-        return mask.scatter_(2, chosen, True)
+        return chosen_mask(chosen, self.config.router == "expert_choice", scores.shape)
 
     def _weights(self, scores: Tensor, mask: Tensor) -> Tensor:
         """Return the weights (B, L, M) of the chosen pairs before drops. Those of other pairs are zero."""
@@ -92,9 +90,8 @@ class TokenGate(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
         return weights * self.config.scale
 
-    def _statistics(self, scores: Tensor, choice: TokenChoice) -> TokenStatistics:
+    def _statistics(self, scores: Tensor, choice: TokenChoice, mask: Tensor) -> TokenStatistics:
         probs = scores if self.config.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + EPSILON)
         mean = probs.mean(1) if self.config.balance == "aux" else probs.detach().mean(1)
         entropy = torch.special.entr(probs.detach()).sum(-1).mean(1)
-        chosen = self._mask(choice.chosen, scores)
-        return TokenStatistics(mean, chosen.sum(1), choice.kept.sum(1), entropy, chosen.sum(0))
+        return TokenStatistics(mean, mask.sum(1), choice.kept.sum(1), entropy, choice.chosen)

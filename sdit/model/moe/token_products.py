@@ -2,7 +2,7 @@
 
 n tokens, D width, H hidden width, M_local experts, E (token, expert) pairs. Autograd would save 2 D + 2 H numbers of a pair (3 H
 for gated experts) and the gradient of each matrix twice. This keeps H (2 H), computes the activation again, and writes the
-gradient of a matrix into that of its stack.
+gradient of a matrix into that of its stack. The gradient of H takes the memory of H.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from torch import Tensor
 from sdit.model.moe.base import ExpertRows, Experts
 from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
 
+ROWS = 256  # of one expert, whose activations backward has in memory at a time
+
 
 class Network(NamedTuple):
-    """An expert: y = activation(x W_i + b_i, ...) W + b. Each (W, b) are numbers of stacks; b None: there is no bias."""
+    """An expert: y = activation(x W_i + b_i, ...) W + b. Each (W, b) are numbers of stacks; b None: there is no bias.
+
+    `backward` takes the gradient of the activation and the hidden numbers, and overwrites these with their gradients.
+    """
 
     inputs: tuple[tuple[int, int | None], ...]
     activation: Callable[..., Tensor]
+    backward: Callable[..., None]
     output: tuple[int, int | None]
 
 
@@ -30,13 +36,23 @@ def _gelu(hidden: Tensor) -> Tensor:
     return F.gelu(hidden, approximate="tanh")
 
 
+def _gelu_backward(grad: Tensor, hidden: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=hidden)
+
+
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    silu = F.silu(gate)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate)
+    torch.mul(grad, silu, out=up)
+
+
 NETWORKS: dict[type[Experts], Network] = {
-    MlpExperts: Network(((0, 1),), _gelu, (2, 3)),
-    SwiGluExperts: Network(((0, None), (1, None)), _gated, (2, None)),
+    MlpExperts: Network(((0, 1),), _gelu, _gelu_backward, (2, 3)),
+    SwiGluExperts: Network(((0, None), (1, None)), _gated, _gated_backward, (2, None)),
 }
 
 
@@ -134,26 +150,34 @@ def _backward_of_expert(
 ) -> None:  # fmt: skip
     """Add the gradients of one expert, whose output is gate * (h W + b) with h = activation(hidden)."""
     (column, users), (x, gate, hidden, grad) = pairs, saved
-    leaves = [each.requires_grad_() for each in hidden]
-    with torch.enable_grad():
-        activated = network.activation(*leaves)
-    h, result_grad = activated.detach(), grad.index_select(0, users)
-    matrix, bias = network.output
-    h_grad = result_grad @ stacks[matrix][column].T
-    gate_grad = torch.linalg.vecdot(h_grad, h)
-    weighted = result_grad * gate
-    grads.stacks[matrix][column].addmm_(h.T, weighted)
-    if bias is not None:
-        gate_grad += result_grad @ stacks[bias][column]
-        grads.stacks[bias][column].add_(weighted.sum(0))
-    grads.weights[:, column].index_copy_(0, users, gate_grad.to(grads.weights.dtype))
-    hidden_grads = torch.autograd.grad(activated, leaves, h_grad.mul_(gate))
+    for tokens, gates, *parts in zip(*(each.split(ROWS) for each in (users, gate, *hidden)), strict=True):
+        result_grad = grad.index_select(0, tokens)
+        _backward_of_output(network, stacks, (column, tokens), (gates, parts, result_grad), grads)
     row = x.index_select(0, users)
-    for (matrix, bias), hidden_grad in zip(network.inputs, hidden_grads, strict=True):
+    for (matrix, bias), hidden_grad in zip(network.inputs, hidden, strict=True):
         grads.stacks[matrix][column].addmm_(row.T, hidden_grad)
         if bias is not None:
             grads.stacks[bias][column].add_(hidden_grad.sum(0))
         grads.x.index_add_(0, users, hidden_grad @ stacks[matrix][column].T)
+
+
+def _backward_of_output(
+    network: Network, stacks: Sequence[Tensor], pairs: tuple[int, Tensor],
+    saved: tuple[Tensor, list[Tensor], Tensor], grads: _Gradients,
+) -> None:  # fmt: skip
+    """Add the gradients of an expert's weights and second layer, and overwrite `hidden` with its gradient."""
+    (column, tokens), (gate, hidden, result_grad) = pairs, saved
+    (matrix, bias), h = network.output, network.activation(*hidden)
+    h_grad = result_grad @ stacks[matrix][column].T
+    gate_grad = torch.linalg.vecdot(h_grad, h)
+    if bias is not None:
+        gate_grad += result_grad @ stacks[bias][column]
+    grads.weights[:, column].index_copy_(0, tokens, gate_grad.to(grads.weights.dtype))
+    weighted = result_grad.mul_(gate)
+    grads.stacks[matrix][column].addmm_(h.T, weighted)
+    if bias is not None:
+        grads.stacks[bias][column].add_(weighted.sum(0))
+    network.backward(h_grad.mul_(gate), *hidden)
 
 
 def _linear(rows: Tensor, stacks: Sequence[Tensor], layer: tuple[int, int | None], column: int) -> Tensor:

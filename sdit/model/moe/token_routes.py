@@ -5,8 +5,9 @@ C tokens of a sample are taken by an expert under expert choice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,19 +64,24 @@ class TokenRoutes:
         return SortedPairs(rows.sort().values.flatten(), columns.flatten(), (ids + 1) * (samples * taken))
 
 
+def chosen_mask(chosen: Tensor, by_expert: bool, shape: Sequence[int]) -> Tensor:
+    """Return the `chosen` pairs of a `TokenChoice` as a mask of the shape (B, L, M)."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(1, chosen.transpose(1, 2), True) if by_expert else mask.scatter_(2, chosen, True)
+
+
 class TokenStatistics(NamedTuple):
-    """What a block's routes were, by sample and by position.
+    """What a block's routes were, by sample.
 
     `probs` (B, M) float32 is the mean over tokens of the scores, which sum to 1 over the experts. It has gradient. `counts`
     (B, M) int64 are the choices of each expert before drops, `served` (B, M) int64 those that are computed. `entropy` (B,)
-    float32 is the mean entropy of a token's scores in nats. `by_position` (L, M) int64 are the choices before drops of the
-    tokens at each position of the image, summed over the samples.
+    float32 is the mean entropy of a token's scores in nats. `chosen` is that of the `TokenChoice`.
 
-    The statistics of several blocks have one more dimension in front.
+    The statistics of several blocks have one more dimension in front. Their `chosen` is a tuple of those of the blocks.
     """
 
     probs: Tensor
     counts: Tensor
     served: Tensor
     entropy: Tensor
-    by_position: Tensor
+    chosen: Any

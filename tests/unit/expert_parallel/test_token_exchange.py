@@ -8,7 +8,7 @@ from torch import nn
 
 from sdit.config import ModelConfig
 from sdit.expert_parallel.all_to_all import TrafficCounter
-from sdit.expert_parallel.packed_rows import pack, unpack
+from sdit.expert_parallel.packed_rows import add_rows, pack, unpack
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_exchange import TokenExchange
 from sdit.expert_parallel.token_sizes import Work, true_columns, true_places
@@ -23,7 +23,8 @@ def test_packed_rows_keep_every_bit_of_rows_weights_and_gradients(dtype: torch.d
     rows = torch.randn(5, 8).to(dtype).requires_grad_()
     weights = torch.rand(5, 3).requires_grad_()
     chosen = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    packed = pack(rows, weights, chosen)
+    tokens, x = torch.arange(4, -1, -1), torch.cat([rows.flip(0), torch.zeros(1, 8, dtype=dtype)])
+    packed = pack(x, tokens, weights, chosen)
     assert packed.dtype == dtype and packed.shape == (5, 8 + 3 * weights.element_size() // rows.element_size())
     unpacked, received, mask = unpack(packed, 8, weights.dtype)
     assert torch.equal(unpacked, rows) and torch.equal(received, weights.where(chosen, 0)) and torch.equal(mask, chosen)
@@ -36,7 +37,9 @@ def test_packed_rows_keep_every_bit_of_rows_weights_and_gradients(dtype: torch.d
 def test_a_chosen_weight_may_be_zero_or_not_finite() -> None:
     """A step that is not finite must reach the check of the loss, with as many pairs as the ranks have counted."""
     weights = torch.tensor([[0.0, torch.nan, torch.inf]])
-    _, received, chosen = unpack(pack(torch.zeros(1, 4), weights, torch.ones(1, 3, dtype=torch.bool)), 4, weights.dtype)
+    _, received, chosen = unpack(
+        pack(torch.zeros(1, 4), torch.tensor([0]), weights, torch.ones(1, 3, dtype=torch.bool)), 4, weights.dtype
+    )
     assert chosen.all() and torch.equal(received.nan_to_num(-1.0), weights.nan_to_num(-1.0))
 
 
@@ -45,8 +48,6 @@ def test_places_are_those_of_nonzero(density: float) -> None:
     mask = torch.rand(4, 7, generator=torch.Generator().manual_seed(0)) < density
     expected = mask.nonzero()
     assert torch.equal(torch.stack(true_places(mask, len(expected)), dim=1), expected)
-    rows, columns = true_places(mask, len(expected) + 2)
-    assert rows[-2:].tolist() == [3, 3] and columns[-2:].tolist() == [6, 6]
 
 
 def test_columns_are_those_of_nonzero_row_by_row() -> None:
@@ -56,12 +57,23 @@ def test_columns_are_those_of_nonzero_row_by_row() -> None:
     assert [row[has].tolist() for row, has in zip(columns, found, strict=True)] == [[1, 2], [], [0, 1, 2]]
 
 
-def test_bounded_work_gives_the_missing_pairs_to_the_last_row_and_expert() -> None:
+def test_bounded_work_fills_the_pairs_of_an_expert_with_rows_that_have_not_chosen_it() -> None:
     chosen = torch.tensor([[1, 0], [1, 1], [0, 0]], dtype=torch.bool)
-    exact, bounded = Work(3, [2, 1]).rows(chosen).pairs, Work(5, None).rows(chosen).pairs
-    assert exact.rows.tolist() == [0, 1, 1] and exact.columns.tolist() == [0, 0, 1] and exact.ends.tolist() == [2, 3]
-    assert bounded.rows.tolist() == [0, 1, 1, 2, 2] and bounded.columns.tolist() == [0, 0, 1, 1, 1]
-    assert bounded.ends.tolist() == [2, 5]
+    exact, bounded = Work([2, 1], is_bound=False).rows(chosen), Work([2, 2], is_bound=True).rows(chosen)
+    assert exact.pairs.rows.tolist() == [0, 1, 1] and exact.pairs.columns.tolist() == [0, 0, 1]
+    assert bounded.pairs.rows.tolist() == [0, 1, 1, 0] and bounded.pairs.columns.tolist() == [0, 0, 1, 1]
+    assert exact.pairs.ends.tolist() == [2, 3] and bounded.pairs.ends.tolist() == [2, 4]
+    assert exact.pairs.counts() == exact.counts and bounded.pairs.counts() == bounded.counts
+
+
+def test_sums_with_added_rows_keep_no_row_for_backward() -> None:
+    sums, rows = (torch.randn(each, 4, dtype=torch.float64).requires_grad_() for each in (5, 3))
+    tokens, kept = torch.tensor([4, 1, 1]), list[torch.Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        added = add_rows(sums, tokens, rows)
+    assert torch.equal(added, sums.index_add(0, tokens, rows))
+    assert [each.data_ptr() for each in kept] == [tokens.data_ptr()]
+    assert torch.autograd.gradcheck(lambda *values: add_rows(values[0], tokens, values[1]), (sums, rows))
 
 
 def token_step_log(ep_rank: int, favourites: list[int], kind: str) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdit.model.moe import token_products
 from sdit.model.moe.base import ExpertRows
 from sdit.model.moe.grouped import SortedPairs
 from sdit.model.moe.mlp_experts import MlpExperts, StackedExperts, SwiGluExperts
@@ -23,7 +24,11 @@ def work_of(chosen: torch.Tensor) -> ExpertRows:
 
 @pytest.mark.parametrize("kind", [MlpExperts, SwiGluExperts])
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,), ()])
-def test_sums_and_gradients_equal_those_of_autograd(kind: type[StackedExperts], used: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("rows_at_a_time", [2, token_products.ROWS])
+def test_sums_and_gradients_equal_those_of_autograd(
+    kind: type[StackedExperts], used: tuple[int, ...], rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_products, "ROWS", rows_at_a_time)
     torch.manual_seed(0)
     experts = kind(WIDTH, HIDDEN, 2, range(EXPERTS)).double()  # type: ignore[call-arg,arg-type]
     for parameter in experts.parameters():

@@ -26,9 +26,10 @@ from sdit.observe.token_maps import (
     time_rows,
     token_map_files,
 )
+from sdit.train import token_sums
 from sdit.train.record import StepRecord
 from sdit.train.sums import BINS, timestep_bins
-from sdit.train.token_sums import TokenCounts, TokenSums, token_figures, without_map
+from sdit.train.token_sums import TokenCounts, TokenSums, token_figures
 
 DEPTH, EXPERTS, SIDE, IMAGES = 4, 4, 2, 6
 
@@ -57,7 +58,7 @@ def test_counts_are_those_of_a_loop_over_the_choices(moe: dict[str, Any]) -> Non
             layer.moe.gate.register_forward_hook(lambda _, args, out, block=block: choices.update({block: out[0]}))
     torch.manual_seed(0)
     output = model(torch.randn(IMAGES, 1, 8, 8), times, torch.zeros(IMAGES, dtype=torch.int64))
-    figures = token_figures(output, timestep_bins(times, 1000))
+    figures = token_figures(output, config, timestep_bins(times, 1000), mapped=True)
     assert figures is not None
     found = TokenSums.unpack(figures, config, 1)
     expected = {"by_time": np.zeros((2, BINS, EXPERTS)), "by_position": np.zeros((2, SIDE**2, EXPERTS))}
@@ -78,13 +79,15 @@ def test_counts_are_those_of_a_loop_over_the_choices(moe: dict[str, Any]) -> Non
     assert (counts.dropped > 0).all() == (moe.get("capacity_factor") == 0.5)
 
 
-def test_a_step_without_a_map_sends_only_its_head() -> None:
+def test_a_step_without_a_map_counts_none_and_sends_only_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config()
     output = build_model(config).train()(torch.randn(2, 1, 8, 8), torch.tensor([3, 700]), torch.zeros(2).long())
-    figures = token_figures(output, timestep_bins(torch.tensor([3, 700]), 1000))
+    bins = timestep_bins(torch.tensor([3, 700]), 1000)
+    figures = token_figures(output, config, bins, mapped=True)
     assert figures is not None and len(figures) == 1 + 2 + 2 + 2 * EXPERTS * (1 + BINS + SIDE**2)
-    head = without_map(figures, config)
-    assert len(head) == 1 + 2 + 2 + 2 * EXPERTS
+    monkeypatch.setattr(token_sums, "_token_map", None)
+    head = token_figures(output, config, bins, mapped=False)
+    assert head is not None and torch.equal(head, figures[: len(head)]) and len(head) == 1 + 2 + 2 + 2 * EXPERTS
     short, whole = TokenSums.unpack(head, config, 1), TokenSums.unpack(figures, config, 1)
     assert short.token_counts is None and whole.token_counts is not None
     assert torch.equal(short.counts, whole.counts) and torch.equal(short.entropy, whole.entropy)
