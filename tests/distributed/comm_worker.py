@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from sdit.distributed.comm import Comm, find_rank
 from sdit.cli.process import leave
+from sdit.distributed.comm import Comm, find_rank
 
 
 def check(comm: Comm) -> None:
