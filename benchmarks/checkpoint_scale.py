@@ -3,16 +3,16 @@
 
 usage: python benchmarks/checkpoint_scale.py [--ranks 8 64 512 4096] [--experts 16]
 
-One process makes the shard tables that W ranks would send (XL/2, ZeRO 1: each rank has a range of the flattened weights, of the
-EMA and of two moments), and W small files in place of their shards. Measured are the real functions of rank 0: reading the
-tables, `CheckpointStore.commit`, with the removal of an older checkpoint of W files, and of a reader: `read_manifest` and
-`index_of`. Times are by the wall and, in parentheses, of the process on a CPU, which other load on the machine does not change.
+One process writes the reports of W ranks, 8 per node (XL/2, ZeRO 1: each rank has a range of the flattened weights, of the EMA
+and of two moments), and W small files in place of their shards. Measured are the real functions of rank 0:
+`CheckpointStore.commit`, which reads and removes the reports and an older checkpoint of W files, and of a reader:
+`read_manifest` and `index_of`. Times are by the wall and, in parentheses, of the process on a CPU, which other load on the
+machine does not change.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,15 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdit.checkpoint.files import MANIFEST, ShardRecord, read_manifest
 from sdit.checkpoint.load import logical_tensors
+from sdit.checkpoint.shard_reports import append_report
 from sdit.checkpoint.shard_set import index_of
 from sdit.checkpoint.store import CheckpointStore, Snapshot
 from sdit.config import CheckpointConfig, load_config
 from sdit.distributed.comm import Comm
+from sdit.launch_environment import RankInfo
 from sdit.model import build_model
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 XL = ["model.depth=28", "model.width=1152", "model.heads=16", "model.patch_size=2", "model.input_size=32"]
 HEADER_BYTES = 4096
+RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,24 @@ class CommitCost:
 
     ranks: int
     ranges: int
-    sent_bytes: int
+    reports_bytes: int
     manifest_bytes: int
-    read_tables: Cost
     commit: Cost
     read_manifest: Cost
     read_index: Cost
 
 
 class FirstRank:
-    """Rank 0 of a process group that is not used."""
+    """Rank 0 of nodes of 8 ranks, of which only the hosts are gathered."""
 
     rank, is_first = 0, True
 
     def __init__(self, world: int) -> None:
-        self.world = world
+        self.world, self.info = world, RankInfo(0, world, 0, RANKS_PER_NODE, "simulation")
+
+    def gather(self, _: object) -> list[Any]:
+        """Return host and local rank of each rank."""
+        return [[f"node-{rank // RANKS_PER_NODE}", rank % RANKS_PER_NODE] for rank in range(self.world)]
 
 
 def simulate_commit(folder: Path, ranks: int, experts: int = 16) -> CommitCost:
@@ -77,22 +83,23 @@ def simulate_commit(folder: Path, ranks: int, experts: int = 16) -> CommitCost:
     It removes the first one, because two are kept.
     """
     store = CheckpointStore(folder, CheckpointConfig(keep_last=2), cast(Comm, FirstRank(ranks)))
-    texts = [json.dumps(shard) for shard in _shards(ranks, experts)]
+    shards = list(_shards(ranks, experts))
     facts = {"config": {}, "written_by": {"ranks": ranks}}
     for images in (1, 2, 3):
         temporary = folder / f".images-{images:012d}.tmp"
         temporary.mkdir(parents=True)
-        for rank in range(ranks):
+        for rank, shard in enumerate(shards):
             (temporary / f"shard-{rank:05d}.safetensors").touch()
-        gathered, read_tables = _timed(lambda: [json.loads(text) for text in texts])
+            append_report(temporary, rank // RANKS_PER_NODE, rank, shard)
+        sent = sum(path.stat().st_size for path in temporary.glob("reports-*"))
         clock = {"clock": {"images_seen": images, "steps": 1}}
-        problem, commit = _timed(lambda: store.commit(Snapshot(images, {}, {}, facts | clock), gathered))  # noqa: B023
+        problem, commit = _timed(lambda: store.commit(Snapshot(images, {}, {}, facts | clock)))  # noqa: B023
         assert problem is None, problem
     newest = store.folder_of(3)
     manifest, read = _timed(lambda: read_manifest(newest))
     _, index = _timed(lambda: index_of(newest, manifest))
-    size, sent = (newest / MANIFEST).stat().st_size, max(map(len, texts))
-    return CommitCost(ranks, manifest["index"]["count"], sent, size, read_tables, commit, read, index)
+    size = (newest / MANIFEST).stat().st_size
+    return CommitCost(ranks, manifest["index"]["count"], sent, size, commit, read, index)
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, Cost]:
@@ -146,13 +153,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096], help="numbers of ranks")
     parser.add_argument("--experts", type=int, default=16, help="experts of a block")
     options = parser.parse_args()
-    print("| ranks | ranges | manifest | rank 0: tables | rank 0: commit | reader: manifest | reader: index |")
+    print("| ranks | ranges | reports | manifest | rank 0: commit | reader: manifest | reader: index |")
     print("|---|---|---|---|---|---|---|")
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             cost = simulate_commit(Path(folder), ranks, options.experts)
-        times = " | ".join(map(str, (cost.read_tables, cost.commit, cost.read_manifest, cost.read_index)))
-        print(f"| {ranks} | {cost.ranges} | {cost.manifest_bytes / 1e3:.0f} KB | {times} |", flush=True)
+        times = " | ".join(map(str, (cost.commit, cost.read_manifest, cost.read_index)))
+        print(
+            f"| {ranks} | {cost.ranges} | {cost.reports_bytes / 1e3:.0f} KB | {cost.manifest_bytes / 1e3:.0f} KB | {times} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-REMOVERS = 16  # threads of `remove_folder`
+REMOVERS = 16  # threads that open or remove many small files
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user, group or project
 
 
@@ -112,10 +112,18 @@ def remove_folder(folder: Path) -> None:
 
     Threads unlink the files, because a shared file system takes about a millisecond for each.
     """
-    with suppress(OSError), ThreadPoolExecutor(REMOVERS) as pool, os.scandir(folder) as entries:
-        paths = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
-        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
+    with suppress(OSError), os.scandir(folder) as entries:
+        remove_files([entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)])
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_files(paths: Sequence[str]) -> None:
+    """Remove many files with several threads.
+
+    Raises: OSError: if one cannot be removed.
+    """
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
 
 
 def _unlink_all(paths: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from unittest import mock
 
@@ -48,6 +49,7 @@ class CountedFolder:
         self._roots = (f"{root}/", f"/proc/{os.getpid()}/fd/")  # a run folder is also used through its descriptor
         self._root, self._descriptors = str(root), set[int]()
         self.owner = 0
+        self._lock = Lock()  # some files are read and removed by threads
         self._counts: defaultdict[int, Counts] = defaultdict(Counts)
 
     def take(self) -> dict[int, Counts]:
@@ -72,7 +74,8 @@ class CountedFolder:
 
     def note(self, operations: int = 0, read: int = 0, written: int = 0, opens: int = 0) -> None:
         """Count for the present owner."""
-        self._counts[self.owner].add(Counts(operations, read, written, opens))
+        with self._lock:
+            self._counts[self.owner].add(Counts(operations, read, written, opens))
 
     def _is_inside(self, path: Any) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):

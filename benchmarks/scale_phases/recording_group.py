@@ -81,11 +81,13 @@ class RecordingGroup(_ProcessGroup):  # type: ignore[misc]
 
     all_gather_single = _allgather_base  # its name from torch 2.13 on
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> _Done:
-        received = outputs[0] if outputs else []
-        for output in received:
-            output.copy_(inputs[0])
-        return self._record(torch.empty(len(received) * inputs[0].numel(), dtype=inputs[0].dtype, device="meta"))
+    def alltoall_base(
+        self, output: Tensor, value: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> _Done:
+        output.zero_()
+        numel = min(output.numel(), value.numel())
+        output.view(-1)[:numel].copy_(value.reshape(-1)[:numel])
+        return self._record(output)
 
     def barrier(self, opts: Any = None) -> _Done:
         return self._record(torch.empty(0))

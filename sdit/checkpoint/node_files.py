@@ -39,18 +39,21 @@ def places_of(nodes: Sequence[int], sizes: Sequence[int]) -> list[ShardPlace]:
     ]
 
 
-class NodeFiles:
-    """The files of the nodes. All ranks call `place` together, which costs one all-reduce of a number per rank."""
+class Nodes:
+    """The nodes of a run: how many there are (`count`), the number of this rank's node (`own`), and its ranks (`mates`).
+
+    All ranks create it together while the run starts, which gathers a host name from each rank.
+    """
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
-        self._nodes: list[int] | None = None
+        members = comm.gather([socket.gethostname(), comm.info.local_rank])
+        nodes = nodes_of([(host, local_rank) for host, local_rank in members])
+        self.count, self.own = max(nodes) + 1, nodes[comm.rank]
+        self.mates = [rank for rank, node in enumerate(nodes) if node == self.own]
 
     def place(self, size: int) -> ShardPlace:
-        """Return where this rank writes its shard of `size` bytes."""
-        if self._nodes is None:
-            members = self._comm.gather([socket.gethostname(), self._comm.info.local_rank])
-            self._nodes = nodes_of([(host, local_rank) for host, local_rank in members])
-        sizes = torch.zeros(self._comm.world, dtype=torch.float64, device=self._comm.device)  # exact below 2^53
-        sizes[self._comm.rank] = size
-        return places_of(self._nodes, [int(each) for each in self._comm.sum(sizes).tolist()])[self._comm.rank]
+        """Return where this rank writes its shard of `size` bytes in the file of its node. All ranks call it together."""
+        sizes = self._comm.among(self.mates, torch.tensor([size], dtype=torch.int64, device=self._comm.device))
+        places = places_of([self.own] * len(self.mates), sizes.flatten().tolist())
+        return places[self.mates.index(self._comm.rank)]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdit.checkpoint.files import ShardRecord
 from sdit.checkpoint.store import CheckpointStore, DiskFullError, Problem, Snapshot
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
@@ -133,11 +132,10 @@ class BackgroundWrite:
         self._store, self._comm, self.snapshot, self.is_retry = store, comm, snapshot, is_retry
         self.images_seen = snapshot.images_seen
         self._started = time.perf_counter()
-        self._records: list[ShardRecord] = []
         self._problem: Problem | None = None
         self._is_committing = False
         place = store.place(snapshot)  # together with the other ranks, so not in the thread
-        self._run(lambda: self._store.write_shard(snapshot, self._records, place))
+        self._run(lambda: self._store.write_shard(snapshot, place))
 
     def _run(self, action: Callable[[], Problem | None]) -> None:
         def work() -> None:
@@ -179,9 +177,8 @@ class BackgroundWrite:
             if failed:
                 self._store.agree(self._problem, self.snapshot.images_seen)
         elif written + failed == self._comm.world:
-            shard = self._store.listed(self._records, self.snapshot)
-            gathered = self._store.agree(self._problem, self.snapshot.images_seen, shard)
+            self._store.agree(self._problem, self.snapshot.images_seen)
             self._is_committing = True
             if self._comm.is_first:
-                self._run(lambda: self._store.commit(self.snapshot, gathered))
+                self._run(lambda: self._store.commit(self.snapshot))
         return None

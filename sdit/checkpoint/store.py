@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from sdit.checkpoint.files import (
     write_shard,
 )
 from sdit.checkpoint.index import MAX_RANGES, ShardIndex, ShardTable
-from sdit.checkpoint.node_files import NodeFiles
+from sdit.checkpoint.node_files import Nodes
+from sdit.checkpoint.shard_reports import append_report, take_reports
 from sdit.checkpoint.shard_set import ShardSet, index_of
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
@@ -159,7 +160,8 @@ class Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints under `folder`, together with the other ranks.
 
-    If `run_folder` is given, the checkpoints are in its subfolder `subfolder`, also after the run folder was renamed.
+    If `run_folder` is given, the checkpoints are in its subfolder `subfolder`, also after the run folder was renamed. All ranks
+    create it together while the run starts.
     """
 
     subfolder = "checkpoints"
@@ -167,7 +169,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, config: CheckpointConfig, comm: Comm, run_folder: RunFolder | None = None) -> None:
         self._folder, self._config, self._comm = folder, config, comm
         self._run_folder = run_folder
-        self._nodes = NodeFiles(comm) if config.files == "node" else None
+        self._nodes = Nodes(comm)
 
     @property
     def folder(self) -> Path:
@@ -209,75 +211,64 @@ class CheckpointStore:
             return self._save(snapshot)
 
     def _save(self, snapshot: Snapshot) -> Path:
-        records: list[ShardRecord] = []
-        problem = self.write_shard(snapshot, records, self.place(snapshot))
-        gathered = self.agree(problem, snapshot.images_seen, self.listed(records, snapshot))
-        problem = self.commit(snapshot, gathered) if self._comm.is_first else None
-        self.agree(problem, snapshot.images_seen)
+        self.agree(self.write_shard(snapshot, self.place(snapshot)), snapshot.images_seen)
+        self.agree(self.commit(snapshot) if self._comm.is_first else None, snapshot.images_seen)
         return self.folder_of(snapshot.images_seen)
 
     def place(self, snapshot: Snapshot) -> ShardPlace | None:
         """Return where this rank writes its shard, None for a file of its own. All ranks call it before they write."""
-        return None if self._nodes is None else self._nodes.place(shard_size(snapshot.tensors, snapshot.shapes))
+        if self._config.files == "rank":
+            return None
+        return self._nodes.place(shard_size(snapshot.tensors, snapshot.shapes))
 
-    def write_shard(
-        self, snapshot: Snapshot, records: list[ShardRecord], place: ShardPlace | None = None
-    ) -> Problem | None:
-        """Write and fsync this rank's shard and append its record. Return the problem, or None if there was none."""
+    def write_shard(self, snapshot: Snapshot, place: ShardPlace | None = None) -> Problem | None:
+        """Write and fsync this rank's shard and report it to rank 0. Return the problem, or None if there was none."""
         temporary = self._temporary(snapshot.images_seen)
         name = f"shard-{self._comm.rank:05d}.safetensors" if place is None else place.name
 
         def write() -> None:
             temporary.parent.mkdir(parents=self._run_folder is None, exist_ok=True)
             temporary.mkdir(exist_ok=True)
+            shard = None
             if snapshot.tensors:
                 snapshot.wait()
                 more = () if place is None else (place,)
-                records.append(write_shard(temporary, name, snapshot.tensors, snapshot.shapes, *more))
+                record = write_shard(temporary, name, snapshot.tensors, snapshot.shapes, *more)
+                table = shard_table(snapshot.tensors, snapshot.shapes, record.start)
+                shard = {"record": vars(record), "ranges": table.ranges, "shapes": table.shapes}
+            append_report(temporary, self._nodes.own, self._comm.rank, shard)
 
         return _attempt(write, temporary / name)
 
-    def commit(self, snapshot: Snapshot, gathered: Sequence[Mapping[str, Any] | None]) -> Problem | None:
-        """Publish the checkpoint. Rank 0 calls it after all shards are on storage. Return the problem, or None.
+    def commit(self, snapshot: Snapshot) -> Problem | None:
+        """Publish the checkpoint. Rank 0 calls it after all shards are on storage. Return the problem, or None."""
+        final, temporary = self.folder_of(snapshot.images_seen), self._temporary(snapshot.images_seen)
 
-        `gathered` is what `listed` returned on each rank.
-        """
-        final = self.folder_of(snapshot.images_seen)
-        return _attempt(
-            lambda: self._publish(
-                self._temporary(snapshot.images_seen), final, make_manifest(gathered, snapshot.facts)
-            ),
-            final,
-        )
+        def publish() -> None:
+            shards = take_reports(temporary, self._nodes.count, self._comm.world)
+            self._publish(temporary, final, make_manifest(shards, snapshot.facts))
 
-    def agree(self, problem: Problem | None, images_seen: int, payload: Any = None) -> list[Any]:
-        """Return the `payload` of each rank on rank 0, and an empty list on the others.
+        return _attempt(publish, final)
+
+    def agree(self, problem: Problem | None, images_seen: int) -> None:
+        """Return if no rank has a problem. What a rank receives does not grow with the ranks.
 
         Raises: CheckpointError: on all ranks, if one has a problem. The message holds the problems. No rank returns before
             rank 0 has removed the shards and freed space. Otherwise a rank could rewrite a shard that rank 0 then removes.
         """
-        flag = torch.tensor([problem is not None], dtype=torch.float64, device=self._comm.device)
-        if not self._comm.sum(flag).item():
-            return self._comm.gather_to_first(payload)
-        answers = self._comm.gather(None if problem is None else asdict(problem))
-        problems = {rank: Problem(**answer) for rank, answer in enumerate(answers) if answer is not None}
+        flags = [problem is not None, problem is not None and problem.is_full]
+        failed, full = self._comm.sum(torch.tensor(flags, dtype=torch.float64, device=self._comm.device)).tolist()
+        if not failed:
+            return
+        texts = self._comm.first_reports(None if problem is None else problem.text, PROBLEMS_SHOWN)
         if self._run_folder is not None and self._run_folder.now is None:
             self._run_folder.check()
-        is_full = any(found.is_full for found in problems.values())
         if self._comm.is_first:
             shutil.rmtree(self._temporary(images_seen), ignore_errors=True)
-            if is_full:
+            if full:
                 self._free_space()
         self._comm.from_first(None)
-        raise (DiskFullError if is_full else CheckpointError)(f"checkpoint not written: {_described(problems)}")
-
-    @staticmethod
-    def listed(records: Sequence[ShardRecord], snapshot: Snapshot) -> dict[str, Any] | None:
-        """Return this rank's shard for `agree`, as JSON types: its record and what it holds. None if it has none."""
-        if not records:
-            return None
-        table = shard_table(snapshot.tensors, snapshot.shapes, records[0].start)
-        return {"record": vars(records[0]), "ranges": table.ranges, "shapes": table.shapes}
+        raise (DiskFullError if full else CheckpointError)(f"checkpoint not written: {_described(texts, int(failed))}")
 
     def _temporary(self, images_seen: int) -> Path:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
@@ -360,16 +351,16 @@ class CheckpointStore:
             verify_share(folder, manifest, self._comm.rank, self._comm.world)
         except CheckpointError as error:
             problem = str(error)
-        problems = [text for text in self._comm.gather(problem) if text]
-        return (None, problems[0]) if problems else (manifest, "")
+        problems = self._comm.first_reports(problem or None, 1)
+        return (None, *problems.values()) if problems else (manifest, "")
 
 
-def make_manifest(gathered: Sequence[Mapping[str, Any] | None], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, given what `CheckpointStore.listed` returned on each rank.
+def make_manifest(reported: Sequence[Mapping[str, Any] | None], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, given the shard that each rank reported.
 
     An index that would be too large for a manifest is left out. Readers then read the headers of all shards.
     """
-    shards = [shard for shard in gathered if shard is not None]
+    shards = [shard for shard in reported if shard is not None]
     records = [ShardRecord(**shard["record"]) for shard in shards]
     order = sorted(range(len(shards)), key=lambda n: (records[n].name, records[n].start))
     index = ShardIndex.of([ShardTable(shards[n]["ranges"], shards[n]["shapes"]) for n in order])
@@ -417,11 +408,13 @@ def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
         action()
     except OSError as error:
         return Problem(f"{error.filename or path}: {error.strerror or error}", error.errno in DISK_FULL)
+    except CheckpointError as error:
+        return Problem(str(error))
     return None
 
 
-def _described(problems: Mapping[int, Problem]) -> str:
-    """Return the problems of the ranks in one line."""
-    texts = [f"rank {rank}: {problem.text}" for rank, problem in problems.items()]
-    more = f"; and {len(texts) - PROBLEMS_SHOWN} ranks more" if len(texts) > PROBLEMS_SHOWN else ""
-    return "; ".join(texts[:PROBLEMS_SHOWN]) + more
+def _described(problems: Mapping[int, str], failed: int) -> str:
+    """Return the problems of the first ranks in one line. `failed` ranks have one."""
+    texts = [f"rank {rank}: {text}" for rank, text in problems.items()]
+    more = f"; and {failed - len(texts)} ranks more" if failed > len(texts) else ""
+    return "; ".join(texts) + more

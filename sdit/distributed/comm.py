@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -107,10 +107,55 @@ class Comm:
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
         return int(box.item())
 
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduce `values` in place by their element-wise maximum and return it."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def first_reports(self, value: Any, most: int) -> dict[int, Any]:
+        """Return the `value` of the first `most` ranks whose value is not None, by rank, on all ranks (JSON types only).
+
+        A rank receives the reports that are returned and a few bytes for each. Nothing grows with the ranks.
+        """
+        found: dict[int, Any] = {}
+        while len(found) < most:
+            reports = value is not None and self.rank > max(found, default=-1)
+            rank = self.smallest(self.rank if reports else self.world)
+            if rank == self.world:
+                break
+            found[rank] = self.from_rank(rank, value)
+        return found
+
     def interleave(self, rows: torch.Tensor) -> torch.Tensor:
         """Gather equally many rows (n, ...) of each rank. Row i of rank r becomes row i * world + r."""
         gathered = self._all_gathered(rows)
         return gathered.transpose(0, 1).flatten(0, 1)
+
+    def interleave_on_first(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the first `count` rows of `interleave` on rank 0, and no rows on the others. Only these rows are sent."""
+        senders = [range(rank, count, self.world) for rank in range(min(self.world, count))]
+        send, receive = [0] * self.world, [0] * self.world
+        send[0] = len(senders[self.rank]) if self.rank < len(senders) else 0
+        if self.is_first:
+            receive[: len(senders)] = map(len, senders)
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows[: send[0]].contiguous(), receive, send)
+        ordered = torch.empty_like(received)
+        if self.is_first:
+            ordered[[row for rank in senders for row in rank]] = received
+        return ordered
+
+    def among(self, ranks: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+        """Return (len(ranks), n): the `values` (n,) of some ranks, which are sent to these ranks only.
+
+        All ranks call it at the same time, each with the ranks of its own set.
+        """
+        splits = [0] * self.world
+        for rank in ranks:
+            splits[rank] = len(values)
+        received = values.new_empty(len(ranks) * len(values))
+        dist.all_to_all_single(received, values.repeat(len(ranks)), splits, splits)
+        return received.view(len(ranks), -1)
 
     def from_rank_before(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows (n, ...) of rank r - 1 on rank r, and those of the last rank on rank 0. All have equally many."""
@@ -138,33 +183,24 @@ class Comm:
             dist.broadcast(box, rank)
         return json.loads(_bytes(box))
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the `value` of each rank, in rank order, on all ranks (JSON types only)."""
-        padded, sizes = self._padded(value)
-        rows = self._all_gathered(padded)
-        return [json.loads(_bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Return the `value` of each rank of a group (None: all), in rank order, on its ranks (JSON types only).
 
-    def gather_to_first(self, value: Any) -> list[Any]:
-        """Return the `value` of each rank, in rank order, on rank 0, and an empty list on the others (JSON types only)."""
-        padded, sizes = self._padded(value)
-        gathered = [torch.empty_like(padded) for _ in range(self.world)] if self.is_first else None
-        dist.gather(padded, gathered)
-        return [json.loads(_bytes(p[:n])) for p, n in zip(gathered or (), sizes, strict=False)]
-
-    def _padded(self, value: Any) -> tuple[torch.Tensor, list[int]]:
-        """Return a value as JSON in the uint8 tensor of the largest rank's size, and the sizes of all ranks."""
+        A rank receives as many values as the group has ranks, so a run gathers from all ranks only while it starts.
+        """
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = data.numel()
-        dist.all_reduce(sizes)
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=self.device)
+        sizes[dist.get_rank(group)] = data.numel()
+        dist.all_reduce(sizes, group=group)
         padded = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
-        return padded, sizes.tolist()
+        rows = self._all_gathered(padded, group)
+        return [json.loads(_bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
-    def _all_gathered(self, values: torch.Tensor) -> torch.Tensor:
-        """Return (world, ...): the `values` (...) of each rank, of equal shape on all ranks."""
-        gathered = values.new_empty((self.world, *values.shape))
-        _all_gather(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous())
+    def _all_gathered(self, values: torch.Tensor, group: Any = None) -> torch.Tensor:
+        """Return (ranks, ...): the `values` (...) of each rank of a group, of equal shape on all of them."""
+        gathered = values.new_empty((dist.get_world_size(group), *values.shape))
+        _all_gather(gathered.flatten(0, 1) if values.dim() else gathered, values.contiguous(), group=group)
         return gathered
 
 

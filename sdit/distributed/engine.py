@@ -167,6 +167,10 @@ class Engine:
             )
             values_of(shard).copy_(box)
 
+    def gather_from_replicas(self, parameter: str, value: Any) -> list[Any]:
+        """Return the `value` of each rank with the same values of a parameter, in rank order (JSON types only)."""
+        return self.comm.gather(value, replica_group(self.module.get_parameter(parameter)))
+
     def _restore_exact_masters(self, exact: dict[str, Tensor]) -> None:
         """Set the masters to the unrounded weights. In bf16 DeepSpeed creates them from rounded weights."""
         for shard in self.local:

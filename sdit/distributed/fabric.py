@@ -17,6 +17,7 @@ from sdit.distributed.comm import Comm
 ALL_PAIRS_RANKS = 16
 PING_BYTES, PINGS = 8, 10
 PAIR_BYTES, GROUP_BYTES, REPEATS = 1 << 22, 1 << 24, 3
+TURNS = 8  # of work and a collective
 Pair = tuple[int, int]
 
 
@@ -76,27 +77,40 @@ def measure_groups(comm: Comm) -> dict[str, float]:
     }
 
 
-def measure_link(comm: Comm, groups: Sequence[Sequence[int]]) -> dict[str, tuple[float, float]]:
+def measure_link(
+    comm: Comm, groups: Sequence[Sequence[int]], work: Callable[[], Any]
+) -> dict[str, tuple[float, float]]:
     """Return (bytes per second that a rank sends, fixed seconds between two ranks) of each collective in groups of ranks.
 
-    All groups run at the same time, as in training. They have equally many ranks, at least 2, and this rank is in one.
-    The fixed time of a reduction and a gather grows with log2 of the ranks.
+    All groups run at the same time, as in training. They have equally many ranks, at least 2, and this rank is in one. The
+    fixed time of a reduction and a gather grows with log2 of the ranks. It is the time that a collective without data adds to
+    ranks that do `work` before it, and at least its time without that work.
     """
     made = {tuple(ranks): dist.new_group(list(ranks)) for ranks in groups}
     ranks, group = next((ranks, group) for ranks, group in made.items() if comm.rank in ranks)
-    found = {}
+    found, working = {}, slowest_seconds(comm, _turns(work))
     for name, sent_fraction, messages in (
         ("all_to_all", 1.0, 1.0),
         ("all_reduce", 2.0, math.log2(len(ranks))),
         ("all_gather", 1.0, math.log2(len(ranks))),
     ):
-        small, large = (
-            median_seconds(comm, _collective(name, group, comm, len(ranks), n)) for n in (1, GROUP_BYTES // 4)
-        )
+        empty, full = (_collective(name, group, comm, len(ranks), n) for n in (1, GROUP_BYTES // 4))
+        small, large = slowest_seconds(comm, empty), slowest_seconds(comm, full)
+        added = (slowest_seconds(comm, _turns(work, empty)) - working) / TURNS
         moved = sent_fraction * (len(ranks) - 1) / len(ranks) * 4 * (GROUP_BYTES // 4 // len(ranks) * len(ranks))
-        seconds = comm.gather([moved / max(large - small, 1e-9), small / messages])
-        found[name] = (statistics.mean(row[0] for row in seconds), statistics.mean(row[1] for row in seconds))
+        found[name] = (moved / max(large - small, 1e-9), max(small, added) / messages)
     return found
+
+
+def _turns(*actions: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that runs the actions in turns."""
+
+    def run() -> None:
+        for _ in range(TURNS):
+            for action in actions:
+                action()
+
+    return run
 
 
 def _collective(name: str, group: Any, comm: Comm, ranks: int, numel: int) -> Callable[[], Any]:
@@ -162,6 +176,20 @@ def median_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) 
 
     The first time is not counted.
     """
+    return max(statistics.median(_seconds(comm, work, repeats)), 1e-9)
+
+
+def slowest_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Return the median of the seconds of the slowest rank, on all ranks. A step waits for it at each collective.
+
+    Where more ranks than cores share a node, ranks with equal work do not end together, and their mean is too small.
+    """
+    seconds = torch.tensor(_seconds(comm, work, repeats), dtype=torch.float64, device=comm.device)
+    return max(statistics.median(comm.largest(seconds).tolist()), 1e-9)
+
+
+def _seconds(comm: Comm, work: Callable[[], Any], repeats: int) -> list[float]:
+    """Return this rank's seconds of each repetition but the first."""
     taken = []
     for _ in range(repeats + 1):
         comm.barrier()
@@ -169,7 +197,7 @@ def median_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) 
         work()
         settle(comm.device)
         taken.append(time.perf_counter() - started)
-    return max(statistics.median(taken[1:]), 1e-9)
+    return taken[1:]
 
 
 def settle(device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Moves named ranges of float32 state between ranks."""
+"""Moves named ranges of float32 state between ranks. Each rank knows from the layout which rank has what."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdit.distributed.comm import Comm
+
+# Given the name of a logical tensor and a range [start, end) of it: the ranks with a part of it, as (rank, start, end).
+Holders = Callable[[str, int, int], Iterable[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -28,51 +31,46 @@ class Range:
         return self.start + self.values.numel()
 
 
-def reshard(comm: Comm, have: Sequence[Range], want: Sequence[Range]) -> int:
+def reshard(comm: Comm, have: Sequence[Range], want: Sequence[Range], sources: Holders, targets: Holders) -> int:
     """Fill `want` of each rank from `have` of all ranks. Return the bytes that this rank sent.
 
-    Each element is in the `have` of exactly one rank. `have` and `want` may share memory. Only overlapping ranges are sent.
+    Each element is in the `have` of exactly one rank, which `sources` names. `targets` names the ranks that want it. `have`
+    and `want` may share memory. Only overlapping ranges are sent, and no rank asks another one.
     """
-    wanted = comm.gather([[target.name, target.start, target.end] for target in want])
-    available = comm.gather([[source.name, source.start, source.end] for source in have])
-    mine = {(source.name, source.start): source for source in have}
-    outgoing = [_overlaps(available[comm.rank], wanted[rank]) for rank in range(comm.world)]
-    incoming = [_overlaps(available[rank], wanted[comm.rank]) for rank in range(comm.world)]
-    slices = [
-        mine[name, start].values[low - start : high - start] for rank in outgoing for name, start, low, high in rank
-    ]
+    outgoing, incoming = _parts(have, targets), _parts(want, sources)
     # Offloaded state is in host memory, which NCCL cannot send.
+    slices = [values for *_, values in outgoing]
     sent = torch.cat(slices).to(comm.device) if slices else torch.empty(0, device=comm.device)
-    send_splits = [sum(high - low for *_, low, high in rank) for rank in outgoing]
-    receive_splits = [sum(high - low for *_, low, high in rank) for rank in incoming]
+    send_splits, receive_splits = (_sizes(parts, comm.world) for parts in (outgoing, incoming))
     received = sent.new_empty(sum(receive_splits))
     dist.all_to_all_single(received, sent, receive_splits, send_splits)
-    _copy_out(received, [item for rank in incoming for item in rank], want)
+    _copy_out(received, [values for *_, values in incoming])
     return 4 * (sum(send_splits) - send_splits[comm.rank])
 
 
-def _overlaps(available: list[list], wanted: list[list]) -> list[tuple[str, int, int, int]]:
-    """Return (name, start of the available range, low, high) of each overlap.
+def _parts(ranges: Sequence[Range], holders: Holders) -> list[tuple[int, str, int, Tensor]]:
+    """Return (rank, name, start, values) of each part of this rank's ranges that another rank wants or has.
 
     Sender and receiver compute the same order.
     """
-    by_name: dict[str, list[tuple[int, int]]] = {}
-    for name, start, end in available:
-        by_name.setdefault(name, []).append((start, end))
-    found = set()
-    for name, start, end in wanted:
-        for low, high in by_name.get(name, ()):
-            if max(start, low) < min(end, high):
-                found.add((name, low, max(start, low), min(end, high)))
-    return sorted(found)
+    parts = [
+        (rank, each.name, start, each.values[start - each.start : end - each.start])
+        for each in ranges
+        for rank, start, end in holders(each.name, each.start, each.end)
+    ]
+    return sorted(parts, key=lambda part: part[:3])
 
 
-def _copy_out(received: Tensor, ranges: list[tuple[str, int, int, int]], want: Sequence[Range]) -> None:
+def _sizes(parts: Sequence[tuple[int, str, int, Tensor]], world: int) -> list[int]:
+    """Return the elements that are exchanged with each rank."""
+    sizes = [0] * world
+    for rank, *_, values in parts:
+        sizes[rank] += values.numel()
+    return sizes
+
+
+def _copy_out(received: Tensor, targets: Sequence[Tensor]) -> None:
     at = 0
-    for name, _, low, high in ranges:
-        values = received[at : at + high - low]
-        at += high - low
-        for target in want:
-            if target.name == name and target.start < high and low < target.end:
-                first, last = max(target.start, low), min(target.end, high)
-                target.values[first - target.start : last - target.start].copy_(values[first - low : last - low])
+    for target in targets:
+        target.copy_(received[at : at + target.numel()])
+        at += target.numel()

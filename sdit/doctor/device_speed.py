@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,14 +10,15 @@ import torch
 
 from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
-from sdit.distributed.fabric import median_seconds
-from sdit.model import build_model, init_weights
+from sdit.distributed.fabric import slowest_seconds
+from sdit.model import DiffusionTransformer, build_model, init_weights
 from sdit.model.flops import flops_per_image
 from sdit.planner.hardware import Device
 from sdit.planner.memory import DeviceKind
 from sdit.planner.time_formulas import compute_seconds
 
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
+REPEATS = 5
 
 
 class Sizes(NamedTuple):
@@ -42,14 +42,14 @@ SIZES: dict[DeviceKind, Sizes] = {  # a CPU without bf16 units needs 40 times as
 
 
 def measure_device(comm: Comm) -> Device:
-    """Return the figures of a rank's device, the mean over the ranks.
+    """Return the figures of the slowest rank's device while all ranks measure.
 
     The utilization is measured with fp32 on a CPU and with bf16 on a GPU.
     """
-    kind: DeviceKind = "cuda" if comm.device.type == "cuda" else "cpu"
+    kind = _kind(comm)
     sizes = SIZES[kind]
     fp32, bf16 = (
-        2 * rows**3 / _mean_seconds(comm, _product(comm, rows, dtype))
+        2 * rows**3 / _slowest(comm, _product(comm, rows, dtype))
         for rows, dtype in zip(sizes.rows, (torch.float32, torch.bfloat16), strict=True)
     )
     dtype, peak = (torch.bfloat16, bf16) if kind == "cuda" else (torch.float32, fp32)
@@ -63,9 +63,30 @@ def measure_device(comm: Comm) -> Device:
         bf16_teraflops=bf16 / TERA,
         mfu=mfu,
         memory_gib=_memory_bytes(comm) / GIB,
-        memory_gigabytes_per_second=2 * sizes.copy_bytes / _mean_seconds(comm, lambda: other.copy_(source)) / GIGA,
-        host_copy_gigabytes_per_second=sizes.copy_bytes / _mean_seconds(comm, lambda: on_host.copy_(source)) / GIGA,
+        memory_gigabytes_per_second=2 * sizes.copy_bytes / _slowest(comm, lambda: other.copy_(source)) / GIGA,
+        host_copy_gigabytes_per_second=sizes.copy_bytes / _slowest(comm, lambda: on_host.copy_(source)) / GIGA,
     )
+
+
+def block_work(comm: Comm) -> Callable[[], Any]:
+    """Return the forward pass of one block, as the ranks compute between two exchanges of experts."""
+    kind = _kind(comm)
+    sizes = SIZES[kind]._replace(depth=1)
+    model, inputs = _dit(comm, sizes, sizes.widths[1], torch.bfloat16 if kind == "cuda" else torch.float32)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(*inputs)
+
+    return forward
+
+
+def _kind(comm: Comm) -> DeviceKind:
+    return "cuda" if comm.device.type == "cuda" else "cpu"
+
+
+def _slowest(comm: Comm, work: Callable[[], Any]) -> float:
+    return slowest_seconds(comm, work, REPEATS)
 
 
 def _product(comm: Comm, rows: int, dtype: torch.dtype) -> Callable[[], Any]:
@@ -75,25 +96,27 @@ def _product(comm: Comm, rows: int, dtype: torch.dtype) -> Callable[[], Any]:
 
 def _utilization(comm: Comm, sizes: Sizes, width: int, dtype: torch.dtype, peak: float) -> float:
     """Return model FLOPs of forward and backward passes over the peak, at most 1."""
+    model, inputs = _dit(comm, sizes, width, dtype)
+
+    def passes() -> None:
+        model(*inputs).prediction.square().mean().backward()
+
+    flops = sizes.batch * flops_per_image(model.config).train
+    return min(1.0, compute_seconds(flops, peak, 1.0) / _slowest(comm, passes))
+
+
+def _dit(
+    comm: Comm, sizes: Sizes, width: int, dtype: torch.dtype
+) -> tuple[DiffusionTransformer, tuple[torch.Tensor, ...]]:
+    """Return a DiT of a width on the device, and images, times and labels for it."""
     config = ModelConfig(
         variant="dit", depth=sizes.depth, width=width, heads=width // 64, patch_size=2, input_size=sizes.input_size
     )
     model = build_model(config)
     init_weights(model, 0)
-    model = model.to(comm.device, dtype).train()
     x = torch.randn(sizes.batch, config.channels, config.input_size, config.input_size).to(comm.device, dtype)
     times, labels = (torch.arange(sizes.batch, device=comm.device) for _ in range(2))
-
-    def passes() -> None:
-        model(x, times, labels).prediction.square().mean().backward()
-
-    flops = sizes.batch * flops_per_image(config).train
-    return min(1.0, compute_seconds(flops, peak, 1.0) / _mean_seconds(comm, passes))
-
-
-def _mean_seconds(comm: Comm, work: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the mean over the ranks of the median seconds of work that all of them do at the same time."""
-    return statistics.mean(comm.gather(median_seconds(comm, work, repeats)))
+    return model.to(comm.device, dtype).train(), (x, times, labels)
 
 
 def _memory_bytes(comm: Comm) -> float:

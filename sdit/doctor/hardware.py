@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdit.distributed.comm import Comm
 from sdit.distributed.fabric import describe_device, measure_link
-from sdit.doctor.device_speed import GIGA, measure_device
+from sdit.doctor.device_speed import GIGA, block_work, measure_device
 from sdit.doctor.host_speed import measure_host
 from sdit.planner.hardware import Collective, Device, Hardware, Link, Storage
 
@@ -75,7 +75,7 @@ def _links(comm: Comm, nodes: list[list[int]], one_rank: Link) -> tuple[Link | N
 
 
 def _link(comm: Comm, groups: list[list[int]]) -> Link:
-    measured = measure_link(comm, groups)
+    measured = measure_link(comm, groups, block_work(comm))
     return Link(**{name: _collective(*figures) for name, figures in measured.items()})
 
 

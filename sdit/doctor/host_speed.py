@@ -8,6 +8,8 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
+
 from sdit.config import Config, DataConfig, ModelConfig, TrainConfig, resolve_run
 from sdit.distributed.comm import Comm
 from sdit.distributed.fabric import settle
@@ -25,7 +27,7 @@ def measure_host(comm: Comm, folder: Path, threads: int | None) -> Host:
     """
     run_dir = Path(comm.from_first(str(folder / f".sdit-doctor-run-{os.getpid()}")))
     try:
-        seconds = statistics.mean(comm.gather(_step_seconds(comm, run_dir, threads)))
+        seconds = _step_seconds(comm, run_dir, threads)
     finally:
         comm.barrier()
         if comm.is_first:
@@ -38,7 +40,7 @@ def measure_host(comm: Comm, folder: Path, threads: int | None) -> Host:
 
 
 def _step_seconds(comm: Comm, run_dir: Path, threads: int | None) -> float:
-    """Return the median seconds of this rank's steps."""
+    """Return the median of the seconds of the slowest rank in each step."""
     model = ModelConfig(variant="dit", depth=1, width=16, heads=1, patch_size=4, input_size=8, channels=1, classes=10)
     train = TrainConfig(steps=WARM_STEPS + STEPS, global_batch=comm.world, log_every_steps=1000)
     config = Config(model=model, data=DataConfig(source="digits"), train=train, run_dir=str(run_dir))
@@ -54,4 +56,5 @@ def _step_seconds(comm: Comm, run_dir: Path, threads: int | None) -> float:
             state.clock = span.clock
             settle(comm.device)
             taken.append(time.perf_counter() - started)
-    return statistics.median(taken[WARM_STEPS:])
+    slowest = comm.largest(torch.tensor(taken[WARM_STEPS:], dtype=torch.float64, device=comm.device))
+    return statistics.median(slowest.tolist())

@@ -72,7 +72,8 @@ def measure_speeds(comm: Comm, group: ExpertGroup, model: ModelConfig, dtype: to
             median_seconds(comm, (product := _expert_product(model, dtype, comm.device))[0]),
         ]
     group.traffic.forget()
-    fixed, exchange, gather, compute = map(max, zip(*comm.gather(seconds), strict=True))
+    slowest = comm.largest(torch.tensor(seconds, dtype=torch.float64, device=comm.device))
+    fixed, exchange, gather, compute = slowest.tolist()
     sent_bytes = (ranks - 1) * large
     return Speeds(
         all_to_all_bytes_per_second=sent_bytes / without_fixed(exchange, fixed),

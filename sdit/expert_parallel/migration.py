@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from sdit.distributed.comm import Comm
@@ -14,18 +16,71 @@ from sdit.distributed.shards import Shard
 from sdit.expert_parallel.logical_tensors import ExpertIds, shards_with_values
 
 
+class ReplicaRanges:
+    """Which range of each stack of experts each rank with the same experts has. It does not change during a run.
+
+    Replica r of a group of P ranks is rank r P + its rank in the group. `ranges[r]` are (parameter, start, end) of replica r.
+    """
+
+    def __init__(self, ranges: Sequence[Sequence[tuple[str, int, int]]]) -> None:
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        for replica, owned in enumerate(ranges):
+            for parameter, start, end in owned:
+                rows.setdefault(parameter, []).append((replica, start, end))
+        self._rows = {parameter: np.array(found, dtype=np.int64).T for parameter, found in rows.items()}
+
+    def find(self, parameter: str, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (replica, start, end) of each part of [start, end) that a replica has."""
+        replicas, starts, ends = self._rows[parameter]
+        found = (starts < end) & (ends > start)
+        parts = replicas[found], starts[found].clip(min=start), ends[found].clip(max=end)
+        yield from zip(*(column.tolist() for column in parts), strict=True)
+
+
+@dataclass(frozen=True)
+class ExpertHolders:
+    """Under one placement: the ranks that have parts of an expert. Called with NAME#ID and a range, it yields them.
+
+    `experts_of_rank` (P, M_local) are the global ids of each rank's rows, and `row_elements` the size of a row, by parameter.
+    """
+
+    experts_of_rank: Mapping[str, np.ndarray]
+    row_elements: Mapping[str, int]
+    ranges: ReplicaRanges
+
+    def __call__(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        parameter, _, expert = name.rpartition("#")
+        ids = self.experts_of_rank[parameter]
+        ((ep_rank, row),) = np.argwhere(ids == int(expert)).tolist()
+        first = row * self.row_elements[parameter]
+        for replica, low, high in self.ranges.find(parameter, first + start, first + end):
+            yield replica * len(ids) + ep_rank, low - first, high - first
+
+
+@dataclass(frozen=True)
+class ExpertShards:
+    """This rank's shards of the sharded experts, a tensor of values for each, and the ranges that all replicas have."""
+
+    shards: Sequence[Shard]
+    values: Sequence[Tensor]
+    ranges: ReplicaRanges
+
+    def logical_ranges(self, ids: ExpertIds) -> list[Range]:
+        """Return the range of each expert, whose values are views."""
+        parts = shards_with_values(self.shards, self.values, ids)
+        return [Range(logical.name, logical.start, view) for logical, view in parts]
+
+
 @dataclass(frozen=True)
 class ExpertState:
     """One kind of state of the sharded experts: masters, a moment, or the EMA.
 
-    `source` values (one tensor per shard) are written to the `target` values of the ranks that own the experts afterwards.
-    Each element is in the source of exactly one rank. Under ZeRO 0 the targets have replicas.
+    The values of `source` are written to those of `target` on the ranks that own the experts afterwards. Each element is in
+    the source of exactly one rank. Under ZeRO 0 the targets have replicas.
     """
 
-    source_shards: Sequence[Shard]
-    source: Sequence[Tensor]
-    target_shards: Sequence[Shard]
-    target: Sequence[Tensor]
+    source: ExpertShards
+    target: ExpertShards
 
 
 class MigratableState(Protocol):
@@ -33,6 +88,10 @@ class MigratableState(Protocol):
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Return the global ids of the rows of a parameter, or None if it is not a stack of experts."""
+        ...
+
+    def experts_of_rank(self, parameter: str) -> np.ndarray:
+        """Return the global ids (P, M_local) of the rows of a stack of sharded experts on each rank of a group."""
         ...
 
     def expert_state(self) -> list[ExpertState]:
@@ -50,30 +109,22 @@ def migrate(comm: Comm, state: MigratableState, rename: Callable[[], None]) -> N
     `rename` sets the ids of the stacks of experts to those of the new placement.
     """
     kinds = state.expert_state()
-    sources = [_ranges(kind.source_shards, kind.source, state.expert_ids) for kind in kinds]
+    shards = [shard for kind in kinds for shard in (*kind.source.shards, *kind.target.shards)]
+    rows = {shard.name: math.prod(shard.shape[1:]) for shard in shards}
+    sources = [kind.source.logical_ranges(state.expert_ids) for kind in kinds]
+    before = {name: state.experts_of_rank(name) for name in rows}
     rename()
+    after = {name: state.experts_of_rank(name) for name in rows}
     for source, kind in zip(sources, kinds, strict=True):
-        reshard(comm, source, _ranges(kind.target_shards, kind.target, state.expert_ids))
+        owners = ExpertHolders(before, rows, kind.source.ranges)
+        users = ExpertHolders(after, rows, kind.target.ranges)
+        reshard(comm, source, kind.target.logical_ranges(state.expert_ids), owners, users)
     state.sync_compute_weights()
 
 
-def expert_state(
-    sources: Sequence[Shard],
-    source: Sequence[Tensor],
-    targets: Sequence[Shard],
-    target: Sequence[Tensor],
-    ids: ExpertIds,
-) -> ExpertState:
+def expert_shards(
+    shards: Sequence[Shard], values: Sequence[Tensor], ids: ExpertIds, ranges: ReplicaRanges
+) -> ExpertShards:
     """Return one kind of state (one tensor per shard), restricted to the shards of sharded experts."""
-    from_experts = [index for index, shard in enumerate(sources) if ids(shard.name) is not None]
-    to_experts = [index for index, shard in enumerate(targets) if ids(shard.name) is not None]
-    return ExpertState(
-        [sources[index] for index in from_experts],
-        [source[index] for index in from_experts],
-        [targets[index] for index in to_experts],
-        [target[index] for index in to_experts],
-    )
-
-
-def _ranges(shards: Sequence[Shard], values: Sequence[Tensor], ids: ExpertIds) -> list[Range]:
-    return [Range(logical.name, logical.start, view) for logical, view in shards_with_values(shards, values, ids)]
+    chosen = [index for index, shard in enumerate(shards) if ids(shard.name) is not None]
+    return ExpertShards([shards[index] for index in chosen], [values[index] for index in chosen], ranges)

@@ -18,7 +18,8 @@ from sdit.transfers import upload
 class ShardedExperts(nn.Module):
     """A layer around the local stack of experts. Gate and dispatch are sdit's.
 
-    DeepSpeed finds its parameters (M_local, ...) by `allreduce = False` and `group_name`.
+    DeepSpeed finds its parameters (M_local, ...) by `allreduce = False` and `group_name`. `experts_of_rank` (P, M_local) are
+    the global ids of the experts of each rank.
     """
 
     def __init__(self, local: Experts, count: int, ranks: int) -> None:
@@ -27,6 +28,7 @@ class ShardedExperts(nn.Module):
         self.expert_group_name = expert_group_name(ranks)
         self.enable_expert_tensor_parallelism = self.use_residual = False
         self._columns: Tensor | None = None
+        self.experts_of_rank = np.arange(count).reshape(ranks, -1)
         self._local = (local,)  # not a submodule, so that the parameters keep the names of the model's experts
         for name, parameter in local.named_parameters(recurse=False):
             parameter.allreduce = False  # type: ignore[attr-defined]
@@ -48,7 +50,7 @@ class ShardedExperts(nn.Module):
 
         A new placement also moves the contents of the rows, see `migration`.
         """
-        self.local.ids = tuple(experts_of_rank[ep_rank].tolist())
+        self.experts_of_rank, self.local.ids = experts_of_rank, tuple(experts_of_rank[ep_rank].tolist())
         order = torch.from_numpy(experts_of_rank.flatten())
         is_in_order = bool((order.diff() > 0).all())
         self._columns = None if is_in_order else upload(order, next(self.parameters()).device)

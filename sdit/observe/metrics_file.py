@@ -11,6 +11,7 @@ from typing import Any
 
 from sdit.clock import Clock
 from sdit.files import replace_text
+from sdit.observe.json_lines import WaitingLines
 from sdit.redact import redact
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.events import VALIDATION, Observer
@@ -25,12 +26,12 @@ SPENT = (  # seconds of rank 0, summed over the steps since the last logged one
 
 
 class MetricsFile(Observer):
-    """Appends logged steps to RUN/metrics.jsonl and events to RUN/events.jsonl."""
+    """Appends logged steps to RUN/metrics.jsonl and events to RUN/events.jsonl. On a full disk lines wait in memory."""
 
     def __init__(self, run_dir: Path | RunFolder) -> None:
         self._run_dir = run_dir
         self._spent = dict.fromkeys(SPENT, 0.0)
-        self._lost: dict[str, int] = {}  # consecutive lines of a file that could not be written
+        self._steps, self._happenings = WaitingLines(), WaitingLines()
 
     @property
     def _metrics(self) -> Path:
@@ -46,6 +47,7 @@ class MetricsFile(Observer):
         self.on_event(clock, "start", message)
 
     def on_rollback(self, clock: Clock, text: str) -> None:
+        self._steps.keep(lambda line: _images(line) <= clock.images_seen)
         _keep_up_to(self._metrics, clock.images_seen)
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
@@ -53,7 +55,7 @@ class MetricsFile(Observer):
             self._spent[key] += getattr(record, key) or 0.0
         if record.logged:
             # Most periodic tasks run between two logged steps, so only the sums include their time.
-            self._append(self._metrics, replace(record, spent_since_logged=self._spent).as_dict())
+            self._steps.append(self._metrics, json.dumps(replace(record, spent_since_logged=self._spent).as_dict()))
             self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_validation(self, clock: Clock, validation: Validation) -> None:
@@ -80,25 +82,12 @@ class MetricsFile(Observer):
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         moment = datetime.now(UTC).isoformat(timespec="seconds")
         where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
-        self._append(self._events, {**where, "event": kind, "text": redact(text)})
+        self._happenings.append(self._events, json.dumps({**where, "event": kind, "text": redact(text)}))
 
-    def _append(self, path: Path, record: dict[str, Any]) -> None:
-        """Append a line. If the disk is full, the line is lost, which is logged once, and the run continues."""
-        line = json.dumps(record) + "\n"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(
-                    f"\n{line}" if self._lost.get(path.name) else line
-                )  # a failed write may have left an incomplete line
-        except FileNotFoundError:  # the run folder was deleted, and FolderWatch ends the run
-            return
-        except OSError as error:
-            self._lost[path.name] = self._lost.get(path.name, 0) + 1
-            if self._lost[path.name] == 1:
-                _log.warning("%s: a line is lost (%s); training continues", path, error.strerror)
-            return
-        if self._lost.pop(path.name, 0):
-            _log.warning("%s: can be written again", path)
+    def close(self) -> None:
+        """Write the lines that wait. What still does not fit is lost, which is logged."""
+        self._steps.close(self._metrics)
+        self._happenings.close(self._events)
 
 
 def _keep_up_to(path: Path, images_seen: int) -> None:

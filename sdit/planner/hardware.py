@@ -55,7 +55,9 @@ class Collective(Part):
     """One collective operation on one link."""
 
     gigabytes_per_second: float = figure("10^9 bytes/s that one rank sends", gt=0)
-    fixed_microseconds: float = figure("10^-6 s of an operation without data between two ranks", ge=0)
+    fixed_microseconds: float = figure(
+        "10^-6 s that an operation without data adds to two ranks which compute before it", ge=0
+    )
 
 
 class Link(Part):

@@ -70,9 +70,9 @@ class GridSampler:
         return span.crosses(self._settings.every_images) or span.at_end
 
     def draw(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return images (n, C, H, W), decoded by sample.vae, labels (n,) and the columns of the grid, on every rank.
+        """Return images (n, C, H, W), decoded by sample.vae, labels (n,) and the columns of the grid.
 
-        Raises: StopAgreed.
+        Only rank 0 gets the images. The others get none. Raises: StopAgreed.
         """
         context = self._context
         with context.task(Phase.SAMPLE, "sample"), context.averaged_weights():
@@ -97,7 +97,7 @@ class GridSampler:
         ]
         if self._decode is not None:
             images = [self._decode(chunk) for chunk in images]
-        return comm.interleave(torch.cat(images))[: len(labels)].cpu().numpy()
+        return comm.interleave_on_first(torch.cat(images), len(labels)).cpu().numpy()
 
 
 class RoutingMaps:

@@ -89,9 +89,8 @@ class RunState:
                 self._read(shards)
             except CheckpointError as error:
                 problem = str(error)
-            problems = [text for text in engine.comm.gather(problem) if text]
-            if problems:
-                raise CheckpointError(problems[0])
+            for text in engine.comm.first_reports(problem or None, 1).values():
+                raise CheckpointError(text)
             for local, owned in ((engine.local, engine.owned), (engine.frozen_local, engine.frozen_owned)):
                 engine.copy_to_replicas(local, owned, lambda shard: shard.master)
             for key in engine.moment_keys:

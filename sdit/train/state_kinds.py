@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sdit.checkpoint.store import Snapshot, collect
 from sdit.distributed.engine import Engine
 from sdit.distributed.shards import Shard
-from sdit.expert_parallel.migration import ExpertState, expert_state
-from sdit.expert_parallel.sharded_experts import expert_stacks
+from sdit.expert_parallel.migration import ExpertState, ReplicaRanges, expert_shards
+from sdit.expert_parallel.sharded_experts import ShardedExperts, expert_stacks
 from sdit.train.ema import Average, Ema
 from sdit.transfers import HostCopies
 
@@ -32,12 +34,31 @@ class StateKinds:
     def __init__(self, engine: Engine, ema: Ema) -> None:
         self._engine, self._ema = engine, ema
         self._stacks = expert_stacks(engine.module)
+        self._owned_ranges = self._ranges_of_replicas(engine.owned, engine.frozen_owned)
+        self._local_ranges = self._ranges_of_replicas(engine.local, engine.frozen_local)
         self._copies, self._power_copies = HostCopies(), HostCopies()  # both may be written at the same time
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Global expert id of every row of a parameter; None when it is no stack of experts."""
         module = self._stacks.get(parameter.rpartition(".")[0])
         return None if module is None else module.ids
+
+    def experts_of_rank(self, parameter: str) -> np.ndarray:
+        """Global expert ids (P, M_local) of every row of a stack of sharded experts on each rank of a group."""
+        module = self._stacks[parameter.rpartition(".")[0]]
+        assert isinstance(module, ShardedExperts), parameter
+        return module.experts_of_rank
+
+    def _ranges_of_replicas(self, *shards: Sequence[Shard]) -> ReplicaRanges:
+        """The ranges of the sharded experts on the ranks with the same experts. They are gathered while a run starts."""
+        sharded = [f"{name}." for name, module in self._stacks.items() if isinstance(module, ShardedExperts)]
+        names = [name for name, _ in self._engine.module.named_parameters() if name.startswith(tuple(sharded))]
+        if not names:
+            return ReplicaRanges([])
+        own = [
+            (s.name, s.start, s.start + s.numel) for part in shards for s in part if s.name.startswith(tuple(sharded))
+        ]
+        return ReplicaRanges(self._engine.gather_from_replicas(names[0], own))
 
     def snapshot(self, images_seen: int, facts: dict[str, Any]) -> Snapshot:
         """This rank's part of the state; arrays of what lives on the host (on a CPU all, or what is offloaded) are views."""
@@ -55,14 +76,21 @@ class StateKinds:
     def expert_state(self) -> list[ExpertState]:
         """The state of all sharded experts, by kind."""
         engine, ids = self._engine, self.expert_ids
-        pairs = [(engine.owned, engine.local), (engine.frozen_owned, engine.frozen_local)]
-        kinds = [expert_state(a, [s.master for s in a], b, [s.master for s in b], ids) for a, b in pairs]
+
+        def state(owned: Sequence[Shard], local: Sequence[Shard], values: Callable[[Shard], Tensor]) -> ExpertState:
+            source = expert_shards(owned, [values(shard) for shard in owned], ids, self._owned_ranges)
+            return ExpertState(
+                source, expert_shards(local, [values(shard) for shard in local], ids, self._local_ranges)
+            )
+
+        kinds = [state(engine.owned, engine.local, lambda shard: shard.master)]
+        kinds.append(state(engine.frozen_owned, engine.frozen_local, lambda shard: shard.master))
         for key in engine.moment_keys:
             owned, local = with_moment(engine.owned, key), with_moment(engine.local, key)
-            moments = [shard.moment(key) for shard in owned], [shard.moment(key) for shard in local]
-            kinds.append(expert_state(owned, moments[0], local, moments[1], ids))
+            kinds.append(state(owned, local, lambda shard, key=key: shard.moment(key)))  # type: ignore[misc]
         for average in self._ema.averages:
-            kinds.append(expert_state(engine.owned, average.values, engine.owned, average.values, ids))
+            averaged = expert_shards(engine.owned, average.values, ids, self._owned_ranges)
+            kinds.append(ExpertState(averaged, averaged))
         return kinds
 
     def sync_compute_weights(self) -> None:

@@ -8,9 +8,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,12 +19,14 @@ import torch
 from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import write_shard
 from sdit.checkpoint.saver import Saver
+from sdit.checkpoint.shard_reports import append_report, report_path, take_reports
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.space import check_space
 from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
+from sdit.launch_environment import RankInfo
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.rundir import prepare_run_dir
 from tests.faults.test_checkpoint_faults import small_disk
@@ -58,13 +59,18 @@ class ThreadRank:
 
     def __init__(self, group: Group, rank: int) -> None:
         self._group, self.rank, self.world, self.is_first = group, rank, group.world, rank == 0
+        self.info = RankInfo(rank, group.world, rank, group.world, "test")
 
     def gather(self, value: Any) -> list[Any]:
         return self._group.exchange(self.rank, value)
 
-    def gather_to_first(self, value: Any) -> list[Any]:
-        gathered = self.gather(value)
-        return gathered if self.is_first else []
+    def first_reports(self, value: Any, most: int) -> dict[int, Any]:
+        values = enumerate(self._group.exchange(self.rank, value))
+        return dict([(rank, value) for rank, value in values if value is not None][:most])
+
+    def among(self, ranks: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+        everyone = self._group.exchange(self.rank, values.clone())
+        return torch.stack([everyone[rank] for rank in ranks])
 
     def from_first(self, value: Any) -> Any:
         return self._group.exchange(self.rank, value)[0]
@@ -373,7 +379,7 @@ def node_ranks(world: int, ranks_per_node: int, work: Callable[[Comm], None]) ->
     """Run `work` on every rank of nodes with `ranks_per_node` ranks each."""
 
     def place(comm: Comm) -> None:
-        comm.info = cast(Any, SimpleNamespace(local_rank=comm.rank % ranks_per_node))
+        comm.info = RankInfo(comm.rank, world, comm.rank % ranks_per_node, ranks_per_node, "test")
         work(comm)
 
     on_ranks(world, place)
@@ -440,3 +446,59 @@ def test_a_longer_file_that_a_killed_writer_left_is_cut(tmp_path: Path) -> None:
     (tmp_path / ".images-000000000010.tmp" / "node-00000.shards").write_bytes(b"x" * 4 * ELEMENTS * 3)
     node_ranks(2, 2, lambda comm: cast(None, node_store(tmp_path, comm).save(snapshot(10, comm.rank))))
     assert find_checkpoint(tmp_path / "images-000000000010").skipped == ()
+
+
+@pytest.mark.parametrize("problem", ["missing", "damaged"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_rank_whose_report_does_not_arrive_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, asynchronous: bool
+) -> None:
+    """Rank 0 commits what all ranks have reported, or nothing. All ranks get the cause, and the next save succeeds."""
+    is_broken, append = [True], store_module.append_report
+
+    def report(folder: Path, node: int, rank: int, shard: Any) -> None:
+        if rank != 2 or not is_broken[0]:
+            append(folder, node, rank, shard)
+        elif problem == "damaged":
+            with report_path(folder, node).open("a") as file:
+                file.write('{"rank": 2, "sha')
+
+    monkeypatch.setattr(store_module, "append_report", report)
+    results: dict[int, tuple[list[str], list[str]]] = {}
+
+    def save(comm: Comm) -> None:
+        results[comm.rank] = save_all(tmp_path, comm, asynchronous, saves=1)
+
+    node_ranks(4, 2, save)
+    reason = "rank 2 has not reported its shard" if problem == "missing" else "is incomplete or not a report of a shard"
+    for saved, (text,) in results.values():
+        assert saved == [] and text.startswith("checkpoint not written: rank 0: ") and reason in text
+    assert list(tmp_path.iterdir()) == []
+    is_broken[0] = False
+    node_ranks(4, 2, save)
+    assert [saved for saved, _ in results.values()] == [["images-000000000010"]] * 4
+    assert not [path.name for path in (tmp_path / "images-000000000010").iterdir() if "report" in path.name]
+
+
+def test_many_failing_ranks_are_counted_and_the_first_ones_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, name: str, *_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(store_module, "write_shard", fail)
+    texts: list[str] = []
+    on_ranks(7, lambda comm: texts.extend(save_all(tmp_path, comm, False, saves=1)[1]))
+    assert len(texts) == 7 and len(set(texts)) == 1
+    assert [f"rank {rank}: " in texts[0] for rank in range(7)] == [True] * 4 + [False] * 3
+    assert texts[0].endswith("; and 3 ranks more")
+
+
+def test_a_rank_that_has_reported_twice_counts_with_its_last_report(tmp_path: Path) -> None:
+    """A killed writer may have left its report, which the restart does not remove."""
+    append_report(tmp_path, 0, 0, {"record": 1})
+    append_report(tmp_path, 0, 1, None)
+    append_report(tmp_path, 0, 0, {"record": 2})
+    append_report(tmp_path, 1, 2, {"record": 3})
+    assert take_reports(tmp_path, 2, 3) == [{"record": 2}, None, {"record": 3}]
+    assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError
+from sdit.launch_environment import RankInfo
 
 ELEMENTS = 1 << 17  # 512 KiB a checkpoint
 
@@ -31,11 +32,13 @@ class OneRank:
     """The process group of a single process."""
 
     rank, world, is_first, device = 0, 1, True, torch.device("cpu")
+    info = RankInfo(0, 1, 0, 1, "test")
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    gather_to_first = gather
+    def first_reports(self, value: Any, most: int) -> dict[int, Any]:
+        return {} if value is None else {0: value}
 
     def from_first(self, value: Any) -> Any:
         return value
@@ -131,8 +134,7 @@ def test_latest_that_points_nowhere_changes_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.save(snapshot(10))
-    records: list = []
-    assert store.write_shard(snapshot(20), records) is None  # every part is written, the commit never comes
+    assert store.write_shard(snapshot(20)) is None  # every part is written, the commit never comes
     found = store.find()
     assert found is not None and found.folder.name == "images-000000000010"
     store.begin(10)

@@ -87,8 +87,13 @@ def snapshot_of(rank: int, ranks: int, images: int = 8) -> Snapshot:
 
 
 class VirtualRank(OneRank):
+    """A rank of `world` nodes with a rank each."""
+
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.is_first = rank, world, rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world
 
 
 def save(folder: Path, ranks: int, nodes: list[int] | None = None) -> Path:
@@ -97,14 +102,11 @@ def save(folder: Path, ranks: int, nodes: list[int] | None = None) -> Path:
     snapshots = [snapshot_of(rank, ranks) for rank in range(ranks)]
     sizes = [shard_size(each.tensors, each.shapes) for each in snapshots]
     places: list[ShardPlace | None] = [None] * ranks if nodes is None else [*places_of(nodes, sizes)]
-    gathered = []
     for rank, (snapshot, place) in enumerate(zip(snapshots, places, strict=True)):
         store = CheckpointStore(folder, CheckpointConfig(), cast(Comm, VirtualRank(rank, ranks)))
-        records: list = []
-        assert store.write_shard(snapshot, records, place) is None
-        gathered.append(json.loads(json.dumps(store.listed(records, snapshot))))
+        assert store.write_shard(snapshot, place) is None
     first = CheckpointStore(folder, CheckpointConfig(), cast(Comm, VirtualRank(0, ranks)))
-    assert first.commit(snapshots[0], gathered) is None
+    assert first.commit(snapshots[0]) is None
     return first.folder_of(8)
 
 

@@ -180,7 +180,11 @@ def test_offloaded_state_is_moved_on_the_device_of_the_group(monkeypatch: pytest
 
     monkeypatch.setattr(reshard_module.dist, "all_to_all_single", exchange)
     monkeypatch.setattr(reshard_module, "_copy_out", lambda *_: None)  # a meta tensor has no values
-    comm = SimpleNamespace(rank=0, world=1, device=torch.device("meta"), gather=lambda value: [value])
+    comm = SimpleNamespace(rank=0, world=1, device=torch.device("meta"))
     state = [Range("expert", 0, torch.arange(4.0))]
-    reshard(comm, state, state)  # type: ignore[arg-type]
+
+    def first_rank(_name: str, start: int, end: int) -> list[tuple[int, int, int]]:
+        return [(0, start, end)]
+
+    reshard(comm, state, state, first_rank, first_rank)  # type: ignore[arg-type]
     assert [(tensor.device.type, tensor.numel()) for tensor in exchanged] == [("meta", 4)] * 2

@@ -131,9 +131,10 @@ def test_what_no_retry_mends_decides_the_exit_code() -> None:
 def test_a_measured_link_is_the_one_that_the_planner_predicts_with(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that follow the planner's formulas give back their bytes per second and fixed seconds.
 
-    The fixed time is measured with one number per rank, whose bytes take the last digits.
+    The fixed time is measured with one number per rank, whose bytes take the last digits. It is that after other work, if
+    this is longer.
     """
-    rate, fixed = 1e9, 1e-3
+    rate, fixed, work_seconds = 1e9, 1e-3, 0.02
     formulas: dict[str, Callable[[float], float]] = {
         "all_to_all": lambda size: time_formulas.all_to_all_seconds(size * (ranks - 1) / ranks, 1, rate, fixed),
         "all_reduce": lambda size: time_formulas.all_reduce_seconds(size, ranks, rate, fixed),
@@ -143,13 +144,38 @@ def test_a_measured_link_is_the_one_that_the_planner_predicts_with(ranks: int, m
     monkeypatch.setattr(
         fabric, "_collective", lambda name, _group, _comm, count, n: (name, 4 * max(1, n // count) * count)
     )
-    monkeypatch.setattr(fabric, "median_seconds", lambda _comm, work: formulas[work[0]](work[1]))
-    comm = SimpleNamespace(rank=1, gather=lambda value: [value] * ranks)
-    found = fabric.measure_link(comm, [list(range(ranks))])  # type: ignore[arg-type]
+    monkeypatch.setattr(fabric, "_turns", lambda *actions: actions)
     smallest = 2 * 4 * ranks / rate
-    for name in formulas:
-        assert found[name][0] == pytest.approx(rate, rel=1e-4), name
-        assert fixed <= found[name][1] <= fixed + smallest, name
+    for wait in (0.0, 0.5, 3.0):  # of a collective after work, over its seconds without
+
+        def seconds(_comm: object, work: Any, wait: float = wait) -> float:
+            if work == (compute,):
+                return fabric.TURNS * work_seconds
+            if work[0] is compute:
+                return fabric.TURNS * (work_seconds + wait * formulas[work[1][0]](work[1][1]))
+            return formulas[work[0]](work[1])
+
+        monkeypatch.setattr(fabric, "slowest_seconds", seconds)
+        found = fabric.measure_link(SimpleNamespace(rank=1), [list(range(ranks))], compute)  # type: ignore[arg-type]
+        for name in formulas:
+            assert found[name][0] == pytest.approx(rate, rel=1e-4), name
+            least = fixed * max(1.0, wait)
+            assert least * (1 - 1e-9) <= found[name][1] <= least + max(1.0, wait) * smallest, name
+
+
+def test_the_slowest_rank_counts_in_each_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks in turns are the slower one, as on a core that they share: each has a small median, and a step the large one."""
+    mine, others = [9.0, 1.0, 3.0, 1.0], torch.tensor([3.0, 1.0, 3.0], dtype=torch.float64)
+    clock = iter([time for taken in mine for time in (0.0, taken)])
+    monkeypatch.setattr(fabric, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    comm = SimpleNamespace(
+        barrier=lambda: None, device=torch.device("cpu"), largest=lambda values: torch.maximum(values, others)
+    )
+    assert fabric.slowest_seconds(comm, lambda: None) == 3.0  # type: ignore[arg-type]
+
+
+def compute() -> None:
+    """Stand for the work before a collective."""
 
 
 def test_collectives_of_a_link_run_on_one_rank() -> None:

@@ -11,6 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LOW, HIGH, HEALTHY_SECONDS = 64, 512, 5.0
+AFTER_START = (
+    "logged step", "move of experts", "sample grid", "checkpoint, shards", "checkpoint, commit",
+    "checkpoint, place in a node's file", "checkpoint, failed",
+)  # fmt: skip
 Phases = dict[tuple[str, int], dict]
 
 
@@ -67,7 +71,22 @@ def test_the_messages_of_a_logged_step_do_not_grow_with_the_ranks(phases: Phases
     assert low["message_bytes"] == high["message_bytes"] < 8192
 
 
-def test_a_commit_does_not_touch_the_shards(phases: Phases) -> None:
+@pytest.mark.parametrize("phase", AFTER_START)
+def test_what_a_rank_receives_after_the_start_does_not_grow_with_the_ranks(phases: Phases, phase: str) -> None:
+    """Lists of all ranks are gathered at the start only. This is rank 0 or the last rank, whichever receives more."""
+    low, high = phases[phase, LOW], phases[phase, HIGH]
+    assert low["messages"] == high["messages"] > 0
+    assert high["message_bytes"] <= low["message_bytes"] < 16384
+
+
+def test_every_phase_is_of_the_start_or_after_it(phases: Phases) -> None:
+    """A phase that is added to the simulation gets a limit of its messages."""
+    with_messages = {name for (name, ranks), phase in phases.items() if phase["messages"]}
+    assert with_messages == {*AFTER_START, "ranks start", "restore, same ranks", "restore, half the ranks"}
+
+
+def test_a_commit_reads_one_file_of_each_node_and_no_shard(phases: Phases) -> None:
+    """A stat, an open, a read, a close and an unlink for each node."""
     low, high = phases["checkpoint, commit", LOW], phases["checkpoint, commit", HIGH]
-    assert low["operations"] == high["operations"]
+    assert high["operations"] - low["operations"] == 5 * (HIGH - LOW) / 8
     assert phases["checkpoint, shards", HIGH]["operations"] / HIGH <= 20

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from sdit.clock import Clock
+from sdit.observe import json_lines
 from sdit.observe.metrics_file import MetricsFile, read_metrics, read_records
 from sdit.train.events import VALIDATION
 from sdit.train.record import StepRecord, Validation
@@ -30,22 +32,66 @@ def test_lines_after_the_point_of_resume_are_written_anew(tmp_path: Path) -> Non
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_full_disk_loses_lines_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = MetricsFile(tmp_path)
+@contextmanager
+def full_disk(largest_file: int) -> Iterator[None]:
+    """A write beyond `largest_file` bytes of a file fails as on a full file system, after a part of it was written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_lines_wait_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All lines are in the file once there is space, in order. One warning is logged when the wait begins and one at its end."""
+    metrics, path = MetricsFile(tmp_path), tmp_path / "metrics.jsonl"
     metrics.on_start(Clock(), 320, "fresh")
     tell(metrics, range(1, 3))
-    kept = (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    before = path.read_bytes()
     with caplog.at_level(logging.WARNING):
+        with full_disk(len(before) + 5):
+            tell(metrics, range(3, 6))
+            assert path.read_bytes() == before, "a part of a line was left"
+        tell(metrics, range(6, 8))
+    records, torn = read_records(path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7] and torn == 0
+    first, last = (record.message for record in caplog.records)
+    assert "lines wait until they can be written (File too large)" in first
+    assert last.endswith("can be written again: 3 lines had waited, 0 are lost")
+
+
+def test_waiting_lines_are_written_when_the_run_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics, path = MetricsFile(tmp_path), tmp_path / "metrics.jsonl"
+    with full_disk(5):
+        tell(metrics, range(1, 3))
+    metrics.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    with full_disk(path.stat().st_size), caplog.at_level(logging.WARNING):
         tell(metrics, range(3, 6))
-    assert [record.message.count("No space left") for record in caplog.records] == [1]
-    with kept.open("a") as file:
-        file.write(json.dumps({"step": 5})[:6])  # what a full disk leaves of a line
-    kept.replace(tmp_path / "metrics.jsonl")
-    tell(metrics, range(6, 8))
-    records, torn = read_records(tmp_path / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 6, 7] and torn == 1
-    assert caplog.records[-1].message.endswith("can be written again")
+        metrics.close()
+    assert caplog.records[-1].message.endswith("3 lines are lost (File too large)")
+
+
+def test_waiting_lines_are_bounded_and_the_oldest_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(json_lines, "MOST_WAITING", 3)
+    metrics = MetricsFile(tmp_path)
+    with full_disk(5):
+        tell(metrics, range(1, 6))
+    tell(metrics, range(6, 7))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [4, 5, 6]
+    assert caplog.records[-1].message.endswith("2 lines had waited, 3 are lost")
+
+
+def test_lines_that_wait_are_forgotten_by_a_roll_back(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    with full_disk(5):
+        tell(metrics, range(1, 6))
+    metrics.on_rollback(Clock(64, 2), "back")
+    tell(metrics, range(3, 4))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_held_out_loss_that_came_late_joins_the_line_of_its_step(tmp_path: Path) -> None:
@@ -70,12 +116,8 @@ def test_held_out_loss_that_finds_no_room_leaves_the_file_as_it_was(
     metrics.on_start(Clock(), 320, "fresh")
     tell(metrics, range(1, 3))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # a write beyond it fails as on a full file system
-    try:
+    with full_disk(10):
         metrics.on_validation(Clock(64, 2), Validation(validation_loss=0.5))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and "File too large" in caplog.text
     assert not list(tmp_path.glob(".*"))
 
