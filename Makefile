@@ -32,8 +32,8 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# More workers than cores: the tests of faults wait. Files with long runs come first, so that no worker ends with one of them.
-# Byte code is written, because hundreds of processes import it.
+# More workers than cores: the tests of faults wait, and tests/conftest.py alternates their files with files that compute. Files with
+# long runs come first, so that no worker ends with one of them. Byte code is written, because hundreds of processes import it.
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 	  tests/distributed tests/faults tests/cases tests/gpu_like tests/gpu tests/unit

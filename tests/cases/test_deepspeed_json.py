@@ -18,6 +18,7 @@ from sdit.config import Config, merge_deepspeed
 from sdit.config.deepspeed_json import uses_bf16_optimizer
 from sdit.errors import ConfigError, ExitCode
 from sdit.topology import BatchPlan
+from tests.cases.commands import fork
 from tests.distributed.harness import ROOT, case, metrics_of, tensors_of, train_together
 
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
@@ -331,14 +332,14 @@ def test_an_automatic_scheduler_is_the_configs(check: Check, scheduler: Any) -> 
     assert check({"scheduler": scheduler}).status == ExitCode.DONE
 
 
-def train(verb: str, run_dir: Path, content: Any, *words: str) -> subprocess.CompletedProcess[str]:
+def train(verb: str, run_dir: Path, content: Any) -> subprocess.CompletedProcess[str]:
     """Run a launcher as a user does, with two steps of the tiny model."""
     path = run_dir.with_suffix(".json")
     path.write_text(json.dumps(content))
     environment = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
     target = [str(TINY)] if verb == "plan" else ["--config", str(TINY), "--run-dir", str(run_dir)]
     command = [sys.executable, str(ROOT / "launcher" / f"{verb}.py"), *target, "--ds_config", str(path)]
-    command += ["train.steps=2", *words]
+    command += ["train.steps=2"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
@@ -380,8 +381,10 @@ assert used.ru_utime + used.ru_stime < 1.0, used
 
 def test_the_manuals_json_trains_as_the_config_says(tmp_path: Path) -> None:
     """D6: Hugging Face's JSON trains, and DeepSpeed receives no "auto"."""
-    done = train("train", tmp_path / "run", HUGGING_FACE, "supervise.enabled=false")
-    assert done.returncode == ExitCode.DONE, done.stderr
+    (tmp_path / "ds.json").write_text(json.dumps(HUGGING_FACE))
+    words = ("--config", TINY, "--ds_config", tmp_path / "ds.json", "--run-dir", tmp_path / "run")
+    done = fork("train", *words, "train.steps=2", "supervise.enabled=false")
+    assert done.status == ExitCode.DONE, done.err
     received = json.loads((tmp_path / "run" / "deepspeed.json").read_text())
     assert "auto" not in json.dumps(received)
     assert received["zero_optimization"]["allgather_bucket_size"] == 200_000_000

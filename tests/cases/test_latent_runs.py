@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from sdit import cli
 from sdit.checkpoint.load import load_trained
 from sdit.data.pixels import to_pixels
 from sdit.evaluate.generate import Generator
+from tests.cases.commands import fork
 from tests.distributed.harness import ROOT
 from tests.unit.written_run import tiny_config, write_run
 
@@ -201,9 +200,8 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
         "sample.images_per_class=2", "observe.metrics_port=null",
     ]  # fmt: skip
     words += [f"sample.vae={latents}/vae"] if decoded else []
-    command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--run-dir", str(tmp_path / "run"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = fork("train", "--run-dir", tmp_path / "run", *words, "supervise.enabled=false")
+    assert done.status == 0, done
     names = [path.name for path in (tmp_path / "run" / "samples").iterdir()]
     report = cli.run(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report.html").read_text()
@@ -212,7 +210,7 @@ def test_a_training_run_decodes_its_grids(latents: Path, tmp_path: Path, decoded
         assert names == ["images-000000000008.png"] and 'alt="samples after 8 images"' in page
     else:
         assert names == ["latents-000000000008.npz"] and "only latents" in page
-        assert "the model samples latents" in done.stdout + done.stderr
+        assert "the model samples latents" in done.out + done.err
         with np.load(tmp_path / "run" / "samples" / names[0]) as stored:
             assert stored["latents"].shape == (4, 3, 4, 4)
 

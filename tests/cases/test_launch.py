@@ -21,8 +21,9 @@ from sdit.errors import ExitCode
 from sdit.supervise.lock import identity
 from sdit.supervise.membership import DOUBT_SECONDS
 from tests.cases.launches import Launch, environments
+from tests.distributed.forks import fork_script
 from tests.distributed.harness import ROOT
-from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake
+from tests.faults.ranks import WAIT_SECONDS, eventually, is_gone, newest_step, start_fake
 
 DEAD = {"host": socket.gethostname(), "pid": 1, "started": "1", "token": "0" * 32, "beats": 0}
 CONTESTANTS, ROUNDS = 6, 4
@@ -284,6 +285,20 @@ with Comm(find_rank(os.environ), device="cpu") as comm:
 """
 
 
+def listening(folder: Path, **variables: str) -> list[list[str]]:
+    """What two ranks in such an environment listen on: rows of a rank and an address."""
+    script, log = folder / "listen.py", folder / "log"
+    script.write_text(LISTEN)
+    ranks = [fork_script(script, (), each | variables, log) for each in environments(2)]
+    for rank in ranks:
+        rank.join(WAIT_SECONDS)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0, 0], log.read_text()
+    return [line.split()[1:] for line in log.read_text().splitlines() if line.startswith("listens")]
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -294,9 +309,7 @@ with Comm(find_rank(os.environ), device="cpu") as comm:
 )
 def test_ranks_of_one_node_listen_on_loopback_only(tmp_path: Path, address: str) -> None:
     """S10: The rendezvous store, and gloo, of ranks on one node cannot be reached from other machines."""
-    with Ranks(2, [sys.executable, "-c", LISTEN], tmp_path / "log", MASTER_ADDR=address) as ranks:
-        assert ranks.codes() == [0, 0], ranks.output
-    found = {tuple(line.split()[1:]) for line in ranks.output.splitlines() if line.startswith("listens")}
+    found = listening(tmp_path, MASTER_ADDR=address)
     assert {rank for rank, _ in found} == {"0", "1"}
     assert {where for _, where in found} == {"0100007F"}
 
@@ -306,8 +319,4 @@ def test_ranks_of_several_nodes_listen_where_others_reach_them(tmp_path: Path) -
     nodes = {"LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": socket.gethostbyname(socket.gethostname())}
     if nodes["MASTER_ADDR"].startswith("127."):
         pytest.skip("this host has no address but loopback")
-    with Ranks(2, [sys.executable, "-c", LISTEN], tmp_path / "log", **nodes) as ranks:
-        assert ranks.codes() == [0, 0], ranks.output
-    assert {"00000000", "0" * 32} & {
-        line.split()[2] for line in ranks.output.splitlines() if line.startswith("listens 0")
-    }
+    assert {"00000000", "0" * 32} & {where for rank, where in listening(tmp_path, **nodes) if rank == "0"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,11 @@ import torch
 from safetensors.numpy import load_file
 
 from sdit.observe.metrics_file import read_metrics
+from tests.cases.commands import ROOT, fork
 
-ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "data" / "run_f0c4db0"
-COMMAND = [  # as f0c4db0 ran it, with --run-dir
-    sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(ROOT / "tests" / "distributed" / "tiny.yaml"),
+WORDS = [  # as f0c4db0 ran it, with --run-dir
+    "--config", str(ROOT / "tests" / "distributed" / "tiny.yaml"),
     "model.width=16", "model.depth=1", "model.heads=2", "train.steps=8", "train.global_batch=8", "checkpoint.every_steps=4",
     "checkpoint.keep_last=9", "observe.metrics_port=null", "supervise.enabled=false", "sample.every_images=null",
 ]  # fmt: skip
@@ -41,9 +39,9 @@ def test_a_killed_run_of_an_older_version_ends_as_it_would_have(tmp_path: Path) 
     """
     run = tmp_path / "run"
     shutil.copytree(STORED, run)
-    done = subprocess.run([*COMMAND, "--run-dir", str(run)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "resumed at 32 images (step 4)" in done.stderr
+    done = fork("train", *WORDS, "--run-dir", run)
+    assert done.status == 0, done.err
+    assert "resumed at 32 images (step 4)" in done.err
     expected = json.loads((STORED / "expected.json").read_text())
     records = read_metrics(run)
     assert [record["step"] for record in records] == [5, 6, 7, 8]

@@ -16,7 +16,7 @@ import pytest
 from sdit.config import Config, ObserveConfig, dump_config, load_config
 from sdit.errors import ConfigError, ExitCode
 from sdit.redact import redact
-from tests.cases.commands import TINY, call, start
+from tests.cases.commands import TINY, call, fork, start
 
 SECRET = "hunter2secret"
 URLS = [
@@ -287,7 +287,7 @@ def test_an_old_run_goes_on_and_loses_its_password(tmp_path: Path) -> None:
     config.write_text(dump_config(load_config(TINY)).replace("pushgateway: null", f"pushgateway: {URLS[0]}"))
     result = start("train", "--config", config, "--run-dir", tmp_path / "run")
     result.refused(ExitCode.CONFIG, f"{config}:", "observe.pushgateway: holds a credential")
-    result = start("train", "--config", TINY, "--run-dir", tmp_path / "run", "train.steps=1", ALONE)
+    result = fork("train", "--config", TINY, "--run-dir", tmp_path / "run", "train.steps=1", ALONE)
     assert result.status == 0 and "held a credential" in result.err and "change that password" in result.err
     assert not holds(tmp_path) and SECRET not in result.err + result.out
 

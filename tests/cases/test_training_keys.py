@@ -8,7 +8,7 @@ import pytest
 
 from sdit.config import check_trainable, load_config
 from sdit.errors import ConfigError
-from tests.cases.commands import TINY, start
+from tests.cases.commands import TINY, fork, start
 
 REFUSED = {  # override -> words of the line
     "train.init_from=''": "train.init_from: ''",
@@ -70,8 +70,10 @@ def test_legal_values_are_read() -> None:
     ],
 )
 def test_what_a_rank_refuses_ends_a_launch_with_78(override: str, words: str, tmp_path: Path) -> None:
+    """The first launch has a supervisor. The others are single processes."""
     command = ("train", "--config", TINY, "--run-dir", tmp_path / "run", override.format(folder=tmp_path))
-    done = start(*command, seconds=300)
+    is_supervised = "init_from" in override
+    done = start(*command, seconds=300) if is_supervised else fork(*command, "supervise.enabled=false", seconds=300)
     (line,) = [text for text in done.err.splitlines() if text.startswith("error:")]
     assert done.status == 78 and words in line
 

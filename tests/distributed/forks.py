@@ -20,9 +20,17 @@ import pytest
 PRELOADED = "tests.distributed.preloaded"
 
 
-def fork_script(script: Path, words: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:
-    """Start `python script words` with this environment in the current folder. `log` receives its output."""
-    process = _server().Process(target=_become, args=(str(script), list(words), dict(environment), os.getcwd(), log))
+def fork_script(
+    script: Path, words: Sequence[str], environment: Mapping[str, str], log: Path, errors: Path | None = None
+) -> ForkServerProcess:
+    """Start `python script words` with this environment in the current folder.
+
+    `log` receives its output. If `errors` is given, it receives what goes to stderr.
+    """
+    streams = (log, errors or log)
+    process = _server().Process(
+        target=_become, args=(str(script), list(words), dict(environment), os.getcwd(), streams)
+    )
     process.start()
     return process
 
@@ -50,14 +58,16 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _become(script: str, words: list[str], environment: dict[str, str], folder: str, log: Path) -> None:
+def _become(
+    script: str, words: list[str], environment: dict[str, str], folder: str, streams: tuple[Path, Path]
+) -> None:
     assert PRELOADED in sys.modules, "the server ignores an import that fails"
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    for descriptor, path in enumerate(streams, start=1):
+        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, descriptor)
+        os.close(output)
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,10 @@ from sdit.planner.hardware import read_hardware
 from sdit.planner.layout import plan_job
 from sdit.planner.step_time import predict_step
 from sdit.planner.traffic import plan_exchange
+from tests.distributed.forks import fork_script
 from tests.distributed.harness import ROOT, rank_environments
 
-DOCTOR = str(ROOT / "launcher" / "doctor.py")
+DOCTOR = ROOT / "launcher" / "doctor.py"
 DEADLINE_SECONDS = 150
 MISSING_SECONDS = "12"  # the doctor's patience where it must run out; the ranks that are there need a second or two
 
@@ -37,13 +40,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
 SKEWED = """
 import os, sys, time
 from sdit.cli.doctor import main
@@ -54,32 +50,57 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@dataclass(frozen=True)
+class Outcome:
+    code: int | None
+    out: str
+    err: str
+
+
+def fork(
+    folder: Path, environments: Sequence[Mapping[str, str]], *options: str, script: Path = DOCTOR
+) -> list[tuple[ForkServerProcess, Path, Path]]:
+    """Start a rank with each of the environments. Return the processes with the files of their output and errors."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    files = [(folder / f"{number}.out", folder / f"{number}.err") for number in range(len(environments))]
+    return [
+        (fork_script(script, options, environment, *streams), *streams)
+        for environment, streams in zip(environments, files, strict=True)
+    ]
+
+
 def examine(
-    world: int, *options: str, ranks: Sequence[int] | None = None, script: Sequence[str] = (DOCTOR,), **variables: str
-) -> dict[int, Outcome]:
-    """Run the doctor as the given ranks (default: all) of a launch of `world`; `variables` replace the environment's."""
+    folder: Path, world: int, *options: str, ranks: Sequence[int] | None = None, script: Path = DOCTOR, **variables: str
+) -> list[Outcome]:
+    """Run the doctor as the given ranks (default: all) of a launch of `world`; `variables` replace the environment's.
+
+    Return how each ended, in the order of `ranks`. `folder` receives what they print.
+    """
     environments = rank_environments(world)
-    command = [sys.executable, *script, *options]
-    processes = {}
-    for rank in range(world) if ranks is None else ranks:
-        environment = {**environments[rank], "PYTHONFAULTHANDLER": "1", **variables}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes[rank] = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
-    found = {}
+    chosen = [environments[rank] | variables for rank in (range(world) if ranks is None else ranks)]
+    return [ended(*each) for each in fork(folder, chosen, *options, script=script)]
+
+
+def ended(process: ForkServerProcess, out: Path, err: Path) -> Outcome:
+    """How a forked rank ended. It is killed at the time limit."""
+    process.join(DEADLINE_SECONDS)
+    code = process.exitcode
+    process.kill()
+    return Outcome(code, out.read_text(), err.read_text())
+
+
+def examine_unforked(world: int, *options: str) -> list[Outcome]:
+    """Run the doctor as all ranks of a launch, in processes that import what they need themselves."""
+    command = [sys.executable, str(DOCTOR), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=each, **pipes) for each in rank_environments(world)]  # type: ignore[call-overload]
     try:
-        for rank, process in processes.items():
-            try:
-                out, err = process.communicate(timeout=DEADLINE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGABRT)  # its stacks
-                out, err = process.communicate()
-            found[rank] = Outcome(process.returncode, out, err)
+        outputs = [process.communicate(timeout=DEADLINE_SECONDS) for process in processes]
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return found
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [Outcome(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def lines_with(text: str, *words: str) -> list[str]:
@@ -89,10 +110,10 @@ def lines_with(text: str, *words: str) -> list[str]:
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Path) -> None:
     hardware_file = tmp_path / "hardware.yaml"
-    found = examine(
+    found = examine_unforked(
         world, "--json", "--run-dir", str(tmp_path / "run"), "--write", str(hardware_file), "--threads", "1"
     )
-    assert [outcome.code for outcome in found.values()] == [0] * world, found
+    assert [outcome.code for outcome in found] == [0] * world, found
     report = json.loads(found[0].out)
     assert report["ok"] and all(check["ok"] for check in report["checks"])
     assert [row["rank"] for row in report["ranks"]] == list(range(world))
@@ -101,7 +122,7 @@ def test_healthy_launch_passes_with_all_pairs_measured(world: int, tmp_path: Pat
     assert all(pair["latency_seconds"] > 0 and pair["bytes_per_second"] > 0 for pair in pairs)
     assert report["fabric"]["all_to_all_bytes_per_second"] > 0
     assert report["fabric"]["first_collective_seconds"] > 0
-    assert all(not outcome.out for rank, outcome in found.items() if rank)
+    assert all(not outcome.out for outcome in found[1:])
     check_measured_hardware(hardware_file, world)
     assert list(tmp_path.iterdir()) == [hardware_file]
 
@@ -121,7 +142,7 @@ def check_measured_hardware(path: Path, world: int) -> None:
 
 def test_single_process_passes_and_shows_a_table(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, DOCTOR, "--run-dir", str(tmp_path)]
+    command = [sys.executable, str(DOCTOR), "--run-dir", str(tmp_path)]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
     )
@@ -129,42 +150,51 @@ def test_single_process_passes_and_shows_a_table(tmp_path: Path) -> None:
     assert lines_with(result.stdout, "ok", "versions", "torch")
 
 
-def test_missing_rank_is_named() -> None:
-    found = examine(3, "--timeout-seconds", MISSING_SECONDS, ranks=[0, 2])
-    assert {outcome.code for outcome in found.values()} == {70}, found
-    assert lines_with(found[0].err, "1 of 3 ranks did not come", "missing rank 1", socket.gethostname())
-    assert not found[2].err  # rank 0 has said it
+@pytest.fixture(scope="module")
+def incomplete(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    """Launches that wait in vain for a rank: one is missing, one dies after it has joined, one comes twice.
+
+    They wait at the same time.
+    """
+    folder, options = tmp_path_factory.mktemp("incomplete"), ("--timeout-seconds", MISSING_SECONDS)
+    dies = folder / "dies.py"
+    dies.write_text(DIES_AFTER_JOINING)
+    (zero, one), missing, twice = rank_environments(2), rank_environments(3), rank_environments(3)
+    started = {
+        "missing": fork(folder, [missing[0], missing[2]], *options),
+        "dies": [*fork(folder, [zero], *options), *fork(folder, [one], script=dies)],
+        "twice": fork(folder, [twice[0], twice[1], twice[1]], *options),
+    }
+    return {name: [ended(*rank) for rank in ranks] for name, ranks in started.items()}
 
 
-def test_rank_that_dies_during_the_checks_is_named() -> None:
+def test_missing_rank_is_named(incomplete: dict[str, list[Outcome]]) -> None:
+    zero, two = incomplete["missing"]
+    assert (zero.code, two.code) == (70, 70), (zero, two)
+    assert lines_with(zero.err, "1 of 3 ranks did not come", "missing rank 1", socket.gethostname())
+    assert not two.err  # rank 0 has said it
+
+
+def test_rank_that_dies_during_the_checks_is_named(incomplete: dict[str, list[Outcome]]) -> None:
     """Rank 1 joins and is killed. Rank 0 ends by its time limit and names the rank."""
-    first, *others = rank_environments(2)
-    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
-    dying = [sys.executable, "-c", DIES_AFTER_JOINING]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    whole = subprocess.Popen(command, env=first, **pipes)  # type: ignore[call-overload]
-    killed = subprocess.run(dying, env=others[0], cwd=ROOT, timeout=DEADLINE_SECONDS, check=False)
-    _, said = whole.communicate(timeout=DEADLINE_SECONDS)
-    assert killed.returncode == -signal.SIGKILL
-    assert whole.returncode == 70 and lines_with(said, "missing rank 1"), said
+    whole, killed = incomplete["dies"]
+    assert killed.code == -signal.SIGKILL
+    assert whole.code == 70 and lines_with(whole.err, "missing rank 1"), whole
 
 
-def test_rank_that_comes_twice_is_named() -> None:
-    environments = rank_environments(3)
-    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, env=environments[rank], **pipes) for rank in (0, 1, 1)]  # type: ignore[call-overload]
-    said = [process.communicate(timeout=DEADLINE_SECONDS)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [70] * 3, said
-    assert lines_with(said[0], "missing rank 2")
-    assert [bool(lines_with(text, "rank 1 came twice", socket.gethostname())) for text in said[1:]].count(True) == 1
+def test_rank_that_comes_twice_is_named(incomplete: dict[str, list[Outcome]]) -> None:
+    first, *both = incomplete["twice"]
+    assert [outcome.code for outcome in (first, *both)] == [70] * 3, (first, both)
+    assert lines_with(first.err, "missing rank 2")
+    said = [bool(lines_with(outcome.err, "rank 1 came twice", socket.gethostname())) for outcome in both]
+    assert said.count(True) == 1
 
 
 @pytest.mark.slow
 def test_ranks_of_torchrun_share_its_agents_store(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, DOCTOR, "--json", "--run-dir", str(tmp_path)]
+    command = [*torchrun, str(DOCTOR), "--json", "--run-dir", str(tmp_path)]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
     )
@@ -173,24 +203,24 @@ def test_ranks_of_torchrun_share_its_agents_store(tmp_path: Path) -> None:
     assert report["ok"] and [row["found_by"] for row in report["ranks"]] == ["torchrun"] * 2
 
 
-def test_unresolvable_master_is_named() -> None:
-    found = examine(2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="no-such-host.invalid")
-    assert found[1].code == 70
-    assert lines_with(found[1].err, "no-such-host.invalid", "cannot be resolved", "set MASTER_ADDR")
-    assert len(found[1].err.splitlines()) == 1
+def test_unresolvable_master_is_named(tmp_path: Path) -> None:
+    (found,) = examine(tmp_path, 2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="no-such-host.invalid")
+    assert found.code == 70
+    assert lines_with(found.err, "no-such-host.invalid", "cannot be resolved", "set MASTER_ADDR")
+    assert len(found.err.splitlines()) == 1
 
 
-def test_master_where_nobody_listens_is_named() -> None:
-    found = examine(2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="127.0.0.9")
-    assert found[1].code == 70
-    assert lines_with(found[1].err, "127.0.0.9:", "nobody listens there", "rank 0 was started")
+def test_master_where_nobody_listens_is_named(tmp_path: Path) -> None:
+    (found,) = examine(tmp_path, 2, "--timeout-seconds", "2", ranks=[1], MASTER_ADDR="127.0.0.9")
+    assert found.code == 70
+    assert lines_with(found.err, "127.0.0.9:", "nobody listens there", "rank 0 was started")
 
 
-def test_master_that_is_another_host_is_told_by_rank_0_itself() -> None:
+def test_master_that_is_another_host_is_told_by_rank_0_itself(tmp_path: Path) -> None:
     """192.0.2.1 is reserved for documentation: no host has it."""
-    found = examine(2, "--timeout-seconds", "2", ranks=[0], MASTER_ADDR="192.0.2.1")
-    assert found[0].code == 70
-    assert lines_with(found[0].err, "192.0.2.1:", "this is rank 0", "set MASTER_ADDR")
+    (found,) = examine(tmp_path, 2, "--timeout-seconds", "2", ranks=[0], MASTER_ADDR="192.0.2.1")
+    assert found.code == 70
+    assert lines_with(found.err, "192.0.2.1:", "this is rank 0", "set MASTER_ADDR")
 
 
 @contextlib.contextmanager
@@ -200,17 +230,19 @@ def silent_listener() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_port_held_by_another_program_is_named() -> None:
+def test_port_held_by_another_program_is_named(tmp_path: Path) -> None:
     with silent_listener() as port:
-        found = examine(2, "--timeout-seconds", "5", MASTER_PORT=str(port))
-    assert {outcome.code for outcome in found.values()} == {70}, found
+        found = examine(tmp_path, 2, "--timeout-seconds", "5", MASTER_PORT=str(port))
+    assert {outcome.code for outcome in found} == {70}, found
     assert lines_with(found[0].err, f"MASTER_PORT {port} is taken", "set it to a free port")
     assert lines_with(found[1].err, f":{port}", "is not rank 0", "free port")
 
 
 def test_full_disk_and_skewed_clock_are_both_told(tmp_path: Path) -> None:
-    found = examine(2, "--min-disk-gib", "1e9", "--run-dir", str(tmp_path), script=("-c", SKEWED))
-    assert {outcome.code for outcome in found.values()} == {78}, found
+    script = tmp_path / "skewed.py"
+    script.write_text(SKEWED)
+    found = examine(tmp_path, 2, "--min-disk-gib", "1e9", "--run-dir", str(tmp_path), script=script)
+    assert {outcome.code for outcome in found} == {78}, found
     assert lines_with(found[0].err, "error: run folder", str(tmp_path), "--min-disk-gib asks for 1e+09")
     assert lines_with(found[0].err, "error: clocks", "rank 1", "7.5 s behind rank 0's")
     assert lines_with(found[0].out, "FAIL", "clocks") and lines_with(found[0].out, "ok", "all-reduce")
@@ -228,21 +260,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_full_file_system_is_named(small_disk: Path) -> None:
+def test_full_file_system_is_named(small_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (small_disk / "filler").write_bytes(b"0" * (1 << 20))
-    found = examine(1, "--run-dir", str(small_disk / "run"))
-    assert found[0].code == 78
-    assert lines_with(found[0].err, str(small_disk), "cannot be written: No space left on device", "--run-dir")
+    (found,) = examine(tmp_path_factory.mktemp("output"), 1, "--run-dir", str(small_disk / "run"))
+    assert found.code == 78
+    assert lines_with(found.err, str(small_disk), "cannot be written: No space left on device", "--run-dir")
 
 
 @pytest.mark.slow
-def test_ranks_of_different_launches_are_told_apart() -> None:
-    environments = rank_environments(2)
-    command = [sys.executable, DOCTOR, "--timeout-seconds", MISSING_SECONDS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, env=environments[0], **pipes)  # type: ignore[call-overload]
-    other = {**environments[1], "WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
-    stranger = subprocess.run(command, env=other, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
-    _, told = first.communicate(timeout=DEADLINE_SECONDS)
-    assert stranger.returncode == 70 and lines_with(stranger.stderr, "expects 4 ranks", "one launcher")
-    assert first.returncode == 70 and lines_with(told, "missing rank 1")
+def test_ranks_of_different_launches_are_told_apart(tmp_path: Path) -> None:
+    own, other = rank_environments(2)
+    environments = [own, {**other, "WORLD_SIZE": "4", "LOCAL_SIZE": "4"}]
+    first, stranger = (ended(*each) for each in fork(tmp_path, environments, "--timeout-seconds", MISSING_SECONDS))
+    assert stranger.code == 70 and lines_with(stranger.err, "expects 4 ranks", "one launcher"), stranger
+    assert first.code == 70 and lines_with(first.err, "missing rank 1"), first

@@ -34,6 +34,7 @@ from sdit.model import build_model
 from sdit.model.flops import flops_per_image
 from sdit.supervise.heartbeat import Heartbeat
 from sdit.train.record import StepRecord
+from tests.distributed.forks import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 BINS = 20
@@ -435,8 +436,8 @@ def test_written_values_are_read_back(tmp_path: Path) -> None:
 def test_a_signal_ends_the_experiment_and_the_end_of_a_turn_does_not(tmp_path: Path) -> None:
     """Also in the last step of a turn or of the run, whose held-out loss is then missing until the next launch."""
     script = Path(__file__).with_name("stopped_training.py")
-    result = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, text = run_script(script, [tmp_path], os.environ, tmp_path / "log", timeout_seconds=300)
+    assert status == 0, text[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     done, stopped = [ExitCode.DONE, True], [ExitCode.REQUEUE, False]
     assert found == {"never": [done, done], "128": [stopped, done, done], "256": [done, stopped, done]}
