@@ -136,7 +136,8 @@ class DiffusionTransformer(nn.Module, Pretrained):
             else:
                 z = layer(z, c, route, forward_pass)
         *fields, chosen = zip(*found, strict=True)
-        statistics = TokenStatistics(*(torch.stack(each) for each in fields), chosen)
+        probs, counts, served, entropy = (torch.stack(each) for each in fields)
+        statistics = TokenStatistics(probs, counts, served, entropy, chosen)
         if moe.balance != "aux" or moe.aux_weight is None or not (self.training or torch.is_grad_enabled()):
             return z, statistics, statistics.probs.new_zeros(())
         loss = token_balance_loss(statistics, moe.aux_scope, tokens if self.training else None)
