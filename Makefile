@@ -33,10 +33,11 @@ check: install
 	$(BIN)/lint-imports
 
 # More workers than cores: the tests of faults wait, and tests/conftest.py alternates their files with files that compute. Files with
-# long runs come first, so that no worker ends with one of them. Byte code is written, because hundreds of processes import it.
+# long runs come first, so that no worker ends with one of them. The tests of deadlines (tests/faults) come after the runs of four
+# ranks. Byte code is written, because hundreds of processes import it.
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-	  tests/distributed tests/faults tests/cases tests/gpu_like tests/gpu tests/unit
+	  tests/distributed tests/cases tests/faults tests/gpu_like tests/gpu tests/unit
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"

@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdit.errors import ExitCode
-from tests.distributed.harness import ROOT, case, metrics_of, numbers_of, rank_environments, tensors_of, train_together
+from tests.distributed.forks import fork_script
+from tests.distributed.harness import case, metrics_of, numbers_of, rank_environments, tensors_of, train_together
+from tests.faults.ranks import LAUNCHER, is_gone, train_words
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STEPS, BATCH, HALF = 40, 64, 20  # 2,560 images: the first epoch of 1,797 ends inside step 29
 SETTINGS = (f"train.steps={STEPS}", f"train.global_batch={BATCH}", "checkpoint.every_steps=5", "checkpoint.keep_last=9")
 STATE = ("weight", "ema", "exp_avg", "exp_avg_sq")
 PROMPT_SECONDS = 120.0
+Ranks = Sequence[subprocess.Popen] | Sequence[ForkServerProcess]
 
 
 def checkpoint_at(run_dir: Path, step: int) -> Path:
@@ -29,48 +34,51 @@ def checkpoint_at(run_dir: Path, step: int) -> Path:
 
 def start(world: int, run_dir: Path) -> list[subprocess.Popen]:
     """The command a user gives, once per rank."""
-    deepspeed = ROOT / "configs" / "deepspeed" / "zero1.json"
-    command = [
-        sys.executable,
-        str(ROOT / "launcher" / "train.py"),
-        "--config",
-        str(TINY),
-        "--ds_config",
-        str(deepspeed),
-    ]
-    command += ["--run-dir", str(run_dir), *SETTINGS]
-    log = run_dir.with_suffix(".log").open("a")
-    with log:
+    command = [sys.executable, str(LAUNCHER), *train_words(run_dir, TINY), *SETTINGS]
+    with run_dir.with_suffix(".log").open("a") as log:
         return [subprocess.Popen(command, env=env, stdout=log, stderr=log) for env in rank_environments(world)]
 
 
-def await_checkpoint(ranks: list[subprocess.Popen], path: Path) -> None:
+def fork(world: int, run_dir: Path) -> list[ForkServerProcess]:
+    """The same without supervisors and without the time of the imports."""
+    words, log = [*train_words(run_dir, TINY), *SETTINGS, "supervise.enabled=false"], run_dir.with_suffix(".log")
+    return [fork_script(LAUNCHER, words, env, log) for env in rank_environments(world)]
+
+
+def await_checkpoint(ranks: Ranks, path: Path) -> None:
     deadline = time.monotonic() + PROMPT_SECONDS
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
-        assert all(rank.poll() is None for rank in ranks), path.parents[1].with_suffix(".log").read_text()[-3000:]
+        assert not any(is_gone(rank.pid) for rank in ranks), path.parents[1].with_suffix(".log").read_text()[-3000:]
         time.sleep(0.002)
 
 
-def kill_after(world: int, run_dir: Path, step: int) -> None:
-    """Start (or resume) a run and SIGKILL every rank when the checkpoint of `step` is there."""
-    ranks = start(world, run_dir)
+def exit_code(rank: subprocess.Popen | ForkServerProcess) -> int | None:
+    """The exit code of a rank, when it has ended."""
+    if isinstance(rank, subprocess.Popen):
+        return rank.wait(PROMPT_SECONDS)
+    rank.join(PROMPT_SECONDS)
+    return rank.exitcode
+
+
+def kill_after(ranks: Ranks, run_dir: Path, step: int) -> None:
+    """SIGKILL every rank of a run when the checkpoint of `step` is there."""
     try:
         await_checkpoint(ranks, checkpoint_at(run_dir, step))
     finally:
         for rank in ranks:
             rank.kill()
-    assert {rank.wait(PROMPT_SECONDS) for rank in ranks} == {-signal.SIGKILL}
+    assert {exit_code(rank) for rank in ranks} == {-signal.SIGKILL}
     assert not checkpoint_at(run_dir, STEPS).exists(), "the run ended before it was killed"
 
 
-def terminate_one(world: int, run_dir: Path, step: int) -> list[int]:
+def terminate_one(world: int, run_dir: Path, step: int) -> list[int | None]:
     """Start a run, SIGTERM its last rank when the checkpoint of `step` is there, return all exit codes."""
     ranks = start(world, run_dir)
     try:
         await_checkpoint(ranks, checkpoint_at(run_dir, step))
         ranks[-1].terminate()
-        return [rank.wait(PROMPT_SECONDS) for rank in ranks]
+        return [exit_code(rank) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -86,12 +94,16 @@ def branch(straight: Path, run_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`straight-N` on N ranks; `killed-N` killed twice; `stopped-2` by SIGTERM; `1-to-2`, `2-to-1` re-laid."""
+    """`straight-N` on N ranks; `killed-N` killed twice; `stopped-2` by SIGTERM; `1-to-2`, `2-to-1` re-laid.
+
+    `killed-2` is first killed with its supervisors. The other kills strike ranks without supervisors.
+    """
     folder = tmp_path_factory.mktemp("resume")
     for world in (1, 2):
         train_together(world, [case(folder / f"straight-{world}", TINY, *SETTINGS, stage=1)], folder)
-        kill_after(world, folder / f"killed-{world}", 10)
-        kill_after(world, folder / f"killed-{world}", 30)
+        killed = folder / f"killed-{world}"
+        kill_after(start(world, killed) if world == 2 else fork(world, killed), killed, 10)
+        kill_after(fork(world, killed), killed, 30)
     codes = terminate_one(2, folder / "stopped-2", 10)
     (folder / "codes.json").write_text(json.dumps(codes))
     (folder / "stopped-at.json").write_text(json.dumps(max(r["step"] for r in metrics_of(folder / "stopped-2"))))

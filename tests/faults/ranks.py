@@ -109,9 +109,14 @@ def start_real(
     faults: Sequence[str] = (),
 ) -> Ranks:  # fmt: skip
     """The command that a user gives, once per rank; the `faults` strike in it. `log`: default is next to the run."""
+    command = [*train_command(*faults), *train_words(run_dir, config, stage), *arguments]
+    return Ranks(world, command, log or run_dir.with_suffix(".log"))
+
+
+def train_words(run_dir: Path, config: Path, stage: int = 1) -> list[str]:
+    """The arguments of `launcher/train.py` that all runs have."""
     deepspeed = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
-    command = [*train_command(*faults), "--config", str(config), "--ds_config", str(deepspeed)]
-    return Ranks(world, [*command, "--run-dir", str(run_dir), *arguments], log or run_dir.with_suffix(".log"))
+    return ["--config", str(config), "--ds_config", str(deepspeed), "--run-dir", str(run_dir)]
 
 
 def train_command(*faults: str) -> list[str]:
