@@ -19,8 +19,8 @@ from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
 from sdit.errors import ExitCode
-from tests.distributed.harness import ROOT, case, metrics_of, numbers_of, tensors_of, train_together
-from tests.faults.ranks import Ranks, eventually, newest_step, start_real
+from tests.distributed.harness import ROOT, case, fork_ranks, metrics_of, numbers_of, tensors_of, train_together
+from tests.faults.ranks import FAULTY_LAUNCHER, Ranks, eventually, newest_step, start_real, train_words
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
 STEPS, BATCH = 20, 32
@@ -58,6 +58,13 @@ def run_with(run: Path, *faults: str, settings: tuple[str, ...] = ()) -> Ranks:
     return start_real(2, run, TINY, *SETTINGS, *DEADLINES, *settings, faults=faults)
 
 
+def train_unsupervised(run: Path, *words: str) -> None:
+    """Train to the end on two ranks that fork. Faults are words such as --fault=nan_loss@1:6."""
+    words = (*train_words(run, TINY), *SETTINGS, *words, "supervise.enabled=false")
+    for rank in fork_ranks(2, FAULTY_LAUNCHER, words):
+        assert rank.returncode == ExitCode.DONE, rank.stdout
+
+
 def test_bad_steps_and_a_kill_leave_no_trace_in_the_run(straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with run_with(run, "nan_loss@1:3", "nan_grad@0:5", "kill@1:10") as ranks:
@@ -92,8 +99,7 @@ ROLL = ("train.max_bad_steps=1", "train.rollbacks=2", "checkpoint.keep_last=9")
 def test_bad_step_rolls_the_run_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
     """NaN in the seventh step: back to the checkpoint of the fourth, samples 128..223 are never trained on."""
     run, killed = tmp_path / "run", tmp_path / "killed"
-    with run_with(run, "nan_loss@1:6", settings=ROLL) as ranks:
-        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    train_unsupervised(run, "--fault=nan_loss@1:6", *ROLL)
     (event,) = events(run, "rolled_back")
     assert event["step"] == 4 and "back to images-000000000128, samples 128..223 are left out" in event["text"]
     assert [record["step"] for record in metrics_of(run)] == list(range(1, STEPS + 1))
@@ -148,8 +154,7 @@ def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: P
     with run_with(run, settings=settings) as ranks:
         assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
     undisturbed = tmp_path / "undisturbed"
-    with run_with(undisturbed, settings=settings) as ranks:
-        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    train_unsupervised(undisturbed, *settings)
     assert_same_run(run, undisturbed)
     curves = [[record.get("validation_loss") for record in metrics_of(folder)] for folder in (run, undisturbed)]
     assert curves[0] == curves[1] and sum(value is not None for value in curves[0]) == STEPS // 6 + 1
