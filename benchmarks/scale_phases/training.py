@@ -151,7 +151,8 @@ class VirtualNodes(Nodes):
     """The nodes of the simulation. The group of the simulation cannot gather different host names."""
 
     def __init__(self, comm: Comm) -> None:
-        self._comm, self.count, self.own = comm, -(-comm.world // RANKS_PER_NODE), comm.rank // RANKS_PER_NODE
+        self._comm, self.own = comm, comm.rank // RANKS_PER_NODE
+        self.of_rank = [rank // RANKS_PER_NODE for rank in range(comm.world)]
         first = self.own * RANKS_PER_NODE
         self.mates = list(range(first, min(first + RANKS_PER_NODE, comm.world)))
 

@@ -40,7 +40,7 @@ def places_of(nodes: Sequence[int], sizes: Sequence[int]) -> list[ShardPlace]:
 
 
 class Nodes:
-    """The nodes of a run: how many there are (`count`), the number of this rank's node (`own`), and its ranks (`mates`).
+    """The nodes of a run: the node of each rank (`of_rank`), the number of this rank's node (`own`), and its ranks (`mates`).
 
     All ranks create it together while the run starts, which gathers a host name from each rank.
     """
@@ -48,9 +48,9 @@ class Nodes:
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         members = comm.gather([socket.gethostname(), comm.info.local_rank])
-        nodes = nodes_of([(host, local_rank) for host, local_rank in members])
-        self.count, self.own = max(nodes) + 1, nodes[comm.rank]
-        self.mates = [rank for rank, node in enumerate(nodes) if node == self.own]
+        self.of_rank = nodes_of([(host, local_rank) for host, local_rank in members])
+        self.own = self.of_rank[comm.rank]
+        self.mates = [rank for rank, node in enumerate(self.of_rank) if node == self.own]
 
     def place(self, size: int) -> ShardPlace:
         """Return where this rank writes its shard of `size` bytes in the file of its node. All ranks call it together."""

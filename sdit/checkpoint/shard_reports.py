@@ -33,8 +33,11 @@ def append_report(folder: Path, node: int, rank: int, shard: dict[str, Any] | No
     append_to(report_path(folder, node), json.dumps({"rank": rank, "shard": shard}) + "\n")
 
 
-def take_reports(folder: Path, nodes: int, ranks: int) -> list[dict[str, Any] | None]:
-    """Return the shard of each rank, and remove the files. A rank that has reported twice counts with its last report.
+def take_reports(folder: Path, nodes: Sequence[int]) -> list[dict[str, Any] | None]:
+    """Return the shard of each rank, and remove the files. `nodes` are the nodes of the ranks.
+
+    A killed attempt may have left reports. If a rank has reported twice, its last report counts. Only reports in the file of
+    the rank's node count, because another attempt can have had other ranks on a node.
 
     Threads read the files, because a shared file system takes about a millisecond for each operation.
 
@@ -42,16 +45,14 @@ def take_reports(folder: Path, nodes: int, ranks: int) -> list[dict[str, Any] | 
         OSError: if a file cannot be read or removed.
         CheckpointError: if a line is damaged, or a rank is missing.
     """
-    paths = [report_path(folder, node) for node in range(nodes)]
-    shards: dict[int, dict[str, Any] | None] = {}
+    paths = [report_path(folder, node) for node in range(max(nodes) + 1)]
     with ThreadPoolExecutor(REMOVERS) as pool:
-        for reports in pool.map(_read, paths):
-            shards |= {report["rank"]: report["shard"] for report in reports}
-    for rank in range(ranks):
-        if rank not in shards:
+        shards = [{report["rank"]: report["shard"] for report in reports} for reports in pool.map(_read, paths)]
+    for rank, node in enumerate(nodes):
+        if rank not in shards[node]:
             raise CheckpointError(f"{folder}: rank {rank} has not reported its shard")
     remove_files([str(path) for path in paths])
-    return [shards[rank] for rank in range(ranks)]
+    return [shards[node][rank] for rank, node in enumerate(nodes)]
 
 
 def _read(path: Path) -> Sequence[dict[str, Any]]:

@@ -245,7 +245,7 @@ class CheckpointStore:
         final, temporary = self.folder_of(snapshot.images_seen), self._temporary(snapshot.images_seen)
 
         def publish() -> None:
-            shards = take_reports(temporary, self._nodes.count, self._comm.world)
+            shards = take_reports(temporary, self._nodes.of_rank)
             self._publish(temporary, final, make_manifest(shards, snapshot.facts))
 
         return _attempt(publish, final)

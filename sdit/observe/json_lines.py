@@ -57,15 +57,17 @@ class WaitingLines:
 
         Raises: OSError: if they do not fit.
         """
-        with path.open("ab", buffering=0) as file:
-            size, data = file.seek(0, os.SEEK_END), memoryview("".join(self._lines).encode())
-            try:
+        size = None
+        try:
+            with path.open("ab", buffering=0) as file:
+                size, data = file.seek(0, os.SEEK_END), memoryview("".join(self._lines).encode())
                 while data:
                     data = data[file.write(data) or 0 :]
-            except OSError:
+        except OSError:  # also of close, where network file systems report a full disk
+            if size is not None:
                 with suppress(OSError):  # a read-only file system has taken nothing
-                    file.truncate(size)
-                raise
+                    os.truncate(path, size)
+            raise
         waited, lost, self._lost = len(self._lines), self._lost, 0
         self._lines.clear()
         if self._reported:

@@ -47,7 +47,7 @@ class Observer:
         """The held-out loss of a step that was reported without it, because a stop interrupted validation."""
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        """A grid was sampled: images (n, C, H, W) float32, row by row of `columns`; labels (n,)."""
+        """A grid was sampled: images (n, C, H, W) float32, row by row of `columns`; labels (n,). Only rank 0 gets the images."""
 
     def on_routing(self, clock: Clock, probs: np.ndarray, columns: Sequence[int] | None) -> None:
         """A routing map is due: `probs` (depth, T, M) of all tasks, from the present weights.

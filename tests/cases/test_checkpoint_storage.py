@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sdit.checkpoint import store as store_module
-from sdit.checkpoint.files import write_shard
+from sdit.checkpoint.files import ShardRecord, shard_table, write_shard
 from sdit.checkpoint.saver import Saver
 from sdit.checkpoint.shard_reports import append_report, report_path, take_reports
 from sdit.checkpoint.shard_set import ShardSet
@@ -500,5 +500,19 @@ def test_a_rank_that_has_reported_twice_counts_with_its_last_report(tmp_path: Pa
     append_report(tmp_path, 0, 1, None)
     append_report(tmp_path, 0, 0, {"record": 2})
     append_report(tmp_path, 1, 2, {"record": 3})
-    assert take_reports(tmp_path, 2, 3) == [{"record": 2}, None, {"record": 3}]
+    assert take_reports(tmp_path, [0, 0, 1]) == [{"record": 2}, None, {"record": 3}]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_that_an_attempt_on_other_nodes_has_left_do_not_count(tmp_path: Path) -> None:
+    """Ranks 0 and 1 had a node each, and now share one. The restart could not remove what rank 1 had reported."""
+    temporary = tmp_path / ".images-000000000010.tmp"
+    temporary.mkdir()
+    old = ShardRecord("node-00001.shards", 4 * ELEMENTS, "0" * 32, 0, 4 * ELEMENTS)
+    table = shard_table(snapshot(9, 1).tensors, snapshot(9, 1).shapes, 0)
+    append_report(temporary, 1, 1, {"record": vars(old), "ranges": table.ranges, "shapes": table.shapes})
+    node_ranks(4, 2, lambda comm: cast(None, node_store(tmp_path, comm).save(snapshot(10, comm.rank))))
+    found = find_checkpoint(tmp_path / "images-000000000010")
+    with ShardSet(found.folder, found.manifest) as shards:
+        for rank in range(4):
+            assert np.array_equal(shards.tensor(f"weight/w{rank}"), snapshot(10, rank).tensors[f"weight/w{rank}@0"])

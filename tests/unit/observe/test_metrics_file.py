@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +62,26 @@ def test_lines_wait_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFix
     first, last = (record.message for record in caplog.records)
     assert "lines wait until they can be written (File too large)" in first
     assert last.endswith("can be written again: 3 lines had waited, 0 are lost")
+
+
+class FailingClose(io.FileIO):
+    """A file on a network file system with a full disk: writes end in memory, and only close reports that they do not fit."""
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_lines_whose_file_fails_to_close_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.on_start(Clock(), 320, "fresh")
+    tell(metrics, range(1, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda path, *_, **__: FailingClose(path, "ab"))
+        tell(metrics, range(2, 4))
+    tell(metrics, range(4, 5))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_waiting_lines_are_written_when_the_run_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
