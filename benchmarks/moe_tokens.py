@@ -1,4 +1,4 @@
-"""Token-routed expert layers: ours against DeepSpeed's `MoE` with the same experts and tokens. Rows of `moe.py --tokens`.
+"""Token-routed expert layers: ours against DeepSpeed's `MoE` with the same experts and tokens. Rows of `moe.py --token-routed`.
 
 B samples per rank of L tokens and width D, P ranks, M experts. Both gates are random and see random tokens, so that the loads
 of experts are nearly even. Ours limits the tokens of an expert per sample, DeepSpeed's per batch.
