@@ -57,4 +57,8 @@ def take_reports(folder: Path, nodes: Sequence[int]) -> list[dict[str, Any] | No
 
 def _read(path: Path) -> Sequence[dict[str, Any]]:
     with open_regular(path, follow_links=False) as file:
-        return [parse_json(line, str(path), "a report of a shard", DEPTH) for line in file.read().splitlines()]
+        reports = [parse_json(line, str(path), "a report of a shard", DEPTH) for line in file.read().splitlines()]
+    for report in reports:
+        if not isinstance(report, dict) or report.keys() != {"rank", "shard"}:
+            raise CheckpointError(f"{path}: is not a report of a shard; legal: an object with rank and shard")
+    return reports

@@ -504,6 +504,15 @@ def test_a_rank_that_has_reported_twice_counts_with_its_last_report(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("line", ["7", "[0, null]", '{"rank": 0}', '{"rank": 0, "shard"'])
+def test_a_line_that_is_no_report_fails_the_save(tmp_path: Path, line: str) -> None:
+    append_report(tmp_path, 0, 0, None)
+    with report_path(tmp_path, 0).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match="a report of a shard"):
+        take_reports(tmp_path, [0])
+
+
 def test_reports_that_an_attempt_on_other_nodes_has_left_do_not_count(tmp_path: Path) -> None:
     """Ranks 0 and 1 had a node each, and now share one. The restart could not remove what rank 1 had reported."""
     temporary = tmp_path / ".images-000000000010.tmp"
