@@ -1,6 +1,8 @@
 """A rank without torch: steps, barriers, checkpoints and faults as a real one has them, but quick to start.
 
 usage, once per rank: fake_rank.py RUN_DIR STEPS {"config": {...}, "faults": [...], "step_seconds": s, "digests": {...}}
+
+`lost_seconds` takes the place of LOST_SECONDS, which a shared file system needs and a local folder does not.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode, SditError
 from sdit.launch_environment import find_rank
+from sdit.supervise import coordinator, supervisor
 from sdit.supervise.heartbeat import Phase
 from sdit.supervise.job import Job
 from sdit.supervise.start import supervise
@@ -86,6 +89,7 @@ def main() -> int:
         return train(run_dir, steps, options, rank)
     config = SuperviseConfig(**options.get("config", {}))
     digest = options.get("digests", {}).get(os.environ["RANK"], "same")
+    coordinator.LOST_SECONDS = supervisor.LOST_SECONDS = options.get("lost_seconds", coordinator.LOST_SECONDS)
     job = Job([sys.executable, *sys.orig_argv[1:]], run_dir, digest, lambda ranks: ranks)
     try:
         return supervise(job, config, find_rank(os.environ), os.environ)

@@ -226,14 +226,14 @@ def test_lost_node_ends_the_run_or_is_left_behind(tmp_path: Path, elastic: bool,
 
 def test_supervisor_that_is_lost_after_its_worker_had_ended_is_not_awaited_for_ever(tmp_path: Path) -> None:
     """All workers end with 0, but rank 1's supervisor is killed before it reports that."""
-    run = tmp_path / "run"
-    with start_fake(2, run, steps=40, step_seconds=0.05, config=QUICK) as ranks:
+    run, lost_seconds = tmp_path / "run", 8.0
+    with start_fake(2, run, steps=40, step_seconds=0.05, config=QUICK, lost_seconds=lost_seconds) as ranks:
         eventually(lambda: newest_step(run) >= 4)
         ranks.send(1, signal.SIGSTOP)
         eventually(lambda: newest_step(run) == 40)
         eventually(lambda: list((run / "supervise").glob("*/end-0001/00000.json")))
         ranks.send(1, signal.SIGKILL)
-        assert ranks.codes(seconds=LOST_SECONDS + 40) == [ExitCode.CRASH, -signal.SIGKILL]
+        assert ranks.codes(seconds=lost_seconds + 40) == [ExitCode.CRASH, -signal.SIGKILL]
     assert "rank 1," in ranks.fatal[0] and "does not answer" in ranks.fatal[0]
 
 
