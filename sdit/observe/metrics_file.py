@@ -31,7 +31,7 @@ class MetricsFile(Observer):
     def __init__(self, run_dir: Path | RunFolder) -> None:
         self._run_dir = run_dir
         self._spent = dict.fromkeys(SPENT, 0.0)
-        self._steps, self._happenings = WaitingLines(), WaitingLines()
+        self._metric_lines, self._event_lines = WaitingLines(), WaitingLines()
 
     @property
     def _metrics(self) -> Path:
@@ -47,7 +47,7 @@ class MetricsFile(Observer):
         self.on_event(clock, "start", message)
 
     def on_rollback(self, clock: Clock, text: str) -> None:
-        self._steps.keep(lambda line: _images(line) <= clock.images_seen)
+        self._metric_lines.keep(lambda line: _images(line) <= clock.images_seen)
         _keep_up_to(self._metrics, clock.images_seen)
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
@@ -55,7 +55,9 @@ class MetricsFile(Observer):
             self._spent[key] += getattr(record, key) or 0.0
         if record.logged:
             # Most periodic tasks run between two logged steps, so only the sums include their time.
-            self._steps.append(self._metrics, json.dumps(replace(record, spent_since_logged=self._spent).as_dict()))
+            self._metric_lines.append(
+                self._metrics, json.dumps(replace(record, spent_since_logged=self._spent).as_dict())
+            )
             self._spent = dict.fromkeys(SPENT, 0.0)
 
     def on_validation(self, clock: Clock, validation: Validation) -> None:
@@ -82,12 +84,12 @@ class MetricsFile(Observer):
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
         moment = datetime.now(UTC).isoformat(timespec="seconds")
         where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
-        self._happenings.append(self._events, json.dumps({**where, "event": kind, "text": redact(text)}))
+        self._event_lines.append(self._events, json.dumps({**where, "event": kind, "text": redact(text)}))
 
     def close(self) -> None:
         """Write the lines that wait. What still does not fit is lost, which is logged."""
-        self._steps.close(self._metrics)
-        self._happenings.close(self._events)
+        self._metric_lines.close(self._metrics)
+        self._event_lines.close(self._events)
 
 
 def _keep_up_to(path: Path, images_seen: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,11 @@ class StateKinds:
                 source, expert_shards(local, [values(shard) for shard in local], ids, self._local_ranges)
             )
 
-        kinds = [state(engine.owned, engine.local, lambda shard: shard.master)]
-        kinds.append(state(engine.frozen_owned, engine.frozen_local, lambda shard: shard.master))
+        master = attrgetter("master")
+        kinds = [state(engine.owned, engine.local, master), state(engine.frozen_owned, engine.frozen_local, master)]
         for key in engine.moment_keys:
             owned, local = with_moment(engine.owned, key), with_moment(engine.local, key)
-            kinds.append(state(owned, local, lambda shard, key=key: shard.moment(key)))  # type: ignore[misc]
+            kinds.append(state(owned, local, methodcaller("moment", key)))
         for average in self._ema.averages:
             averaged = expert_shards(engine.owned, average.values, ids, self._owned_ranges)
             kinds.append(ExpertState(averaged, averaged))

@@ -38,7 +38,7 @@ URLS = [
 WORKED = [
     url for url in URLS if " " not in url and not url.startswith(("http:me", SECRET))
 ]  # an old run may have these
-ALONE = "supervise.enabled=false"
+UNSUPERVISED = "supervise.enabled=false"
 
 
 def holds(folder: Path, secret: str = SECRET) -> list[str]:
@@ -287,7 +287,7 @@ def test_an_old_run_goes_on_and_loses_its_password(tmp_path: Path) -> None:
     config.write_text(dump_config(load_config(TINY)).replace("pushgateway: null", f"pushgateway: {URLS[0]}"))
     result = start("train", "--config", config, "--run-dir", tmp_path / "run")
     result.refused(ExitCode.CONFIG, f"{config}:", "observe.pushgateway: holds a credential")
-    result = fork("train", "--config", TINY, "--run-dir", tmp_path / "run", "train.steps=1", ALONE)
+    result = fork("train", "--config", TINY, "--run-dir", tmp_path / "run", "train.steps=1", UNSUPERVISED)
     assert result.status == 0 and "held a credential" in result.err and "change that password" in result.err
     assert not holds(tmp_path) and SECRET not in result.err + result.out
 

@@ -26,7 +26,7 @@ from tests.distributed.forks import run_script
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "distributed" / "tiny.yaml"
 RANK_WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ALONE = "supervise.enabled=false"  # without a parent process, which costs seconds and has tests of its own
+UNSUPERVISED = "supervise.enabled=false"  # without a parent process, which costs seconds and has tests of its own
 Command = Callable[..., Any]
 
 
@@ -254,7 +254,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
 def test_an_impossible_config_is_refused_before_anything_starts(
     sdit: Command, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    refused(sdit("train", "--config", TINY, "--run-dir", tmp_path / "run", ALONE, *words), ExitCode.CONFIG, message)
+    refused(
+        sdit("train", "--config", TINY, "--run-dir", tmp_path / "run", UNSUPERVISED, *words), ExitCode.CONFIG, message
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -303,7 +305,7 @@ def test_an_unreadable_config_is_refused(sdit: Command, tmp_path: Path) -> None:
 def train_process(run_dir: Path, *words: object) -> SimpleNamespace:
     """`launcher/train.py` for two steps of the tiny model, without a supervisor."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_WORDS}
-    options = ("--config", TINY, "--run-dir", run_dir, "train.steps=2", ALONE, *words)
+    options = ("--config", TINY, "--run-dir", run_dir, "train.steps=2", UNSUPERVISED, *words)
     log = run_dir.with_name(f"{len(list(run_dir.parent.iterdir()))}.log")
     status, text = run_script(ROOT / "launcher" / "train.py", options, environment, log)
     assert "Traceback" not in text, text
