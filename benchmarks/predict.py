@@ -78,7 +78,7 @@ def predict(hardware_file: Path, world: int) -> dict[str, dict[str, float]]:
     for name, overrides in CONFIGS.items():
         config = load_config(ROOT / "configs" / "digits.yaml", [*SMALL, *overrides])
         job = plan_job(config, DEEPSPEED, "predict", world, world)
-        found[name] = predict_step(job, plan_exchange(job, "random"), hardware).parts
+        found[name] = predict_step(job, plan_exchange(job, "random", hardware.device.kind), hardware).parts
     return found
 
 

@@ -135,7 +135,7 @@ def _plan(options: argparse.Namespace, config: Config, deepspeed: dict[str, Any]
 
     def plan(config: Config, values: dict[str, Any]) -> tuple[Job, Exchange | None, Memory]:
         job = plan_job(config, values, options.ds_config, world, options.gpus_per_node)
-        exchange = plan_exchange(job, options.routes)
+        exchange = plan_exchange(job, options.routes, device)
         return job, exchange, plan_memory(job, exchange, device)
 
     if chooses_size(config):  # as the run does

@@ -14,7 +14,7 @@ from sdit.distributed.fabric import slowest_seconds
 from sdit.model import DiffusionTransformer, build_model, init_weights
 from sdit.model.flops import flops_per_image
 from sdit.planner.hardware import Device
-from sdit.planner.memory import DeviceKind
+from sdit.planner.layout import DeviceKind
 from sdit.planner.time_formulas import compute_seconds
 
 GIGA, TERA, GIB = 1e9, 1e12, 2**30

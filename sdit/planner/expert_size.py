@@ -51,7 +51,7 @@ def predict_sizes(run: ResolvedRun, per_node: int, hardware: Hardware) -> list[S
     costs = []
     for size in legal_expert_sizes(run.config.model.common_experts, run.world):
         job = job_of_run(replace(run, expert_parallel=size), per_node)
-        exchange = plan_exchange(job, routes)
+        exchange = plan_exchange(job, routes, hardware.device.kind)
         peak = plan_memory(job, exchange, hardware.device.kind).peak
         costs.append(SizeCost(size, predict_step(job, exchange, hardware).total, peak))
     return costs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sdit.config import Config, ResolvedRun, resolve_run
 from sdit.config.deepspeed_json import offloads_optimizer, uses_bf16_optimizer
@@ -14,6 +14,7 @@ from sdit.model.freezing import freeze
 from sdit.model.moe.base import Experts
 from sdit.topology import BatchPlan
 
+DeviceKind = Literal["cuda", "cpu"]
 DEFAULT_BUCKET_NUMEL = 500_000_000  # DeepSpeed's reduce_bucket_size
 ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this x the ranks that share it
 

@@ -6,16 +6,15 @@ B images of a micro-batch, L tokens, D width, H hidden width, M experts of a blo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from sdit.config import ModelConfig
-from sdit.planner.layout import Group, Job
+from sdit.planner.layout import DeviceKind, Group, Job
 from sdit.planner.token_traffic import pair_numbers, token_expert_activations
 from sdit.planner.traffic import Exchange
 
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 0}  # the most per parameter: Muon itself has one
 NORM_STATS = {"layer": 2, "rms": 1, "none": 0}  # float32 numbers that a norm saves for each vector
-DeviceKind = Literal["cuda", "cpu"]
 
 
 class State(NamedTuple):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdit.model.flops import flops_per_image
-from sdit.planner.layout import Job
-from sdit.planner.memory import DeviceKind, Memory, checkpoint_bytes
+from sdit.planner.layout import DeviceKind, Job
+from sdit.planner.memory import Memory, checkpoint_bytes
 from sdit.planner.traffic import Exchange, RouteKind, gradient_traffic_bytes
 
 GIB = 2**30

@@ -52,7 +52,7 @@ def search_layouts(
             except ConfigError:
                 continue  # not legal together with the rest of the config
             if expert > 1 and not exchanges:
-                exchanges = dict(plan_exchanges(planned, routes))
+                exchanges = dict(plan_exchanges(planned, routes, hardware.device.kind))
             found += _layouts(planned, exchanges, hardware, room_bytes)
     return sorted(found, key=lambda layout: (layout.step.total, layout.peak_bytes, layout.stage))
 

@@ -6,36 +6,36 @@ L tokens of an image, D width, H hidden width, M experts of a block, k of a toke
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from sdit.config import MoeConfig
-from sdit.planner.layout import Job
+from sdit.planner.layout import DeviceKind, Job
 
 WEIGHT_BYTES = 4  # the weights of a token are sent in float32
 INDEX_BYTES = 8
 
 
-def token_exchange_bytes(job: Job) -> tuple[float, int]:
+def token_exchange_bytes(job: Job, device: DeviceKind) -> tuple[float, int]:
     """Return the expected bytes of rows per step over all ranks, and those that a rank keeps of rows for backward.
 
-    It keeps the tokens that it received, and which tokens it sent. The exchange of sizes, and the rows that a bounded buffer
-    leaves empty, are not counted.
+    It keeps the tokens that it received, and which tokens it sent. On a GPU, with a capacity, buffers have as many rows as it
+    allows. The exchange of sizes is not counted.
     """
     moe, model, ranks = job.config.model.moe, job.config.model, job.expert_parallel
     if moe is None or ranks == 1:
         return 0.0, 0
-    tokens = job.batch.micro_batch * model.tokens
-    rows = len(model.moe_blocks) * tokens * (ranks - 1) * served_share(moe, model.tokens, moe.experts // ranks)
-    row, weights = model.width * job.element_bytes, moe.experts // ranks * WEIGHT_BYTES
+    local, limit = moe.experts // ranks, moe.limit(model.tokens) if device == "cuda" else None
+    served = served_share(moe, model.tokens, local) if limit is None else min(1.0, local * limit / model.tokens)
+    rows = len(model.moe_blocks) * job.batch.micro_batch * model.tokens * (ranks - 1) * served
+    row, weights = model.width * job.element_bytes, local * WEIGHT_BYTES
     forwards = 1 if job.config.parallel.activation_checkpointing == "none" else 2
     # A row with its weights there and a sum back; backward sends their gradients.
     sent = (forwards + 1) * rows * (2 * row + weights) * job.world * job.batch.accumulation
     # A sent row keeps two indices and a mask, a received one the token, its weights twice, and a mask.
-    kept = rows * (row + 2 * weights + 2 * INDEX_BYTES + 2 * (moe.experts // ranks))
+    kept = rows * (row + 2 * weights + 2 * INDEX_BYTES + 2 * local)
     return sent, int(kept) if forwards == 1 else 0
 
 
-def token_expert_activations(job: Job, device: Literal["cuda", "cpu"]) -> float:
+def token_expert_activations(job: Job, device: DeviceKind) -> float:
     """Return the bytes that the token-routed experts of a block keep of one image for backward, without received tokens.
 
     A pair keeps its `pair_numbers`. Experts without a grouped product run one after another, and backward computes the

@@ -11,7 +11,7 @@ from sdit.expert_parallel.routing_table import RoutingTable, task_weights
 from sdit.expert_parallel.strategy import Choice, decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, unit_costs
 from sdit.model.windows import expert_windows
-from sdit.planner.layout import Job
+from sdit.planner.layout import DeviceKind, Job
 from sdit.planner.token_traffic import token_exchange_bytes
 from sdit.time_law import prior_law
 
@@ -53,17 +53,17 @@ class Exchange:
         )
 
 
-def plan_exchange(job: Job, routes: RouteKind) -> Exchange | None:
+def plan_exchange(job: Job, routes: RouteKind, device: DeviceKind = "cpu") -> Exchange | None:
     """Return the exchange in the config's mode for the routes of the diffusion prior, or for random routes.
 
-    Return None if experts are not sharded.
+    Return None if experts are not sharded. A GPU sends buffers of token-routed experts as large as their capacity allows.
     """
-    return None if job.expert_parallel == 1 else plan_exchanges(job, routes)[job.config.parallel.exchange]
+    return None if job.expert_parallel == 1 else plan_exchanges(job, routes, device)[job.config.parallel.exchange]
 
 
-def plan_exchanges(job: Job, routes: RouteKind) -> dict[Mode, Exchange]:
+def plan_exchanges(job: Job, routes: RouteKind, device: DeviceKind) -> dict[Mode, Exchange]:
     """Return the exchange of sharded experts in each mode."""
-    tokens = _token_exchange(job)
+    tokens = _token_exchange(job, device)
     if job.config.model.variant != "switch":
         return dict.fromkeys(MODES, tokens)
     model, parallel, ranks = job.config.model, job.config.parallel, job.expert_parallel
@@ -103,9 +103,9 @@ def _exchange(
     )
 
 
-def _token_exchange(job: Job) -> Exchange:
+def _token_exchange(job: Job, device: DeviceKind) -> Exchange:
     """Return the exchange of token-routed experts. A block exchanges sizes once, and rows there and back in each pass."""
-    step_bytes, buffer_bytes = token_exchange_bytes(job)
+    step_bytes, buffer_bytes = token_exchange_bytes(job, device)
     forwards = 1 if job.config.parallel.activation_checkpointing == "none" else 2
     messages = (2 * (forwards + 1) + 1) * len(job.config.model.moe_blocks) * job.batch.accumulation
     return Exchange(

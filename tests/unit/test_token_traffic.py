@@ -20,7 +20,7 @@ from sdit.model import DiffusionTransformer, build_model
 from sdit.model.moe import token_gate
 from sdit.model.moe.experts import build_token_experts
 from sdit.model.moe.token_moe import TokenMoe
-from sdit.planner.layout import plan_job
+from sdit.planner.layout import DeviceKind, Job, plan_job
 from sdit.planner.memory import activation_bytes
 from sdit.planner.token_traffic import kept_share, served_share, token_exchange_bytes
 from sdit.planner.traffic import plan_exchange
@@ -48,8 +48,8 @@ def test_bytes_are_rows_and_sums_of_both_passes() -> None:
         exchange = plan_exchange(job, "random")
         assert exchange is not None
         if job.config.model.variant == "dit":
-            assert exchange.step_bytes["auto"] == token_exchange_bytes(job)[0] > 0
-        return token_exchange_bytes(job)
+            assert exchange.step_bytes["auto"] == token_exchange_bytes(job, "cpu")[0] > 0
+        return token_exchange_bytes(job, "cpu")
 
     moe = ("model.variant=dit", "model.moe={experts: 2, top_k: 2}")
     rows = 2 * 4 * 4  # blocks, samples of a rank, tokens: every token is served by the other rank
@@ -72,15 +72,16 @@ MOES: dict[str, dict[str, Any]] = {
 
 
 class MirrorGroup(SilentGroup):
-    """The other ranks send to this rank what it sends to them."""
+    """The other ranks send to this rank what it sends to them. Counts all bytes, in forward and backward."""
 
     def send(
         self, rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], mode: str
     ) -> tuple[Tensor, Any]:
+        self.traffic.add(mode, rows.nbytes)
         return rows.clone(), mode
 
 
-def sharded(config: ModelConfig, ranks: int) -> DiffusionTransformer:
+def sharded(config: ModelConfig, ranks: int, traffic: TrafficCounter, is_bounded: bool) -> DiffusionTransformer:
     """A model with the experts of rank 0 of `ranks`, which exchanges tokens with mirrors of itself."""
     torch.manual_seed(0)
     model = build_model(config).train()
@@ -92,7 +93,7 @@ def sharded(config: ModelConfig, ranks: int) -> DiffusionTransformer:
             for parameter in experts.parameters():
                 nn.init.normal_(parameter, std=0.02)
             each.experts = ShardedExperts(experts, config.moe.experts, ranks)  # type: ignore[assignment]
-    model.token_dispatcher = TokenExchange(MirrorGroup(None, 0, ranks, True, TrafficCounter()), is_bounded=False)
+    model.token_dispatcher = TokenExchange(MirrorGroup(None, 0, ranks, True, traffic), is_bounded)
     return model
 
 
@@ -116,6 +117,23 @@ def test_sharded_experts_keep_what_is_planned(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("capacity_factor", [2.0, 1.25, 0.5])
+@pytest.mark.parametrize("router", ["token", "expert_choice"])
+def test_bounded_buffers_of_gpus_keep_and_send_what_is_planned(
+    router: str, capacity_factor: float, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that routes leave empty, too. Kept bytes within 4 %, as above. Sent bytes do not depend on the routes."""
+    moe = {"experts": 8, "kind": "mlp", "router": router, "capacity_factor": capacity_factor}
+    traffic = TrafficCounter()
+    planned, kept = planned_and_kept(moe, ranks, "fp32", monkeypatch, "cuda", traffic)
+    assert kept == pytest.approx(planned, rel=0.04)
+    job = job_of(moe, ranks, "fp32")
+    exchange = plan_exchange(job, "random", "cuda")
+    assert exchange is not None
+    assert traffic.take()[0] == {"tokens": exchange.row_bytes}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("capacity_factor", [1.25, 1.0, 0.5])
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_dropped_pairs_are_not_planned(
@@ -129,18 +147,35 @@ def test_dropped_pairs_are_not_planned(
 
 
 def planned_and_kept(
-    moe: dict[str, Any], ranks: int, precision: Any, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int]:
-    """The bytes that one of `ranks` ranks is planned to keep for backward, and those that it keeps."""
+    moe: dict[str, Any], ranks: int, precision: Any, monkeypatch: pytest.MonkeyPatch,
+    device: DeviceKind = "cpu", traffic: TrafficCounter | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """The bytes that one of `ranks` ranks is planned to keep for backward, and those that it keeps.
+
+    `traffic` counts what a forward and a backward pass send.
+    """
+    job = job_of(moe, ranks, precision)
+    exchange = plan_exchange(job, "random", device)
+    assert exchange is not None and job.expert_parallel == ranks
+    traffic = traffic or TrafficCounter()
+    model = sharded(job.config.model, ranks, traffic, is_bounded=device == "cuda")
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    losses: list[Tensor] = []
+
+    def forward_pass() -> list[Tensor]:
+        losses.append(loss_of(model).sum())
+        return losses
+
+    kept = kept_bytes(model, forward_pass, monkeypatch)
+    losses[0].backward()  # type: ignore[no-untyped-call]
+    return activation_bytes(job, device) + exchange.buffer_bytes, kept
+
+
+def job_of(moe: dict[str, Any], ranks: int, precision: Any) -> Job:
     shape = {"depth": 4, "width": 96, "heads": 4, "patch_size": 2, "input_size": 16, "channels": 3, "classes": 10}
     config = ModelConfig.model_validate({"variant": "dit", **shape, "moe": moe})
     train = TrainConfig(steps=1, global_batch=BATCH * ranks, precision=precision)
-    job = plan_job(Config(model=config, train=train), {}, "test", ranks, ranks)
-    exchange = plan_exchange(job, "random")
-    assert exchange is not None and job.expert_parallel == ranks
-    model = sharded(config, ranks).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    kept = kept_bytes(model, lambda: loss_of(model), monkeypatch)
-    return activation_bytes(job, "cpu") + exchange.buffer_bytes, kept
+    return plan_job(Config(model=config, train=train), {}, "test", ranks, ranks)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (6, 3), (4, 4)])
