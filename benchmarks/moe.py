@@ -10,11 +10,12 @@ Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
 other load leaves alone. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
-Routes: ours are random per sample (a gate on random task embeddings), the peers' per token (their gates on random tokens): no
-prior, path placement or assignment helps us here. DeepSpeed pads all experts to the fullest one, so that its ranks compute
-equally many rows. Ours compute the rows of their experts only, and all ranks wait for the most loaded one. The column "most
-loaded rank" is its CPU time over the mean of the ranks. With --even-routes, ours draw only global batches whose (sample,
-expert) pairs are divided evenly among the ranks.
+Routes: ours are random per sample (a gate on random task embeddings): no prior, path placement or assignment helps us here.
+"DeepSpeed" is its layer with the same routes, which is what Switch-DiT needs. It pads all experts to the fullest one of all
+ranks. "DeepSpeed, by token" and fairscale have their own gates, which choose for each random token, so that their loads are
+nearly even. In ours, all ranks wait for the most loaded one: the column "most loaded rank" is its CPU time over the mean of
+the ranks. With --even-routes, ours and "DeepSpeed" draw only global batches whose (sample, expert) pairs are divided evenly
+among the ranks.
 Bytes: what leaves a rank through all_to_all_single and all_reduce (counted as a ring, 2 (P - 1) / P of its size), mean of
 the ranks. Memory: highest sum of live allocations within a step, as the profiler of torch counts them, of the fullest rank;
 parameters and the input are there before the step and do not count.
@@ -51,9 +52,10 @@ TOKENS = 256
 SIZES: tuple[Literal["S/2", "B/2"], ...] = ("S/2", "B/2")
 COUNTS = (4, 16)
 KINDS: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
-RIVALS = ("tokens", "weights", "EP = 1", "EP = 1, summed", "DeepSpeed", "fairscale")
-SENDERS = ("auto", "tokens", "weights", "EP = 1, summed", "DeepSpeed", "fairscale")
-HOLDERS = ("auto", "tokens", "weights", "EP = 1", "DeepSpeed", "fairscale")
+PEERS = ("DeepSpeed", "DeepSpeed, by token", "fairscale")
+RIVALS = ("tokens", "weights", "EP = 1", "EP = 1, summed", *PEERS)
+SENDERS = ("auto", "tokens", "weights", "EP = 1, summed", *PEERS)
+HOLDERS = ("auto", "tokens", "weights", "EP = 1", *PEERS)
 
 
 @dataclass
@@ -185,7 +187,7 @@ def compare_layers(options: argparse.Namespace, comm: Comm) -> None:
 
 HEAD = (
     "ranks", "size", "M", "experts", "`auto`, ms", "replicated", *(f"{name}, CPU time" for name in RIVALS),
-    "most loaded rank: auto, DeepSpeed", "DeepSpeed, fairscale: time",
+    "most loaded rank: auto, DeepSpeed", f"time: {' / '.join(PEERS)}",
     f"MB sent: {' / '.join(SENDERS)}", f"peak MB: {' / '.join(HOLDERS)}",
 )  # fmt: skip
 
@@ -198,7 +200,7 @@ def table_line(case: Case, replicated: int, outcomes: dict[str, Outcome]) -> str
         f"{1e3 * statistics.median(auto.seconds):.0f}", str(replicated),
         *(f"{_ratio(outcomes[name].cpu_seconds, auto.cpu_seconds):.2f}" for name in RIVALS),
         ", ".join(f"{statistics.median(outcomes[name].imbalance):.2f}" for name in ("auto", "DeepSpeed")),
-        ", ".join(f"{_ratio(outcomes[name].seconds, auto.seconds):.2f}" for name in ("DeepSpeed", "fairscale")),
+        " / ".join(f"{_ratio(outcomes[name].seconds, auto.seconds):.2f}" for name in PEERS),
         " / ".join(f"{outcomes[name].sent_bytes / 1e6:.1f}" for name in SENDERS),
         " / ".join(f"{outcomes[name].peak_bytes / 1e6:.0f}" for name in HOLDERS),
     ]  # fmt: skip
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="this model size only")
     parser.add_argument("--kind", choices=KINDS, help="this kind of experts only")
     parser.add_argument("--quick", action="store_true", help="4 linear experts of the first size only")
-    parser.add_argument("--even-routes", action="store_true", help="our routes load all ranks alike, as the peers' do")
+    parser.add_argument("--even-routes", action="store_true", help="routes per sample load all ranks alike")
     parser.add_argument(
         "--whole-step", action="store_true", help="whole training steps, by layout of the experts, instead"
     )

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import TopKGate
 from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
@@ -94,6 +95,7 @@ class TaskGate:
         torch.manual_seed(1)
         self.linear = nn.Linear(case.width, case.experts)
         nn.init.normal_(self.linear.weight, std=case.width**-0.5)
+        nn.init.zeros_(self.linear.bias)  # the gate of DeepSpeed has none
         self.table = torch.randn(TASKS, case.width)
         top = gate_probabilities(self.table, [self.linear]).detach().topk(TOP_K)
         self.routes = RoutingTable(top.indices.numpy(), top.values.numpy(), case.experts)
@@ -174,12 +176,30 @@ def local_layer(case: Case, comm: Comm, reduces: bool) -> Layer:
     return Layer(name, forward, [*experts.parameters(), *gate.linear.parameters()], reduces)
 
 
-def deepspeed_layer(case: Case) -> Layer:
-    """DeepSpeed's stock layer, dropless; its gate sees tokens."""
+class DeepSpeedTaskGate(TopKGate):
+    """DeepSpeed's gate on the task of a sample instead of its tokens: all tokens of a sample have the experts that our layers
+    choose. This is what Switch-DiT on DeepSpeed's `MoE` would need."""
+
+    def __init__(self, case: Case, comm: Comm) -> None:
+        super().__init__(case.width, case.experts, TOP_K, drop_tokens=False, top2_2nd_expert_sampling=False)
+        self._own, self._gate = slice(comm.rank, None, case.ranks), TaskGate(case)
+        self.wg.weight = self._gate.linear.weight
+
+    def forward(self, input: Tensor, *options: Any, **more_options: Any) -> Any:
+        """What DeepSpeed's layer wants to know of tokens (B L, D): loss, capacity, routes, gates, counts."""
+        embeddings = self._gate.table[self._gate.draw()[self._own]]
+        return super().forward(embeddings.repeat_interleave(len(input) // len(embeddings), 0), *options, **more_options)
+
+
+def deepspeed_layer(case: Case, comm: Comm, by_task: bool) -> Layer:
+    """DeepSpeed's layer, dropless. `by_task`: with our routes; else its own gate chooses the experts of each token."""
     torch.manual_seed(3)
     layer = MoE(case.width, _expert(case), case.experts, ep_size=case.ranks, k=TOP_K, drop_tokens=False)
+    if by_task:
+        layer.deepspeed_moe.gate = DeepSpeedTaskGate(case, comm)
     layer.set_deepspeed_parallelism()
-    return Layer("DeepSpeed", lambda z: layer(z)[0], list(layer.parameters()))
+    name = "DeepSpeed" if by_task else "DeepSpeed, by token"
+    return Layer(name, lambda z: layer(z)[0], list(layer.parameters()))
 
 
 def fairscale_layer(case: Case) -> Layer:
@@ -199,7 +219,8 @@ def all_layers(case: Case, comm: Comm) -> list[Layer]:
         sharded_layer(case, comm, "weights"),
         local_layer(case, comm, reduces=False),
         local_layer(case, comm, reduces=True),
-        deepspeed_layer(case),
+        deepspeed_layer(case, comm, by_task=True),
+        deepspeed_layer(case, comm, by_task=False),
         fairscale_layer(case),
     ]
 

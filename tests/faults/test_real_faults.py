@@ -19,6 +19,7 @@ from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source
 from sdit.errors import ExitCode
+from sdit.supervise.heartbeat import Phase
 from tests.distributed.harness import ROOT, case, fork_ranks, metrics_of, numbers_of, tensors_of, train_together
 from tests.faults.ranks import FAULTY_LAUNCHER, Ranks, eventually, newest_step, start_real, train_words
 
@@ -52,6 +53,12 @@ def assert_same_run(actual: Path, expected: Path) -> None:
 def events(run_dir: Path, kind: str) -> list[dict]:
     lines = (run_dir / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def place_of(ranks: Ranks, rank: int) -> tuple[Phase, int]:
+    """The phase and the step of a rank."""
+    state = ranks.heartbeat(rank)
+    return state.phase, state.step
 
 
 def run_with(run: Path, *faults: str, settings: tuple[str, ...] = ()) -> Ranks:
@@ -138,8 +145,7 @@ def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: P
         "sample.sampler=ddpm", "sample.steps=100", "sample.images_per_class=8",
     )  # fmt: skip
     with run_with(run, settings=settings) as ranks:
-        eventually(lambda: len(metrics_of(run)) >= 5)  # the sixth step is due
-        time.sleep(0.3)  # it is taken, and its held-out loss is under way
+        eventually(lambda: place_of(ranks, 1) == (Phase.SAMPLE, 6))  # the held-out loss of the sixth step is under way
         ranks.send(1, signal.SIGTERM)
         assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
     stopped_at = metrics_of(run)[-1]
