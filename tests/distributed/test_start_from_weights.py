@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Collection
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +44,20 @@ FREEZE = {  # what is trained -> patterns of what is not
     "some": "['routers.*.experts.w','routers.1.experts.*','blocks.0.attn.*','t_embedder.mlp.0.*']",
 }
 FP32 = [name for name, layout in LAYOUTS.items() if layout[3] == "fp32"]
+OTHERS = [what for what in FREEZE if what != "some"]
+PAIRS = [*product(FREEZE, FP32[:1]), *product(["some"], list(LAYOUTS)[1:])]
+PAIRS += [(OTHERS[number % 3], layout) for number, layout in enumerate(list(LAYOUTS)[1:])]
+MORE_PAIRS = [pair for pair in product(FREEZE, LAYOUTS) if pair not in PAIRS]  # in slow tests
 STEPS = 6
+RunOf = Callable[[str, str], Path]
+
+
+def pairs_with(layouts: Collection[str]) -> list[Any]:
+    """What is trained with a layout, of some layouts."""
+    marks = {True: (pytest.mark.slow,), False: ()}
+    return [
+        pytest.param(*pair, marks=marks[pair in MORE_PAIRS]) for pair in product(FREEZE, LAYOUTS) if pair[1] in layouts
+    ]
 
 
 def is_frozen(name: str, what: str) -> bool:
@@ -81,7 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_together(1, [case(folder / "dense", TINY, *dense, stage=0)], folder)
     for world in (1, 2):
         names = [name for name, layout in LAYOUTS.items() if layout[0] == world]
-        cases = [layout_case(folder, name, what, *SGD) for name in names for what in FREEZE]
+        cases = [layout_case(folder, name, what, *SGD) for what, name in PAIRS if name in names]
         for name in names:
             straight = layout_case(folder, name, "some", "checkpoint.every_steps=3", "checkpoint.keep_last=9")
             cases.append(straight | {"run_dir": str(folder / f"straight-{name}")})
@@ -96,6 +112,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def run_of(runs: Path, request: pytest.FixtureRequest) -> RunOf:
+    """The folder of a run by what is trained and by layout. Those of MORE_PAIRS are trained when the first one is asked for."""
+
+    def find(what: str, layout: str) -> Path:
+        if (what, layout) in MORE_PAIRS:
+            request.getfixturevalue("more_runs")
+        return runs / f"{what}-{layout}"
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def more_runs(runs: Path) -> None:
+    """The runs of MORE_PAIRS, next to the others."""
+    for world in (1, 2):
+        more = [layout_case(runs, name, what, *SGD) for what, name in MORE_PAIRS if LAYOUTS[name][0] == world]
+        train_together(world, more, runs)
+
+
 def initial_validation(run: Path) -> float:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     (text,) = [event["text"] for event in events if event["event"] == "initial_validation"]
@@ -107,29 +143,28 @@ def test_upcycled_model_has_the_dense_models_held_out_loss(runs: Path, layout: s
     """In float32 to 1e-6. bfloat16 keeps 8 bits, and the loss is a mean over 4,096 numbers: 1e-2 is far above its rounding."""
     dense = metrics_of(runs / "dense")[-1]["validation_loss"]
     tolerance = 1e-6 if LAYOUTS[layout][3] == "fp32" else 1e-2
-    assert initial_validation(runs / f"all-{layout}") == pytest.approx(dense, rel=tolerance)
+    assert initial_validation(runs / f"some-{layout}") == pytest.approx(dense, rel=tolerance)
 
 
-@pytest.mark.parametrize("layout", FP32[1:])
-@pytest.mark.parametrize("what", FREEZE)
-def test_frozen_parameters_do_not_depend_on_the_layout(runs: Path, layout: str, what: str) -> None:
-    expected, actual = metrics_of(runs / f"{what}-{FP32[0]}"), metrics_of(runs / f"{what}-{layout}")
+@pytest.mark.parametrize(("what", "layout"), pairs_with(FP32[1:]))
+def test_frozen_parameters_do_not_depend_on_the_layout(run_of: RunOf, what: str, layout: str) -> None:
+    one, run = run_of(what, FP32[0]), run_of(what, layout)
+    expected, actual = metrics_of(one), metrics_of(run)
     assert [record["step"] for record in actual] == list(range(1, STEPS + 1))
     for want, got in zip(expected, actual, strict=True):
         for key in COMPARED:
             assert got[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
     for kind in ("weight", "ema"):
-        want_all, got_all = tensors_of(runs / f"{what}-{FP32[0]}", kind), tensors_of(runs / f"{what}-{layout}", kind)
+        want_all, got_all = tensors_of(one, kind), tensors_of(run, kind)
         assert want_all.keys() == got_all.keys()
         for name, values in want_all.items():
             norm = torch.linalg.vector_norm(got_all[name] - values)
             assert norm <= 1e-5 * torch.linalg.vector_norm(values), (kind, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("what", FREEZE)
-def test_frozen_parameters_stay_and_the_others_move(runs: Path, layout: str, what: str) -> None:
-    run, start = runs / f"{what}-{layout}", tensors_of(runs / "dense", "ema")
+@pytest.mark.parametrize(("what", "layout"), pairs_with(LAYOUTS))
+def test_frozen_parameters_stay_and_the_others_move(runs: Path, run_of: RunOf, what: str, layout: str) -> None:
+    run, start = run_of(what, layout), tensors_of(runs / "dense", "ema")
     weights, averages = tensors_of(run, "weight"), tensors_of(run, "ema")
     frozen = {name for name in weights if is_frozen(name, what)}
     assert weights.keys() == averages.keys() and weights.keys() > start.keys()
