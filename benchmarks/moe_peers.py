@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
 from fairscale.nn.moe import MOELayer, Top2Gate  # type: ignore[import-untyped]
@@ -187,7 +188,7 @@ class DeepSpeedTaskGate(TopKGate):
 
     def forward(self, input: Tensor, *options: Any, **more_options: Any) -> Any:
         """What DeepSpeed's layer wants to know of tokens (B L, D): loss, capacity, routes, gates, counts."""
-        embeddings = self._gate.table[self._gate.draw()[self._own]]
+        embeddings = F.silu(self._gate.table[self._gate.draw()[self._own]])  # as `gate_probabilities` does
         return super().forward(embeddings.repeat_interleave(len(input) // len(embeddings), 0), *options, **more_options)
 
 
