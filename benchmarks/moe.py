@@ -3,13 +3,13 @@
 
 usage: python benchmarks/moe.py [--ranks 2 4] [--quick] [--even-routes] [--whole-step | --token-routed]
 
-Alone on a slow wire (root, Debian's iproute2), where what is hidden behind work shows:
+On a slow network (root, Debian's iproute2), where what is hidden behind work shows:
   unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1mb latency 400ms;
                       python benchmarks/moe.py --whole-step --ranks 2 --batch 8 --rounds 5'
 
 Time: all layers of a case live in one run and take turns, so that other load on the machine falls on all alike. A step is
 forward and backward, from its start on all ranks to its end on the slowest; CPU time is that of all ranks together, which
-other load leaves alone. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
+other load does not change. Ours includes the gate and the plan of the step. Medians over rounds, of ratios as well.
 Routes: ours are random per sample (a gate on random task embeddings): no prior, path placement or assignment helps us here.
 "DeepSpeed" is its layer with the same routes, which is what Switch-DiT needs. It pads all experts to the fullest one of all
 ranks. "DeepSpeed, by token" and fairscale have their own gates, which choose for each random token, so that their loads are
@@ -165,7 +165,7 @@ def _of_all_ranks(comm: Comm, *values: float) -> list[list[float]]:
 
 
 def cases(options: argparse.Namespace, ranks: int) -> list[Case]:
-    """The cases of the table: all, those of one size, or the first alone if it has to be quick."""
+    """The cases of the table: all, those of one size, or only the first if it has to be quick."""
     every = [
         Case(size, count, kind, options.batch // ranks, ranks, options.even_routes)
         for size, count, kind in product(SIZES, COUNTS, KINDS)

@@ -56,7 +56,7 @@ class Case:
         return SIZES[self.size[0]][1]
 
     def config(self, exchange: Literal["auto", "tokens", "weights"]) -> Config:
-        """A model of one block on all ranks. Random routes, index placement and no seating: the exchange alone."""
+        """A model of one block on all ranks. Random routes, index placement and no assignment of samples: the exchange only."""
         experts = ExpertsConfig(count=self.experts, top_k=TOP_K, kind=self.kind)
         heads = SIZES[self.size[0]][2]
         return Config(
