@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -92,7 +91,6 @@ def _lines(run_dir: Path) -> list[str]:
 
 def run_rank(cases: list[dict[str, Any]], device: str) -> None:
     """Train all cases as one rank. Both ranks use the first device."""
-    gc.disable()  # as in __main__.py
     from sdit.config import load_config, resolve_run
     from sdit.distributed.comm import Comm
     from sdit.launch_environment import RankInfo
@@ -100,8 +98,6 @@ def run_rank(cases: list[dict[str, Any]], device: str) -> None:
     from sdit.train.events import Observers
     from sdit.train.setup import open_trainer
 
-    gc.freeze()
-    gc.enable()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     info = RankInfo(rank, world, local_rank=0, local_world=1, source="the check")
     with Comm(info, RANK_SECONDS, device, backend="gloo") as comm:  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdit.supervise.heartbeat import Heartbeat, HeartbeatState
+from sdit.supervise.heartbeat import Heartbeat, Phase
 from tests.distributed.harness import ROOT, rank_environments
 
 FAKE = Path(__file__).with_name("fake_rank.py")
@@ -54,14 +54,14 @@ class Ranks:
         with self.log.open("a") as file:
             return subprocess.Popen(self._command, env=self._environments[rank], stdout=file, stderr=file, cwd=ROOT)
 
-    def heartbeat(self, rank: int) -> HeartbeatState:
-        """What a rank tells its supervisor. Raises: OSError: if there is no heartbeat now."""
+    def place(self, rank: int) -> tuple[Phase, int]:
+        """The phase and the step of a rank, from its heartbeat. Raises: OSError: if there is no heartbeat now."""
         for link in Path(f"/proc/{self.processes[rank].pid}/fd").iterdir():
             if "sdit-heartbeat" in os.readlink(link):
                 heartbeat = Heartbeat(os.open(link, os.O_RDWR))
                 state = heartbeat.read()
                 heartbeat.close()
-                return state
+                return state.phase, state.step
         raise OSError(f"rank {rank} has no heartbeat")
 
     def join(self, rank: int) -> None:

@@ -55,12 +55,6 @@ def events(run_dir: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def place_of(ranks: Ranks, rank: int) -> tuple[Phase, int]:
-    """The phase and the step of a rank."""
-    state = ranks.heartbeat(rank)
-    return state.phase, state.step
-
-
 def run_with(run: Path, *faults: str, settings: tuple[str, ...] = ()) -> Ranks:
     return start_real(2, run, TINY, *SETTINGS, *DEADLINES, *settings, faults=faults)
 
@@ -145,7 +139,7 @@ def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: P
         "sample.sampler=ddpm", "sample.steps=100", "sample.images_per_class=8",
     )  # fmt: skip
     with run_with(run, settings=settings) as ranks:
-        eventually(lambda: place_of(ranks, 1) == (Phase.SAMPLE, 6))  # the held-out loss of the sixth step is under way
+        eventually(lambda: ranks.place(1) == (Phase.SAMPLE, 6))  # the held-out loss of the sixth step is under way
         ranks.send(1, signal.SIGTERM)
         assert ranks.codes() == [ExitCode.REQUEUE] * 2, ranks.output
     stopped_at = metrics_of(run)[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ TOKENS = 5
 
 @pytest.mark.parametrize("is_even", [False, True])
 def test_deepspeed_routes_the_tokens_of_a_sample_as_we_do(is_even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import moe_peers as peers
 
     case = peers.Case("S/2", experts=4, kind="mlp", batch=8, ranks=2, is_even=is_even)
