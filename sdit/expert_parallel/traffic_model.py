@@ -158,6 +158,7 @@ class TrafficModel:
         samples = ranks * per_rank
         batches = min(max(1, MODEL_SAMPLES // samples), MODEL_BATCHES)
         self.tasks = routes.random_tasks(np.random.default_rng(0), (batches, samples))
+        self._assigned_ranks: dict[bytes, np.ndarray] = {}  # by the need of the tasks
 
     @property
     def batches(self) -> int:
@@ -169,11 +170,18 @@ class TrafficModel:
         return np.broadcast_to(np.arange(self.tasks.shape[1]) % self.ranks, self.tasks.shape)
 
     def assigned_ranks(self, placement: ExpertPlacement) -> np.ndarray:
-        """Return (batches, n), the ranks that samples are assigned to under the placement."""
+        """Return (batches, n), the ranks that samples are assigned to under the placement.
+
+        It is computed once for placements with the same need: a choice compares few placements many times.
+        """
         if self.assignment == "order":
             return self.ranks_in_order()
         need = path_need(self.routes.experts, placement)
-        return np.stack([assign_samples(tasks, need, self.per_rank) for tasks in self.tasks])
+        key = need.tobytes()
+        if key not in self._assigned_ranks:
+            assigned = [assign_samples(tasks, need, self.per_rank) for tasks in self.tasks]
+            self._assigned_ranks[key] = np.stack(assigned)
+        return self._assigned_ranks[key]
 
     def transfers(self, placement: ExpertPlacement, assigned_rank: np.ndarray | None = None) -> float:
         """Return the number of transfers per micro-step of the group.

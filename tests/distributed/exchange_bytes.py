@@ -109,11 +109,13 @@ def placed_bytes(
     probs = torch.full((S2_DEPTH, len(tasks), S2_COUNT), 0.5, requires_grad=True)
     gates = sparse_gates(probs, view.experts, view.kept)
     z = torch.zeros(per_rank, 1, SMALL, requires_grad=True)
+    outputs = []
     for block in range(S2_DEPTH):
         ids = experts.placed.placement.experts_of_rank[block, experts.group.ep_rank].tolist()
         stack = ShardedExperts(build_experts(model.experts, SMALL, ids), S2_COUNT, ranks)
         computed = forward_pass.compute(forward_pass.dispatch(block, z, gates[block], stack))
-        forward_pass.combine(computed).sum().backward(retain_graph=True)
+        outputs.append(forward_pass.combine(computed))
+    torch.stack(outputs).sum().backward()
     sizes, _ = experts.group.traffic.take()
     scale = {
         "tokens": S2_TOKENS * S2_WIDTH / SMALL,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -119,9 +121,15 @@ def _saved_bytes(block: OneBlock) -> int:
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["default", *OPTIONS])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("compiled", [False, True])
+def _saving() -> Iterator[Any]:
+    """Each variant with each option. The options do not act on what the variants differ in, so the slow tests compile most."""
+    for variant, (name, options), compiled in product(VARIANTS, [("default", {}), *OPTIONS.items()], (False, True)):
+        is_slow = compiled and variant != "switch" and name not in ("default", "modern")
+        marks = pytest.mark.slow if is_slow else ()
+        yield pytest.param(variant, compiled, options, marks=marks, id=f"{compiled}-{variant}-{name}")
+
+
+@pytest.mark.parametrize(("variant", "compiled", "options"), _saving())
 def test_a_block_saves_what_the_planner_says(variant: str, compiled: bool, options: dict[str, Any]) -> None:
     """Within 3 %. A compiled block saves two or three rows (L, D) less, because it computes scaled norms again."""
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -122,6 +123,27 @@ def test_every_choice_is_a_function_of_the_routes_alone(learned: RoutingTable) -
         first.placement.replicated == second.placement.replicated
     ).all()
     assert first.reason == second.reason and "\n" not in first.reason
+
+
+def test_samples_are_assigned_once_for_placements_of_equal_need(
+    learned: RoutingTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice compares few different needs many times. What it uses is the assignment of each micro-batch."""
+    needs: list[bytes] = []
+
+    def counted(tasks: np.ndarray, need: np.ndarray, per_rank: int) -> np.ndarray:
+        needs.append(need.tobytes())
+        return assign_samples(tasks, need, per_rank)
+
+    traffic, costs = TrafficModel(learned, 4, 16), UnitCosts(S2_ROW_BYTES, S2_EXPERT_BYTES, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdit.expert_parallel.traffic_model.assign_samples", counted)
+        decided = decide_placement("path", "auto", traffic, costs).placement
+    assert set(Counter(needs).values()) == {traffic.batches}
+    need = path_need(learned.experts, decided)
+    assert need.tobytes() in needs
+    expected = np.stack([assign_samples(tasks, need, 16) for tasks in traffic.tasks])
+    assert (traffic.assigned_ranks(decided) == expected).all()
 
 
 def test_a_decided_layout_carries_no_more_than_any_single_placement(learned: RoutingTable) -> None:
