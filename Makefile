@@ -39,8 +39,10 @@ test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 	  tests/distributed tests/cases tests/faults tests/gpu_like tests/gpu tests/unit
 
+# Two workers, because many of these tests start four ranks. The tests of deadlines come after those.
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cluster"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "slow and not cluster" tests/distributed tests/cases tests/faults tests/gpu_like tests/unit
 
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" tests/faults tests/distributed/test_resume.py
