@@ -5,6 +5,7 @@ Shapes: B samples of a rank, G samples of an expert-parallel group, D width, M e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+Progress = Callable[[int, int], None]  # called with what is done and the total
 Precision = Literal["fp32", "tf32", "bf16"]  # of the products of a model that samples
 
 
@@ -87,9 +89,6 @@ class LossParts:
     output: Any = None
     direction: Tensor | None = None
     contrastive: Tensor | None = None
-
-    def __getitem__(self, key: str) -> Tensor:
-        return getattr(self, key)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.diffusers_readme import diffusers_usage
-from sdit.checkpoint.export import Entry, Progress, export_safetensors, file_facts, narrowed, write_safetensors
+from sdit.checkpoint.export import export_safetensors, file_facts, narrowed, tensor_entry, write_safetensors
 from sdit.checkpoint.load import Trained, Weights, describe_trained, load_model
 from sdit.checkpoint.model_card import model_card, run_folder
 from sdit.config import Config
+from sdit.contracts import Progress
 from sdit.data.encoders import latent_encoder
 from sdit.errors import CheckpointError, ConfigError
 from sdit.files import new_folder
@@ -27,6 +28,7 @@ from sdit.interop.diffusers_names import to_diffusers_names
 from sdit.interop.pretrained import WEIGHTS as PRETRAINED_WEIGHTS
 from sdit.interop.pretrained import write_model_config
 from sdit.interop.schedulers import scheduler_config
+from sdit.safetensors_file import TensorEntry
 
 DIFFUSERS = "0.42.1"  # the version that the files were tested with
 PIPELINE, TRANSFORMER = "pipeline", "sdit_transformer"  # modules in `sdit/interop/diffusers_files`
@@ -119,8 +121,8 @@ def _tensors(trained: Trained) -> dict[str, Tensor]:
 
 
 def _write_weights(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    def entry(name: str, value: Tensor) -> Entry:
-        return Entry(name, dtype, tuple(value.shape), lambda: iter([narrowed(name, value, dtype)]))
+    def entry(name: str, value: Tensor) -> TensorEntry:
+        return tensor_entry(name, dtype, value.shape, lambda: iter([narrowed(name, value, dtype)]))
 
     write_safetensors(path, [entry(name, value) for name, value in tensors.items()], {"format": "pt"})
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdit.checkpoint.export import Progress, file_facts, model_entries, write_safetensors
+from sdit.checkpoint.export import file_facts, model_entries, write_safetensors
 from sdit.checkpoint.load import stored_config
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.snapshots import StoredAverage
 from sdit.clock import Clock
+from sdit.contracts import Progress
 from sdit.data.identity import stored_identity
 from sdit.errors import CheckpointError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdit.caches import user_cache
+from sdit.contracts import Progress
 from sdit.errors import CheckpointError, ConfigError, DataError
 from sdit.evaluate.features import weights_digest
 from sdit.files import file_lock, replacing
@@ -37,8 +38,6 @@ LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 1e-2
 HELD_OUT_EVERY = 20  # every 20th image is held out to measure the accuracy
 RECIPE = 1  # raise it with every change to what training yields
-
-Progress = Callable[[int, int], None]
 
 
 class Classifier(nn.Module):

@@ -18,9 +18,10 @@ import numpy as np
 from sdit.checkpoint.files import MANIFEST
 from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
+from sdit.contracts import Progress
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.generate import Generator, Progress
+from sdit.evaluate.generate import Generator
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
 from sdit.train.decode import draws_latents
