@@ -27,24 +27,9 @@ STOCK_KEYS = {
     "num_attention_heads": "heads",
     "num_embeds_ada_norm": "classes",
 }
-COMMON = {
-    *STOCK_KEYS.values(),
-    "size",
-    "width",
-    "learn_variance",
-    "variant",
-    "timesteps",
-}  # not options of the backbone
-EXPORTED = {
-    "mlp_ratio",
-    "norm",
-    "ffn",
-    "qk_norm",
-    "rope",
-    "positions",
-    "time_scale",
-    "position_base",
-}  # of CUSTOM_CLASS
+# Keys that are not options of the backbone, and the options that CUSTOM_CLASS has.
+COMMON = {*STOCK_KEYS.values(), "size", "width", "learn_variance", "variant", "timesteps"}
+EXPORTED = {"mlp_ratio", "norm", "ffn", "qk_norm", "rope", "positions", "time_scale", "position_base"}
 SECTIONS = {"switch": "experts", "dtr": "dtr"}  # the section that only this variant uses
 
 

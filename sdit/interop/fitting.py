@@ -96,15 +96,10 @@ def _moe_note(config: ModelConfig) -> str:
     """Return in one line what became of the MLPs, and whether the output is that of the dense model."""
     moe = config.moe
     assert moe is not None
-    is_same = (
-        moe.router == "token" and moe.renormalize and moe.scale == 1 and moe.capacity_factor is None and not moe.shared
-    )
-    outcome = (
-        "the output is that of the dense model"
-        if is_same
-        else "the output is not that of the dense model, which needs router token, renormalize true, scale 1, shared 0 and "
-        "capacity_factor null"
-    )
+    outcome = "the output is that of the dense model"
+    if moe.router != "token" or not moe.renormalize or moe.scale != 1 or moe.capacity_factor is not None or moe.shared:
+        needed = "router token, renormalize true, scale 1, shared 0 and capacity_factor null"
+        outcome = f"the output is not that of the dense model, which needs {needed}"
     return f"each token-routed expert is a copy of its block's MLP, and token gates are new: {outcome}"
 
 
