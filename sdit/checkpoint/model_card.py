@@ -15,18 +15,11 @@ from sdit.data.identity import DataIdentity
 from sdit.json_files import read_json
 from sdit.model import DiffusionTransformer, count_parameters
 
-SECTIONS = (
-    "model",
-    "diffusion",
-    "optimizer",
-    "ema",
-    "prior",
-    "balance",
-)  # of the recipe; the others do not change the weights
+# Sections of the recipe. The others do not change the weights.
+SECTIONS = ("model", "diffusion", "optimizer", "ema", "prior", "balance")
 TRAIN_KEYS = ("global_batch", "precision")
-SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
+SHOWN = ("fid", "kid", "inception_score", "precision", "recall")  # keys of a result of `sdit evaluate`
 MOST_CLASSES = 20
-RUN_LEVELS = 2  # RUN/checkpoints/images-N
 
 
 def model_card(
@@ -51,8 +44,8 @@ def model_card(
 
 def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that holds a checkpoint folder, None if it is elsewhere."""
-    folder = checkpoint.resolve().parents[RUN_LEVELS - 1] if len(checkpoint.resolve().parents) >= RUN_LEVELS else None
-    return folder if folder is not None and (folder / "checkpoints").is_dir() else None
+    folder = checkpoint.resolve().parent.parent  # of RUN/checkpoints/images-N
+    return folder if (folder / "checkpoints").is_dir() else None
 
 
 def _data(config: Config, data: DataIdentity | None) -> Iterator[str]:
@@ -107,12 +100,8 @@ def _held_out(path: Path, images_seen: int) -> tuple[int, float] | None:
                     continue
                 found = json.loads(line)
                 images, loss = found.get("images_seen"), found.get("validation_loss")
-                if (
-                    isinstance(images, int)
-                    and images <= images_seen
-                    and isinstance(loss, float)
-                    and math.isfinite(loss)
-                ):
+                is_earlier = isinstance(images, int) and images <= images_seen
+                if is_earlier and isinstance(loss, float) and math.isfinite(loss):
                     newest = images, loss
     except (OSError, ValueError):  # the run has no metrics, or the last line is incomplete
         pass

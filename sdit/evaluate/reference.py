@@ -63,8 +63,9 @@ def save_reference(path: Path, reference: Reference) -> None:
         "network": reference.network,
         "count": real.count,
         "images": real.images,
+        "classes": reference.classes.count,
+        "class_names": list(reference.classes.names),
     }
-    facts |= {"classes": reference.classes.count, "class_names": list(reference.classes.names)}
     arrays: dict[str, Any] = {"mu": real.mean, "sigma": real.covariance, "sdit": np.array(json.dumps(facts))}
     if real.features is not None:
         arrays["features"] = real.features
