@@ -123,12 +123,7 @@ def remove_files(paths: Sequence[str]) -> None:
     Raises: OSError: if one cannot be removed.
     """
     with ThreadPoolExecutor(REMOVERS) as pool:
-        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
-
-
-def _unlink_all(paths: Sequence[str]) -> None:
-    for path in paths:
-        os.unlink(path)
+        list(pool.map(os.unlink, paths))
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
     port = environment.get("MASTER_PORT", "")
     if port.isdecimal() and len(port) > MAX_DIGITS:
         raise ConfigError(f"MASTER_PORT: {port[:80]!r} is not legal; legal: a free port of rank 0's host, 1..65535")
-    found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
-    claims = [claim for claim in (*found, _of_slurm(environment)) if claim is not None]
+    mpi = (_claim(environment, *library) for library in MPI_VARIABLES.items() if library[1][0] in environment)
+    claims = [claim for claim in (_of_variables(environment), *mpi, _of_slurm(environment)) if claim is not None]
     if not claims:
         if any(name in environment for name in ANY_MPI):
             return _ask_mpi()
@@ -131,11 +131,6 @@ def _of_variables(environment: Mapping[str, str]) -> _Claim | None:
     source = next((name for mark, name in marks.items() if mark in environment), "RANK and WORLD_SIZE")
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     return _claim(environment, source, ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size), wraps=source in marks.values())
-
-
-def _of_mpi(environment: Mapping[str, str], library: str) -> _Claim | None:
-    names = MPI_VARIABLES[library]
-    return _claim(environment, library, names) if names[0] in environment else None
 
 
 def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:

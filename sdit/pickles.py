@@ -39,10 +39,9 @@ def load_tensors(path: Path) -> Any:
     # With mmap, the optimizer's state, which is twice the size of the weights, is not read.
     load = {"map_location": "cpu", "mmap": is_zip}
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # about a newer pickle protocol, which the second attempt reads
+        # The warning is about a newer pickle protocol, which the second attempt reads.
+        quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+        with torch.serialization.safe_globals([argparse.Namespace]), quiet:
             return torch.load(path, weights_only=True, **load)  # type: ignore[arg-type]
     except pickle.UnpicklingError:
         # torch.load would run the program of a TorchScript archive, and unpack the files of a tar.

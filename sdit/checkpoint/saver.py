@@ -41,9 +41,8 @@ class Saver:
         self._writing: BackgroundWrite | None = None
         self._copies: dict[str, np.ndarray] = {}
         self.last = "none"
-        self.saved_at: int | None = (
-            None  # images seen at the newest checkpoint that this process committed or started from
-        )
+        # Images seen at the newest checkpoint that this process committed or started from.
+        self.saved_at: int | None = None
 
     def flags(self) -> tuple[float, float, float]:
         """Return (written, failed, committed) of this rank's write in the background, each 0 or 1.
