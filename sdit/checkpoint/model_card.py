@@ -12,7 +12,7 @@ from sdit.clock import Clock
 from sdit.config import Config
 from sdit.config.yaml_text import dump_yaml
 from sdit.data.identity import DataIdentity
-from sdit.json_files import read_json
+from sdit.files import read_json
 from sdit.model import DiffusionTransformer, count_parameters
 
 # Sections of the recipe. The others do not change the weights.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdit.errors import ConfigError
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
 from sdit.supervise.run_folder import unwritable
 

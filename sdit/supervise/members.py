@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.process import is_running, machine, start_ticks
 

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.members import TOKEN, WAITING, Member, make_folder
 from sdit.supervise.node_copy import Beat, NodeCopy
 from sdit.supervise.restart_policy import ExitReport

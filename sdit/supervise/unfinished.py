@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sdit.errors import ExitCode
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.lock import HEARTBEAT_SECONDS, Holder, owner_of
 
 NAME = "unfinished.json"
