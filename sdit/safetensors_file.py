@@ -45,7 +45,7 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: Path, follow_links: bool = True) -> Header:
+def read_header(path: Path) -> Header:
     """Return the header of a safetensors file. No tensor is read.
 
     Raises: CheckpointError: if the file is not a regular file or its header is not valid: a length beyond the file, a
@@ -53,7 +53,7 @@ def read_header(path: Path, follow_links: bool = True) -> Header:
         names the file and the tensor.
     """
     try:
-        with open_regular(path, follow_links) as file:
+        with open_regular(path) as file:
             return parse_header(file, path, 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -157,12 +157,8 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.size_bytes],
-        }
-        end += entry.size_bytes
+        start, end = end, end + entry.size_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
