@@ -51,9 +51,8 @@ def model_config_of(config: Mapping[str, Any], where: str = "config.json") -> Mo
         raise ConfigError(f"{where}: {missing[0]}: {config.get(missing[0])!r} is not legal; legal: a whole number")
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if out not in (channels, 2 * channels):
-        raise ConfigError(
-            f"{where}: out_channels: {out!r} for in_channels {channels}; legal: {channels}, {2 * channels}"
-        )
+        legal = f"{channels}, {2 * channels}"
+        raise ConfigError(f"{where}: out_channels: {out!r} for in_channels {channels}; legal: {legal}")
     values: dict[str, Any] = {ours: config[theirs] for theirs, ours in STOCK_KEYS.items()}
     values |= {"width": config["num_attention_heads"] * config["attention_head_dim"], "variant": "dit"}
     values["learn_variance"] = out == 2 * channels

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -83,12 +84,10 @@ def _copied_into_experts(config: ModelConfig, given: Mapping[str, Tensor], block
             f"model.moe: experts of kind {config.moe.kind} and hidden width {hidden} cannot be copies of an MLP with GELU of "
             f"hidden width {theirs}; legal: kind mlp and hidden_ratio {theirs / config.width:g}"
         )
-    for block in blocks:
-        for leaf in MLP_LEAVES:
-            values = tensors.pop(f"blocks.{block}.mlp.{leaf}", None)
-            if values is not None:
-                copies = {f"blocks.{block}.moe.experts.{expert}.{leaf}": values for expert in range(config.moe.experts)}
-                tensors |= copies
+    for block, leaf in product(blocks, MLP_LEAVES):
+        values = tensors.pop(f"blocks.{block}.mlp.{leaf}", None)
+        if values is not None:
+            tensors |= {f"blocks.{block}.moe.experts.{expert}.{leaf}": values for expert in range(config.moe.experts)}
     return tensors
 
 

@@ -169,9 +169,8 @@ def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
             _check_table(config, name, given[name].cpu(), tables.get(name))
     active = _active_units(given.get(PRIOR_MASK))
     if config.variant == "switch" and active and active != config.depth * config.experts.top_k:
-        raise ConfigError(
-            f"model.experts.top_k: {config.experts.top_k} is not the checkpoint's; legal: {active // config.depth}"
-        )
+        ours, theirs = config.experts.top_k, active // config.depth
+        raise ConfigError(f"model.experts.top_k: {ours} is not the checkpoint's; legal: {theirs}")
     for name in filter(CHANNEL_MASK.fullmatch, given if config.variant == "dtr" else ()):
         mask = _float_mask(channel_windows(config))
         if _active_units(given[name]) and not torch.equal(given[name].cpu().float(), mask):

@@ -81,9 +81,8 @@ def _files(path: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: {name[:80]} is in {str(file)[:80]!r}; legal: a .safetensors file in the same folder"
-            )
+            legal = "a .safetensors file in the same folder"
+            raise CheckpointError(f"{path}: {name[:80]} is in {str(file)[:80]!r}; legal: {legal}")
         files.setdefault(file, set()).add(name)
     return files
 
