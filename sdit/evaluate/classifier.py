@@ -111,12 +111,11 @@ def trained_features(
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"classifier-{key}.safetensors"
     with file_lock(path.with_suffix(".lock")):  # the first process trains the network, the others read it
-        if path.exists():
-            return _read(path, recipe)
-        model, accuracy = _train(pixels, labels, classes, seed, progress)
-        facts = {"recipe": json.dumps(recipe), "held_out_accuracy": repr(accuracy)}
-        with replacing(path) as file:
-            file.write(save({name: values.contiguous() for name, values in model.state_dict().items()}, facts))
+        if not path.exists():
+            model, accuracy = _train(pixels, labels, classes, seed, progress)
+            facts = {"recipe": json.dumps(recipe), "held_out_accuracy": repr(accuracy)}
+            with replacing(path) as file:
+                file.write(save({name: values.contiguous() for name, values in model.state_dict().items()}, facts))
         return _read(path, recipe)
 
 
@@ -135,9 +134,8 @@ def check_learnable(shape: tuple[int, int, int], classes: int) -> None:
         legal = f"{LAST_SIZE}, {2 * LAST_SIZE}, ... {MAX_SIZE}, square; for others give an Inception file"
         raise ConfigError(f"features: images of {height} x {width} pixels cannot be learnt; legal: {legal}")
     if classes < 2:
-        raise ConfigError(
-            f"features: {classes} classes cannot be distinguished; legal: labelled images of 2 classes or more"
-        )
+        legal = "legal: labelled images of 2 classes or more"
+        raise ConfigError(f"features: {classes} classes cannot be distinguished; {legal}")
 
 
 def _recipe(pixels: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> dict[str, Any]:

@@ -24,22 +24,14 @@ BATCH = 500
 
 
 class ImageSet(Protocol):
-    """Images that can be read again and again."""
+    """Images of the same `shape` (H, W, C) that can be read again and again."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def shape(self) -> Shape:
-        """(H, W, C) of every image."""
-        ...
+    name: str
+    count: int
+    shape: Shape
 
     def batches(self) -> Iterator[np.ndarray]:
         """All images in order, (n, H, W, C) uint8."""
-        ...
 
 
 def open_images(source: str, skip_bad: bool = False) -> ImageSet | ImageTree:

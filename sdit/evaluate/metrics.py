@@ -88,8 +88,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     """
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(values.dtype).eps * values[-1]
-    root: np.ndarray = (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
-    return root
+    return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
 
 
 def _wide(rows: np.ndarray) -> Tensor:

@@ -122,9 +122,7 @@ class ReferenceSource:
         if images is None:
             return self.statistics
         given, own = self.statistics.statistics, statistics_of(images.batches(), network, seen)
-        merged = FeatureStatistics(
-            given.count, given.mean, given.covariance, own.features, own.logits, given.images or own.images
-        )
+        merged = replace(given, features=own.features, logits=own.logits, images=given.images or own.images)
         return Reference(self.name, merged, self.statistics.network, self.classes)
 
 

@@ -100,11 +100,8 @@ def _changed(chosen: SampleConfig) -> dict[str, Any]:
 
 def checkpoint_digest(path: Path) -> str:
     """sha256 of a published file, or of a checkpoint's manifest, which holds the checksums of its files."""
-    digest = hashlib.sha256()
     with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
-        while data := file.read(2**20):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SampleCache:
