@@ -86,10 +86,7 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
 
 
 def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the finite `value` as `dtype`.
-
-    Raises: CheckpointError: if a number is out of the range of `dtype`.
-    """
+    """Return the finite `value` as `dtype`. Raises: CheckpointError: if a number is out of the range of `dtype`."""
     stored = value.to(dtype)
     if not torch.isfinite(stored).all():
         raise CheckpointError(f"{name}: holds numbers out of the range of {dtype}; legal: a wider --dtype")

@@ -98,12 +98,9 @@ def shard_table(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], 
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    tensors: Mapping[str, np.ndarray],
-    shapes: Mapping[str, Shape],
+    folder: Path, name: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape],
     place: ShardPlace | None = None,
-) -> ShardRecord:
+) -> ShardRecord:  # fmt: skip
     """Write flat float32 ranges by key, with the logical shapes, as a safetensors image, and fsync the file.
 
     Without a `place` the file holds this shard only. With a place other ranks write the other bytes of the file.
@@ -157,13 +154,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             sealed = parse_json(read_bytes(file, path, MAX_MANIFEST_BYTES), str(path), "a manifest", MANIFEST_DEPTH)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(sealed, dict) or "body" not in sealed:
+    body = sealed.get("body") if isinstance(sealed, dict) else None
+    if not isinstance(body, dict):
         raise CheckpointError(f"{path}: is incomplete or not a manifest")
-    text = json.dumps(sealed["body"], indent=1, sort_keys=True)
+    text = json.dumps(body, indent=1, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
         raise CheckpointError(f"{path}: does not match its checksum")
-    body = sealed["body"]
-    if isinstance(body, dict) and body.get("format") not in FORMATS:
+    if body.get("format") not in FORMATS:
         legal = ", ".join(map(str, FORMATS))
         raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {legal}")
     return check_manifest(body, path)

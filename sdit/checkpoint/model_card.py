@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdit.checkpoint.load import Trained, Weights
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.config.yaml_text import dump_yaml
 from sdit.data.identity import DataIdentity
 from sdit.files import read_json
-from sdit.model import DiffusionTransformer, count_parameters
+from sdit.model import count_parameters
 
 # Sections of the recipe. The others do not change the weights.
 SECTIONS = ("model", "diffusion", "optimizer", "ema", "prior", "balance")
@@ -22,20 +23,19 @@ SHOWN = ("fid", "kid", "inception_score", "precision", "recall")  # keys of a re
 MOST_CLASSES = 20
 
 
-def model_card(
-    model: DiffusionTransformer, config: Config, clock: Clock, weights: str, data: DataIdentity | None, run: Path | None
-) -> dict[str, str]:
-    """Return the texts of the card's sections. `run` is the run's folder, with environment.json and scores, if it is known.
+def model_card(trained: Trained, weights: Weights) -> dict[str, str]:
+    """Return the texts of the card's sections. The model may be on the meta device.
 
-    `model` may be on the meta device.
+    Scores and commit are from the run's folder, if the checkpoint is in one.
     """
+    config, clock, run = trained.config, trained.clock, run_folder(trained.origin)
     kind = "last" if weights == "weight" else f"averaged ({weights})"
-    count = count_parameters(model)
+    count = count_parameters(trained.model)
     used = f"A sample uses {count.active:,} of them. " if count.active != count.total else ""
     seen = f"{clock.images_seen:,} images ({clock.steps:,} steps)"
     return {
         "trained": f"{used}The weights are the {kind} ones after {seen}.",
-        "data": "\n".join(_data(config, data)),
+        "data": "\n".join(_data(config, trained.data)),
         "recipe": f"Keys that differ from sdit's defaults:\n\n```yaml\n{dump_yaml(_recipe(config)).strip()}\n```",
         "scores": "\n".join(_scores(run, clock)),
         "commit": _code(run),

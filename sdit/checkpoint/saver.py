@@ -27,14 +27,9 @@ class Saver:
     """
 
     def __init__(
-        self,
-        store: CheckpointStore,
-        comm: Comm,
-        snapshot: Callable[[], Snapshot],
-        asynchronous: bool,
-        saved: Saved,
-        failed: Failed,
-    ) -> None:
+        self, store: CheckpointStore, comm: Comm, snapshot: Callable[[], Snapshot], asynchronous: bool,
+        saved: Saved, failed: Failed,
+    ) -> None:  # fmt: skip
         self._store, self._comm, self._snapshot, self._asynchronous = store, comm, snapshot, asynchronous
         self._saved, self._failed = saved, failed
         self._failures = 0
@@ -60,16 +55,12 @@ class Saver:
             return
         try:
             folder = self._writing.advance(round(written), round(failed), round(committed))
-        except DiskFullError as error:
-            failed_write, self._writing = self._writing, None
-            if failed_write.is_retry:
-                self._report_failure(error, must_succeed=False)
-            else:
-                self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
-            return
         except CheckpointError as error:
-            self._writing = None
-            self._report_failure(error, must_succeed=False)
+            failed_write, self._writing = self._writing, None
+            if isinstance(error, DiskFullError) and not failed_write.is_retry:
+                self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
+            else:
+                self._report_failure(error, must_succeed=False)
             return
         if folder is not None:
             images_seen, seconds, self._writing = self._writing.images_seen, self._writing.seconds, None
