@@ -7,7 +7,6 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,13 @@ def read_regular(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@contextmanager
-def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
+def open_regular(path: Path, follow_links: bool = True) -> BufferedReader:
     """Open a regular file for reading. A FIFO or a device is refused before it is opened, because reading could hang.
 
     Raises:
         CheckpointError: if the path is not a regular file.
         OSError: if it cannot be opened.
     """
-    with opened_regular(path, follow_links) as file:
-        yield file
-
-
-def opened_regular(path: Path, follow_links: bool = True) -> BufferedReader:
-    """Return the same file. The caller closes it."""
     problem = _kind_problem(path, follow_links)
     if problem:
         raise CheckpointError(f"{path}: {problem}")

@@ -5,6 +5,7 @@ Shapes: B samples of a rank, G samples of an expert-parallel group, D width, M e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+Progress = Callable[[int, int], None]  # called with what is done and the total
 Precision = Literal["fp32", "tf32", "bf16"]  # of the products of a model that samples
 
 
@@ -88,9 +90,6 @@ class LossParts:
     direction: Tensor | None = None
     contrastive: Tensor | None = None
 
-    def __getitem__(self, key: str) -> Tensor:
-        return getattr(self, key)
-
 
 @dataclass(frozen=True)
 class TaskView:
@@ -122,15 +121,12 @@ class ForwardPass(Protocol):
 
         `gates` (G, M) are zero where an expert is unused or dropped.
         """
-        ...
 
     def compute(self, dispatched: Any) -> Any:
         """Compute the local experts on local and received tokens, and start to send results back."""
-        ...
 
     def combine(self, computed: Any) -> Tensor:
         """Return the mixture m_i(z, t) (B, L, D) of the block's experts. Wait for the results of other ranks."""
-        ...
 
 
 class Dispatcher(Protocol):
@@ -138,7 +134,6 @@ class Dispatcher(Protocol):
 
     def forward_pass(self, task: Tensor) -> ForwardPass:
         """Return the pass for samples with gate tasks (B,). The model calls it once per forward pass, before block 0."""
-        ...
 
 
 class TokenPass(Protocol):
@@ -157,22 +152,18 @@ class TokenPass(Protocol):
 
         `experts` (an `Experts`, or a wrapper with its `local` experts) are those of the block that this process has.
         """
-        ...
 
     def compute(self, dispatched: Any) -> Any:
         """Compute the local experts on local and received tokens, and start to send results back."""
-        ...
 
     def combine(self, computed: Any) -> Tensor:
         """Return the sum (N, D) over experts of weight times output for each token, in the dtype of the experts.
 
         Wait for the results of other ranks. A token without an expert gets zeros.
         """
-        ...
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
         """Return int64 counts, summed over all ranks of the micro-step. Only training calls it, at the end of a forward pass."""
-        ...
 
 
 class TokenDispatcher(Protocol):
@@ -180,7 +171,6 @@ class TokenDispatcher(Protocol):
 
     def forward_pass(self) -> TokenPass:
         """Return a new pass. The model calls it once per forward pass, before block 0."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Atomic file writes, fsync, locks of files, and free space. It imports no torch."""
+"""Atomic file writes, small JSON files that processes exchange, fsync, locks of files, and free space. It imports no torch."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import uuid
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 REMOVERS = 16  # threads that open or remove many small files
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user, group or project
@@ -63,12 +64,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically.
-
-    Raises: OSError: if it cannot be written. The error names `path`.
-    """
+    """Replace a small text file atomically. Raises: OSError: if it cannot be written. The error names `path`."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Replace the file atomically, also if several processes do so. Raises: OSError: if it cannot be written."""
+    with replacing_path(path, shared=True) as partial:
+        partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a file, or None if the file does not exist or is not a JSON object."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def commit(partial: Path, path: Path, durable: bool = True) -> None:
@@ -85,10 +98,7 @@ def commit(partial: Path, path: Path, durable: bool = True) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to storage.
-
-    Raises: OSError: if the file system fails.
-    """
+    """Force a file, or the entries of a folder, to storage. Raises: OSError: if the file system fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,17 +128,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_files(paths: Sequence[str]) -> None:
-    """Remove many files with several threads.
-
-    Raises: OSError: if one cannot be removed.
-    """
+    """Remove many files with several threads. Raises: OSError: if one cannot be removed."""
     with ThreadPoolExecutor(REMOVERS) as pool:
-        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
-
-
-def _unlink_all(paths: Sequence[str]) -> None:
-    for path in paths:
-        os.unlink(path)
+        list(pool.map(os.unlink, paths))
 
 
 @contextmanager

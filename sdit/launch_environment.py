@@ -49,17 +49,12 @@ class RankInfo:
 
 
 @dataclass(frozen=True)
-class _Claim:
-    """The rank according to one launcher's variables. `local_world` is 0 if it is unknown.
+class _Claim(RankInfo):
+    """The rank according to one launcher's variables, which are `shown` in errors. `local_world` is 0 if it is unknown.
 
     `wraps` is True if the launcher may start more ranks than the number of its own processes.
     """
 
-    source: str
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
     shown: str
     wraps: bool = True
 
@@ -71,14 +66,13 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         or if the rendezvous address is not a host's, such as a URL with a password.
     """
     if not HOST.fullmatch(environment.get("MASTER_ADDR", "")):
-        raise ConfigError(
-            "MASTER_ADDR: is not legal; legal: name or address of rank 0's host, without a user or a port"
-        )
+        legal = "name or address of rank 0's host, without a user or a port"
+        raise ConfigError(f"MASTER_ADDR: is not legal; legal: {legal}")
     port = environment.get("MASTER_PORT", "")
     if port.isdecimal() and len(port) > MAX_DIGITS:
         raise ConfigError(f"MASTER_PORT: {port[:80]!r} is not legal; legal: a free port of rank 0's host, 1..65535")
-    found = [_of_variables(environment), *(_of_mpi(environment, name) for name in MPI_VARIABLES)]
-    claims = [claim for claim in (*found, _of_slurm(environment)) if claim is not None]
+    mpi = (_claim(environment, *library) for library in MPI_VARIABLES.items() if library[1][0] in environment)
+    claims = [claim for claim in (_of_variables(environment), *mpi, _of_slurm(environment)) if claim is not None]
     if not claims:
         if any(name in environment for name in ANY_MPI):
             return _ask_mpi()
@@ -105,21 +99,15 @@ def _checked(claim: _Claim) -> RankInfo:
 
     Raises: ConfigError: if the numbers are inconsistent.
     """
-    local_world = claim.local_world
+    where, local_world = f"ranks: {claim.shown} ({claim.source})", claim.local_world or 1
     if not 0 <= claim.rank < claim.world:
-        raise ConfigError(f"ranks: {claim.shown} ({claim.source}): no such rank; legal: 0..{claim.world - 1}")
-    if not local_world:
-        if claim.local_rank > 0:
-            raise ConfigError(
-                f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank}, but the number of ranks "
-                "on this node is unknown; legal: set LOCAL_WORLD_SIZE"
-            )
-        local_world = 1
+        raise ConfigError(f"{where}: no such rank; legal: 0..{claim.world - 1}")
+    if not claim.local_world and claim.local_rank > 0:
+        unknown = "but the number of ranks on this node is unknown; legal: set LOCAL_WORLD_SIZE"
+        raise ConfigError(f"{where}: local rank {claim.local_rank}, {unknown}")
     if not 0 <= claim.local_rank < local_world <= claim.world:
-        raise ConfigError(
-            f"ranks: {claim.shown} ({claim.source}): local rank {claim.local_rank} of {local_world} on this node; "
-            f"legal: a local rank below the number of ranks of this node, which is at most {claim.world}"
-        )
+        legal = f"legal: a local rank below the number of ranks of this node, which is at most {claim.world}"
+        raise ConfigError(f"{where}: local rank {claim.local_rank} of {local_world} on this node; {legal}")
     return RankInfo(claim.rank, claim.world, claim.local_rank, local_world, claim.source)
 
 
@@ -131,11 +119,6 @@ def _of_variables(environment: Mapping[str, str]) -> _Claim | None:
     source = next((name for mark, name in marks.items() if mark in environment), "RANK and WORLD_SIZE")
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     return _claim(environment, source, ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size), wraps=source in marks.values())
-
-
-def _of_mpi(environment: Mapping[str, str], library: str) -> _Claim | None:
-    names = MPI_VARIABLES[library]
-    return _claim(environment, library, names) if names[0] in environment else None
 
 
 def _of_slurm(environment: Mapping[str, str]) -> _Claim | None:
@@ -178,14 +161,14 @@ def _of_kubernetes(environment: Mapping[str, str]) -> _Claim:
     each = _number(environment, "RANKS_PER_NODE", source, 1)
     local = _number(environment, "LOCAL_RANK", source, 0 if each == 1 else None)
     shown = f"JOB_COMPLETION_INDEX={pod}, NNODES={pods}, RANKS_PER_NODE={each}"
-    return _Claim(source, pod * each + local, pods * each, local, each, shown)
+    return _Claim(pod * each + local, pods * each, local, each, source, shown)
 
 
 def _claim(environment: Mapping[str, str], source: str, names: tuple[str, ...], wraps: bool = True) -> _Claim:
     defaults = (None, None, 0, 0)
     values = [_number(environment, name, source, value) for name, value in zip(names, defaults, strict=True)]
     shown = ", ".join(f"{name}={environment[name]}" for name in names[:2])
-    return _Claim(source, values[0], values[1], values[2], values[3], shown, wraps)
+    return _Claim(values[0], values[1], values[2], values[3], source, shown, wraps)
 
 
 def _number(environment: Mapping[str, str], name: str, source: str, default: int | None = None) -> int:

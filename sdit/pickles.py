@@ -39,10 +39,9 @@ def load_tensors(path: Path) -> Any:
     # With mmap, the optimizer's state, which is twice the size of the weights, is not read.
     load = {"map_location": "cpu", "mmap": is_zip}
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # about a newer pickle protocol, which the second attempt reads
+        # The warning is about a newer pickle protocol, which the second attempt reads.
+        quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+        with torch.serialization.safe_globals([argparse.Namespace]), quiet:
             return torch.load(path, weights_only=True, **load)  # type: ignore[arg-type]
     except pickle.UnpicklingError:
         # torch.load would run the program of a TorchScript archive, and unpack the files of a tar.
@@ -63,15 +62,9 @@ class Inert:
     def __call__(self, *_args: object, **_options: object) -> Inert:
         return self
 
-    def __setstate__(self, _state: object) -> None: ...
+    def _ignore(self, *_values: object) -> None: ...
 
-    def __setitem__(self, _key: object, _value: object) -> None: ...
-
-    def append(self, _value: object) -> None: ...
-
-    def extend(self, _values: object) -> None: ...
-
-    def add(self, _value: object) -> None: ...
+    __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
 class Rebuild:

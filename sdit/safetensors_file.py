@@ -45,7 +45,7 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: Path, follow_links: bool = True) -> Header:
+def read_header(path: Path) -> Header:
     """Return the header of a safetensors file. No tensor is read.
 
     Raises: CheckpointError: if the file is not a regular file or its header is not valid: a length beyond the file, a
@@ -53,7 +53,7 @@ def read_header(path: Path, follow_links: bool = True) -> Header:
         names the file and the tensor.
     """
     try:
-        with open_regular(path, follow_links) as file:
+        with open_regular(path) as file:
             return parse_header(file, path, 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -96,7 +96,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: {_short(name)} has dtype {_short(dtype)}; legal: {', '.join(ITEM_BYTES)}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {_short(name)} has shape {_short(shape)}, data_offsets {_short(offsets)}")
     needed = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
@@ -107,8 +107,10 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
     return StoredTensor(dtype, tuple(shape), first + offsets[0], first + offsets[1])
 
 
-def _is_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def is_shape(values: Any) -> bool:
+    """Return True if a JSON value is a list of at most `MAX_DIMENSIONS` sizes."""
+    is_short_list = isinstance(values, list) and len(values) <= MAX_DIMENSIONS
+    return is_short_list and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _short(value: object) -> str:
@@ -155,12 +157,8 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.size_bytes],
-        }
-        end += entry.size_bytes
+        start, end = end, end + entry.size_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -35,9 +35,8 @@ def read_text(path: str | Path) -> str:
 
 
 def _read_regular(path: str | Path) -> bytes:
-    descriptor = os.open(
-        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    )  # O_NONBLOCK: do not wait for the writer of a pipe
+    # O_NONBLOCK: do not wait for the writer of a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):

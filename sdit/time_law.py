@@ -82,7 +82,7 @@ class TimeLaw:
         return self._tails(t, 1 - t)[0]
 
     def task_weights(self, timesteps: int) -> Floats:
-        """Return T times the probability of each task, float64 (T,). All are exactly 1 if the law is uniform."""
+        """Return T times the probability of each gate task floor(t T), float64 (T,), exactly 1 if the law is uniform."""
         if self.clusters is not None:
             size = np.diff(_cluster_edges(timesteps, self.clusters))
             return np.repeat(timesteps / (self.clusters * size), size)
@@ -92,10 +92,6 @@ class TimeLaw:
         below, above = self._tails(edge / timesteps, edge[::-1] / timesteps)
         # A difference of numbers near 1 would be a rounding error, so each task is measured in its nearer tail.
         return timesteps * np.where(below[:-1] < 0.5, np.diff(below), -np.diff(above))
-
-    def task_probabilities(self, timesteps: int) -> Floats:
-        """Return the probability of each gate task floor(t T), float64 (T,). The sum is 1."""
-        return self.task_weights(timesteps) / timesteps
 
     def _tails(self, t: Floats, rest: Floats) -> tuple[Floats, Floats]:
         """Return F(t) and 1 - F(t), each exact where it is small. `rest` is 1 - t."""

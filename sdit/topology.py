@@ -76,9 +76,8 @@ def choose_expert_parallel(setting: int | Literal["auto"], experts: int, world: 
         # Groups of consecutive ranks are each within one node if and only if their size divides the node's.
         return max(size for size in legal if ranks_per_node % size == 0)
     if setting not in legal:
-        raise ConfigError(
-            f"parallel.expert: {setting} must divide {experts} experts and {world} ranks; legal: {_listed(legal)}"
-        )
+        divided = f"{experts} experts and {world} ranks"
+        raise ConfigError(f"parallel.expert: {setting} must divide {divided}; legal: {_listed(legal)}")
     return setting
 
 
@@ -108,9 +107,9 @@ def plan_batch(global_batch: int, micro_batch: int | None, world: int) -> BatchP
     """
     if global_batch % world:
         below, above = global_batch // world * world, (global_batch // world + 1) * world
-        near = [size for size in (below, above) if size]
+        near = _listed([size for size in (below, above) if size])
         raise ConfigError(
-            f"train.global_batch: {global_batch} is not a multiple of {world} ranks; nearest legal: {_listed(near)}"
+            f"train.global_batch: {global_batch} is not a multiple of {world} ranks; nearest legal: {near}"
         )
     per_rank = global_batch // world
     if micro_batch is None:

@@ -60,10 +60,8 @@ class UploadStream:
             return PendingUpload(tuple(upload(host, self._device) for host in hosts), self._stream.record_event())
 
 
-@cache
-def upload_stream(device: torch.device) -> UploadStream:
-    """Return the one stream of this process for copies to the device. torch keeps freed memory for the stream that used it."""
-    return UploadStream(device)
+# Returns the one stream of this process for copies to a device. torch keeps freed memory for the stream that used it.
+upload_stream = cache(UploadStream)
 
 
 class Download:

@@ -14,23 +14,19 @@ FREQUENCY_LINE = "for block in pipe.transformer.transformer_blocks: block.norm1.
 def diffusers_usage(config: Config, differences: Sequence[str], has_vae: bool) -> str:
     """Return Markdown: the commands, and the differences between diffusers and sdit."""
     pipeline = 'custom_pipeline="pipeline", ' if is_plain(config.model) else ""
-    lines = [
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", {pipeline}trust_remote_code=True)',
-        f"images = pipe({_call(config)}).images",
-        "```",
-        "",
+    paragraphs = [
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", {pipeline}trust_remote_code=True)\n'
+        f"images = pipe({_call(config)}).images\n```",
         "`pipeline.py` in this folder needs only torch and diffusers. sdit need not be installed.",
     ]
     if config.sample.vae is not None and not has_vae:
-        lines += ["", "The folder has no `vae/`. Pass `vae=AutoencoderKL.from_pretrained(...)`."]
+        paragraphs.append("The folder has no `vae/`. Pass `vae=AutoencoderKL.from_pretrained(...)`.")
     if is_plain(config.model):
-        lines += ["", *_stock(config, has_vae)]
+        paragraphs += _stock(config, has_vae)
     if differences:
-        lines += ["", "Differences from the run's own sampler:", "", *(f"- {text}" for text in differences)]
-    return "\n".join(lines)
+        paragraphs += ["Differences from the run's own sampler:", "\n".join(f"- {text}" for text in differences)]
+    return "\n\n".join(paragraphs)
 
 
 def _call(config: Config) -> str:
@@ -50,37 +46,24 @@ def _call(config: Config) -> str:
 
 
 def _stock(config: Config, has_vae: bool) -> list[str]:
-    """Return how diffusers' own pipeline computes the same function."""
-    lines = [
+    """Return in paragraphs how diffusers' own pipeline computes the same function."""
+    few = f"takes {STOCK_CLASSES} for the null label, and this model has {config.model.classes} classes"
+    limits = {
+        "needs a VAE, which this folder has not. Pass `vae=AutoencoderKL.from_pretrained(...)`.": not has_vae,
+        f"{few}. Use it only with `guidance_scale=1`.": config.model.classes != STOCK_CLASSES,
+        "ends its flow times at 1/T. `pipeline.py` has the times of sdit.": config.diffusion.path == "flow",
+        "ignores `latents_mean` and `latents_std` of `vae/config.json`. `pipeline.py` uses them.": (
+            config.data.latent_stats is not None
+        ),
+        "ignores the learned variance. `pipeline.py` uses it.": (
+            config.sample.sampler == "ddpm" and config.model.learn_variance
+        ),
+    }
+    return [
         "diffusers' own pipeline needs one line more. `DiTTransformer2DModel` has other time frequencies than DiT: "
         "10000^(-i/127), not 10000^(-i/128). The line restores them. (`norm_eps` is 1e-6 in `transformer/config.json`, "
         "as in DiT.)",
-        "",
-        "```python",
-        "from diffusers import DiTPipeline",
-        "",
-        'pipe = DiTPipeline.from_pretrained("THIS_FOLDER")',
-        FREQUENCY_LINE,
-        "```",
+        "```python\nfrom diffusers import DiTPipeline\n\n"
+        f'pipe = DiTPipeline.from_pretrained("THIS_FOLDER")\n{FREQUENCY_LINE}\n```',
+        *(f"`DiTPipeline` {limit}" for limit, applies in limits.items() if applies),
     ]
-    if not has_vae:
-        lines += [
-            "",
-            "`DiTPipeline` needs a VAE, which this folder has not. Pass `vae=AutoencoderKL.from_pretrained(...)`.",
-        ]
-    if config.model.classes != STOCK_CLASSES:
-        lines += [
-            "",
-            f"`DiTPipeline` takes {STOCK_CLASSES} for the null label, and this model has {config.model.classes} classes. Use it "
-            "only with `guidance_scale=1`.",
-        ]
-    if config.diffusion.path == "flow":
-        lines += ["", "`DiTPipeline` ends its flow times at 1/T. `pipeline.py` has the times of sdit."]
-    if config.data.latent_stats is not None:
-        lines += [
-            "",
-            "`DiTPipeline` ignores `latents_mean` and `latents_std` of `vae/config.json`. `pipeline.py` uses them.",
-        ]
-    if config.sample.sampler == "ddpm" and config.model.learn_variance:
-        lines += ["", "`DiTPipeline` ignores the learned variance. `pipeline.py` uses it."]
-    return lines

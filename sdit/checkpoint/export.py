@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,30 +25,16 @@ from sdit.checkpoint.load import (
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.clock import Clock
 from sdit.config import Config
+from sdit.contracts import Progress
 from sdit.data.identity import DataIdentity, stored_identity
 from sdit.errors import CheckpointError
 from sdit.files import replacing
 from sdit.interop import published_buffers, published_expert_name, to_published, write_published_file
 from sdit.model import build_model
-from sdit.safetensors_file import TensorEntry, stream_tensors
+from sdit.safetensors_file import ITEM_BYTES, TensorEntry, stream_tensors
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 Chunks = Callable[[], Iterator[Tensor]]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file. `chunks()` yields consecutive chunks, which together have `shape`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Chunks
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def export_safetensors(
@@ -71,7 +57,7 @@ def export_safetensors(
     return facts
 
 
-def model_entries(config: Config, shards: StoredTensors, weights: Weights, dtype: torch.dtype) -> list[Entry]:
+def model_entries(config: Config, shards: StoredTensors, weights: Weights, dtype: torch.dtype) -> list[TensorEntry]:
     """Return the entries of a model's file: its parameters, which are read when they are written, and the fixed buffers."""
     model = build_model(config.model, device="meta")
     entries = [
@@ -79,7 +65,8 @@ def model_entries(config: Config, shards: StoredTensors, weights: Weights, dtype
         for name, tensors in groupby(logical_tensors(model), key=lambda tensor: _published_name(tensor[0]))
     ]
     for name, buffer in published_buffers(config.model).items():
-        entries.append(_buffer_entry(name, buffer.to(dtype) if buffer.is_floating_point() else buffer))
+        value = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        entries.append(tensor_entry(name, value.dtype, value.shape, partial(iter, [value])))
     return entries
 
 
@@ -99,10 +86,7 @@ def export_pickle(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dt
 
 
 def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the finite `value` as `dtype`.
-
-    Raises: CheckpointError: if a number is out of the range of `dtype`.
-    """
+    """Return the finite `value` as `dtype`. Raises: CheckpointError: if a number is out of the range of `dtype`."""
     stored = value.to(dtype)
     if not torch.isfinite(stored).all():
         raise CheckpointError(f"{name}: holds numbers out of the range of {dtype}; legal: a wider --dtype")
@@ -131,7 +115,7 @@ def _published_name(stored: str) -> str:
 
 def _parameter_entry(
     name: str, tensors: list[tuple[str, Tensor]], shards: StoredTensors, weights: Weights, dtype: torch.dtype
-) -> Entry:
+) -> TensorEntry:
     """Return the entry of a parameter. It is read from the checkpoint when it is written, expert by expert."""
     stored, first = tensors[0]
     parameter, _, expert = stored.removeprefix("model.").partition("#")
@@ -147,34 +131,38 @@ def _parameter_entry(
             value = narrowed(f"{weights}/{stored_name}", value, dtype)
             yield value.mT if is_turned and value.dim() == 2 else value
 
-    return Entry(name, dtype, shape, read)
+    return tensor_entry(name, dtype, shape, read)
 
 
-def _buffer_entry(name: str, value: Tensor) -> Entry:
-    return Entry(name, value.dtype, tuple(value.shape), lambda: iter([value]))
+def tensor_entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], chunks: Chunks) -> TensorEntry:
+    """Return one tensor of a file. `chunks()` yields consecutive chunks, which together have `shape`."""
+    return TensorEntry(name, DTYPES[dtype], shape, lambda: map(_bytes, chunks()))
+
+
+def _bytes(chunk: Tensor) -> memoryview:
+    return chunk.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress | None = None
+    path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
     """Write the tensors one after another, wider types first, so that all tensors are aligned.
 
     Raises: CheckpointError: if the file cannot be written.
     """
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    total = sum(entry.bytes for entry in ordered)
+    ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.name))
+    total = sum(entry.size_bytes for entry in ordered)
     written = 0
 
-    def bytes_of(entry: Entry) -> Iterator[memoryview]:
+    def counted(entry: TensorEntry) -> Iterator[memoryview]:
         nonlocal written
-        for chunk in entry.chunks():
-            data = chunk.contiguous().view(-1).view(torch.uint8).numpy().data
+        for data in entry.chunks():
             yield data
             written += data.nbytes
             if progress is not None:
                 progress(written, total)
 
-    tensors = [TensorEntry(entry.name, DTYPES[entry.dtype], entry.shape, partial(bytes_of, entry)) for entry in ordered]
+    tensors = [replace(entry, chunks=partial(counted, entry)) for entry in ordered]
     try:
         with replacing(path) as file:
             stream_tensors(tensors, metadata, file.write)

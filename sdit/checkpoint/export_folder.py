@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.diffusers_readme import diffusers_usage
-from sdit.checkpoint.export import Entry, Progress, export_safetensors, file_facts, narrowed, write_safetensors
+from sdit.checkpoint.export import export_safetensors, file_facts, narrowed, tensor_entry, write_safetensors
 from sdit.checkpoint.load import Trained, Weights, describe_trained, load_model
-from sdit.checkpoint.model_card import model_card, run_folder
+from sdit.checkpoint.model_card import model_card
 from sdit.config import Config
+from sdit.contracts import Progress
 from sdit.data.encoders import latent_encoder
 from sdit.errors import CheckpointError, ConfigError
 from sdit.files import new_folder
@@ -27,6 +28,7 @@ from sdit.interop.diffusers_names import to_diffusers_names
 from sdit.interop.pretrained import WEIGHTS as PRETRAINED_WEIGHTS
 from sdit.interop.pretrained import write_model_config
 from sdit.interop.schedulers import scheduler_config
+from sdit.safetensors_file import TensorEntry
 
 DIFFUSERS = "0.42.1"  # the version that the files were tested with
 PIPELINE, TRANSFORMER = "pipeline", "sdit_transformer"  # modules in `sdit/interop/diffusers_files`
@@ -84,7 +86,7 @@ def export_diffusers(
         for name in ("transformer", "scheduler"):
             (folder / name).mkdir()
         _write_json(folder / "transformer" / "config.json", {**transformer, "_diffusers_version": DIFFUSERS})
-        _write_weights(folder / "transformer" / WEIGHTS, _tensors(trained), dtype)
+        _write_weights(folder / "transformer" / WEIGHTS, trained, dtype)
         _write_json(folder / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": DIFFUSERS})
         if source is not None:
             _copy_vae(source, folder / "vae", _latent_config(trained))
@@ -112,15 +114,14 @@ def _exported(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
-def _tensors(trained: Trained) -> dict[str, Tensor]:
-    """Return the parameters by the names that the transformer's class has."""
-    parameters = {name: parameter.detach() for name, parameter in trained.model.named_parameters()}
-    return to_diffusers_names(parameters) if is_plain(trained.config.model) else parameters
+def _write_weights(path: Path, trained: Trained, dtype: torch.dtype) -> None:
+    """Write the parameters under the names that the transformer's class has."""
+    tensors = {name: parameter.detach() for name, parameter in trained.model.named_parameters()}
+    if is_plain(trained.config.model):
+        tensors = to_diffusers_names(tensors)
 
-
-def _write_weights(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    def entry(name: str, value: Tensor) -> Entry:
-        return Entry(name, dtype, tuple(value.shape), lambda: iter([narrowed(name, value, dtype)]))
+    def entry(name: str, value: Tensor) -> TensorEntry:
+        return tensor_entry(name, dtype, value.shape, lambda: iter([narrowed(name, value, dtype)]))
 
     write_safetensors(path, [entry(name, value) for name, value in tensors.items()], {"format": "pt"})
 
@@ -183,9 +184,7 @@ def _copy_module(name: str, folder: Path) -> None:
 
 
 def _write_card(folder: Path, trained: Trained, weights: Weights, usage: str, library: str) -> None:
-    run = run_folder(trained.origin)
-    facts = model_card(trained.model, trained.config, trained.clock, weights, trained.data, run)
-    card = trained.model.generate_model_card(usage=usage, **facts)
+    card = trained.model.generate_model_card(usage=usage, **model_card(trained, weights))
     card.data["library_name"] = library
     card.save(folder / "README.md")
 

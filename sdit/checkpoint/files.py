@@ -20,7 +20,7 @@ from sdit.checkpoint.index import Shape, ShardTable
 from sdit.checkpoint.manifest import check_manifest
 from sdit.errors import CheckpointError
 from sdit.files import fsync
-from sdit.safetensors_file import Header, TensorEntry, encode_header, parse_header, stream_tensors
+from sdit.safetensors_file import Header, TensorEntry, encode_header, is_shape, parse_header, stream_tensors
 
 FORMAT = 1  # each shard has a file of its own
 NODE_FORMAT = 2  # the shards of a node share a file
@@ -98,12 +98,9 @@ def shard_table(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], 
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    tensors: Mapping[str, np.ndarray],
-    shapes: Mapping[str, Shape],
+    folder: Path, name: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape],
     place: ShardPlace | None = None,
-) -> ShardRecord:
+) -> ShardRecord:  # fmt: skip
     """Write flat float32 ranges by key, with the logical shapes, as a safetensors image, and fsync the file.
 
     Without a `place` the file holds this shard only. With a place other ranks write the other bytes of the file.
@@ -157,13 +154,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             sealed = parse_json(read_bytes(file, path, MAX_MANIFEST_BYTES), str(path), "a manifest", MANIFEST_DEPTH)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(sealed, dict) or "body" not in sealed:
+    body = sealed.get("body") if isinstance(sealed, dict) else None
+    if not isinstance(body, dict):
         raise CheckpointError(f"{path}: is incomplete or not a manifest")
-    text = json.dumps(sealed["body"], indent=1, sort_keys=True)
+    text = json.dumps(body, indent=1, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
         raise CheckpointError(f"{path}: does not match its checksum")
-    body = sealed["body"]
-    if isinstance(body, dict) and body.get("format") not in FORMATS:
+    if body.get("format") not in FORMATS:
         legal = ", ".join(map(str, FORMATS))
         raise CheckpointError(f"{path}: format {body.get('format')!r:.100} is not known; legal: {legal}")
     return check_manifest(body, path)
@@ -184,8 +181,7 @@ def verify_shard(folder: Path, record: ShardRecord, expected: ShardTable | None 
             digest, is_finite = _scan(file, record)
             if digest != record.xxh3:
                 raise CheckpointError(f"{where}: does not match its checksum")
-            header, shapes = _parse_shard(file, folder / record.name, record)
-            table = ShardTable({key: (t.start, t.shape[0]) for key, t in header.tensors.items()}, shapes)
+            header, table = _parse_shard(file, folder / record.name, record)
             if expected is not None and not _agree(table, expected):
                 raise CheckpointError(f"{where}: its header differs from the index of the manifest")
             if not is_finite or any(tensor.start % 4 for tensor in header.tensors.values()):
@@ -235,20 +231,18 @@ def read_shard_table(folder: Path, record: ShardRecord) -> ShardTable:
     path = folder / record.name
     try:
         with open_regular(path, follow_links=False) as file:
-            header, shapes = _parse_shard(file, path, record)
+            return _parse_shard(file, path, record)[1]
     except OSError as error:
         raise CheckpointError(f"{record.where(folder)}: cannot be read ({error.strerror})") from error
-    return ShardTable({key: (stored.start, stored.shape[0]) for key, stored in header.tensors.items()}, shapes)
 
 
-def _parse_shard(file: BinaryIO, path: Path, record: ShardRecord) -> tuple[Header, dict[str, Shape]]:
-    """Return the header of a shard, and the logical shapes in it, by tensor."""
-    header = parse_header(
-        file, path, record.start, min(record.size_bytes, os.fstat(file.fileno()).st_size - record.start)
-    )
+def _parse_shard(file: BinaryIO, path: Path, record: ShardRecord) -> tuple[Header, ShardTable]:
+    """Return the header of a shard, and what it says the shard holds."""
+    size = min(record.size_bytes, os.fstat(file.fileno()).st_size - record.start)
+    header = parse_header(file, path, record.start, size)
     text = header.metadata.get("shapes", "{}")
     shapes = parse_json(text, f"{path}: shapes", "a mapping of names to shapes", SHAPES_DEPTH)
-    if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
+    if not isinstance(shapes, dict) or not all(map(is_shape, shapes.values())):
         raise CheckpointError(f"{path}: shapes is not a mapping of names to shapes")
     for key, stored in header.tensors.items():
         name, _, start = key.rpartition("@")
@@ -256,11 +250,8 @@ def _parse_shard(file: BinaryIO, path: Path, record: ShardRecord) -> tuple[Heade
             raise CheckpointError(f"{path}: {key[:100]!r} is not a flat float32 range NAME@START")
         if name in shapes and int(start) + stored.shape[0] > math.prod(shapes[name]):
             raise CheckpointError(f"{path}: {key[:100]!r} is not inside a tensor of shape {tuple(shapes[name])}")
-    return header, {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    ranges = {key: (stored.start, stored.shape[0]) for key, stored in header.tensors.items()}
+    return header, ShardTable(ranges, {name: tuple(shape) for name, shape in shapes.items()})
 
 
 def manifest_shards(body: Mapping[str, Any]) -> list[ShardRecord]:

@@ -104,22 +104,14 @@ class ShardIndex:
         """Yield the stored ranges that can hold elements [start, end) of a tensor, by their start."""
         if tensor not in self._numbers:
             return
-        first, last = self._rows(tensor)
+        number = self._numbers[tensor]
+        first, last = int(self._first[number]), int(self._first[number + 1])
         starts = self._start[first:last]
         low = first + max(0, int(np.searchsorted(starts, start, "right")) - 1)
         for row in range(low, first + int(np.searchsorted(starts, end, "left"))):
             yield StoredRange(
                 int(self._start[row]), int(self._count[row]), int(self._shard[row]), int(self._offset[row])
             )
-
-    def _rows(self, tensor: str) -> tuple[int, int]:
-        number = self._numbers[tensor]
-        return int(self._first[number]), int(self._first[number + 1])
-
-    def stored_elements(self, tensor: str) -> int:
-        """Return how many elements of a tensor are stored."""
-        first, last = self._rows(tensor)
-        return int(self._count[first:last].sum())
 
     def table_of(self, shard: int) -> ShardTable:
         """Return what a shard holds."""

@@ -38,7 +38,6 @@ class StoredTensors(Protocol):
 
     def read_into(self, tensor: str, start: int, target: Tensor) -> None:
         """Fill `target` (n,) with the elements [start, start + n) of a logical tensor."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,7 @@ def find_trained(path: Path) -> tuple[Found, Config]:
 
 
 def stored_config(values: Any, source: str) -> Config:
-    """Return the config in a checkpoint or an exported file.
-
-    Raises: CheckpointError: if it is not a legal config.
-    """
+    """Return the config in a checkpoint or an exported file. Raises: CheckpointError: if it is not a legal config."""
     if not isinstance(values, dict):
         raise CheckpointError(f"{source}: its config is not a mapping of sections")
     try:
@@ -182,7 +178,7 @@ def fill_tensor(target: Tensor, shards: StoredTensors, weights: Weights, name: s
 
 
 def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.device | str) -> Trained:
-    facts = _metadata(path)
+    facts = read_header(path).metadata if path.suffix == ".safetensors" and path.exists() else {}
     stored = facts.get("weights", weights)
     if stored != weights:
         raise ConfigError(f"--weights: {weights}, but {path} holds other weights; legal: {stored}")
@@ -197,18 +193,8 @@ def _load_file(path: Path, weights: Weights, config: Path | None, device: torch.
     fill_buffers(model)
     load_published(model, tensors)
     clock = Clock(_count(facts, "images_seen", path), _count(facts, "steps", path))
-    return Trained(model.eval(), run, clock, path, _data(facts, path))
-
-
-def _data(facts: dict[str, str], path: Path) -> DataIdentity | None:
-    """Return the identity of the training data in an exported file, None if the file has none."""
-    value = parse_json(facts["data"], str(path), "data", MANIFEST_DEPTH) if "data" in facts else None
-    return stored_identity(value, str(path))
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file. Return an empty dict for other files."""
-    return read_header(path).metadata if path.suffix == ".safetensors" and path.exists() else {}
+    data = parse_json(facts["data"], str(path), "data", MANIFEST_DEPTH) if "data" in facts else None
+    return Trained(model.eval(), run, clock, path, stored_identity(data, str(path)))
 
 
 def _count(facts: dict[str, str], name: str, path: Path) -> int:

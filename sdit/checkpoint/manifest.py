@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,14 +102,12 @@ class _Body(_Section):
         return self
 
 
-def check_manifest(body: Any, path: Path) -> dict[str, Any]:
+def check_manifest(body: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the body of the manifest at `path` after checking it. The section `config` has its own schema.
 
     Raises: CheckpointError: if a field is missing or has the wrong type, a shard name leads out of the folder, a count is
         negative, or a number is not finite. The message names the field.
     """
-    if not isinstance(body, dict):
-        raise CheckpointError(f"{path}: is incomplete or not a manifest")
     try:
         _Body.model_validate(body)
     except ValidationError as error:
@@ -128,10 +126,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     """Yield each float of a JSON value with its dotted name. The reader has limited the depth."""
     if isinstance(value, float):
         yield name, value
-    children: Mapping[Any, Any] = (
-        value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
-    )
-    for key, child in children.items():
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
         yield from _numbers(child, f"{name}.{key}" if name else str(key))
 
 

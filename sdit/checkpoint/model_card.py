@@ -8,41 +8,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdit.checkpoint.load import Trained, Weights
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.config.yaml_text import dump_yaml
 from sdit.data.identity import DataIdentity
-from sdit.json_files import read_json
-from sdit.model import DiffusionTransformer, count_parameters
+from sdit.files import read_json
+from sdit.model import count_parameters
 
-SECTIONS = (
-    "model",
-    "diffusion",
-    "optimizer",
-    "ema",
-    "prior",
-    "balance",
-)  # of the recipe; the others do not change the weights
+# Sections of the recipe. The others do not change the weights.
+SECTIONS = ("model", "diffusion", "optimizer", "ema", "prior", "balance")
 TRAIN_KEYS = ("global_batch", "precision")
-SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
+SHOWN = ("fid", "kid", "inception_score", "precision", "recall")  # keys of a result of `sdit evaluate`
 MOST_CLASSES = 20
-RUN_LEVELS = 2  # RUN/checkpoints/images-N
 
 
-def model_card(
-    model: DiffusionTransformer, config: Config, clock: Clock, weights: str, data: DataIdentity | None, run: Path | None
-) -> dict[str, str]:
-    """Return the texts of the card's sections. `run` is the run's folder, with environment.json and scores, if it is known.
+def model_card(trained: Trained, weights: Weights) -> dict[str, str]:
+    """Return the texts of the card's sections. The model may be on the meta device.
 
-    `model` may be on the meta device.
+    Scores and commit are from the run's folder, if the checkpoint is in one.
     """
+    config, clock, run = trained.config, trained.clock, run_folder(trained.origin)
     kind = "last" if weights == "weight" else f"averaged ({weights})"
-    count = count_parameters(model)
+    count = count_parameters(trained.model)
     used = f"A sample uses {count.active:,} of them. " if count.active != count.total else ""
     seen = f"{clock.images_seen:,} images ({clock.steps:,} steps)"
     return {
         "trained": f"{used}The weights are the {kind} ones after {seen}.",
-        "data": "\n".join(_data(config, data)),
+        "data": "\n".join(_data(config, trained.data)),
         "recipe": f"Keys that differ from sdit's defaults:\n\n```yaml\n{dump_yaml(_recipe(config)).strip()}\n```",
         "scores": "\n".join(_scores(run, clock)),
         "commit": _code(run),
@@ -51,8 +44,8 @@ def model_card(
 
 def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that holds a checkpoint folder, None if it is elsewhere."""
-    folder = checkpoint.resolve().parents[RUN_LEVELS - 1] if len(checkpoint.resolve().parents) >= RUN_LEVELS else None
-    return folder if folder is not None and (folder / "checkpoints").is_dir() else None
+    folder = checkpoint.resolve().parent.parent  # of RUN/checkpoints/images-N
+    return folder if (folder / "checkpoints").is_dir() else None
 
 
 def _data(config: Config, data: DataIdentity | None) -> Iterator[str]:
@@ -107,12 +100,8 @@ def _held_out(path: Path, images_seen: int) -> tuple[int, float] | None:
                     continue
                 found = json.loads(line)
                 images, loss = found.get("images_seen"), found.get("validation_loss")
-                if (
-                    isinstance(images, int)
-                    and images <= images_seen
-                    and isinstance(loss, float)
-                    and math.isfinite(loss)
-                ):
+                is_earlier = isinstance(images, int) and images <= images_seen
+                if is_earlier and isinstance(loss, float) and math.isfinite(loss):
                     newest = images, loss
     except (OSError, ValueError):  # the run has no metrics, or the last line is incomplete
         pass

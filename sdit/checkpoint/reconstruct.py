@@ -9,29 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdit.checkpoint.export import Progress, file_facts, model_entries, write_safetensors
+from sdit.checkpoint.export import file_facts, model_entries, write_safetensors
 from sdit.checkpoint.load import stored_config
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.snapshots import StoredAverage
 from sdit.clock import Clock
+from sdit.contracts import Progress
 from sdit.data.identity import stored_identity
 from sdit.errors import CheckpointError
 
 Term = tuple[StoredAverage, float]
 
 
-class CombinedAverages:
+class CombinedAverages(ExitStack):
     """The sum of stored averages, each times its coefficient, under the names `ema/NAME`. A context manager.
 
     Ranges are read when they are asked for. The sum is computed in float64.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        self._stack = ExitStack()
-        folders = {average.found.folder: average.found for average, _ in terms}
-        opened = {
-            folder: self._stack.enter_context(ShardSet(folder, found.manifest)) for folder, found in folders.items()
-        }
+        super().__init__()
+        found = {average.found.folder: average.found for average, _ in terms}
+        opened = {folder: self.enter_context(ShardSet(folder, each.manifest)) for folder, each in found.items()}
         self._terms = [(opened[average.found.folder], average.kind, coefficient) for average, coefficient in terms]
         first, kind, _ = self._terms[0]
         self.shapes = {f"ema/{name}": first.shapes[f"{kind}/{name}"] for name in first.names(kind)}
@@ -39,12 +38,6 @@ class CombinedAverages:
             for name, shape in self.shapes.items():
                 if shards.shapes.get(f"{other}/{name.removeprefix('ema/')}") != shape:
                     raise CheckpointError(f"{other}/{name.removeprefix('ema/')}: differs between the stored averages")
-
-    def __enter__(self) -> CombinedAverages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def read_into(self, tensor: str, start: int, target: Tensor) -> None:
         """Fill `target` (n,) with the elements [start, start + n) of a logical tensor `ema/NAME`."""
@@ -56,8 +49,8 @@ class CombinedAverages:
         target.copy_(total)
 
 
-def export_average(terms: Sequence[Term], images: int, out: Path, progress: Progress | None = None) -> dict[str, str]:
-    """Write the combination of stored averages of one run to a safetensors file, atomically, and return its metadata.
+def export_average(terms: Sequence[Term], images: int, out: Path, progress: Progress | None = None) -> None:
+    """Write the combination of stored averages of one run to a safetensors file, atomically.
 
     The file is read like one that `sdit export` wrote. `images` is the time of the average.
 
@@ -69,4 +62,3 @@ def export_average(terms: Sequence[Term], images: int, out: Path, progress: Prog
     facts = file_facts(config, clock, "ema", stored_identity(newest.manifest.get("data"), str(newest.folder)))
     with CombinedAverages(terms) as combined:
         write_safetensors(out, model_entries(config, combined, "ema", torch.float32), facts, progress)
-    return facts

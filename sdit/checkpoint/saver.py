@@ -27,23 +27,17 @@ class Saver:
     """
 
     def __init__(
-        self,
-        store: CheckpointStore,
-        comm: Comm,
-        snapshot: Callable[[], Snapshot],
-        asynchronous: bool,
-        saved: Saved,
-        failed: Failed,
-    ) -> None:
+        self, store: CheckpointStore, comm: Comm, snapshot: Callable[[], Snapshot], asynchronous: bool,
+        saved: Saved, failed: Failed,
+    ) -> None:  # fmt: skip
         self._store, self._comm, self._snapshot, self._asynchronous = store, comm, snapshot, asynchronous
         self._saved, self._failed = saved, failed
         self._failures = 0
         self._writing: BackgroundWrite | None = None
         self._copies: dict[str, np.ndarray] = {}
         self.last = "none"
-        self.saved_at: int | None = (
-            None  # images seen at the newest checkpoint that this process committed or started from
-        )
+        # Images seen at the newest checkpoint that this process committed or started from.
+        self.saved_at: int | None = None
 
     def flags(self) -> tuple[float, float, float]:
         """Return (written, failed, committed) of this rank's write in the background, each 0 or 1.
@@ -61,16 +55,12 @@ class Saver:
             return
         try:
             folder = self._writing.advance(round(written), round(failed), round(committed))
-        except DiskFullError as error:
-            failed_write, self._writing = self._writing, None
-            if failed_write.is_retry:
-                self._report_failure(error, must_succeed=False)
-            else:
-                self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
-            return
         except CheckpointError as error:
-            self._writing = None
-            self._report_failure(error, must_succeed=False)
+            failed_write, self._writing = self._writing, None
+            if isinstance(error, DiskFullError) and not failed_write.is_retry:
+                self._writing = BackgroundWrite(self._store, self._comm, failed_write.snapshot, is_retry=True)
+            else:
+                self._report_failure(error, must_succeed=False)
             return
         if folder is not None:
             images_seen, seconds, self._writing = self._writing.images_seen, self._writing.seconds, None

@@ -26,10 +26,7 @@ def report_path(folder: Path, node: int) -> Path:
 
 
 def append_report(folder: Path, node: int, rank: int, shard: dict[str, Any] | None) -> None:
-    """Append this rank's shard as JSON types, None if it has none.
-
-    Raises: OSError: if it cannot be written.
-    """
+    """Append this rank's shard as JSON types, None if it has none. Raises: OSError: if it cannot be written."""
     append_to(report_path(folder, node), json.dumps({"rank": rank, "shard": shard}) + "\n")
 
 

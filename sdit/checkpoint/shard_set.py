@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.checked_files import opened_regular
+from sdit.checked_files import open_regular
 from sdit.checkpoint.files import MANIFEST, manifest_shards, read_shard_table
 from sdit.checkpoint.index import ELEMENT_BYTES, Shape, ShardIndex, StoredRange
 from sdit.errors import CheckpointError
@@ -91,24 +90,9 @@ class ShardSet:
         if name not in self._files:
             if len(self._files) == MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            self._files[name] = opened_regular(self._folder / name, follow_links=False)
+            self._files[name] = open_regular(self._folder / name, follow_links=False)
         self._files.move_to_end(name)
         return self._files[name]
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a whole logical tensor, float32 in its logical shape.
-
-        Raises: CheckpointError: if the tensor or a range of it is missing.
-        """
-        if name not in self.shapes:
-            raise CheckpointError(f"{name}: is not in the checkpoint")
-        shape = self.shapes[name]
-        size, stored = math.prod(shape), self._index.stored_elements(name)
-        if size != stored:
-            raise CheckpointError(f"{name}: {stored} elements are in the checkpoint, shape {shape} has {size}")
-        flat = torch.empty(size, dtype=torch.float32)
-        self.read_into(name, 0, flat)
-        return flat.view(shape)
 
     @property
     def kinds(self) -> set[str]:

@@ -104,13 +104,11 @@ def solve_coefficients(
     a = _products(times[:, None], gammas[:, None], times, gammas)
     b = _products(times[:, None], gammas[:, None], wanted_times, wanted_gammas)
     x = np.linalg.solve(a, b)
-    normalised: np.ndarray = x / x.sum(axis=0)
-    return normalised
+    return x / x.sum(axis=0)
 
 
 def _products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
     """Return the inner products of the profiles (t_a, gamma_a) and (t_b, gamma_b), broadcast. Source: EDM2, eq. 151."""
     t_ratio, exponent = t_a / t_b, np.where(t_a < t_b, gamma_b, -gamma_a)
     numerator = (gamma_a + 1) * (gamma_b + 1) * t_ratio**exponent
-    product: np.ndarray = numerator / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
-    return product
+    return numerator / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))

@@ -119,9 +119,8 @@ def _read(folder: Path) -> dict[str, Any]:
     manifest, name = read_manifest(folder), _NAME.fullmatch(folder.name)
     images_seen = manifest["clock"]["images_seen"]
     if name is not None and int(name[1]) != images_seen:
-        raise CheckpointError(
-            f"{folder}: its manifest is of {images_seen} images; legal: the name images-{images_seen:012d}"
-        )
+        legal = f"the name images-{images_seen:012d}"
+        raise CheckpointError(f"{folder}: its manifest is of {images_seen} images; legal: {legal}")
     return manifest
 
 
@@ -132,10 +131,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def verify_share(folder: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
-    """Verify a rank's share of the shards.
-
-    Raises: CheckpointError: if one is damaged, or the index is not legal.
-    """
+    """Verify a rank's share of the shards. Raises: CheckpointError: if one is damaged, or the index is not legal."""
     index = None if manifest.get("index") is None else index_of(folder, manifest)
     for number, record in list(enumerate(manifest_shards(manifest)))[rank::world]:
         verify_shard(folder, record, None if index is None else index.table_of(number))
@@ -232,8 +228,7 @@ class CheckpointStore:
             shard = None
             if snapshot.tensors:
                 snapshot.wait()
-                more = () if place is None else (place,)
-                record = write_shard(temporary, name, snapshot.tensors, snapshot.shapes, *more)
+                record = write_shard(temporary, name, snapshot.tensors, snapshot.shapes, place)
                 table = shard_table(snapshot.tensors, snapshot.shapes, record.start)
                 shard = {"record": vars(record), "ranges": table.ranges, "shapes": table.shapes}
             append_report(temporary, self._nodes.own, self._comm.rank, shard)
@@ -260,7 +255,7 @@ class CheckpointStore:
         failed, full = self._comm.sum(torch.tensor(flags, dtype=torch.float64, device=self._comm.device)).tolist()
         if not failed:
             return
-        texts = self._comm.first_reports(None if problem is None else problem.text, PROBLEMS_SHOWN)
+        reports = self._comm.first_reports(None if problem is None else problem.text, PROBLEMS_SHOWN)
         if self._run_folder is not None and self._run_folder.now is None:
             self._run_folder.check()
         if self._comm.is_first:
@@ -268,7 +263,9 @@ class CheckpointStore:
             if full:
                 self._free_space()
         self._comm.from_first(None)
-        raise (DiskFullError if full else CheckpointError)(f"checkpoint not written: {_described(texts, int(failed))}")
+        texts = "; ".join(f"rank {rank}: {text}" for rank, text in reports.items())
+        more = f"; and {int(failed) - len(reports)} ranks more" if failed > len(reports) else ""
+        raise (DiskFullError if full else CheckpointError)(f"checkpoint not written: {texts}{more}")
 
     def _temporary(self, images_seen: int) -> Path:
         return self.folder / f".{self.folder_of(images_seen).name}.tmp"
@@ -315,10 +312,8 @@ class CheckpointStore:
             return found
         if resume == "auto" and not skipped:
             return None
-        reasons = "; ".join(skipped) or f"{self.folder}: is empty"
-        raise CheckpointError(
-            f"checkpoint.resume: {resume}: no checkpoint verifies ({reasons}); legal: never, to start a new run"
-        )
+        reasons, legal = "; ".join(skipped) or f"{self.folder}: is empty", "never, to start a new run"
+        raise CheckpointError(f"checkpoint.resume: {resume}: no checkpoint verifies ({reasons}); legal: {legal}")
 
     def newest(self) -> Found | None:
         """Return the newest verified checkpoint of this run, independent of `checkpoint.resume`. All ranks call it."""
@@ -411,10 +406,3 @@ def _attempt(action: Callable[[], object], path: Path) -> Problem | None:
     except CheckpointError as error:
         return Problem(str(error))
     return None
-
-
-def _described(problems: Mapping[int, str], failed: int) -> str:
-    """Return the problems of the first ranks in one line. `failed` ranks have one."""
-    texts = [f"rank {rank}: {text}" for rank, text in problems.items()]
-    more = f"; and {failed - len(texts)} ranks more" if failed > len(texts) else ""
-    return "; ".join(texts) + more

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdit.caches import user_cache
+from sdit.contracts import Progress
 from sdit.errors import CheckpointError, ConfigError, DataError
 from sdit.evaluate.features import weights_digest
 from sdit.files import file_lock, replacing
@@ -37,8 +38,6 @@ LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 1e-2
 HELD_OUT_EVERY = 20  # every 20th image is held out to measure the accuracy
 RECIPE = 1  # raise it with every change to what training yields
-
-Progress = Callable[[int, int], None]
 
 
 class Classifier(nn.Module):
@@ -112,12 +111,11 @@ def trained_features(
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"classifier-{key}.safetensors"
     with file_lock(path.with_suffix(".lock")):  # the first process trains the network, the others read it
-        if path.exists():
-            return _read(path, recipe)
-        model, accuracy = _train(pixels, labels, classes, seed, progress)
-        facts = {"recipe": json.dumps(recipe), "held_out_accuracy": repr(accuracy)}
-        with replacing(path) as file:
-            file.write(save({name: values.contiguous() for name, values in model.state_dict().items()}, facts))
+        if not path.exists():
+            model, accuracy = _train(pixels, labels, classes, seed, progress)
+            facts = {"recipe": json.dumps(recipe), "held_out_accuracy": repr(accuracy)}
+            with replacing(path) as file:
+                file.write(save({name: values.contiguous() for name, values in model.state_dict().items()}, facts))
         return _read(path, recipe)
 
 
@@ -136,9 +134,8 @@ def check_learnable(shape: tuple[int, int, int], classes: int) -> None:
         legal = f"{LAST_SIZE}, {2 * LAST_SIZE}, ... {MAX_SIZE}, square; for others give an Inception file"
         raise ConfigError(f"features: images of {height} x {width} pixels cannot be learnt; legal: {legal}")
     if classes < 2:
-        raise ConfigError(
-            f"features: {classes} classes cannot be distinguished; legal: labelled images of 2 classes or more"
-        )
+        legal = "legal: labelled images of 2 classes or more"
+        raise ConfigError(f"features: {classes} classes cannot be distinguished; {legal}")
 
 
 def _recipe(pixels: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> dict[str, Any]:

@@ -17,23 +17,17 @@ Batches = Iterable[np.ndarray]  # arrays (n, H, W, C) uint8
 class FeatureNetwork(Protocol):
     """Turns images into the features that scores are computed from."""
 
-    @property
-    def digest(self) -> str:
-        """sha256 of the weights; equal digests give comparable scores."""
-        ...
+    digest: str  # sha256 of the weights; equal digests give comparable scores
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the network is, as JSON."""
-        ...
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """ConfigError unless the network takes images of this (H, W, C)."""
-        ...
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, D) and logits (n, K), float32, of images (n, H, W, C) uint8."""
-        ...
 
 
 def rebatched(images: Batches, size: int) -> Iterator[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,14 +10,13 @@ import torch
 
 from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
-from sdit.contracts import Precision
+from sdit.contracts import Precision, Progress
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError
 from sdit.model.precision import tf32_products
 from sdit.train.decode import LatentDecoder
 from sdit.train.sampling import sample_images
 
-Progress = Callable[[int, int], None]
 TF32_CAPABILITY = (8, 0)  # of a GPU
 
 

@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -25,22 +24,14 @@ BATCH = 500
 
 
 class ImageSet(Protocol):
-    """Images that can be read again and again."""
+    """Images of the same `shape` (H, W, C) that can be read again and again."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def shape(self) -> Shape:
-        """(H, W, C) of every image."""
-        ...
+    name: str
+    count: int
+    shape: Shape
 
     def batches(self) -> Iterator[np.ndarray]:
         """All images in order, (n, H, W, C) uint8."""
-        ...
 
 
 def open_images(source: str, skip_bad: bool = False) -> ImageSet | ImageTree:
@@ -92,28 +83,20 @@ class LabelledImages:
                 yield pixels.transpose(0, 2, 3, 1), labels
 
 
-@dataclass(frozen=True)
-class _Member:
-    """Where the values of `arr_0` begin inside the file, and what they are."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
 class NpzImages:
     """arr_0 (N, H, W, C) uint8 of an npz, read piece by piece: 50,000 images of 256 x 256 pixels are 9.8 GB."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
-        with self._values() as (_, header):
-            shape = header.shape
-        if header.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
-            raise DataError(f"{path}: arr_0 is {header.dtype} {shape}; legal: uint8 (N, H, W, 1 or 3)")
+        with self._values() as (_, shape, dtype):
+            pass
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+            raise DataError(f"{path}: arr_0 is {dtype} {shape}; legal: uint8 (N, H, W, 1 or 3)")
         self.count, self.shape = shape[0], (shape[1], shape[2], shape[3])
 
     def batches(self) -> Iterator[np.ndarray]:
-        with self._values() as (file, _):
+        with self._values() as (file, _, _):
             for start in range(0, self.count, BATCH):
                 shape = (min(BATCH, self.count - start), *self.shape)
                 data = file.read(math.prod(shape))
@@ -122,8 +105,8 @@ class NpzImages:
                 yield np.frombuffer(data, np.uint8).reshape(shape)
 
     @contextmanager
-    def _values(self) -> Iterator[tuple[IO[bytes], _Member]]:
-        """The file of arr_0's values, after its header."""
+    def _values(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+        """The file of arr_0's values, after its header, which says their shape and dtype."""
         with readable_npz(self._path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise DataError(f"{self._path}: holds no arr_0; legal: images (N, H, W, C) uint8 under that name")
@@ -133,7 +116,7 @@ class NpzImages:
                 shape, column_major, dtype = read(file)
                 if column_major:
                     raise DataError(f"{self._path}: arr_0 is in Fortran order; legal: C order")
-                yield file, _Member(shape, dtype)
+                yield file, shape, dtype
 
 
 @contextmanager

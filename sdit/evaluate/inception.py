@@ -37,9 +37,8 @@ class InceptionFeatures:
             self._weight = self._network.output.weight.detach()
         except (RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0].partition(". ")[0]
-            raise ConfigError(
-                f"--features: {path}: is no TorchScript Inception with an output layer ({reason})"
-            ) from None
+            problem = f"is no TorchScript Inception with an output layer ({reason})"
+            raise ConfigError(f"--features: {path}: {problem}") from None
 
     @property
     def dimensions(self) -> int:
@@ -63,5 +62,4 @@ class InceptionFeatures:
 
     def _features(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self._device)
-        features: torch.Tensor = self._network(pixels.expand(-1, 3, -1, -1), return_features=True)
-        return features.float()
+        return self._network(pixels.expand(-1, 3, -1, -1), return_features=True).float()

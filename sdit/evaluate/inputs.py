@@ -40,7 +40,7 @@ class EvaluationInputs:
         """Return the images for trained features in the shape of those to score; None for features from a file."""
         if not isinstance(self._training, ImageTree):
             return self._training
-        return self._training.labelled(shape or self._training.common_shape(None))
+        return LabelledTree(self._training, shape or self._training.common_shape(None))
 
     def check_sampled(self, sampled: ImageSet) -> None:
         """Compare images that will be sampled with the other images. Raises: ConfigError, DataError."""
@@ -89,7 +89,7 @@ class EvaluationInputs:
         shape = self.shape()
         if isinstance(images, ImageTree):
             if shape is not None:
-                check_learnable(shape, images.labelled(shape).classes)
+                check_learnable(shape, LabelledTree(images, shape).classes)
             return images
         if not isinstance(images, LabelledImages):
             key = "--train-on" if request.train_on else "--train-on is not set, and --reference"

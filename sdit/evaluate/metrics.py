@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -34,13 +33,11 @@ def frechet_distance(
 
 def kernel_distance(real: np.ndarray, drawn: np.ndarray, seed: int) -> tuple[float, float]:
     """KID, mean and standard deviation over subsets, of features (n, D) and (m, D) (Binkowski et al. 2018, unbiased)."""
-    with _quiet():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # about features in memory: ours are limited
         metric = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=subset_size(real, drawn))
     metric.update(_wide(real), real=True)
     metric.update(_wide(drawn), real=False)
-    with _seeded(seed):
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+    return _mean_and_deviation(metric, seed)
 
 
 def subset_size(real: np.ndarray, drawn: np.ndarray) -> int:
@@ -50,12 +47,10 @@ def subset_size(real: np.ndarray, drawn: np.ndarray) -> int:
 
 def inception_score(logits: np.ndarray, seed: int) -> tuple[float, float]:
     """Mean and standard deviation over 10 random splits of exp(E KL(p(y|x) | p(y))), of logits (n, K)."""
-    with _quiet():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         metric = InceptionScore(nn.Identity(), splits=SPLITS)
     metric.update(_wide(logits))
-    with _seeded(seed):
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+    return _mean_and_deviation(metric, seed)
 
 
 def precision_recall(real: np.ndarray, drawn: np.ndarray) -> tuple[float, float]:
@@ -93,25 +88,16 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     """
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(values.dtype).eps * values[-1]
-    root: np.ndarray = (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
-    return root
+    return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
 
 
 def _wide(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(rows.astype(np.float64))
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torchmetrics draws subsets from the global generator; it is as before afterwards."""
+def _mean_and_deviation(metric: Metric, seed: int) -> tuple[float, float]:
+    """torchmetrics draws subsets from the global generator, which is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torchmetrics' warning that it keeps features in memory: ours are limited."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from sdit.caches import can_write, run_caches, use_cache
+from sdit.contracts import Progress
 from sdit.errors import ConfigError
 from sdit.evaluate.classifier import FEATURES, trained_features
 from sdit.evaluate.features import FeatureNetwork
-from sdit.evaluate.generate import Progress
 from sdit.evaluate.images import LabelledImages
 from sdit.evaluate.inception import InceptionFeatures
 from sdit.evaluate.reference import Reference, check_dimensions, check_network

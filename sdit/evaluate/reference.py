@@ -63,8 +63,9 @@ def save_reference(path: Path, reference: Reference) -> None:
         "network": reference.network,
         "count": real.count,
         "images": real.images,
+        "classes": reference.classes.count,
+        "class_names": list(reference.classes.names),
     }
-    facts |= {"classes": reference.classes.count, "class_names": list(reference.classes.names)}
     arrays: dict[str, Any] = {"mu": real.mean, "sigma": real.covariance, "sdit": np.array(json.dumps(facts))}
     if real.features is not None:
         arrays["features"] = real.features
@@ -121,9 +122,7 @@ class ReferenceSource:
         if images is None:
             return self.statistics
         given, own = self.statistics.statistics, statistics_of(images.batches(), network, seen)
-        merged = FeatureStatistics(
-            given.count, given.mean, given.covariance, own.features, own.logits, given.images or own.images
-        )
+        merged = replace(given, features=own.features, logits=own.logits, images=given.images or own.images)
         return Reference(self.name, merged, self.statistics.network, self.classes)
 
 

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdit.checkpoint.model_card import SHOWN
 from sdit.evaluate.images import ImageSet
 from sdit.evaluate.sample_cache import SampleCache
 from sdit.evaluate.score import Scores, software
 from sdit.evaluate.trees import TreeImages
 from sdit.files import replacing
-
-SHOWN = ("fid", "kid", "inception_score", "precision", "recall")
 
 
 def write_result(path: Path, scores: Scores, samples: ImageSet, reference: ImageSet | None) -> None:

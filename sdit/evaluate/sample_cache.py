@@ -18,9 +18,10 @@ import numpy as np
 from sdit.checkpoint.files import MANIFEST
 from sdit.checkpoint.load import Trained
 from sdit.config import SampleConfig
+from sdit.contracts import Progress
 from sdit.data.pixels import ROUNDING, to_pixels
 from sdit.errors import ConfigError, DataError
-from sdit.evaluate.generate import Generator, Progress
+from sdit.evaluate.generate import Generator
 from sdit.evaluate.images import NpzImages, Shape, write_npz
 from sdit.files import replacing
 from sdit.train.decode import draws_latents
@@ -99,11 +100,8 @@ def _changed(chosen: SampleConfig) -> dict[str, Any]:
 
 def checkpoint_digest(path: Path) -> str:
     """sha256 of a published file, or of a checkpoint's manifest, which holds the checksums of its files."""
-    digest = hashlib.sha256()
     with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
-        while data := file.read(2**20):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SampleCache:

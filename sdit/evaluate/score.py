@@ -8,10 +8,8 @@ from typing import Any
 from sdit import __version__
 from sdit.evaluate import metrics
 from sdit.evaluate.features import Batches, FeatureNetwork
-from sdit.evaluate.reference import Reference, check_dimensions, check_network, reference_of
+from sdit.evaluate.reference import Reference, check_dimensions, check_network
 from sdit.evaluate.statistics import FeatureStatistics, Seen, statistics_of
-
-__all__ = ["Reference", "Scores", "reference_of", "score", "score_statistics", "software"]
 
 Scores = dict[str, Any]
 

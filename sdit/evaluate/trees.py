@@ -57,10 +57,6 @@ class ImageTree:
             raise DataError(f"{self.root}: images of {found}{', ...' if len(sizes) > NAMED else ''}; {legal}")
         return (min(sizes)[0], min(sizes)[0], channels)
 
-    def labelled(self, shape: Shape) -> LabelledTree:
-        """The images in `shape`, with the labels of their folders. Raises: ConfigError, DataError."""
-        return LabelledTree(self, shape)
-
     def _header(self, name: str) -> tuple[tuple[int, int], str] | None:
         """(width, height) and mode; None for a bad file that is to be skipped."""
         try:
@@ -161,7 +157,10 @@ class TreeImages:
 
 
 class LabelledTree(TreeImages):
-    """The images of a tree with one folder for each class, which features can be learnt from."""
+    """The images of a tree with one folder for each class, which features can be learnt from.
+
+    Raises: ConfigError, DataError.
+    """
 
     def __init__(self, tree: ImageTree, shape: Shape) -> None:
         super().__init__(tree, shape, is_sample=False)

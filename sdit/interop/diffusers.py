@@ -14,21 +14,12 @@ from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.errors import CheckpointError, ConfigError
-from sdit.interop.diffusers_config import STOCK_CLASSES, diffusers_config, model_config_of
-from sdit.interop.diffusers_names import from_diffusers_names, to_diffusers_names
+from sdit.interop.diffusers_config import STOCK_CLASSES, model_config_of
+from sdit.interop.diffusers_names import from_diffusers_names
 from sdit.interop.safetensors_index import INDEX_SUFFIX, read_json_object, read_safetensors, read_safetensors_index
 from sdit.interop.weight_files import read_published_file
 
-__all__ = [
-    "diffusers_config",
-    "from_diffusers_names",
-    "model_config_of",
-    "read_diffusers_config",
-    "read_diffusers_folder",
-    "to_diffusers_names",
-]
-
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"  # the first part of the names of files of weights
 CONFIG_DEPTH = 2  # the object, and the sections `experts` and `dtr`
 
 
@@ -80,9 +71,7 @@ def _transformer(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     single, index = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}{INDEX_SUFFIX}"
-    if index.exists() and not single.exists():
-        return read_safetensors_index(index)
     pickled = folder / f"{WEIGHTS}.bin"
-    if pickled.exists() and not single.exists():
-        return read_published_file(pickled)
-    return read_safetensors(single)
+    if single.exists() or not (index.exists() or pickled.exists()):
+        return read_safetensors(single)
+    return read_safetensors_index(index) if index.exists() else read_published_file(pickled)

@@ -27,24 +27,9 @@ STOCK_KEYS = {
     "num_attention_heads": "heads",
     "num_embeds_ada_norm": "classes",
 }
-COMMON = {
-    *STOCK_KEYS.values(),
-    "size",
-    "width",
-    "learn_variance",
-    "variant",
-    "timesteps",
-}  # not options of the backbone
-EXPORTED = {
-    "mlp_ratio",
-    "norm",
-    "ffn",
-    "qk_norm",
-    "rope",
-    "positions",
-    "time_scale",
-    "position_base",
-}  # of CUSTOM_CLASS
+# Keys that are not options of the backbone, and the options that CUSTOM_CLASS has.
+COMMON = {*STOCK_KEYS.values(), "size", "width", "learn_variance", "variant", "timesteps"}
+EXPORTED = {"mlp_ratio", "norm", "ffn", "qk_norm", "rope", "positions", "time_scale", "position_base"}
 SECTIONS = {"switch": "experts", "dtr": "dtr"}  # the section that only this variant uses
 
 
@@ -66,9 +51,8 @@ def model_config_of(config: Mapping[str, Any], where: str = "config.json") -> Mo
         raise ConfigError(f"{where}: {missing[0]}: {config.get(missing[0])!r} is not legal; legal: a whole number")
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if out not in (channels, 2 * channels):
-        raise ConfigError(
-            f"{where}: out_channels: {out!r} for in_channels {channels}; legal: {channels}, {2 * channels}"
-        )
+        legal = f"{channels}, {2 * channels}"
+        raise ConfigError(f"{where}: out_channels: {out!r} for in_channels {channels}; legal: {legal}")
     values: dict[str, Any] = {ours: config[theirs] for theirs, ours in STOCK_KEYS.items()}
     values |= {"width": config["num_attention_heads"] * config["attention_head_dim"], "variant": "dit"}
     values["learn_variance"] = out == 2 * channels

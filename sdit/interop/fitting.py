@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -83,12 +84,10 @@ def _copied_into_experts(config: ModelConfig, given: Mapping[str, Tensor], block
             f"model.moe: experts of kind {config.moe.kind} and hidden width {hidden} cannot be copies of an MLP with GELU of "
             f"hidden width {theirs}; legal: kind mlp and hidden_ratio {theirs / config.width:g}"
         )
-    for block in blocks:
-        for leaf in MLP_LEAVES:
-            values = tensors.pop(f"blocks.{block}.mlp.{leaf}", None)
-            if values is not None:
-                copies = {f"blocks.{block}.moe.experts.{expert}.{leaf}": values for expert in range(config.moe.experts)}
-                tensors |= copies
+    for block, leaf in product(blocks, MLP_LEAVES):
+        values = tensors.pop(f"blocks.{block}.mlp.{leaf}", None)
+        if values is not None:
+            tensors |= {f"blocks.{block}.moe.experts.{expert}.{leaf}": values for expert in range(config.moe.experts)}
     return tensors
 
 
@@ -96,15 +95,10 @@ def _moe_note(config: ModelConfig) -> str:
     """Return in one line what became of the MLPs, and whether the output is that of the dense model."""
     moe = config.moe
     assert moe is not None
-    is_same = (
-        moe.router == "token" and moe.renormalize and moe.scale == 1 and moe.capacity_factor is None and not moe.shared
-    )
-    outcome = (
-        "the output is that of the dense model"
-        if is_same
-        else "the output is not that of the dense model, which needs router token, renormalize true, scale 1, shared 0 and "
-        "capacity_factor null"
-    )
+    outcome = "the output is that of the dense model"
+    if moe.router != "token" or not moe.renormalize or moe.scale != 1 or moe.capacity_factor is not None or moe.shared:
+        needed = "router token, renormalize true, scale 1, shared 0 and capacity_factor null"
+        outcome = f"the output is not that of the dense model, which needs {needed}"
     return f"each token-routed expert is a copy of its block's MLP, and token gates are new: {outcome}"
 
 

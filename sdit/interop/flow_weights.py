@@ -72,7 +72,5 @@ def _reverse_time(weight: Tensor) -> Tensor:
         raise ConfigError(f"{TIME} has shape {tuple(weight.shape)}; legal: {SINUSOID_SIZE} columns")
     frequency = sinusoid_frequencies(weight.device).double()
     cos, sin = weight.double().chunk(2, dim=1)
-    reversed_weight = torch.cat(
-        [cos * frequency.cos() + sin * frequency.sin(), cos * frequency.sin() - sin * frequency.cos()], dim=1
-    )
-    return reversed_weight.to(torch.promote_types(weight.dtype, torch.float32))
+    new_cos, new_sin = cos * frequency.cos() + sin * frequency.sin(), cos * frequency.sin() - sin * frequency.cos()
+    return torch.cat([new_cos, new_sin], dim=1).to(torch.promote_types(weight.dtype, torch.float32))

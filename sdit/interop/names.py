@@ -10,6 +10,7 @@ Values = TypeVar("Values")
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 EMA_HOLDERS = frozenset(("ema", "ema_model", "model_ema", "ema_net", "averaged_model"))
 HOLDERS = EMA_HOLDERS | {"model", "net", "network", "denoiser", "diffusion_model", "transformer"}
+MOST_NAMES = 6  # of a message
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def _split_name(name: str) -> tuple[tuple[str, ...], str]:
     return tuple(words[:first]), ".".join(words[first:])
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
-    """Return the first `most` names and the number of the others."""
+def listed(names: Iterable[str]) -> str:
+    """Return the first names and the number of the others."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.errors import CheckpointError, ConfigError
@@ -38,30 +37,11 @@ def write_pretrained(model: DiffusionTransformer, folder: Path) -> None:
 
 
 def write_model_config(folder: Path, config: ModelConfig) -> None:
-    """Write config.json.
-
-    Raises: CheckpointError: if it cannot be written.
-    """
+    """Write config.json. Raises: CheckpointError: if it cannot be written."""
     try:
         replace_text(folder / CONFIG, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{folder / CONFIG}: cannot be written: {error.strerror or error}") from None
-
-
-def read_pretrained(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the model section and the tensors by published name of a folder.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged. The message names the file.
-        ConfigError: if config.json is not legal.
-    """
-    values = read_json_object(folder / CONFIG, CONFIG_DEPTH)
-    try:
-        config = parse_model_config(values)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG}: {error}") from None
-    is_split = (folder / INDEX).exists() and not (folder / WEIGHTS).exists()
-    return config, read_safetensors_index(folder / INDEX) if is_split else read_safetensors(folder / WEIGHTS)
 
 
 def load_pretrained(folder: Path, kind: type[Any]) -> Any:
@@ -71,7 +51,12 @@ def load_pretrained(folder: Path, kind: type[Any]) -> Any:
         CheckpointError: if a file is missing or damaged. The message names the file.
         ConfigError: if config.json is not legal, or the weights do not fit it. The message names the folder.
     """
-    config, tensors = read_pretrained(folder)
+    try:
+        config = parse_model_config(read_json_object(folder / CONFIG, CONFIG_DEPTH))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    is_split = (folder / INDEX).exists() and not (folder / WEIGHTS).exists()
+    tensors = read_safetensors_index(folder / INDEX) if is_split else read_safetensors(folder / WEIGHTS)
     with torch.device("meta"):
         model: DiffusionTransformer = kind(config)
     model = model.to_empty(device="cpu")

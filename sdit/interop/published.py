@@ -48,14 +48,9 @@ def load_published(
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not _is_buffer(name)]
     if missing or unexpected:
-        problems = [
-            f"{kind} {listed(names)}"
-            for kind, names in (("does not contain", missing), ("also has", unexpected))
-            if names
-        ]
-        raise ConfigError(
-            f"model: the checkpoint {' and '.join(problems)}; legal: the names of {_summary(model.config)}"
-        )
+        kinds = {"does not contain": missing, "also has": unexpected}
+        problem = " and ".join(f"{kind} {listed(names)}" for kind, names in kinds.items() if names)
+        raise ConfigError(f"model: the checkpoint {problem}; legal: the names of {_summary(model.config)}")
     misfits = [text for name, target in wanted.items() if (text := _misfit(name, given[name], target.shape))]
     if misfits:
         raise ConfigError(f"model: {listed(misfits)}; legal: the shapes of {_summary(model.config)}")
@@ -174,16 +169,13 @@ def _check_buffers(config: ModelConfig, given: Mapping[str, Tensor]) -> None:
             _check_table(config, name, given[name].cpu(), tables.get(name))
     active = _active_units(given.get(PRIOR_MASK))
     if config.variant == "switch" and active and active != config.depth * config.experts.top_k:
-        raise ConfigError(
-            f"model.experts.top_k: {config.experts.top_k} is not the checkpoint's; legal: {active // config.depth}"
-        )
+        ours, theirs = config.experts.top_k, active // config.depth
+        raise ConfigError(f"model.experts.top_k: {ours} is not the checkpoint's; legal: {theirs}")
     for name in filter(CHANNEL_MASK.fullmatch, given if config.variant == "dtr" else ()):
-        if _active_units(given[name]) and not torch.equal(
-            given[name].cpu().float(), _float_mask(channel_windows(config))
-        ):
-            raise ConfigError(
-                f"model.dtr: alpha {config.dtr.alpha}, beta {config.dtr.beta} do not give the checkpoint's {name}"
-            )
+        mask = _float_mask(channel_windows(config))
+        if _active_units(given[name]) and not torch.equal(given[name].cpu().float(), mask):
+            values = f"alpha {config.dtr.alpha}, beta {config.dtr.beta}"
+            raise ConfigError(f"model.dtr: {values} do not give the checkpoint's {name}")
 
 
 def _check_table(config: ModelConfig, name: str, theirs: Tensor, ours: Tensor | None) -> None:

@@ -8,13 +8,12 @@ from typing import Literal
 from torch import Tensor
 
 from sdit.errors import CheckpointError
-from sdit.interop.diffusers import read_diffusers_folder
+from sdit.interop.diffusers import WEIGHTS, read_diffusers_folder
 from sdit.interop.names import listed
-from sdit.interop.safetensors_index import read_safetensors_index
+from sdit.interop.safetensors_index import INDEX_SUFFIX, read_safetensors_index
 from sdit.interop.weight_files import SUFFIXES, read_published_file, weights_in
 
-INDEX_PATTERN = "*.safetensors.index.json"
-DIFFUSERS = "diffusion_pytorch_model"  # the first part of the name of diffusers' files of weights
+INDEX_PATTERN = f"*{INDEX_SUFFIX}"
 
 
 def read_weights(path: Path, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
@@ -51,7 +50,7 @@ def _read_folder(path: Path, weights: Literal["ema", "model"]) -> dict[str, Tens
 def is_diffusers_folder(path: Path) -> bool:
     """Return True if a folder is a pipeline of diffusers, or the folder of its transformer."""
     return (path / "model_index.json").exists() or any(
-        next(folder.glob(f"{DIFFUSERS}*"), None) is not None for folder in (path, path / "transformer")
+        next(folder.glob(f"{WEIGHTS}*"), None) is not None for folder in (path, path / "transformer")
     )
 
 

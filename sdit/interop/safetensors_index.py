@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,15 +47,30 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    tensors = load_safetensors(path)
+    check_finite(path, tensors)
+    return tensors
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the same tensors without a check of their numbers."""
     read_header(path)
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except Exception as error:  # a damaged file can raise any error in the reader
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+
+
+@torch.no_grad()
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that all numbers of the file at `path` are finite. One-byte floats are converted to float32 for the test.
+
+    Raises: CheckpointError: if one is not.
+    """
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    bad = [name for name, v in floats.items() if not torch.isfinite(v.float() if v.itemsize == 1 else v).all()]
     if bad:
         raise CheckpointError(f"{path}: {listed(bad)} hold{'s' * (len(bad) == 1)} NaN or infinite numbers")
-    return tensors
 
 
 def _files(path: Path) -> dict[str, set[str]]:
@@ -65,9 +81,8 @@ def _files(path: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: {name[:80]} is in {str(file)[:80]!r}; legal: a .safetensors file in the same folder"
-            )
+            legal = "a .safetensors file in the same folder"
+            raise CheckpointError(f"{path}: {name[:80]} is in {str(file)[:80]!r}; legal: {legal}")
         files.setdefault(file, set()).add(name)
     return files
 

@@ -53,9 +53,8 @@ def _clipping(diffusion: DiffusionConfig, kind: str) -> tuple[dict[str, Any], li
     if diffusion.clip_x0 == "fixed" and has_clip:
         return {"clip_sample": True, "clip_sample_range": diffusion.clip_range}, []
     if diffusion.clip_range != 1:
-        return none, [
-            f"x0 is not clipped, because {kind} has no {diffusion.clip_x0} clipping to a range that is not 1."
-        ]
+        missing = f"{kind} has no {diffusion.clip_x0} clipping to a range that is not 1"
+        return none, [f"x0 is not clipped, because {missing}."]
     keys = none | {"thresholding": True, "dynamic_thresholding_ratio": diffusion.clip_percentile}
     if diffusion.clip_x0 == "fixed":
         return keys | {"sample_max_value": 1.0}, []

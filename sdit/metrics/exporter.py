@@ -23,8 +23,7 @@ from prometheus_client.exposition import basic_auth_handler, default_handler, pu
 
 from sdit.config import ObserveConfig
 from sdit.errors import ConfigError
-from sdit.files import free_bytes
-from sdit.json_files import write_json
+from sdit.files import free_bytes, write_json
 from sdit.metrics.collector import SharedMetricsCollector
 from sdit.metrics.shared_file import RankStatus
 from sdit.redact import redact

@@ -12,9 +12,8 @@ from sdit.supervise.lock import owner_of
 from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.rendezvous import RendezvousStore
 
-SILENT_SECONDS = (
-    30.0  # a waiting rank that reports nothing for this long is lost; NFS shows a change after a few seconds
-)
+# A waiting rank that reports nothing for this long is lost. NFS shows a change after a few seconds.
+SILENT_SECONDS = 30.0
 UNSURE_SECONDS = 5.0  # by then the rank 0 of another launch has refused its ranks
 REFUSE_SECONDS = 10.0  # a refused rank 0 waits this long for ranks of its launch that start later
 _log = logging.getLogger(__name__)
@@ -24,27 +23,21 @@ class Attendance:
     """The waiting ranks that announced themselves recently, in order of arrival."""
 
     def __init__(self) -> None:
-        self._last_seen: dict[str, tuple[Member, float]] = {}
-        self._first_seen: dict[str, float] = {}
+        self._seen: dict[str, tuple[Member, float, float]] = {}  # by nonce, with the first and the last time
 
     def update(self, members: Iterable[Member], now: float) -> list[Member]:
         """Add the members announced at time `now` (seconds), and return those that seem alive."""
-        present = {member.nonce: member for member in members}
-        for nonce, member in present.items():
-            before = self._last_seen.get(nonce)
+        for member in members:
+            before = self._seen.get(member.nonce)
             if before is None or before[0].beats != member.beats:
-                self._last_seen[nonce] = (member, now)
-        self._last_seen = {
-            nonce: (member, at)
-            for nonce, (member, at) in self._last_seen.items()
-            if now - at < SILENT_SECONDS and not member.is_dead
-        }
-        self._first_seen = {nonce: self._first_seen.get(nonce, now) for nonce in self._last_seen}
-        return [member for member, _ in self._last_seen.values()]
+                self._seen[member.nonce] = (member, now if before is None else before[1], now)
+        recent = {nonce: each for nonce, each in self._seen.items() if now - each[2] < SILENT_SECONDS}
+        self._seen = {nonce: each for nonce, each in recent.items() if not each[0].is_dead}
+        return [member for member, _, _ in self._seen.values()]
 
     def settled(self, now: float) -> set[str]:
         """Return the nonces of the ranks that have waited for `UNSURE_SECONDS`."""
-        return {nonce for nonce, came in self._first_seen.items() if now - came > UNSURE_SECONDS}
+        return {nonce for nonce, (_, came, _) in self._seen.items() if now - came > UNSURE_SECONDS}
 
 
 def admit(

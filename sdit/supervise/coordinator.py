@@ -10,13 +10,13 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sdit.errors import ExitCode
 from sdit.supervise.admission import Attendance, admit
-from sdit.supervise.endpoint import RendezvousEndpoint, free_port
+from sdit.supervise.endpoint import free_port, launch_endpoint
 from sdit.supervise.job import SupervisedRank
 from sdit.supervise.members import Member, MemberRegistry
 from sdit.supervise.rendezvous import AttemptSpec, RendezvousStore
@@ -37,7 +37,7 @@ class Coordinator:
         self._config, self._world, self._largest_world = rank.config, rank.info.world, rank.job.largest_world
         self._unfinished = Unfinished(run_dir, store.token, rank.job.steps)
         one_node = rank.info.local_world == self._world
-        self._endpoint = RendezvousEndpoint.from_environment(rank.environment, one_node)
+        self._address, self._port = launch_endpoint(rank.environment, one_node)
         self._policy = RestartPolicy(rank.config.restarts, rank.config.stop_code)
         self._members: dict[int, Member] = {0: rank.member}
         self._attendance = Attendance()
@@ -106,20 +106,16 @@ class Coordinator:
 
     def _watch_attempt(self) -> None:
         """Watch an attempt. The first failure ends it on all ranks. The policy decides when all ranks have reported."""
-        exit_reports = {
-            rank: report
-            for rank, report in self._store.exit_reports(self._spec.attempt).items()
-            if rank in self._spec.order
-        }
+        reports = self._store.exit_reports(self._spec.attempt)
+        exit_reports = {rank: report for rank, report in reports.items() if rank in self._spec.order}
         if any(not report.is_clean for report in exit_reports.values()) and not self._spec.ending:
             self._since = time.monotonic()
             self._publish(ending=True)
         if len(exit_reports) < len(self._spec.order):
             if not self._is_overdue(exit_reports):
                 return
-            exit_reports |= {
-                rank: self._lost_report(rank, exit_reports) for rank in self._spec.order if rank not in exit_reports
-            }
+            lost = [rank for rank in self._spec.order if rank not in exit_reports]
+            exit_reports |= {rank: self._lost_report(rank, exit_reports) for rank in lost}
         self._reached_first_step |= any(report.step > 0 or report.phase > 0 for report in exit_reports.values())
         decision = self._policy.decide(exit_reports, self._newest_checkpoint(), self.stopping)
         if self.problem:  # another attempt would start a new run at the old path
@@ -156,11 +152,8 @@ class Coordinator:
             return
         world = self._largest_world(len(left)) if self._config.elastic else 0
         if world == 0:
-            need = (
-                "supervise.elastic: true would continue without them"
-                if not self._config.elastic
-                else "too few ranks remain"
-            )
+            without = "supervise.elastic: true would continue without them"
+            need = "too few ranks remain" if self._config.elastic else without
             lost = f"{len(self._spec.order) - len(left)} of {len(self._spec.order)} ranks are lost"
             self._end_incomplete(ExitCode.CRASH, f"{lost}; {need}; next: none")
             return
@@ -176,8 +169,8 @@ class Coordinator:
             members={str(rank): member.nonce for rank, member in self._members.items()},
             order=order,
             hosts=tuple(self._members[rank].host for rank in order),
-            address=self._endpoint.address,
-            port=free_port(self._endpoint.port if attempt == 1 else None),
+            address=self._address,
+            port=free_port(self._port if attempt == 1 else None),
             resume="auto" if self._reached_first_step and newest else None,
         )
         self._publish()
@@ -223,7 +216,7 @@ class Coordinator:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempt": self._spec.attempt,
             "ranks": len(self._spec.order),
-            **{key: value for key, value in asdict(fault).items() if key in ("rank", "host", "step", "cause", "code")},
+            **{key: getattr(fault, key) for key in ("rank", "host", "cause", "code", "step")},
             "restart": decision.restart,
             "exit_code": decision.code,
             "text": decision.text or _stop_reason(exit_reports),

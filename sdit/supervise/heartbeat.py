@@ -10,7 +10,6 @@ import mmap
 import os
 import signal
 import struct
-import tempfile
 import threading
 from dataclasses import dataclass
 
@@ -70,7 +69,7 @@ class Heartbeat:
     @classmethod
     def create(cls) -> Heartbeat:
         """Create shared memory whose descriptor a worker inherits."""
-        descriptor = memory_file("sdit-heartbeat")
+        descriptor = os.memfd_create("sdit-heartbeat")  # freed when the last process closes it
         os.truncate(descriptor, MEMORY_BYTES)
         return cls(descriptor)
 
@@ -132,11 +131,3 @@ class Heartbeat:
         if not kind:
             return None
         return Failure(self._memory[_TEXT_AT : _TEXT_AT + length].decode(errors="replace"), kind == 2)
-
-
-def memory_file(name: str) -> int:
-    """Return the descriptor of a new file in memory. The kernel frees it when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from sdit.errors import ConfigError
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.process import identity, is_running, machine
 from sdit.supervise.run_folder import unwritable
 
 HEARTBEAT_SECONDS = 5.0
-WATCH_SECONDS = (
-    20.0  # a remote holder without a heartbeat for this long is dead; four heartbeats, for slow file systems
-)
+# A remote holder without a heartbeat for this long is dead. These are four heartbeats, for slow file systems.
+WATCH_SECONDS = 20.0
 HEAL_SECONDS = HEARTBEAT_SECONDS + 1.0  # by then a live holder has replaced content that was damaged
 LOCK_BYTES = 65_536  # limit of a read; a lock has a few hundred bytes
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -119,17 +118,15 @@ class Holder:
         try:
             status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(
-                    f"run_dir: {path}: is not a regular file; legal: remove it, so that a lock file can be created"
-                )
+                legal = "remove it, so that a lock file can be created"
+                raise ConfigError(f"run_dir: {path}: is not a regular file; legal: {legal}")
             with path.open("rb") as file:
                 data = file.read(LOCK_BYTES)
         except FileNotFoundError:
             return None
         except PermissionError as error:
-            raise ConfigError(
-                f"run_dir: {path}: cannot be read ({error.strerror}); legal: a lock file that this user can read"
-            ) from error
+            legal = "a lock file that this user can read"
+            raise ConfigError(f"run_dir: {path}: cannot be read ({error.strerror}); legal: {legal}") from error
         seed = f"{path.name} {status.st_ino} {status.st_mtime_ns} ".encode() + data
         return cls(_object(data), hashlib.sha256(seed).hexdigest()[:16])
 
@@ -229,9 +226,8 @@ def owner_of(run_dir: Path) -> Holder | None:
 
 def in_use(run_dir: Path, holder: Holder) -> ConfigError:
     """Return the error for a run directory that another launch uses."""
-    return ConfigError(
-        f"run_dir: {run_dir}: is in use by {holder.describe()}; legal: another run_dir, or end that process first"
-    )
+    legal = "another run_dir, or end that process first"
+    return ConfigError(f"run_dir: {run_dir}: is in use by {holder.describe()}; legal: {legal}")
 
 
 def _is_live(path: Path, holder: Holder, watch_seconds: float) -> bool:

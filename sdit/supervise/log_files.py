@@ -36,10 +36,7 @@ def append(descriptor: int, text: str) -> None:
 
 
 def append_to(path: Path, text: str) -> None:
-    """Append a text to a file, which is created if it is missing.
-
-    Raises: OSError: if it cannot be written.
-    """
+    """Append a text to a file, which is created if it is missing. Raises: OSError: if it cannot be written."""
     descriptor = open_to_append(path)
     try:
         append(descriptor, text)
@@ -48,8 +45,5 @@ def append_to(path: Path, text: str) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """Return a descriptor for `append`.
-
-    Raises: OSError: if the file cannot be opened.
-    """
+    """Return a descriptor for `append`. Raises: OSError: if the file cannot be opened."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.process import is_running, machine, start_ticks
 
@@ -58,45 +58,35 @@ class Member:
 
 
 class MemberRegistry:
-    """The folder RUN/supervise/waiting, in which ranks announce themselves."""
+    """The folder RUN/supervise/waiting, in which ranks announce themselves.
+
+    Methods that write raise OSError if the file system fails.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "supervise" / WAITING
-        self._known: dict[
-            str, tuple[int, Member]
-        ] = {}  # inode and content of the announcements, by the name of the file
+        # Inode and content of the announcements, by the name of the file.
+        self._known: dict[str, tuple[int, Member]] = {}
 
     def open(self) -> None:
-        """Create the folder, in a run directory that may be new.
-
-        Raises: OSError: if it cannot be created.
-        """
+        """Create the folder, in a run directory that may be new."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def wipe(self) -> None:
-        """Remove all entries. Waiting ranks announce themselves again. Only the lock's holder may call it.
-
-        Raises: OSError: if the file system fails.
-        """
+        """Remove all entries. Waiting ranks announce themselves again. Only the lock's holder may call it."""
         self.open()
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
     def post(self, member: Member) -> None:
-        """Announce a rank. It has no effect if the folder is wiped at the same time or the run is deleted.
-
-        Raises: OSError: if the file system fails.
-        """
+        """Announce a rank. It has no effect if the folder is wiped at the same time or the run is deleted."""
         with contextlib.suppress(FileNotFoundError):
             make_folder(self._folder)
             write_json(self._path(member, "json"), asdict(member))
 
     def touch(self, member: Member) -> bool:
-        """Show that an announced rank still waits. Return False if it is not announced, because the folder was wiped.
-
-        Raises: OSError: if the file system fails.
-        """
+        """Show that an announced rank still waits. Return False if it is not announced, because the folder was wiped."""
         try:
             os.utime(self._path(member, "json"))
         except FileNotFoundError:
@@ -130,10 +120,7 @@ class MemberRegistry:
         return entry.name, status.st_ino, member and replace(member, beats=status.st_mtime_ns)
 
     def refuse(self, member: Member, code: int) -> None:
-        """Ask a rank of the same launch to exit. It has no effect if the folder is being wiped or is deleted.
-
-        Raises: OSError: if the file system fails.
-        """
+        """Ask a rank of the same launch to exit. It has no effect if the folder is being wiped or is deleted."""
         with contextlib.suppress(FileNotFoundError):
             write_json(self._path(member, "refused"), {"code": code})
 
@@ -153,9 +140,6 @@ class MemberRegistry:
 
 
 def make_folder(folder: Path) -> None:
-    """Create RUN/supervise and a folder in it, but never RUN itself.
-
-    Raises: OSError: if the file system fails.
-    """
+    """Create RUN/supervise and a folder in it, but never RUN itself. Raises: OSError."""
     folder.parent.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)

@@ -17,9 +17,8 @@ from sdit.supervise.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 2.0
 ANNOUNCEMENTS_PER_SECOND = 500  # of all ranks together, at most
-DOUBT_SECONDS = (
-    2.0  # during this time the lock's holder lists its ranks, even one that another launch refused by mistake
-)
+# During this time the lock's holder lists its ranks, even one that another launch refused by mistake.
+DOUBT_SECONDS = 2.0
 FOREIGN_SECONDS = 30.0  # if another launch holds the lock for longer, rank 0 of this launch was refused
 _log = logging.getLogger(__name__)
 
@@ -31,13 +30,9 @@ class Membership:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        member: Member,
-        world: int,
-        registry: MemberRegistry,
+        self, folder: RunFolder, member: Member, world: int, registry: MemberRegistry,
         store: RendezvousStore | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._shown, self._world, run_dir = folder.path, world, folder.anchor
         self._run_dir, self._member, self._registry, self._store = run_dir, member, registry, store
         self._announced_at = -math.inf
@@ -83,10 +78,7 @@ class Membership:
         return spec is not None and spec.names(self._member.rank, self._member.nonce)
 
     def report_exit(self, attempt: int, report: ExitReport) -> None:
-        """Report the end of this rank's attempt.
-
-        Raises: OSError: if it cannot be written.
-        """
+        """Report the end of this rank's attempt. Raises: OSError: if it cannot be written."""
         if self._store is not None:
             self._store.report_exit(attempt, report)
 
@@ -108,7 +100,7 @@ class Membership:
         owner = owner_of(self._run_dir)
         if owner is None or _mark(owner).surely_agrees_with(self._member.launch):
             self._foreign = None
-        elif self._foreign is None or _token(self._foreign[0]) != _token(owner):
+        elif self._foreign is None or self._foreign[0].body["token"] != owner.body["token"]:
             self._foreign = owner, now
         elif owner.stamp != self._foreign[0].stamp and now - self._foreign[1] > FOREIGN_SECONDS:
             return ExitCode.CONFIG, str(in_use(self._shown, owner))
@@ -130,10 +122,6 @@ class Membership:
 def announce_seconds(world: int) -> float:
     """Return the seconds between two announcements of a rank of `world` ranks, which are less than `SILENT_SECONDS`."""
     return min(max(HEARTBEAT_SECONDS, world / ANNOUNCEMENTS_PER_SECOND), SILENT_SECONDS / 3)
-
-
-def _token(owner: Holder | None) -> str:
-    return owner.body["token"] if owner is not None else ""
 
 
 def _mark(owner: Holder) -> LaunchIdentity:

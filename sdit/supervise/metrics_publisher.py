@@ -64,14 +64,9 @@ class MetricsPublisher:
 
     def count_end(self, report: ExitReport) -> None:
         """Count an ended process of the rank."""
-        ends = self._status.ends
+        ends = {**self._status.ends, report.cause: self._status.ends[report.cause] + 1}
         state = "ended" if report.is_clean else "restarting"
-        self._status = replace(
-            self._status,
-            is_up=False,
-            state=state,
-            ends={**ends, report.cause: ends[report.cause] + 1},
-        )
+        self._status = replace(self._status, is_up=False, state=state, ends=ends)
 
     def publish(
         self, spec: AttemptSpec | None, attempt: int, worker: WorkerProcess | None, deadline_seconds: float, stops: int

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.metrics.shared_file import shared_folder
 
 PREFIX = "sdit-spec-"

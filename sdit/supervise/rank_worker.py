@@ -6,7 +6,8 @@ import contextlib
 import os
 
 from sdit.config import SuperviseConfig
-from sdit.supervise.heartbeat import ALIVE_SECONDS, Heartbeat, Phase, memory_file
+from sdit.launch_environment import LAUNCHER_VARIABLE
+from sdit.supervise.heartbeat import ALIVE_SECONDS, Heartbeat, Phase
 from sdit.supervise.job import SupervisedRank
 from sdit.supervise.log_files import append_to, log_path, mark_lines
 from sdit.supervise.rendezvous import AttemptSpec
@@ -14,9 +15,9 @@ from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
 from sdit.supervise.stop_request import StopRequest
 from sdit.supervise.worker import KILL_SECONDS, StartWorker, WorkerProcess, WorkerSpec
-from sdit.supervise.worker_environment import worker_environment
 
 FROZEN_SECONDS = 5.0  # ten alive
+FOREIGN = ("TORCHELASTIC_",)  # with these, torch would look for torchrun's store instead of rank 0's
 
 
 class RankWorker:
@@ -40,7 +41,7 @@ class RankWorker:
         """Start the process of an attempt."""
         with contextlib.suppress(OSError):
             self._folder.make("logs")  # a user may have deleted it during the launch
-        heartbeat, stacks = Heartbeat.create(), memory_file("sdit-stacks")
+        heartbeat, stacks = Heartbeat.create(), os.memfd_create("sdit-stacks")
         worker_spec = WorkerSpec(
             heartbeat.descriptor, spec.attempt, os.getpid(), stacks, spec.resume, self._metrics_path
         )
@@ -129,3 +130,14 @@ def deadline_seconds(config: SuperviseConfig, phase: Phase) -> float:
         Phase.SAMPLE: config.sample_seconds,
         Phase.END: config.grace_seconds,
     }[phase]
+
+
+def worker_environment(rank: SupervisedRank, spec: AttemptSpec) -> dict[str, str]:
+    """Return the supervisor's environment with the variables of a rank of the attempt, as a launcher would set them."""
+    info, world = rank.info, len(spec.order)
+    local_world = spec.hosts.count(rank.member.host) if world < info.world else info.local_world
+    kept = {name: value for name, value in rank.environment.items() if not name.startswith(FOREIGN)}
+    place = {"RANK": spec.order.index(info.rank), "WORLD_SIZE": world, "LOCAL_RANK": info.local_rank}
+    rendezvous = {"MASTER_ADDR": spec.address, "MASTER_PORT": spec.port}
+    node = {"LOCAL_WORLD_SIZE": local_world, "LOCAL_SIZE": local_world, LAUNCHER_VARIABLE: info.source}
+    return {**kept, **{name: str(value) for name, value in {**place, **rendezvous, **node}.items()}}

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.members import TOKEN, WAITING, Member, make_folder
 from sdit.supervise.node_copy import Beat, NodeCopy
 from sdit.supervise.restart_policy import ExitReport
@@ -65,7 +65,10 @@ class AttemptSpec:
 
 
 class RendezvousStore:
-    """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token."""
+    """The folder RUN/supervise/TOKEN of the launch whose rank 0 holds the lock with this token.
+
+    Methods that write raise OSError if the file system fails.
+    """
 
     def __init__(self, run_dir: Path, token: str, copy: NodeCopy | None = None) -> None:
         """Take a run folder and a lock's token. With a `copy`, what is read here is shared with the node."""
@@ -100,20 +103,14 @@ class RendezvousStore:
         return [cls.shared(run_dir, name) for name in names if TOKEN.fullmatch(name)]
 
     def open(self) -> None:
-        """Create the folder and remove those of earlier launches. Only the lock's holder may do so.
-
-        Raises: OSError: if it cannot be created.
-        """
+        """Create the folder and remove those of earlier launches. Only the lock's holder may do so."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.parent.iterdir():
             if other not in (self._folder, self._folder.with_name(WAITING)):
                 shutil.rmtree(other, ignore_errors=True)
 
-    def publish(self, spec: AttemptSpec) -> AttemptSpec:
-        """Write an attempt spec for all ranks.
-
-        Raises: OSError: if the file system fails.
-        """
+    def publish(self, spec: AttemptSpec) -> None:
+        """Write an attempt spec for all ranks."""
         make_folder(self._folder)  # a user may have deleted it during the launch
         self._reports_of(spec.attempt).mkdir(exist_ok=True)
         lasting = replace(spec, ending=False, code=None)
@@ -123,7 +120,6 @@ class RendezvousStore:
             write_json(self._spec, {**asdict(lasting), "version": version})
             self._written = version, lasting
         write_json(self._beat, {"version": version, "ending": spec.ending, "code": spec.code})
-        return spec
 
     @property
     def has_attempt_spec(self) -> bool:
@@ -131,10 +127,7 @@ class RendezvousStore:
         return self._spec.exists() and self._beat.exists()
 
     def beat(self) -> None:
-        """Show that rank 0's supervisor is alive. It needs no space on the disk.
-
-        Raises: OSError: if the file system fails.
-        """
+        """Show that rank 0's supervisor is alive. It needs no space on the disk."""
         os.utime(self._beat)
 
     def problem(self, member: Member) -> str:
@@ -150,13 +143,9 @@ class RendezvousStore:
             return str(error.strerror)
         return ""
 
-    def attempt_spec(self, max_age_seconds: float = 0.0) -> AttemptSpec | None:
-        """Return the attempt spec, or None if there is none. `beats` is the time of the beat.
-
-        The shared file system is not used if a supervisor of this node has read it within `max_age_seconds`.
-        """
-        beat = self.copy.beat(max_age_seconds) if self.copy is not None else None
-        return self._spec_at(beat or self._read_beat())
+    def attempt_spec(self) -> AttemptSpec | None:
+        """Return the attempt spec, or None if there is none. `beats` is the time of the beat."""
+        return self._spec_at(self._read_beat())
 
     def copied_spec(self, max_age_seconds: float) -> AttemptSpec | None:
         """Return the attempt spec that a supervisor of this node has read within `max_age_seconds`, or None."""
@@ -205,8 +194,6 @@ class RendezvousStore:
         Reports that can wait are written together with those of the other ranks of the node, in one file, by any of its
         supervisors. If the folder is missing, nothing is written. Either rank 0 creates it again, or a new holder of the
         lock has removed the launch.
-
-        Raises: OSError: if the file system fails.
         """
         name, body = self._own_or_node(attempt, report)
         path = self._reports_of(attempt) / name

@@ -118,6 +118,5 @@ class RestartPolicy:
             next_step = f"next: none, {made} restarts made, {why} (exit {int(code)})"
             return Decision(False, code, f"{fault.describe()}; {next_step}")
         start = f"from {self._newest}" if self._newest else "from the start"
-        return Decision(
-            True, ExitCode.CRASH, f"{fault.describe()}; next: restart {made + 1} of {self._allowed} {start}"
-        )
+        next_step = f"next: restart {made + 1} of {self._allowed} {start}"
+        return Decision(True, ExitCode.CRASH, f"{fault.describe()}; {next_step}")

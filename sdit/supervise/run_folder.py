@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 
 from sdit.errors import ConfigError, StorageError
 from sdit.files import DISK_FULL
@@ -42,9 +41,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
     def __truediv__(self, name: str) -> Path:
@@ -53,17 +50,9 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def make(self, *names: str) -> Path:
-        """Create the folder names[0]/names[1]/... inside unless it exists, and return its path.
-
-        Raises: OSError: if it cannot be created.
-        """
-        path = self / names[0]
-        path.mkdir(exist_ok=True)
-        for name in names[1:]:
-            path = path / name
-            path.mkdir(exist_ok=True)
-        return path
+    def make(self, name: str) -> None:
+        """Create the folder `name` inside unless it exists. Raises: OSError: if it cannot be created."""
+        (self / name).mkdir(exist_ok=True)
 
     @property
     def anchor(self) -> Path:
@@ -135,8 +124,7 @@ class RunFolder:
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
     """Return the error for a run directory that cannot be used: StorageError if the disk is full."""
+    problem = f"run_dir: {run_dir}: cannot be written ({error.strerror})"
     if error.errno in DISK_FULL:
-        return StorageError(
-            f"run_dir: {run_dir}: cannot be written ({error.strerror}); free space there, then start again"
-        )
-    return ConfigError(f"run_dir: {run_dir}: cannot be written ({error.strerror}); legal: a writable folder")
+        return StorageError(f"{problem}; free space there, then start again")
+    return ConfigError(f"{problem}; legal: a writable folder")

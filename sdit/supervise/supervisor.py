@@ -165,7 +165,9 @@ class Supervisor:
     def _follow(self, spec: AttemptSpec) -> int | None:
         """Start or end the worker as an attempt spec asks. Return the exit code if the spec has one."""
         if self._spec is not None and spec.members["0"] != self._spec.members["0"]:
-            self._reset_for_new_coordinator()
+            # Rank 0's supervisor was replaced and counts attempts from 1 again.
+            self._worker.end("peer", dump=False)
+            self._attempt, self._exit_report = 0, None
         if spec != self._spec:
             self._spec, self._spec_idle_seconds = spec, 0.0
         if spec.code is not None:
@@ -205,11 +207,6 @@ class Supervisor:
         if text:
             print(f"error: rank {self._info.rank}: {text}", file=sys.stderr, flush=True)
         return code
-
-    def _reset_for_new_coordinator(self) -> None:
-        """Forget the attempt: rank 0's supervisor was replaced and counts attempts from 1 again."""
-        self._worker.end("peer", dump=False)
-        self._attempt, self._exit_report = 0, None
 
     def _abort_lost_folder(self) -> int:
         """Return the exit code for a deleted run folder. The supervisors cannot agree any more; one per host reports it."""

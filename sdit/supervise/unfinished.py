@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sdit.errors import ExitCode
-from sdit.json_files import read_json, write_json
+from sdit.files import read_json, write_json
 from sdit.supervise.lock import HEARTBEAT_SECONDS, Holder, owner_of
+from sdit.supervise.restart_policy import REFUSED
 
 NAME = "unfinished.json"
 SILENT_SECONDS = 12 * HEARTBEAT_SECONDS  # the holder of an older lock of another machine is dead
-REFUSED = (ExitCode.USAGE, ExitCode.CONFIG)  # such a launch did not touch the run
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +85,7 @@ class Unfinished:
 
     def end(self, code: int, why: str, step: int | None = None) -> None:
         """Write the reason why the launch ended before the run was complete. A refused launch does not change the file."""
-        if code not in REFUSED:
+        if code not in REFUSED:  # a refused launch did not touch the run
             self._write(replace(self._mine, code=int(code), why=why, step=step))
         elif self._before is not None:
             self._write(self._before)

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,14 +82,8 @@ class WorkerContext:
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         heartbeat = Heartbeat(worker_spec.heartbeat)
         heartbeat.keep_alive()
-        return cls(
-            heartbeat,
-            worker_spec.attempt,
-            worker_spec.resume,
-            True,
-            Path(worker_spec.metrics_path) if worker_spec.metrics_path else None,
-            stacks,
-        )
+        metrics_path = Path(worker_spec.metrics_path) if worker_spec.metrics_path else None
+        return cls(heartbeat, worker_spec.attempt, worker_spec.resume, True, metrics_path, stacks)
 
     def append_stacks(self, text: str) -> None:
         """Append text, such as a traceback, to the stack dumps. The supervisor writes them to the file of the node."""
@@ -105,9 +98,8 @@ def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ask the kernel (Linux) to end this process when its supervisor ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Ask the kernel to end this process when its supervisor ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
@@ -133,7 +125,7 @@ class WorkerProcess:
 
     def __init__(self, process: ChildProcess, worker_spec: WorkerSpec, heartbeat: Heartbeat) -> None:
         """Take ownership of the descriptors of the heartbeat and of the stack dumps."""
-        self.heartbeat, self.attempt, self._process = heartbeat, worker_spec.attempt, process
+        self.heartbeat, self._process = heartbeat, process
         self._stacks, self._stacks_taken = worker_spec.stacks, 0
         self.state: HeartbeatState = heartbeat.read()
         self.idle_seconds = self.unresponsive_seconds = self.killed_seconds = 0.0

@@ -49,11 +49,11 @@ class Quota:
         monkeypatch.setattr(store_module, "write_shard", self.write)
         monkeypatch.setattr(store_module.shutil, "rmtree", self.remove)
 
-    def write(self, folder: Path, name: str, tensors: Any, shapes: Any) -> Any:
+    def write(self, folder: Path, name: str, tensors: Any, shapes: Any, place: Any) -> Any:
         needed = sum(flat.nbytes for flat in tensors.values())
         if size_of(self._folder) + needed > self._limit:
             raise OSError(self._number, os.strerror(self._number))
-        return write_shard(folder, name, tensors, shapes)
+        return write_shard(folder, name, tensors, shapes, place)
 
     def remove(self, path: Path, ignore_errors: bool = False) -> None:
         time.sleep(0.05)

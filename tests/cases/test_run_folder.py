@@ -253,7 +253,7 @@ def test_paths_follow_a_folder(tmp_path: Path) -> None:
         assert folder.now is None and "was deleted" in folder.problem
         with pytest.raises(FileNotFoundError):
             run.rmdir()
-            folder.make("logs", "deeper")
+            folder.make("logs")
     assert sys.platform != "linux" or os.listdir(tmp_path) == []
 
 

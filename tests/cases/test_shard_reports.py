@@ -20,6 +20,7 @@ from sdit.checkpoint.store import find_checkpoint
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
 from tests.cases.thread_ranks import ELEMENTS, node_ranks, node_store, on_ranks, save_all, snapshot
+from tests.stored_tensors import stored_tensor
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -43,7 +44,7 @@ def test_the_ranks_of_a_node_write_one_file_together(tmp_path: Path, per_node: i
     with ShardSet(folder, find_checkpoint(folder).manifest) as shards:
         for rank in range(4):
             want = snapshot(10, rank).tensors[f"weight/w{rank}@0"]
-            assert shards.tensor(f"weight/w{rank}").numpy().tobytes() == want.tobytes()
+            assert stored_tensor(shards, f"weight/w{rank}").numpy().tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -157,4 +158,6 @@ def test_reports_that_an_attempt_on_other_nodes_has_left_do_not_count(tmp_path: 
     found = find_checkpoint(tmp_path / "images-000000000010")
     with ShardSet(found.folder, found.manifest) as shards:
         for rank in range(4):
-            assert np.array_equal(shards.tensor(f"weight/w{rank}"), snapshot(10, rank).tensors[f"weight/w{rank}@0"])
+            assert np.array_equal(
+                stored_tensor(shards, f"weight/w{rank}"), snapshot(10, rank).tensors[f"weight/w{rank}@0"]
+            )

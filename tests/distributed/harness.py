@@ -19,6 +19,7 @@ from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import find_checkpoint
 from sdit.observe.metrics_file import read_metrics
 from tests.distributed.forks import fork_script
+from tests.stored_tensors import stored_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -145,4 +146,4 @@ def tensors_of(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """Every logical tensor of a kind in the run's newest checkpoint."""
     found = find_checkpoint(run_dir)
     with ShardSet(found.folder, found.manifest) as shards:
-        return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}
+        return {name: stored_tensor(shards, f"{kind}/{name}") for name in shards.names(kind)}

@@ -19,6 +19,7 @@ from sdit.cli.ema import main as sdit_ema
 from sdit.clock import ema_decay, gamma_of
 from sdit.errors import CheckpointError, ConfigError, ExitCode
 from tests.distributed.harness import case, tensors_of, train_together
+from tests.stored_tensors import stored_tensor
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STEPS, BATCH, HALF = 8, 32, 4
@@ -68,7 +69,7 @@ def stored(folder: Path, kind: str) -> dict[str, Tensor]:
     """The logical tensors of a kind in a checkpoint or snapshot."""
     found = find_checkpoint(folder)
     with ShardSet(found.folder, found.manifest) as shards:
-        return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}
+        return {name: stored_tensor(shards, f"{kind}/{name}") for name in shards.names(kind)}
 
 
 def at_step(run: Path, step: int, part: str = "checkpoints") -> Path:

@@ -17,6 +17,7 @@ from sdit.config import load_config, resolve_run
 from sdit.errors import ConfigError
 from sdit.topology import choose_expert_parallel
 from tests.distributed.harness import case, metrics_of, train_together
+from tests.stored_tensors import stored_tensor
 
 TINY = Path(__file__).with_name("tiny.yaml")
 CURVES = ("loss", "mse", "prior_loss", "grad_norm")
@@ -191,7 +192,7 @@ def tensors_at(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """Every logical tensor of a kind in a checkpoint, or in the newest one of a run; experts by global id."""
     found = find_checkpoint(run_dir)
     with ShardSet(found.folder, found.manifest) as shards:
-        return {name: shards.tensor(f"{kind}/{name}") for name in shards.names(kind)}
+        return {name: stored_tensor(shards, f"{kind}/{name}") for name in shards.names(kind)}
 
 
 def assert_same_state(actual: Path, expected: Path, kinds: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, fork_ranks, train_together
+from tests.stored_tensors import stored_tensor
 
 TINY = Path(__file__).with_name("tiny.yaml")
 WORKER = Path(__file__).with_name("round_trip.py")
@@ -51,7 +52,7 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = find_checkpoint(checkpoint)
     with ShardSet(found.folder, found.manifest) as shards:
         names = [(kind, name) for kind in KINDS for name in shards.names(kind)]
-        return {f"{kind}/{name}": shards.tensor(f"{kind}/{name}") for kind, name in names}
+        return {f"{kind}/{name}": stored_tensor(shards, f"{kind}/{name}") for kind, name in names}
 
 
 def trip(folder: Path, sources: list[Path]) -> dict[Layout, list[Path]]:

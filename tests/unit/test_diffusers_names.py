@@ -14,15 +14,10 @@ from torch import Tensor
 
 from sdit.errors import CheckpointError, ConfigError, SditError
 from sdit.interop import load_published, read_weights, to_published
-from sdit.interop.diffusers import (
-    diffusers_config,
-    from_diffusers_names,
-    model_config_of,
-    read_diffusers_config,
-    read_diffusers_folder,
-    to_diffusers_names,
-)
-from sdit.interop.safetensors_index import read_safetensors_index
+from sdit.interop.diffusers import read_diffusers_config, read_diffusers_folder
+from sdit.interop.diffusers_config import diffusers_config, model_config_of
+from sdit.interop.diffusers_names import from_diffusers_names, to_diffusers_names
+from sdit.interop.safetensors_index import read_safetensors, read_safetensors_index
 from sdit.model import build_model, parse_model_config
 
 VECTORS = np.load(Path(__file__).parents[1] / "data" / "recipe_diffusers.npz")
@@ -184,6 +179,16 @@ def test_a_shard_with_more_than_the_index_lists_is_refused(tmp_path: Path) -> No
     index.write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=f"also holds {min(WEIGHTS)}; legal: the tensors that"):
         read_safetensors_index(index)
+
+
+def test_one_byte_floats_are_read_unless_one_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    numbers = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
+    save_file({"w": numbers}, path)
+    assert torch.equal(read_safetensors(path)["w"].float(), numbers.float())
+    save_file({"w": torch.full((2,), torch.nan).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: w holds NaN or infinite numbers"):
+        read_safetensors(path)
 
 
 def test_an_older_folder_with_a_pickle_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from written_run import random_model, tiny_config, write_run
 
-from sdit.checkpoint.export import Entry, export_pickle, export_safetensors, write_safetensors
+from sdit.checkpoint.export import export_pickle, export_safetensors, tensor_entry, write_safetensors
 from sdit.checkpoint.files import write_manifest
 from sdit.checkpoint.load import load_model, load_trained
 from sdit.config import dump_config
@@ -105,7 +105,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(CheckpointError, match=r"run\.safetensors: cannot be written \(No space left"):
-        write_safetensors(path, [Entry("w", torch.float32, (4,), broken)], {})
+        write_safetensors(path, [tensor_entry("w", torch.float32, (4,), broken)], {})
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from sdit.config import SuperviseConfig
 from sdit.launch_environment import SINGLE, RankInfo
-from sdit.supervise.heartbeat import Heartbeat, Phase, memory_file
+from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.supervise.rank_worker import RankWorker
 from sdit.supervise.restart_policy import ExitReport
 from sdit.supervise.run_folder import RunFolder
@@ -31,7 +31,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
     """A worker that no signal of its supervisor reaches. The test ends it through its process id."""
     heartbeat = Heartbeat.create()
     heartbeat.enter(Phase.STEP, 7)
-    spec = WorkerSpec(heartbeat.descriptor, attempt=2, parent=os.getpid(), stacks=memory_file("stacks"))
+    spec = WorkerSpec(heartbeat.descriptor, attempt=2, parent=os.getpid(), stacks=os.memfd_create("stacks"))
     monkeypatch.setattr(WorkerProcess, "_signal", lambda *_: None)
     worker = start_worker_process(
         [sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), spec, heartbeat

@@ -39,9 +39,9 @@ def test_losses_and_gradients_are_those_of_the_specification(case: int) -> None:
     torch.testing.assert_close(seen[0], tensor("x_t"), rtol=1e-5, atol=1e-6)
     for name in ("mse", "direction", "contrastive"):
         if name == "mse" or weights[f"{name}_weight"]:
-            np.testing.assert_allclose(parts[name].detach(), NUMBERS[name], rtol=1e-5)
+            np.testing.assert_allclose(getattr(parts, name).detach(), NUMBERS[name], rtol=1e-5)
         else:
-            assert parts[name] is None
+            assert getattr(parts, name) is None
     np.testing.assert_allclose(parts.loss.detach(), NUMBERS[f"loss.{case}"], rtol=1e-5)
     parts.loss.mean().backward()
     expected = tensor(f"grad.{case}")

@@ -14,7 +14,8 @@ from sdit.errors import ConfigError, DataError
 from sdit.evaluate.classifier import TrainedFeatures, default_cache, trained_features
 from sdit.evaluate.images import LabelledImages, open_images
 from sdit.evaluate.metrics import frechet_distance
-from sdit.evaluate.score import reference_of, score
+from sdit.evaluate.reference import reference_of
+from sdit.evaluate.score import score
 from sdit.evaluate.statistics import statistics_of
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
