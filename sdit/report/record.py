@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdit.config import config_keys, read_yaml
+from sdit.config import config_keys, flatten, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
 from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files
@@ -118,7 +118,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     values = _try(run, "config.yaml", read_yaml)
     if values == {}:
         run.missing.append("config.yaml: empty")
-    run.config = _flat(values or {})
+    run.config = flatten(values or {})
     run.environment = _try(run, "environment.json", _json) or {}
     run.deepspeed = _try(run, "deepspeed.json", _json) or {}
     run.metrics = [record for record in _records(run, "metrics.jsonl") if is_number(record.get("images_seen"))]
@@ -179,13 +179,6 @@ def _records(run: RunRecord, name: str) -> list[dict[str, Any]]:
     elif not records and (run.folder / name).exists():
         run.missing.append(f"{name}: empty")
     return records
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _checkpoints(run: RunRecord) -> list[Checkpoint]:
