@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -110,16 +111,12 @@ def _names(text: str) -> Mapping[str, None]:
     return MappingProxyType(dict.fromkeys(text.split()))
 
 
-def _ours(setting: str, **harmless: Any) -> dict[str, Rule]:
-    """Return one rule `Ours` per keyword. The value is its harmless value, or a tuple of them."""
-    return {key: Ours(setting, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
+def _rules(rule: type[Ours | Refused], text: str, **harmless: Any) -> dict[str, Rule]:
+    """Return one rule per keyword. The value is its harmless value, or a tuple of them."""
+    return {key: rule(text, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
 
 
-def _refused(reason: str, **harmless: Any) -> dict[str, Rule]:
-    """Return one rule `Refused` per keyword. The value is its harmless value, or a tuple of them."""
-    return {key: Refused(reason, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
-
-
+_ours, _refused = partial(_rules, Ours), partial(_rules, Refused)
 FLAG = Legal((True, False))
 MOST_NUMBERS = 2_000_000_000  # of a bucket; DeepSpeed allocates the whole bucket, which is 8 GB in fp32
 STAGE_3 = "it has an effect only at ZeRO stage 3"
@@ -224,6 +221,25 @@ BF16: dict[str, Rule] = {
     **_refused("masters, moments and gradients are fp32", bf16_master_weights_and_grads=False),
     **_refused("masters, moments and gradients are fp32", bf16_optimizer_states=False),
 }
+ACTIVATION_CHECKPOINTING = _ours(
+    "parallel.activation_checkpointing", partition_activations=False, cpu_checkpointing=False,
+    contiguous_memory_optimization=False, number_checkpoints=None, synchronize_checkpoint_boundary=False, profile=False,
+)  # fmt: skip
+COMPILE = _ours(
+    "parallel.compile", deepcompile=False, autoep_non_moe=False, free_activation=False,
+    free_activation_threshold=10 * 1024 * 1024, offload_activation=False, offload_activation_pin_memory=True,
+    offload_opt_states=False, double_buffer=True, symmetric_memory=False, debug_log=False, offload_parameters=False,
+    sync_before_reduce=False, sync_after_reduce=False, sync_before_allgather=False, sync_after_allgather=False,
+    keep_int_input_tensors=True, keep_all_input_tensors=False, passes=None,
+)  # fmt: skip
+PIPELINE = _refused(
+    "sdit has no pipeline parallelism", stages=(0, 1), partition="best", seed_layers=False,
+    activation_checkpoint_interval=0, pipe_partitioned=True, grad_partitioned=True,
+)  # fmt: skip
+AIO = _refused(
+    NVME, block_size=1_048_576, queue_depth=8, intra_op_parallelism=1, single_submit=False, overlap_events=True,
+    use_gds=False,
+)  # fmt: skip
 KEYS: dict[str, Rule] = {
     # Shared with the config of the run.
     "train_batch_size": Shared("train.global_batch"),
@@ -271,40 +287,8 @@ KEYS: dict[str, Rule] = {
     "torch_autocast": Ours(
         "train.precision (fp32 or bf16)", block=_names("enabled dtype lower_precision_safe_modules")
     ),
-    "activation_checkpointing": Block(
-        _ours(
-            "parallel.activation_checkpointing",
-            partition_activations=False,
-            cpu_checkpointing=False,
-            contiguous_memory_optimization=False,
-            number_checkpoints=None,
-            synchronize_checkpoint_boundary=False,
-            profile=False,
-        )
-    ),
-    "compile": Block(
-        _ours(
-            "parallel.compile",
-            deepcompile=False,
-            autoep_non_moe=False,
-            free_activation=False,
-            free_activation_threshold=10 * 1024 * 1024,
-            offload_activation=False,
-            offload_activation_pin_memory=True,
-            offload_opt_states=False,
-            double_buffer=True,
-            symmetric_memory=False,
-            debug_log=False,
-            offload_parameters=False,
-            sync_before_reduce=False,
-            sync_after_reduce=False,
-            sync_before_allgather=False,
-            sync_after_allgather=False,
-            keep_int_input_tensors=True,
-            keep_all_input_tensors=False,
-            passes=None,
-        )
-    ),
+    "activation_checkpointing": Block(ACTIVATION_CHECKPOINTING),
+    "compile": Block(COMPILE),
     "checkpoint": Block(
         {
             **_ours("checkpoint.*", tag_validation=("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL")),
@@ -344,17 +328,7 @@ KEYS: dict[str, Rule] = {
     **_refused("it changes the arithmetic of the gradients", prescale_gradients=False, gradient_predivide_factor=1),
     **_refused("it changes the arithmetic of the gradients", gradient_allreduce_op="mean", fp32_allreduce=False),
     **_refused("it changes the arithmetic of the gradients", allreduce_always_fp32=False),
-    "pipeline": Block(
-        _refused(
-            "sdit has no pipeline parallelism",
-            stages=(0, 1),
-            partition="best",
-            seed_layers=False,
-            activation_checkpoint_interval=0,
-            pipe_partitioned=True,
-            grad_partitioned=True,
-        )
-    ),
+    "pipeline": Block(PIPELINE),
     "tensor_parallel": Block(
         {
             **_refused(NO_TENSORS, autotp_size=(0, 1), tp_overlap_comm=False, keep_module_on_host=False),
@@ -377,17 +351,7 @@ KEYS: dict[str, Rule] = {
     **_refused("set zero_optimization.allgather_bucket_size", allgather_size=()),
     **_refused("the dense gradients of the label table are reduced", sparse_gradients=False),
     **_refused(REMOVED, graph_harvesting=False),
-    "aio": Block(
-        _refused(
-            NVME,
-            block_size=1_048_576,
-            queue_depth=8,
-            intra_op_parallelism=1,
-            single_submit=False,
-            overlap_events=True,
-            use_gds=False,
-        )
-    ),
+    "aio": Block(AIO),
     "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=ANY),
     "hybrid_engine": Refused(
         "it is for language models that generate text while training",
