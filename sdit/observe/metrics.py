@@ -16,6 +16,7 @@ from sdit.data.faults import SampleReason, ShardReason
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS
+from sdit.observe.routing import evenly
 from sdit.train.events import Observer
 from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
 
@@ -205,21 +206,13 @@ def shown_blocks(config: Config) -> list[int]:
     model = config.model
     if model.variant != "switch":
         return []
-    return _evenly(list(range(model.depth)), config.observe.metrics_experts // model.experts.count)
+    return evenly(range(model.depth), config.observe.metrics_experts // model.experts.count)
 
 
 def shown_token_blocks(config: Config) -> list[int]:
     """Return the blocks whose token-routed experts have their own series, by the same rule."""
     moe = config.model.moe
-    return [] if moe is None else _evenly(config.model.moe_blocks, config.observe.metrics_experts // moe.experts)
-
-
-def _evenly(blocks: list[int], limit: int) -> list[int]:
-    """Return at most `limit` of the blocks, evenly spaced, with the first and the last (of one: the first)."""
-    count = min(len(blocks), limit)
-    if count <= 1:
-        return blocks[:count]
-    return [blocks[round(number * (len(blocks) - 1) / (count - 1))] for number in range(count)]
+    return [] if moe is None else evenly(config.model.moe_blocks, config.observe.metrics_experts // moe.experts)
 
 
 def checkpoint_interval_images(config: Config) -> float:

@@ -171,7 +171,8 @@ def read_snapshots(files: Sequence[Path], report: Callable[[str], None]) -> list
 
 
 def evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """Return at most `number` of the items, evenly spaced, including the first and the last."""
-    if len(items) <= number:
-        return list(items)
-    return [items[round(position)] for position in np.linspace(0, len(items) - 1, number)]
+    """Return at most `number` of the items, evenly spaced, with the first and the last (of one: the first)."""
+    count = min(len(items), number)
+    if count <= 1:
+        return list(items[:count])
+    return [items[round(position * (len(items) - 1) / (count - 1))] for position in range(count)]
