@@ -18,11 +18,10 @@ from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS
 from sdit.observe.routing import evenly
 from sdit.train.events import Observer
-from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
+from sdit.train.record import BINS, BY_BIN, GAUGES, PHASES, StepRecord, Validation
 
 LOSS_TERMS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
-PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
-BINS = tuple(f"{number:02d}" for number in range(20))
+BIN_LABELS = tuple(f"{number:02d}" for number in range(BINS))
 REASONS = (*get_args(ShardReason), *get_args(SampleReason))
 EVENTS = {  # kind -> counter
     "skipped_step": "sdit_skipped_steps_total",
@@ -129,7 +128,7 @@ class PrometheusObserver(Observer):
             if (value := getattr(record, key, None)) is not None:
                 writer.set(name, value)
         for name, key in BY_BIN.items():
-            for number, value in zip(BINS, getattr(record, key, None) or (), strict=False):
+            for number, value in zip(BIN_LABELS, getattr(record, key, None) or (), strict=False):
                 writer.set(name, math.nan if value is None else value, number)
 
     def _write_logged(self, writer: SharedMetricsWriter, record: StepRecord) -> None:
@@ -171,7 +170,7 @@ class PrometheusObserver(Observer):
             (): [()],
             ("version", "git", "torch", "deepspeed"): [tuple(build)],
             ("part",): [(term,) for term in LOSS_TERMS],
-            ("bin",): [(number,) for number in BINS],
+            ("bin",): [(number,) for number in BIN_LABELS],
             ("phase",): [(phase,) for phase in PHASES],
             ("mode",): [("tokens",), ("weights",), ("seats",)],
             ("reason",): [(reason,) for reason in REASONS],

@@ -7,27 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.contracts import ModelOutput
 from sdit.model.moe.token_routes import TokenStatistics, chosen_mask
-from sdit.train.sums import BINS
-
-
-@dataclass(frozen=True, eq=False)
-class TokenCounts:
-    """How often the experts of each block were chosen in one step, before drops, over all ranks. Whole numbers in float64.
-
-    `by_time` (blocks, BINS, M) are the choices by equal parts of the time axis, `by_position` (blocks, L, M) those by position
-    of the token in the image. `dropped` (blocks,) are the choices that a full expert did not compute.
-    """
-
-    by_time: np.ndarray
-    by_position: np.ndarray
-    dropped: np.ndarray
+from sdit.train.record import BINS, TokenCounts
 
 
 @dataclass(frozen=True)
