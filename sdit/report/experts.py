@@ -9,7 +9,7 @@ import numpy as np
 from sdit.observe.routing import by_unit, evenly, path_overlap, task_affinity
 from sdit.observe.routing_figures import PATH_COLOURS, heat
 from sdit.report.elements import Card, Chart, Element, Frames, Grid, Section, colour_of, rows, side_by_side
-from sdit.report.figures import Series, heat_map, line_chart, together
+from sdit.report.figures import Series, curve_cards, heat_map, line_chart
 from sdit.report.images import file_uri, pixels_uri
 from sdit.report.record import RunRecord
 from sdit.report.values import curve
@@ -33,9 +33,9 @@ FRAME_NOTE = (
 def experts_section(runs: Sequence[RunRecord]) -> Section:
     """Return the section on experts. It is empty for models without gates."""
     gated = [run for run in runs if run.routing or any(is_table(record.get("expert_load")) for record in run.metrics)]
-    charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if gated]
-    charts.append(("Agreement with the diffusion prior", _agreement(runs)))
-    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
+    curves = curve_cards(runs, CURVES, constant=False) if gated else []
+    if (agreement := _agreement(runs)) is not None:
+        curves.append(Card("Agreement with the diffusion prior", [agreement]))
     groups = [
         side_by_side(runs, title, draw, among=gated)
         for title, draw in (
