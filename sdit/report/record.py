@@ -29,7 +29,7 @@ class Checkpoint:
 
     name: str
     images_seen: int
-    step: int | None = None
+    step: float | None = None
     seconds: float | None = None
     bytes: int | None = None
     written: str | None = None
@@ -70,11 +70,11 @@ class RunRecord:
         """The length of the run: the one fixed at its start, else the one in its config."""
         fixed = self.environment.get("length_images")
         if is_number(fixed):
-            return int(fixed)  # type: ignore[arg-type]
+            return int(fixed)
         images, steps, batch = (self.config.get(f"train.{key}") for key in ("images", "steps", "global_batch"))
         if is_number(images):
-            return int(images)  # type: ignore[arg-type]
-        return int(steps * batch) if is_number(steps) and is_number(batch) else None  # type: ignore[operator]
+            return int(images)
+        return int(steps * batch) if is_number(steps) and is_number(batch) else None
 
     def changed(self) -> dict[str, Any]:
         """Return the keys of the config whose values are not the defaults."""

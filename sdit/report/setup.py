@@ -68,7 +68,7 @@ def _facts(run: RunRecord) -> dict[str, object]:
         facts["device"] = environment.get("device", "?")
         facts |= {"experts": groups} if (groups := _groups(environment)) else {}
     if is_number(micro) and is_number(times) and is_number(ranks):
-        product = int(ranks * micro * times)  # type: ignore[operator]
+        product = int(ranks * micro * times)
         facts["global batch"] = f"{product} = {ranks} ranks x {micro} images x {times} micro-step{'s' * (times != 1)}"
     if isinstance(zero, Mapping):
         facts["ZeRO stage"] = zero.get("stage", 0)
