@@ -382,9 +382,7 @@ def _set_precision(merged: dict[str, Any], config: Config, fp32_gradients: bool)
     bf16 = config.train.precision == "bf16"
     merged["bf16"] = {"enabled": bf16}
     if bf16:
-        merged["bf16"]["check_grad_overflow"] = (
-            False  # sdit checks it before the step, with the same result on all ranks
-        )
+        merged["bf16"]["check_grad_overflow"] = False  # sdit checks it before the step, equally on all ranks
         if fp32_gradients:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
 

@@ -77,9 +77,8 @@ class _Builder:
     def __init__(self, text: str) -> None:
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._nodes = 0
-        self._anchors: dict[
-            str, tuple[Any, int] | None
-        ] = {}  # value and number of its nodes, or None while it is incomplete
+        # The value and the number of its nodes, or None while it is incomplete.
+        self._anchors: dict[str, tuple[Any, int] | None] = {}
         self._found = Document()
 
     def document(self) -> Document:

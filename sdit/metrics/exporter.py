@@ -38,7 +38,7 @@ REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, a
 REQUEST_BYTES = 16_384  # limit of the request's head
 ANSWER_BYTES = (
     1 << 20
-)  # send buffer: the kernel accepts this much of a response (or its limit) even if the client does not read
+)  # send buffer: the kernel takes this much of a response (or its limit) if the client does not read
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0

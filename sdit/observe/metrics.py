@@ -80,10 +80,8 @@ class PrometheusObserver(Observer):
             return
         self._writer.observe("sdit_checkpoint_seconds", seconds)
         self._writer.set("sdit_checkpoint_last_success_timestamp_seconds", time.time())
-        images_seen = int(
-            folder.name.removeprefix("images-")
-        )  # a checkpoint written in the background is older than the clock
-        self._writer.set("sdit_checkpoint_images_seen", images_seen)
+        # A checkpoint that is written in the background is older than the clock.
+        self._writer.set("sdit_checkpoint_images_seen", int(folder.name.removeprefix("images-")))
         self._publish()
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
