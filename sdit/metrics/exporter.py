@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -43,7 +44,7 @@ REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
 PASSWORD_VARIABLE = "SDIT_PUSHGATEWAY_PASSWORD"
-Handler = Callable[[str, str, float | None, list[tuple[str, str]], bytes], Callable[[], None]]
+Handler = Callable[..., Callable[[], None]]  # of prometheus_client
 SILENT_SECONDS = 30.0  # a supervisor that has not written for this long is unhealthy
 _log = logging.getLogger(__name__)
 
@@ -346,13 +347,7 @@ def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Hand
     user = config.pushgateway_user or ""
     if not user and not password:
         return None
-
-    def send(
-        url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
-    ) -> Callable[[], None]:
-        return basic_auth_handler(url, method, timeout, headers, data, user, password)
-
-    return send
+    return partial(basic_auth_handler, username=user, password=password)
 
 
 def _is_silent(status: RankStatus) -> bool:
