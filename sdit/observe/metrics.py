@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -13,6 +12,7 @@ from typing import get_args
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.faults import SampleReason, ShardReason
+from sdit.json_files import read_json
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS
@@ -223,10 +223,7 @@ def checkpoint_interval_images(config: Config) -> float:
 
 def build_labels(run_dir: Path) -> tuple[str, str, str, str]:
     """Return version, git commit, torch and deepspeed from environment.json."""
-    try:
-        found = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
+    found = read_json(run_dir / "environment.json") or {}
     packages = found.get("packages", {})
     return (
         str(found.get("sdit", "unknown")),

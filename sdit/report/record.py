@@ -141,11 +141,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
 
 def _try(run: RunRecord, name: str, read: Callable[[Path], Any]) -> Any:
     path = run.folder / name
-    if not path.exists():
-        run.missing.append(f"{name}: missing")
-        return None
     if not path.is_file():
-        run.missing.append(f"{name}: not a regular file")
+        run.missing.append(f"{name}: {'not a regular file' if path.exists() else 'missing'}")
         return None
     try:
         return read(path)
