@@ -56,7 +56,8 @@ def parse_yaml(text: str) -> Document:
         return _Builder(text).document()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlProblem(f"the character {chr(_code(error))!r} is not legal in YAML", line) from None
+        character = chr(error.character) if isinstance(error.character, int) else error.character
+        raise YamlProblem(f"the character {character!r} is not legal in YAML", line) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(text for text in (error.context, error.problem) if text)
@@ -65,10 +66,6 @@ def parse_yaml(text: str) -> Document:
         raise
     except (ValueError, OverflowError):  # PyYAML does not check the numbers in escapes and directives
         raise YamlProblem("is not valid YAML: an escape or a directive holds an illegal number", 1) from None
-
-
-def _code(error: yaml.reader.ReaderError) -> int:
-    return error.character if isinstance(error.character, int) else ord(error.character)
 
 
 class _Builder:

@@ -27,7 +27,6 @@ from sdit.errors import ConfigError
 from sdit.files import free_bytes
 from sdit.json_files import write_json
 from sdit.metrics.collector import SharedMetricsCollector
-from sdit.metrics.shared_file import RankStatus
 from sdit.redact import redact
 from sdit.textfile import read_text
 
@@ -297,7 +296,8 @@ class Exporter:
     def _answer(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environment["PATH_INFO"] != "/healthz":
             return make_wsgi_app(self._registry)(environment, start_response)
-        silent = [status.rank for status in self._collector.statuses() if _is_silent(status)]
+        latest = time.monotonic() - SILENT_SECONDS
+        silent = [status.rank for status in self._collector.statuses() if status.written_at < latest]
         start_response("503 Service Unavailable" if silent else "200 OK", [("Content-Type", "application/json")])
         return [json.dumps({"silent_supervisors": silent}).encode()]
 
@@ -348,7 +348,3 @@ def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Hand
     if not user and not password:
         return None
     return partial(basic_auth_handler, username=user, password=password)
-
-
-def _is_silent(status: RankStatus) -> bool:
-    return time.monotonic() - status.written_at > SILENT_SECONDS

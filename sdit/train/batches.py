@@ -64,10 +64,6 @@ class BatchDraws:
             return y
         return np.where(draw_label_drop(self.seed, index, self.label_drop), self.classes, y)
 
-    def noise(self, index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Return standard normal noise (B, *shape) float32."""
-        return normal_noise(self.seed, index, shape, Purpose.NOISE)
-
 
 def micro_batches(
     loader: Loader, draws: BatchDraws, device: torch.device, requests: Iterator[Request]
@@ -77,7 +73,7 @@ def micro_batches(
 
     def make(request: Request) -> MicroBatch:
         loaded, times = loader.read(request.indices), draws.times(request.first_sample)
-        noise = draws.noise(loaded.index, loaded.x0.shape[1:])
+        noise = normal_noise(draws.seed, loaded.index, loaded.x0.shape[1:], Purpose.NOISE)
         own_times, labels = times[loaded.index - request.first_sample], draws.labels(loaded.y, loaded.index)
         return MicroBatch(loaded.index, times, stream.begin((loaded.x0, noise, own_times, labels)))
 
