@@ -145,10 +145,8 @@ def faults_section(runs: Sequence[RunRecord]) -> Section:
             (_when(end), end.get("attempt", "—"), _end(end), end["text"]) for end in run.attempts if end.get("text")
         ]
         if ended:
-            elements += [
-                Text("Attempts that ended early", "h3"),
-                Table(ended, ("when (UTC)", "attempt", "outcome", "")),
-            ]
+            table = Table(ended, ("when (UTC)", "attempt", "outcome", ""))
+            elements += [Text("Attempts that ended early", "h3"), table]
         bad = run.last.get("bad_samples")
         if is_number(bad) and bad:
             elements.append(Text(f"{bad:.0f} unreadable samples were replaced in the last epoch."))
