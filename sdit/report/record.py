@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdit.config import config_keys, flatten, read_yaml
+from sdit.config import flatten, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
 from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files
@@ -75,11 +75,6 @@ class RunRecord:
         if is_number(images):
             return int(images)
         return int(steps * batch) if is_number(steps) and is_number(batch) else None
-
-    def changed(self) -> dict[str, Any]:
-        """Return the keys of the config whose values are not the defaults."""
-        defaults = {key: default for key, _, default in config_keys()}
-        return {key: value for key, value in self.config.items() if key not in defaults or value != defaults[key]}
 
     def count(self, event: str) -> int:
         """Return the number of events of a kind."""
