@@ -36,9 +36,7 @@ WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond that, 
 ACCEPT_SECONDS = 0.5  # between two checks whether the exporter is closed
 REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, and again for each write of the answer
 REQUEST_BYTES = 16_384  # limit of the request's head
-ANSWER_BYTES = (
-    1 << 20
-)  # send buffer: the kernel takes this much of a response (or its limit) if the client does not read
+ANSWER_BYTES = 1 << 20  # send buffer: the kernel takes so much (or its limit) even if the client does not read
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
