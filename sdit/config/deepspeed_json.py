@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ class _KeyReader:
                 return
             if isinstance(value, dict) and is_one_of(value.get("enabled"), (False, "auto")):
                 for key in value if rule.block else ():
-                    self._require_known(key, rule.block, f"{path}.")
+                    self._require_known(key, rule.block.split(), f"{path}.")
                 return
             shown = f"{path}:"
         if isinstance(rule, Ours):
@@ -254,7 +254,7 @@ class _KeyReader:
             f"{self.source}: {shown} is not supported: {rule.reason}; legal: {harmless_text(rule)}, or no such key"
         )
 
-    def _require_known(self, key: str, keys: Mapping[str, Any], prefix: str) -> None:
+    def _require_known(self, key: str, keys: Collection[str], prefix: str) -> None:
         if key not in keys:
             raise ConfigError(f"{self.source}: {_shown_key(prefix + key)}: unknown key{_guess(key, keys, prefix)}")
 
@@ -270,7 +270,7 @@ def _without_comments(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _guess(key: str, keys: Mapping[str, Any], prefix: str) -> str:
+def _guess(key: str, keys: Collection[str], prefix: str) -> str:
     """Return "; did you mean KEY?" for the nearest key of the same object, or for the same key of another object."""
     wanted = key.lower()
     elsewhere = [path for path, _ in rules() if path.rpartition(".")[2] == wanted]
@@ -382,9 +382,7 @@ def _set_precision(merged: dict[str, Any], config: Config, fp32_gradients: bool)
     bf16 = config.train.precision == "bf16"
     merged["bf16"] = {"enabled": bf16}
     if bf16:
-        merged["bf16"]["check_grad_overflow"] = (
-            False  # sdit checks it before the step, with the same result on all ranks
-        )
+        merged["bf16"]["check_grad_overflow"] = False  # sdit checks it before the step, equally on all ranks
         if fp32_gradients:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
 

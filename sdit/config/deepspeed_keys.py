@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 
@@ -62,12 +62,12 @@ class Shared:
 class Ours:
     """A key of the run's config decides. The JSON may hold `harmless` values, which DeepSpeed does not receive.
 
-    `block`: the keys of an object that describes a feature (ANY: not listed here), or None for a plain value.
+    `block`: the keys of an object that describes a feature (empty: not listed here), or None for a plain value.
     """
 
     setting: str
     harmless: tuple[Any, ...] = ()
-    block: Mapping[str, Any] | None = None
+    block: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Refused:
 
     reason: str
     harmless: tuple[Any, ...] = ()
-    block: Mapping[str, Any] | None = None
+    block: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,34 +98,24 @@ class Block:
 Rule = Passed | Shared | Ours | Refused | Renamed | Block
 
 
-ANY: Mapping[str, None] = MappingProxyType({})
-
-
 def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
     """Return True if a JSON value equals one of `choices`. true and 1 differ, 1 and 1.0 do not."""
     return any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in choices)
 
 
-def _names(text: str) -> Mapping[str, None]:
-    return MappingProxyType(dict.fromkeys(text.split()))
+def _rules(rule: type[Ours | Refused], text: str, **harmless: Any) -> dict[str, Rule]:
+    """Return one rule per keyword. The value is its harmless value, or a tuple of them."""
+    return {key: rule(text, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
 
 
-def _ours(setting: str, **harmless: Any) -> dict[str, Rule]:
-    """Return one rule `Ours` per keyword. The value is its harmless value, or a tuple of them."""
-    return {key: Ours(setting, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
-
-
-def _refused(reason: str, **harmless: Any) -> dict[str, Rule]:
-    """Return one rule `Refused` per keyword. The value is its harmless value, or a tuple of them."""
-    return {key: Refused(reason, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
-
-
+_ours, _refused = partial(_rules, Ours), partial(_rules, Refused)
 FLAG = Legal((True, False))
 MOST_NUMBERS = 2_000_000_000  # of a bucket; DeepSpeed allocates the whole bucket, which is 8 GB in fp32
 STAGE_3 = "it has an effect only at ZeRO stage 3"
 NVME = 'it has an effect only with device "nvme", and the legal devices are "none" and "cpu"'
 NO_TENSORS = "sdit has no tensor parallelism; parallel.expert shards the experts"
 REMOVED = "DeepSpeed 0.19.8 no longer has it"
+QUANTIZED = "quantized weights and gradients change the numbers"
 SCHEDULE = "optimizer.warmup_images, optimizer.decay, optimizer.final_ratio"
 
 OFFLOAD_OPTIMIZER: dict[str, Rule] = {
@@ -156,9 +146,8 @@ ZERO: dict[str, Rule] = {
     **_refused("DeepSpeed 0.19.8 ignores it", allgather_partitions=True, legacy_stage1=False),
     **_refused("sdit has its own checkpoints", load_from_fp32_weights=True, elastic_checkpoint=False),
     **_refused("set offload_optimizer.pin_memory", cpu_offload_use_pin_memory=(None, False)),
-    **_refused("quantized weights and gradients change the numbers", zero_quantized_weights=False),
-    **_refused("quantized weights and gradients change the numbers", zero_quantized_gradients=False),
-    **_refused("quantized weights and gradients change the numbers", zero_quantized_nontrainable_weights=False),
+    **_refused(QUANTIZED, zero_quantized_weights=False, zero_quantized_gradients=False),
+    **_refused(QUANTIZED, zero_quantized_nontrainable_weights=False),
     "offload_param": Block(OFFLOAD_PARAM),
     **_refused(STAGE_3, cpu_offload_param=(None, False), sub_group_size=1_000_000_000, zero_hpz_partition_size=(0, 1)),
     **_refused(STAGE_3, stage3_prefetch_bucket_size=50_000_000, prefetch_bucket_size=50_000_000),
@@ -174,13 +163,11 @@ ZERO: dict[str, Rule] = {
     **_refused(STAGE_3, memory_efficient_linear=True, override_module_apply=True, pipeline_loading_checkpoint=False),
     **_refused(STAGE_3, log_trace_cache_warnings=False, enable_sanity_checks=False),
     **_refused(STAGE_3, save_muon_momentum_buffer_in_memory=False),
-    "leaf_module": Refused(STAGE_3, block=_names("classes names name_suffixes")),
+    "leaf_module": Refused(STAGE_3, block="classes names name_suffixes"),
     "zenflow": Refused(
         'it delays gradients; use offload_optimizer with "device": "cpu"',
-        block=_names(
-            "topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
-            "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch"
-        ),
+        block="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
+        "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
     ),
     **{key: Refused(REMOVED) for key in ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")},
 }
@@ -199,21 +186,18 @@ OPTIMIZER: dict[str, Rule] = {
     ),
     **_refused("the optimizer is torch's", legacy_fusion=False),
 }
+SCHEDULE_KEYS = (
+    "warmup_max_lr warmup_num_steps total_num_steps warmup_min_ratio cos_min_ratio cycle_min_lr cycle_max_lr "
+    "decay_lr_rate cycle_first_step_size cycle_second_step_size cycle_first_stair_count cycle_second_stair_count "
+    "decay_step_size cycle_momentum cycle_min_mom cycle_max_mom decay_mom_rate lr_range_test_min_lr "
+    "lr_range_test_step_size lr_range_test_step_rate lr_range_test_staircase"
+)
 SCHEDULER: dict[str, Rule] = {
     "type": Ours(SCHEDULE, (None, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")),
     "params": Block(
         {
             **_ours(SCHEDULE, warmup_min_lr=0, warmup_type="linear", last_batch_iteration=-1),
-            **{
-                key: Ours(SCHEDULE)
-                for key in _names(
-                    "warmup_max_lr warmup_num_steps total_num_steps warmup_min_ratio cos_min_ratio "
-                    "cycle_min_lr cycle_max_lr decay_lr_rate cycle_first_step_size cycle_second_step_size "
-                    "cycle_first_stair_count cycle_second_stair_count decay_step_size cycle_momentum cycle_min_mom "
-                    "cycle_max_mom decay_mom_rate lr_range_test_min_lr lr_range_test_step_size "
-                    "lr_range_test_step_rate lr_range_test_staircase"
-                )
-            },
+            **{key: Ours(SCHEDULE) for key in SCHEDULE_KEYS.split()},
         }
     ),
 }
@@ -224,6 +208,25 @@ BF16: dict[str, Rule] = {
     **_refused("masters, moments and gradients are fp32", bf16_master_weights_and_grads=False),
     **_refused("masters, moments and gradients are fp32", bf16_optimizer_states=False),
 }
+ACTIVATION_CHECKPOINTING = _ours(
+    "parallel.activation_checkpointing", partition_activations=False, cpu_checkpointing=False,
+    contiguous_memory_optimization=False, number_checkpoints=None, synchronize_checkpoint_boundary=False, profile=False,
+)  # fmt: skip
+COMPILE = _ours(
+    "parallel.compile", deepcompile=False, autoep_non_moe=False, free_activation=False,
+    free_activation_threshold=10 * 1024 * 1024, offload_activation=False, offload_activation_pin_memory=True,
+    offload_opt_states=False, double_buffer=True, symmetric_memory=False, debug_log=False, offload_parameters=False,
+    sync_before_reduce=False, sync_after_reduce=False, sync_before_allgather=False, sync_after_allgather=False,
+    keep_int_input_tensors=True, keep_all_input_tensors=False, passes=None,
+)  # fmt: skip
+PIPELINE = _refused(
+    "sdit has no pipeline parallelism", stages=(0, 1), partition="best", seed_layers=False,
+    activation_checkpoint_interval=0, pipe_partitioned=True, grad_partitioned=True,
+)  # fmt: skip
+AIO = _refused(
+    NVME, block_size=1_048_576, queue_depth=8, intra_op_parallelism=1, single_submit=False, overlap_events=True,
+    use_gds=False,
+)  # fmt: skip
 KEYS: dict[str, Rule] = {
     # Shared with the config of the run.
     "train_batch_size": Shared("train.global_batch"),
@@ -262,49 +265,13 @@ KEYS: dict[str, Rule] = {
     # Decided by the config of the run.
     "fp16": Ours(
         "train.precision (fp32 or bf16)",
-        block=_names(
-            "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-            "min_loss_scale fp16_master_weights_and_grads"
-        ),
+        block="enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+        "min_loss_scale fp16_master_weights_and_grads",
     ),
-    "amp": Ours("train.precision (fp32 or bf16)", block=ANY),
-    "torch_autocast": Ours(
-        "train.precision (fp32 or bf16)", block=_names("enabled dtype lower_precision_safe_modules")
-    ),
-    "activation_checkpointing": Block(
-        _ours(
-            "parallel.activation_checkpointing",
-            partition_activations=False,
-            cpu_checkpointing=False,
-            contiguous_memory_optimization=False,
-            number_checkpoints=None,
-            synchronize_checkpoint_boundary=False,
-            profile=False,
-        )
-    ),
-    "compile": Block(
-        _ours(
-            "parallel.compile",
-            deepcompile=False,
-            autoep_non_moe=False,
-            free_activation=False,
-            free_activation_threshold=10 * 1024 * 1024,
-            offload_activation=False,
-            offload_activation_pin_memory=True,
-            offload_opt_states=False,
-            double_buffer=True,
-            symmetric_memory=False,
-            debug_log=False,
-            offload_parameters=False,
-            sync_before_reduce=False,
-            sync_after_reduce=False,
-            sync_before_allgather=False,
-            sync_after_allgather=False,
-            keep_int_input_tensors=True,
-            keep_all_input_tensors=False,
-            passes=None,
-        )
-    ),
+    "amp": Ours("train.precision (fp32 or bf16)", block=""),
+    "torch_autocast": Ours("train.precision (fp32 or bf16)", block="enabled dtype lower_precision_safe_modules"),
+    "activation_checkpointing": Block(ACTIVATION_CHECKPOINTING),
+    "compile": Block(COMPILE),
     "checkpoint": Block(
         {
             **_ours("checkpoint.*", tag_validation=("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL")),
@@ -312,57 +279,43 @@ KEYS: dict[str, Rule] = {
             "parallel_write": Block(_ours("checkpoint.*", pipeline_stage=False)),
             "writer": Ours(
                 "checkpoint.*",
-                block=_names(
-                    "type decoupled io_buffer_size io_buffer_double show_statistics data_parallel io_multiplier"
-                ),
+                block="type decoupled io_buffer_size io_buffer_double show_statistics data_parallel io_multiplier",
             ),
         }
     ),
-    "datastates_ckpt": Ours("checkpoint.asynchronous", block=ANY),
-    "nebula": Ours("checkpoint.asynchronous", block=ANY),
-    "tensorboard": Ours("observe.tensorboard: true", block=_names("enabled output_path job_name")),
-    "wandb": Ours("observe.wandb: online", block=_names("enabled group team project")),
+    "datastates_ckpt": Ours("checkpoint.asynchronous", block=""),
+    "nebula": Ours("checkpoint.asynchronous", block=""),
+    "tensorboard": Ours("observe.tensorboard: true", block="enabled output_path job_name"),
+    "wandb": Ours("observe.wandb: online", block="enabled group team project"),
     "csv_monitor": Ours(
-        "train.log_every_steps (RUN/metrics.jsonl holds the numbers)", block=_names("enabled output_path job_name")
+        "train.log_every_steps (RUN/metrics.jsonl holds the numbers)", block="enabled output_path job_name"
     ),
     "comet": Ours(
         "observe.wandb or observe.tensorboard",
-        block=_names(
-            "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
-        ),
+        block="enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode",
     ),
     "comms_logger": Ours(
-        "observe.metrics_port (the exporter counts the bytes)", block=_names("enabled prof_all prof_ops verbose debug")
+        "observe.metrics_port (the exporter counts the bytes)", block="enabled prof_all prof_ops verbose debug"
     ),
-    "data_efficiency": Ours("data.*", block=ANY),
-    "curriculum_learning": Ours("data.*", block=ANY),
+    "data_efficiency": Ours("data.*", block=""),
+    "curriculum_learning": Ours("data.*", block=""),
     **_ours("data.*", dataloader_drop_last=False),
-    "expert_parallel": Ours("parallel.expert", block=ANY),
-    "moe": Ours("model.experts.* and parallel.expert", block=ANY),
-    "elasticity": Ours("supervise.elastic", block=ANY),
+    "expert_parallel": Ours("parallel.expert", block=""),
+    "moe": Ours("model.experts.* and parallel.expert", block=""),
+    "elasticity": Ours("supervise.elastic", block=""),
     # Refused.
     **_refused("it changes the arithmetic of the gradients", prescale_gradients=False, gradient_predivide_factor=1),
     **_refused("it changes the arithmetic of the gradients", gradient_allreduce_op="mean", fp32_allreduce=False),
     **_refused("it changes the arithmetic of the gradients", allreduce_always_fp32=False),
-    "pipeline": Block(
-        _refused(
-            "sdit has no pipeline parallelism",
-            stages=(0, 1),
-            partition="best",
-            seed_layers=False,
-            activation_checkpoint_interval=0,
-            pipe_partitioned=True,
-            grad_partitioned=True,
-        )
-    ),
+    "pipeline": Block(PIPELINE),
     "tensor_parallel": Block(
         {
             **_refused(NO_TENSORS, autotp_size=(0, 1), tp_overlap_comm=False, keep_module_on_host=False),
             **_refused(NO_TENSORS, vocab_parallel_lm_head=(None, False), vocab_parallel_ce_backend="torch"),
             **_refused(NO_TENSORS, injection_policy_tuple=None, partition_config=None, preset_model=None),
             **_refused(NO_TENSORS, replace_with_kernel_inject=False, kernel_inject=False, dtype=()),
-            "tensor_parallel": Refused(NO_TENSORS, block=_names("tp_size tp_grain_size mpu tp_group")),
-            "tp": Refused(NO_TENSORS, block=_names("tp_size tp_grain_size mpu tp_group")),
+            "tensor_parallel": Refused(NO_TENSORS, block="tp_size tp_grain_size mpu tp_group"),
+            "tp": Refused(NO_TENSORS, block="tp_size tp_grain_size mpu tp_group"),
         }
     ),
     **_refused("sdit has no sequence parallelism", sequence_parallel_size=1),
@@ -377,31 +330,17 @@ KEYS: dict[str, Rule] = {
     **_refused("set zero_optimization.allgather_bucket_size", allgather_size=()),
     **_refused("the dense gradients of the label table are reduced", sparse_gradients=False),
     **_refused(REMOVED, graph_harvesting=False),
-    "aio": Block(
-        _refused(
-            NVME,
-            block_size=1_048_576,
-            queue_depth=8,
-            intra_op_parallelism=1,
-            single_submit=False,
-            overlap_events=True,
-            use_gds=False,
-        )
-    ),
-    "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=ANY),
+    "aio": Block(AIO),
+    "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=""),
     "hybrid_engine": Refused(
         "it is for language models that generate text while training",
-        block=_names(
-            "enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters "
-            "tp_gather_partition_size enable_cuda_graph"
-        ),
+        block="enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters "
+        "tp_gather_partition_size enable_cuda_graph",
     ),
-    "weight_quantization": Refused("quantized weights change the numbers", block=ANY),
-    "compression_training": Refused("compressed weights change the numbers", block=ANY),
-    "quantize_training": Refused("quantized weights change the numbers", block=ANY),
-    "eigenvalue": Refused(REMOVED, block=ANY),
-    "sparse_attention": Refused(REMOVED, block=ANY),
-    "progressive_layer_drop": Refused(REMOVED, block=ANY),
+    "weight_quantization": Refused("quantized weights change the numbers", block=""),
+    "compression_training": Refused("compressed weights change the numbers", block=""),
+    "quantize_training": Refused("quantized weights change the numbers", block=""),
+    **{key: Refused(REMOVED, block="") for key in ("eigenvalue", "sparse_attention", "progressive_layer_drop")},
 }
 
 
@@ -446,7 +385,7 @@ def _cells(rule: Rule) -> list[str]:
 def harmless_text(rule: Ours | Refused) -> str:
     """Return the values that the JSON may hold under a key that sdit does not pass on, as JSON."""
     if rule.block is not None:
-        return "{}" if rule.block and "enabled" not in rule.block else '{"enabled": false}'
+        return "{}" if rule.block and "enabled" not in rule.block.split() else '{"enabled": false}'
     return ", ".join([*(json.dumps(value) for value in rule.harmless), '"auto"'])
 
 

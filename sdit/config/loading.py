@@ -138,8 +138,9 @@ def _first_problem(error: ValidationError, schema: type[BaseModel]) -> tuple[str
     """Return the dotted key of the first problem, and the line that describes it."""
     problem = error.errors()[0]
     location = [str(name) for name in problem["loc"] if not str(name).startswith(("function-", "lax-or-strict"))]
-    sections = _section_names(schema)
-    keys = {key for key, _, _ in config_keys(schema)} | sections
+    keys = {key for key, _, _ in config_keys(schema)}
+    sections = {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
+    keys |= sections
     while location and ".".join(location) not in keys and problem["type"] != "extra_forbidden":
         location.pop()  # pydantic appends the union member that it tried
     key = ".".join(location)
@@ -356,12 +357,12 @@ def _section_of(info: Any) -> type[BaseModel] | None:
     return kinds[0] if kinds else None
 
 
-def _section_names(schema: type[BaseModel], prefix: str = "") -> set[str]:
-    names: set[str] = set()
-    for name, info in schema.model_fields.items():
-        if (section := _section_of(info)) is not None:
-            names |= {f"{prefix}{name}"} | _section_names(section, f"{prefix}{name}.")
-    return names
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def config_manual() -> str:

@@ -169,7 +169,7 @@ class ModelConfig(Section):
         return {**values, **preset}
 
     @model_validator(mode="after")
-    def _shapes_fit(self) -> ModelConfig:
+    def _keys_fit(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
         if self.width % 4 and self.positions == "sincos":
@@ -184,10 +184,6 @@ class ModelConfig(Section):
         if self.hidden < 1:
             least = f"at least {2 if self.ffn == 'swiglu' else 1} / width {self.width}"
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} gives an MLP without hidden channels; legal: {least}")
-        return self
-
-    @model_validator(mode="after")
-    def _activation_fits(self) -> ModelConfig:
         if self.ffn == "swiglu" and self.activation != "gelu":
             raise ValueError(f"activation: {self.activation} with ffn swiglu, which has its own; legal: gelu")
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 
 from sdit.redact import is_secret_name
 
@@ -12,7 +11,7 @@ _VARIABLE = re.compile(r"\$(?:(\$)|\{([^}]*)\}?|([A-Za-z_]\w*))", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-def expand_path(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def expand_path(text: str) -> str:
     """Return `text` with a leading `~` or `~user` and all variables replaced. `$$` is a dollar sign.
 
     Raises: ValueError: if a user is unknown, or a variable is not set or holds a secret. The message is for users.
@@ -26,9 +25,9 @@ def expand_path(text: str, environment: Mapping[str, str] = os.environ) -> str:
             raise ValueError(f"{match[0]!r} is not a variable; legal: $NAME or ${{NAME}}, and $$ for a dollar sign")
         if is_secret_name(name):
             raise ValueError(f"${name} may hold a secret, and a path is written to the run's files; legal: another one")
-        if not environment.get(name):
+        if not os.environ.get(name):
             raise ValueError(f"the variable {name} is not set; legal: a variable that is, or $$ for a dollar sign")
-        return environment[name]
+        return os.environ[name]
 
     return _VARIABLE.sub(value_of, _expand_home(text))
 

@@ -68,13 +68,9 @@ class DiffusionConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _flow_is_plain(self) -> DiffusionConfig:
-        if self.path == "flow" and (self.weighting != "constant" and self.weighting != "uw"):
+    def _path_has_the_losses(self) -> DiffusionConfig:
+        if self.path == "flow" and self.weighting not in ("constant", "uw"):
             raise ValueError(f"weighting: {self.weighting!r} needs an SNR; legal with path flow: constant, uw")
-        return self
-
-    @model_validator(mode="after")
-    def _flow_losses_need_a_velocity(self) -> DiffusionConfig:
         for key in ("direction_weight", "contrastive_weight"):
             if self.path != "flow" and getattr(self, key):
                 raise ValueError(f"{key}: {getattr(self, key):g} needs a velocity; legal with path {self.path}: 0")

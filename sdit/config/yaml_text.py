@@ -56,7 +56,8 @@ def parse_yaml(text: str) -> Document:
         return _Builder(text).document()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlProblem(f"the character {chr(_code(error))!r} is not legal in YAML", line) from None
+        character = chr(error.character) if isinstance(error.character, int) else error.character
+        raise YamlProblem(f"the character {character!r} is not legal in YAML", line) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(text for text in (error.context, error.problem) if text)
@@ -67,19 +68,14 @@ def parse_yaml(text: str) -> Document:
         raise YamlProblem("is not valid YAML: an escape or a directive holds an illegal number", 1) from None
 
 
-def _code(error: yaml.reader.ReaderError) -> int:
-    return error.character if isinstance(error.character, int) else ord(error.character)
-
-
 class _Builder:
     """Builds the value of one document from PyYAML's events."""
 
     def __init__(self, text: str) -> None:
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._nodes = 0
-        self._anchors: dict[
-            str, tuple[Any, int] | None
-        ] = {}  # value and number of its nodes, or None while it is incomplete
+        # The value and the number of its nodes, or None while it is incomplete.
+        self._anchors: dict[str, tuple[Any, int] | None] = {}
         self._found = Document()
 
     def document(self) -> Document:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -40,10 +42,8 @@ class SharedMetricsCollector(Collector):
                 file = SharedMetricsFile.open(path)
             except OSError:  # the rank has ended since the attempt began
                 continue
-            try:
+            with closing(file):
                 yield file
-            finally:
-                file.close()
 
     def _series(self) -> Iterator[tuple[Series, Sequence[float]]]:
         free_bytes = self._disk()
@@ -80,7 +80,8 @@ def _metric(spec: MetricSpec, rows: Iterable[tuple[list[str], Sequence[float]]])
     if spec.kind == "histogram":
         histogram = HistogramMetricFamily(spec.name, spec.text, labels=labels)
         for label_values, values in rows:
-            histogram.add_metric(label_values, list(_cumulative(spec.buckets, values)), values[-1])
+            bounds = [*map(str, spec.buckets), "+Inf"]
+            histogram.add_metric(label_values, list(zip(bounds, accumulate(values), strict=False)), values[-1])
         return histogram
     kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
     metric = kind(spec.name, spec.text, labels=labels)
@@ -88,10 +89,3 @@ def _metric(spec: MetricSpec, rows: Iterable[tuple[list[str], Sequence[float]]])
         if values[0] == values[0]:  # NaN means unknown
             metric.add_metric(label_values, values[0])
     return metric
-
-
-def _cumulative(buckets: Sequence[float], counts: Sequence[float]) -> Iterator[tuple[str, float]]:
-    total = 0.0
-    for bound, count in zip([*(str(bound) for bound in buckets), "+Inf"], counts, strict=False):
-        total += count
-        yield bound, total

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -25,7 +26,6 @@ from sdit.config import ObserveConfig
 from sdit.errors import ConfigError
 from sdit.files import free_bytes, write_json
 from sdit.metrics.collector import SharedMetricsCollector
-from sdit.metrics.shared_file import RankStatus
 from sdit.redact import redact
 from sdit.textfile import read_text
 
@@ -35,14 +35,12 @@ WAITING_AT_ONCE = 48  # connections whose request is not complete; beyond that, 
 ACCEPT_SECONDS = 0.5  # between two checks whether the exporter is closed
 REQUEST_SECONDS = 5.0  # from the connection to the end of the request's head, and again for each write of the answer
 REQUEST_BYTES = 16_384  # limit of the request's head
-ANSWER_BYTES = (
-    1 << 20
-)  # send buffer: the kernel accepts this much of a response (or its limit) even if the client does not read
+ANSWER_BYTES = 1 << 20  # send buffer: the kernel takes so much (or its limit) even if the client does not read
 REVIVE_SECONDS = 2.0
 DISK_SECONDS = 15.0
 PUSH_TIMEOUT_SECONDS = 5.0
 PASSWORD_VARIABLE = "SDIT_PUSHGATEWAY_PASSWORD"
-Handler = Callable[[str, str, float | None, list[tuple[str, str]], bytes], Callable[[], None]]
+Handler = Callable[..., Callable[[], None]]  # of prometheus_client
 SILENT_SECONDS = 30.0  # a supervisor that has not written for this long is unhealthy
 _log = logging.getLogger(__name__)
 
@@ -295,7 +293,8 @@ class Exporter:
     def _answer(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environment["PATH_INFO"] != "/healthz":
             return make_wsgi_app(self._registry)(environment, start_response)
-        silent = [status.rank for status in self._collector.statuses() if _is_silent(status)]
+        latest = time.monotonic() - SILENT_SECONDS
+        silent = [status.rank for status in self._collector.statuses() if status.written_at < latest]
         start_response("503 Service Unavailable" if silent else "200 OK", [("Content-Type", "application/json")])
         return [json.dumps({"silent_supervisors": silent}).encode()]
 
@@ -345,14 +344,4 @@ def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Hand
     user = config.pushgateway_user or ""
     if not user and not password:
         return None
-
-    def send(
-        url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
-    ) -> Callable[[], None]:
-        return basic_auth_handler(url, method, timeout, headers, data, user, password)
-
-    return send
-
-
-def _is_silent(status: RankStatus) -> bool:
-    return time.monotonic() - status.written_at > SILENT_SECONDS
+    return partial(basic_auth_handler, username=user, password=password)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +25,16 @@ class ImageFiles:
     ) -> None:  # fmt: skip
         self._grid, self._npz, self._raw, self._latents = grid, npz, raw, latents
         self._scaling = scaling or LatentScaling(1.0)
+        self._paths = [path for path in (grid, npz, raw, latents) if path is not None]
         self._kept: list[np.ndarray] = []
         self._labels, self._columns, self._facts = labels, columns, facts
         self._shown: list[np.ndarray] = []
         self._pixels: np.ndarray | None = None
         self._floats: np.ndarray | None = None
         self._count = 0
-        for path in (grid, npz, raw, latents):
-            if path is not None:  # fail before hours of sampling, not after
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _partial(path).touch()
+        for path in self._paths:  # fail before hours of sampling, not after
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _partial(path).touch()
 
     def add(self, images: np.ndarray) -> None:
         """Add the next images (n, C, H, W) float32.
@@ -71,10 +70,8 @@ class ImageFiles:
                 assert self._count == len(self._labels), (self._count, len(self._labels))
                 self._finish()
         finally:
-            for path in (self._grid, self._npz, self._raw, self._latents):
-                if path is not None:
-                    with suppress(FileNotFoundError):
-                        _partial(path).unlink()
+            for path in self._paths:
+                _partial(path).unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self._grid is not None:

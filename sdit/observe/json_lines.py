@@ -38,9 +38,7 @@ class WaitingLines:
 
     def keep(self, is_kept: Callable[[str], bool]) -> None:
         """Forget the waiting lines that are no longer wanted."""
-        kept = [line for line in self._lines if is_kept(line)]
-        self._lines.clear()
-        self._lines.extend(kept)
+        self._lines = deque(line for line in self._lines if is_kept(line))
 
     def close(self, path: Path) -> None:
         """Write the waiting lines, or log how many are lost."""

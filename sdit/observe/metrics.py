@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -13,15 +12,16 @@ from typing import get_args
 from sdit.clock import Clock
 from sdit.config import Config
 from sdit.data.faults import SampleReason, ShardReason
+from sdit.json_files import read_json
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS
+from sdit.observe.routing import evenly
 from sdit.train.events import Observer
-from sdit.train.record import BY_BIN, GAUGES, StepRecord, Validation
+from sdit.train.record import BINS, BY_BIN, GAUGES, PHASES, StepRecord, Validation
 
 LOSS_TERMS = {"total": "loss", "mse": "mse", "vlb": "vlb", "prior": "prior_loss", "balance": "balance_loss"}
-PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
-BINS = tuple(f"{number:02d}" for number in range(20))
+BIN_LABELS = tuple(f"{number:02d}" for number in range(BINS))
 REASONS = (*get_args(ShardReason), *get_args(SampleReason))
 EVENTS = {  # kind -> counter
     "skipped_step": "sdit_skipped_steps_total",
@@ -80,10 +80,8 @@ class PrometheusObserver(Observer):
             return
         self._writer.observe("sdit_checkpoint_seconds", seconds)
         self._writer.set("sdit_checkpoint_last_success_timestamp_seconds", time.time())
-        images_seen = int(
-            folder.name.removeprefix("images-")
-        )  # a checkpoint written in the background is older than the clock
-        self._writer.set("sdit_checkpoint_images_seen", images_seen)
+        # A checkpoint that is written in the background is older than the clock.
+        self._writer.set("sdit_checkpoint_images_seen", int(folder.name.removeprefix("images-")))
         self._publish()
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
@@ -128,7 +126,7 @@ class PrometheusObserver(Observer):
             if (value := getattr(record, key, None)) is not None:
                 writer.set(name, value)
         for name, key in BY_BIN.items():
-            for number, value in zip(BINS, getattr(record, key, None) or (), strict=False):
+            for number, value in zip(BIN_LABELS, getattr(record, key, None) or (), strict=False):
                 writer.set(name, math.nan if value is None else value, number)
 
     def _write_logged(self, writer: SharedMetricsWriter, record: StepRecord) -> None:
@@ -170,7 +168,7 @@ class PrometheusObserver(Observer):
             (): [()],
             ("version", "git", "torch", "deepspeed"): [tuple(build)],
             ("part",): [(term,) for term in LOSS_TERMS],
-            ("bin",): [(number,) for number in BINS],
+            ("bin",): [(number,) for number in BIN_LABELS],
             ("phase",): [(phase,) for phase in PHASES],
             ("mode",): [("tokens",), ("weights",), ("seats",)],
             ("reason",): [(reason,) for reason in REASONS],
@@ -205,21 +203,13 @@ def shown_blocks(config: Config) -> list[int]:
     model = config.model
     if model.variant != "switch":
         return []
-    return _evenly(list(range(model.depth)), config.observe.metrics_experts // model.experts.count)
+    return evenly(range(model.depth), config.observe.metrics_experts // model.experts.count)
 
 
 def shown_token_blocks(config: Config) -> list[int]:
     """Return the blocks whose token-routed experts have their own series, by the same rule."""
     moe = config.model.moe
-    return [] if moe is None else _evenly(config.model.moe_blocks, config.observe.metrics_experts // moe.experts)
-
-
-def _evenly(blocks: list[int], limit: int) -> list[int]:
-    """Return at most `limit` of the blocks, evenly spaced, with the first and the last (of one: the first)."""
-    count = min(len(blocks), limit)
-    if count <= 1:
-        return blocks[:count]
-    return [blocks[round(number * (len(blocks) - 1) / (count - 1))] for number in range(count)]
+    return [] if moe is None else evenly(config.model.moe_blocks, config.observe.metrics_experts // moe.experts)
 
 
 def checkpoint_interval_images(config: Config) -> float:
@@ -233,10 +223,7 @@ def checkpoint_interval_images(config: Config) -> float:
 
 def build_labels(run_dir: Path) -> tuple[str, str, str, str]:
     """Return version, git commit, torch and deepspeed from environment.json."""
-    try:
-        found = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
+    found = read_json(run_dir / "environment.json") or {}
     packages = found.get("packages", {})
     return (
         str(found.get("sdit", "unknown")),

@@ -47,8 +47,11 @@ class MetricsFile(Observer):
         self.on_event(clock, "start", message)
 
     def on_rollback(self, clock: Clock, text: str) -> None:
+        """Remove lines that the resumed run writes again, and an incomplete last line."""
         self._metric_lines.keep(lambda line: _images(line) <= clock.images_seen)
-        _keep_up_to(self._metrics, clock.images_seen)
+        if self._metrics.exists():
+            lines = self._metrics.read_text(encoding="utf-8").splitlines()
+            _rewrite(self._metrics, [line for line in lines if _images(line) <= clock.images_seen])
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         for key in SPENT:
@@ -90,13 +93,6 @@ class MetricsFile(Observer):
         """Write the lines that wait. What still does not fit is lost, which is logged."""
         self._metric_lines.close(self._metrics)
         self._event_lines.close(self._events)
-
-
-def _keep_up_to(path: Path, images_seen: int) -> None:
-    """Remove lines that the resumed run writes again, and an incomplete last line."""
-    if not path.exists():
-        return
-    _rewrite(path, [line for line in path.read_text(encoding="utf-8").splitlines() if _images(line) <= images_seen])
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:

@@ -27,11 +27,16 @@ def chosen_experts(probs: np.ndarray, top_k: int) -> np.ndarray:
     return np.argsort(-probs, axis=-1, kind="stable")[..., :top_k]
 
 
+def by_unit(values: np.ndarray) -> np.ndarray:
+    """Return values (depth, T, M) as (T, units), one column per unit."""
+    return values.transpose(1, 0, 2).reshape(values.shape[1], -1)
+
+
 def task_paths(probs: np.ndarray, top_k: int) -> np.ndarray:
     """Return (T, depth * M) bool, True where the task uses the unit. Each row has depth * k True values."""
     used = np.zeros(probs.shape, dtype=bool)
     np.put_along_axis(used, chosen_experts(probs, top_k), True, axis=-1)
-    return used.transpose(1, 0, 2).reshape(probs.shape[1], -1)
+    return by_unit(used)
 
 
 def path_overlap(paths: np.ndarray) -> np.ndarray:
@@ -45,7 +50,7 @@ def task_affinity(probs: np.ndarray) -> np.ndarray:
 
     It is 1 on the diagonal. `probs` is (depth, T, M).
     """
-    units = probs.transpose(1, 0, 2).reshape(probs.shape[1], -1).astype(np.float32)
+    units = by_unit(probs).astype(np.float32)
     units = units / np.linalg.norm(units, axis=1, keepdims=True)
     return units @ units.T
 
@@ -96,11 +101,8 @@ class Snapshot:
         dropped: np.ndarray | None = None, task_weights: np.ndarray | None = None,
     ) -> Snapshot:  # fmt: skip
         """Return a snapshot of gate probabilities (depth, T, M)."""
-        paths = task_paths(probs, top_k)
-        if assignment is None:
-            return cls(images_seen, top_k, probs, paths, dropped=dropped, task_weights=task_weights)
-        mask, columns = prior_mask(assignment), assignment.columns
-        return cls(images_seen, top_k, probs, paths, mask, columns, dropped, task_weights)
+        mask, columns = (None, None) if assignment is None else (prior_mask(assignment), assignment.columns)
+        return cls(images_seen, top_k, probs, task_paths(probs, top_k), mask, columns, dropped, task_weights)
 
     @property
     def loads(self) -> np.ndarray:
@@ -171,7 +173,8 @@ def read_snapshots(files: Sequence[Path], report: Callable[[str], None]) -> list
 
 
 def evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """Return at most `number` of the items, evenly spaced, including the first and the last."""
-    if len(items) <= number:
-        return list(items)
-    return [items[round(position)] for position in np.linspace(0, len(items) - 1, number)]
+    """Return at most `number` of the items, evenly spaced, with the first and the last (of one: the first)."""
+    count = min(len(items), number)
+    if count <= 1:
+        return list(items[:count])
+    return [items[round(position * (len(items) - 1) / (count - 1))] for position in range(count)]

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sdit.files import replacing
 from sdit.observe.routing import (
     Snapshot,
+    by_unit,
     evenly,
     gate_entropy,
     path_overlap,
@@ -76,8 +77,8 @@ def draw_map(snapshot: Snapshot, path: Path, title: str = "") -> None:
 
 
 def _draw_affinity(axes: Axes, probs: np.ndarray) -> None:
-    depth, tasks, count = probs.shape
-    units = probs.transpose(1, 0, 2).reshape(tasks, -1)
+    depth, _, count = probs.shape
+    units = by_unit(probs)
     smooth = "antialiased" if units.shape[1] > SHARP_UNITS else "nearest"
     image = _tasks_down(axes, units, cmap="viridis", vmin=0, vmax=float(probs.max()), interpolation=smooth)
     for border in range(1, depth):
@@ -180,9 +181,8 @@ def frame(snapshot: Snapshot, top: float, tall: bool) -> Image.Image:
 
     They are side by side, or one above the other if `tall`.
     """
-    units = snapshot.probs.transpose(1, 0, 2).reshape(snapshot.probs.shape[1], -1)
     side, step = FRAME_PIXELS, FRAME_PIXELS + MARGIN_PIXELS
-    maps = [heat(units, "viridis", top), heat(path_overlap(snapshot.paths), "magma")]
+    maps = [heat(by_unit(snapshot.probs), "viridis", top), heat(path_overlap(snapshot.paths), "magma")]
     width, height = (step, 2 * step) if tall else (2 * step, step)
     image = Image.new("RGB", (width + MARGIN_PIXELS, height + CAPTION_PIXELS), "white")
     for number, pixels in enumerate(maps):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdit.observe.routing import Snapshot, evenly, path_overlap, task_affinity
+from sdit.observe.routing import by_unit, evenly, path_overlap, task_affinity
 from sdit.observe.routing_figures import PATH_COLOURS, heat
 from sdit.report.elements import Card, Chart, Element, Frames, Grid, Section, colour_of, rows, side_by_side
-from sdit.report.figures import Series, heat_map, line_chart, together
+from sdit.report.figures import Series, curve_cards, heat_map, line_chart
 from sdit.report.images import file_uri, pixels_uri
 from sdit.report.record import RunRecord
 from sdit.report.values import curve
@@ -33,9 +33,9 @@ FRAME_NOTE = (
 def experts_section(runs: Sequence[RunRecord]) -> Section:
     """Return the section on experts. It is empty for models without gates."""
     gated = [run for run in runs if run.routing or any(is_table(record.get("expert_load")) for record in run.metrics)]
-    charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if gated]
-    charts.append(("Agreement with the diffusion prior", _agreement(runs)))
-    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
+    curves = curve_cards(runs, CURVES, constant=False) if gated else []
+    if (agreement := _agreement(runs)) is not None:
+        curves.append(Card("Agreement with the diffusion prior", [agreement]))
     groups = [
         side_by_side(runs, title, draw, among=gated)
         for title, draw in (
@@ -99,7 +99,7 @@ def _affinity(run: RunRecord) -> Element | None:
     shot = run.routing[-1]
     depth, tasks, count = shot.probs.shape
     top = float(shot.probs.max())
-    rgb = heat(_units(shot)[:: _stride(tasks)], "viridis", top)
+    rgb = heat(by_unit(shot.probs)[:: _stride(tasks)], "viridis", top)
     scale = ("0", "viridis", f"{top:.2f} gate probability")
     return heat_map(rgb, f"block ({count} experts each)", TIMESTEP, _centres(depth), _centres(tasks), scale)
 
@@ -137,7 +137,7 @@ def _frames(run: RunRecord) -> Element | None:
         step = _stride(len(shot.paths), MAX_ROWS // 2)
         overlap = path_overlap(shot.paths)[::step, ::step]
         caption = f"{shot.images_seen:,} images" + ("" if shot.agreement is None else f" · prior {shot.agreement:.0%}")
-        affinity = pixels_uri(heat(_units(shot)[::step], "viridis", top))
+        affinity = pixels_uri(heat(by_unit(shot.probs)[::step], "viridis", top))
         images = [(affinity, f"affinity, {caption}"), (pixels_uri(heat(overlap, "magma")), f"overlap, {caption}")]
         frames.append((caption, images))
     return Frames(frames, "map")
@@ -147,11 +147,6 @@ def _drawn(run: RunRecord) -> Element | None:
     """Return the newest map that an older version drew, for a run without arrays."""
     uri = file_uri(run.maps[-1], MAP_BYTES) if run.maps else None
     return Frames([("", [(uri, "routing map")])]) if uri else None
-
-
-def _units(shot: Snapshot) -> np.ndarray:
-    """Return the gate probabilities (T, units)."""
-    return shot.probs.transpose(1, 0, 2).reshape(shot.probs.shape[1], -1)
 
 
 def _stride(count: int, most: int = MAX_ROWS) -> int:

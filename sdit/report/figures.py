@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sdit.report.elements import Chart, Element, RunRecord, Text, colour_of
+from sdit.report.elements import Card, Chart, Element, RunRecord, Text, colour_of
 from sdit.report.values import curve, short
 
 WIDTH, HEIGHT, MAP_HEIGHT = 420, 250, 280  # of the view box; one unit is one point of matplotlib
@@ -93,6 +93,12 @@ def together(
     series = [Series(run.name, *curve(run.metrics, key), colour_of(number)) for number, run in enumerate(runs)]
     is_shown = any(one.ys if constant else len(set(one.ys)) > 1 for one in series)
     return line_chart(series, y_label, log_y=log_y) if is_shown else None
+
+
+def curve_cards(runs: Sequence[RunRecord], curves: Sequence[tuple[str, str, str]], constant: bool = True) -> list[Card]:
+    """Return a card for each (key, title, label of the axis) that `together` draws."""
+    charts = [(title, together(runs, key, label, constant=constant)) for key, title, label in curves]
+    return [Card(title, [chart]) for title, chart in charts if chart is not None]
 
 
 def lines_of(

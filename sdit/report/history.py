@@ -31,9 +31,9 @@ def state_of(run: RunRecord) -> Markup:
     images, total = run.last.get("images_seen"), run.total_images
     if not is_number(images):
         return badge("no steps logged", "warn")
-    if total and images >= total:  # type: ignore[operator]
+    if total and images >= total:
         return badge("finished", "good")
-    return badge(f"{images / total:.0%} done" if total else "length unknown", "plain")  # type: ignore[operator]
+    return badge(f"{images / total:.0%} done" if total else "length unknown", "plain")
 
 
 def tiles_of(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -47,7 +47,7 @@ def tiles_of(run: RunRecord) -> list[tuple[str, str, str]]:
     faults = f"{skipped} skipped step{'s' * (skipped != 1)}"
     faults += f", {failed} failed checkpoint{'s' * (failed != 1)}" if failed else ""
     tiles = [
-        ("images seen", short(images) if is_number(images) else "—", f"of {short(total)}" if total else ""),  # type: ignore[arg-type]
+        ("images seen", short(images) if is_number(images) else "—", f"of {short(total)}" if total else ""),
         ("training loss", "—" if loss is None else short(loss), "last tenth of the run"),
         ("images per second", speed_of(run), "second half of the run"),
         ("time in the loop", seconds(spent) if spent else "—", "rank 0"),
@@ -145,10 +145,8 @@ def faults_section(runs: Sequence[RunRecord]) -> Section:
             (_when(end), end.get("attempt", "—"), _end(end), end["text"]) for end in run.attempts if end.get("text")
         ]
         if ended:
-            elements += [
-                Text("Attempts that ended early", "h3"),
-                Table(ended, ("when (UTC)", "attempt", "outcome", "")),
-            ]
+            table = Table(ended, ("when (UTC)", "attempt", "outcome", ""))
+            elements += [Text("Attempts that ended early", "h3"), table]
         bad = run.last.get("bad_samples")
         if is_number(bad) and bad:
             elements.append(Text(f"{bad:.0f} unreadable samples were replaced in the last epoch."))

@@ -41,7 +41,7 @@ def marks_of(run: RunRecord) -> list[Mark]:
         kind, colour = MARKS.get(str(event.get("event")), ("", ""))
         images = event.get("images_seen")
         if kind and is_number(images) and not (kind == "restart" and event is run.events[0]):
-            found.append(Mark(float(images), kind, f"{kind}: {event.get('text', '')}", colour))  # type: ignore[arg-type]
+            found.append(Mark(float(images), kind, f"{kind}: {event.get('text', '')}", colour))
     return found
 
 

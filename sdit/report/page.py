@@ -55,6 +55,6 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
             words.append(f"{run.config['model.moe.experts']} token-routed experts in a block")
         words.append(f"images of {model['input_size']} x {model['input_size']} x {model['channels']}")
     images = run.last.get("images_seen")
-    if is_number(images) and run.total_images and images < run.total_images:  # type: ignore[operator]
-        words.append(f"{images / run.total_images:.0%} done")  # type: ignore[operator]
+    if is_number(images) and run.total_images and images < run.total_images:
+        words.append(f"{images / run.total_images:.0%} done")
     return ", ".join(words)

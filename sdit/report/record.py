@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdit.config import config_keys, read_yaml
+from sdit.config import flatten, read_yaml
 from sdit.errors import ConfigError
 from sdit.observe.metrics_file import read_records
 from sdit.observe.routing import Snapshot, evenly, read_snapshots, snapshot_files
@@ -29,7 +29,7 @@ class Checkpoint:
 
     name: str
     images_seen: int
-    step: int | None = None
+    step: float | None = None
     seconds: float | None = None
     bytes: int | None = None
     written: str | None = None
@@ -70,16 +70,11 @@ class RunRecord:
         """The length of the run: the one fixed at its start, else the one in its config."""
         fixed = self.environment.get("length_images")
         if is_number(fixed):
-            return int(fixed)  # type: ignore[arg-type]
+            return int(fixed)
         images, steps, batch = (self.config.get(f"train.{key}") for key in ("images", "steps", "global_batch"))
         if is_number(images):
-            return int(images)  # type: ignore[arg-type]
-        return int(steps * batch) if is_number(steps) and is_number(batch) else None  # type: ignore[operator]
-
-    def changed(self) -> dict[str, Any]:
-        """Return the keys of the config whose values are not the defaults."""
-        defaults = {key: default for key, _, default in config_keys()}
-        return {key: value for key, value in self.config.items() if key not in defaults or value != defaults[key]}
+            return int(images)
+        return int(steps * batch) if is_number(steps) and is_number(batch) else None
 
     def count(self, event: str) -> int:
         """Return the number of events of a kind."""
@@ -118,7 +113,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     values = _try(run, "config.yaml", read_yaml)
     if values == {}:
         run.missing.append("config.yaml: empty")
-    run.config = _flat(values or {})
+    run.config = flatten(values or {})
     run.environment = _try(run, "environment.json", _json) or {}
     run.deepspeed = _try(run, "deepspeed.json", _json) or {}
     run.metrics = [record for record in _records(run, "metrics.jsonl") if is_number(record.get("images_seen"))]
@@ -141,11 +136,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
 
 def _try(run: RunRecord, name: str, read: Callable[[Path], Any]) -> Any:
     path = run.folder / name
-    if not path.exists():
-        run.missing.append(f"{name}: missing")
-        return None
     if not path.is_file():
-        run.missing.append(f"{name}: not a regular file")
+        run.missing.append(f"{name}: {'not a regular file' if path.exists() else 'missing'}")
         return None
     try:
         return read(path)
@@ -179,13 +171,6 @@ def _records(run: RunRecord, name: str) -> list[dict[str, Any]]:
     elif not records and (run.folder / name).exists():
         run.missing.append(f"{name}: empty")
     return records
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _checkpoints(run: RunRecord) -> list[Checkpoint]:

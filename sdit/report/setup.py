@@ -68,7 +68,7 @@ def _facts(run: RunRecord) -> dict[str, object]:
         facts["device"] = environment.get("device", "?")
         facts |= {"experts": groups} if (groups := _groups(environment)) else {}
     if is_number(micro) and is_number(times) and is_number(ranks):
-        product = int(ranks * micro * times)  # type: ignore[operator]
+        product = int(ranks * micro * times)
         facts["global batch"] = f"{product} = {ranks} ranks x {micro} images x {times} micro-step{'s' * (times != 1)}"
     if isinstance(zero, Mapping):
         facts["ZeRO stage"] = zero.get("stage", 0)
@@ -94,29 +94,30 @@ def config_section(runs: Sequence[RunRecord]) -> Section:
     """Return the keys that differ from the defaults and between the runs, and a folded table of all keys."""
     defaults = {key: default for key, _, default in config_keys()}
     keys = list(dict.fromkeys([*defaults, *(key for run in runs for key in run.config)]))
-    changed = [run.changed() for run in runs]
     head = ["key", *([run.name for run in runs] if len(runs) > 1 else ["value"]), "default"]
 
     def table(shown: Sequence[str], summary: str = "") -> Table:
-        return Table([_row(runs, changed, key, defaults) for key in shown], head, "keys", summary)
+        return Table([_row(runs, key, defaults) for key in shown], head, "keys", summary)
 
     cards = []
     if len(runs) > 1:
         different = [key for key in keys if len({_shown(run.config.get(key)) for run in runs}) > 1 and key != "run_dir"]
         same = Text("The runs differ only in their folders.", "empty")
         cards.append(Card("Keys that differ between the runs", [table(different) if different else same]))
-    set_keys = [key for key in keys if any(key in found for found in changed)]
+    set_keys = [key for key in keys if any(_is_set(run, key, defaults) for run in runs)]
     cards.append(Card("Keys that differ from the defaults", [table(set_keys), table(keys, f"all {len(keys)} keys")]))
     return Section("config", "Config", "Config", [Grid(cards, "wide")] if any(run.config for run in runs) else [])
 
 
-def _row(
-    runs: Sequence[RunRecord], changed: Sequence[Mapping[str, Any]], key: str, defaults: Mapping[str, Any]
-) -> list[object]:
+def _is_set(run: RunRecord, key: str, defaults: Mapping[str, Any]) -> bool:
+    return key in run.config and (key not in defaults or run.config[key] != defaults[key])
+
+
+def _row(runs: Sequence[RunRecord], key: str, defaults: Mapping[str, Any]) -> list[object]:
     cells: list[object] = [key]
-    for run, found in zip(runs, changed, strict=True):
+    for run in runs:
         text = _shown(run.config[key]) if key in run.config else "not in its config"
-        cells.append(_cell(text, "set" if key in found else "same"))
+        cells.append(_cell(text, "set" if _is_set(run, key, defaults) else "same"))
     return [*cells, _cell(_shown(defaults[key]) if key in defaults else "unknown key", "same")]
 
 

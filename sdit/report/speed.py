@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from sdit.report.elements import Bar, Card, Section, rows, side_by_side
-from sdit.report.figures import lines_of, together
+from sdit.report.elements import Bar, Section, rows, side_by_side
+from sdit.report.figures import curve_cards, lines_of
 from sdit.report.record import RunRecord
 from sdit.report.values import curve, is_number, mean, seconds, short
 
@@ -31,14 +31,12 @@ BY_RUN = (  # title, axis, factor, curves
 
 def speed_section(runs: Sequence[RunRecord]) -> Section:
     """Return curves of speed, and a bar with the time spent on each task."""
-    charts = [(title, together(runs, key, label)) for key, title, label in CURVES]
-    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
     split = side_by_side(runs, "Time by task", _split)
     lines = [
         side_by_side(runs, title, partial(lines_of, keys=keys, y_label=label, scale=scale))
         for title, label, scale, keys in BY_RUN
     ]
-    return Section("speed", "Speed", "Speed", rows(runs, split, curves, *lines))
+    return Section("speed", "Speed", "Speed", rows(runs, split, curve_cards(runs, CURVES), *lines))
 
 
 def time_by_task(run: RunRecord) -> list[tuple[str, float, str]]:

@@ -13,9 +13,9 @@ from sdit.observe.routing import evenly
 from sdit.observe.routing_figures import heat
 from sdit.observe.token_figures import COLOURS, scale_top, shown_blocks
 from sdit.observe.token_maps import TokenMap, position_tiles, time_rows
-from sdit.report.elements import Card, Element, Frames, Grid, Section, rows, side_by_side
+from sdit.report.elements import Element, Frames, Grid, Section, rows, side_by_side
 from sdit.report.experts import is_table, load_map
-from sdit.report.figures import heat_map, together
+from sdit.report.figures import curve_cards, heat_map
 from sdit.report.images import pixels_uri
 from sdit.report.record import RunRecord
 
@@ -40,8 +40,7 @@ def token_experts_section(runs: Sequence[RunRecord]) -> Section:
     routed = [
         run for run in runs if run.token_maps or any(is_table(record.get("token_load")) for record in run.metrics)
     ]
-    charts = [(title, together(runs, key, label, constant=False)) for key, title, label in CURVES if routed]
-    curves = [Card(title, [chart]) for title, chart in charts if chart is not None]
+    curves = curve_cards(runs, CURVES, constant=False) if routed else []
     groups = [
         side_by_side(runs, "Load of token-routed experts over training", _loads, among=routed),
         side_by_side(runs, "Load by timestep, now", lambda run: _newest(run, _times), TIME_NOTE, routed),

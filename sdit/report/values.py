@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return True if `value` is a finite int or float and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -45,7 +45,7 @@ def seconds(value: float) -> str:
 
 def mean(values: Sequence[object]) -> float | None:
     """Return the mean of the finite numbers among `values`, or None if there are none."""
-    numbers = [float(value) for value in values if is_number(value)]  # type: ignore[arg-type]
+    numbers = [float(value) for value in values if is_number(value)]
     return sum(numbers) / len(numbers) if numbers else None
 
 
@@ -63,6 +63,6 @@ def curve(records: Iterable[Mapping[str, Any]], key: str, index: int | None = No
         if index is not None:
             value = value[index] if isinstance(value, list) and index < len(value) else None
         if is_number(value) and is_number(images):
-            xs.append(float(images))  # type: ignore[arg-type]
-            ys.append(float(value))  # type: ignore[arg-type]
+            xs.append(float(images))
+            ys.append(float(value))
     return xs, ys

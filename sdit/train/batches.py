@@ -5,7 +5,7 @@ N samples of the global batch, B samples of a micro-batch of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -64,10 +64,6 @@ class BatchDraws:
             return y
         return np.where(draw_label_drop(self.seed, index, self.label_drop), self.classes, y)
 
-    def noise(self, index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Return standard normal noise (B, *shape) float32."""
-        return normal_noise(self.seed, index, shape, Purpose.NOISE)
-
 
 def micro_batches(
     loader: Loader, draws: BatchDraws, device: torch.device, requests: Iterator[Request]
@@ -77,7 +73,7 @@ def micro_batches(
 
     def make(request: Request) -> MicroBatch:
         loaded, times = loader.read(request.indices), draws.times(request.first_sample)
-        noise = draws.noise(loaded.index, loaded.x0.shape[1:])
+        noise = normal_noise(draws.seed, loaded.index, loaded.x0.shape[1:], Purpose.NOISE)
         own_times, labels = times[loaded.index - request.first_sample], draws.labels(loaded.y, loaded.index)
         return MicroBatch(loaded.index, times, stream.begin((loaded.x0, noise, own_times, labels)))
 
@@ -112,11 +108,11 @@ class BatchStream:
         self._loaded = None
 
     def _requests(self) -> Iterator[Request]:
-        """Yield the request of each of this rank's micro-batches from the present clock to the end of the run."""
+        """Return the requests of this rank's micro-batches from the present clock to the end of the run."""
         state, plan, comm = self._context.state, self._context.run.batch, self._context.comm
         clock = state.clock
-        for images_seen in range(clock.images_seen, state.length_images, plan.global_batch):
-            yield from rank_requests(plan, clock.sample_at(images_seen), comm.rank, comm.world)
+        steps = range(clock.images_seen, state.length_images, plan.global_batch)
+        return rank_requests(plan, map(clock.sample_at, steps), comm.rank, comm.world)
 
 
 def with_other_targets(batches: Sequence[Batch], first_sample: int, comm: Comm) -> list[Batch]:
@@ -134,9 +130,9 @@ def with_other_targets(batches: Sequence[Batch], first_sample: int, comm: Comm) 
     return [replace(batch, other_target=part) for batch, part in zip(batches, parts, strict=True)]
 
 
-def rank_requests(plan: BatchPlan, first_sample: int, rank: int, world: int) -> Iterator[Request]:
-    """Yield the request of each micro-step of a rank, for the step that begins at `first_sample`."""
-    for micro_step in range(plan.accumulation):
-        yield Request(
-            first_sample, rank_indices(first_sample, plan.global_batch, rank, world, micro_step, plan.accumulation)
-        )
+def rank_requests(plan: BatchPlan, first_samples: Iterable[int], rank: int, world: int) -> Iterator[Request]:
+    """Yield the request of each micro-step of a rank, for each step that begins at one of `first_samples`."""
+    for first in first_samples:
+        for micro_step in range(plan.accumulation):
+            indices = rank_indices(first, plan.global_batch, rank, world, micro_step, plan.accumulation)
+            yield Request(first, indices)

@@ -22,7 +22,9 @@ def catch_up(context: TrainContext, tasks: PeriodicTasks, attempt: int) -> None:
     missing = set(context.comm.from_first(sorted(observers.missing(clock))))
     if not clock.steps:
         if attempt == 1 and context.run.config.train.init_from is not None and tasks.validator.is_on:
-            _validate_initial_weights(context, tasks)
+            found = tasks.validator.measure()
+            loss = f"validation_loss {found.validation_loss:.9g} of the initial weights"
+            context.event("initial_validation", f"{loss}, {found.validation_images} images")
         return
     before = replace(clock, images_seen=max(0, clock.images_seen - state.last_batch), steps=clock.steps - 1)
     span = StepSpan(before, clock, state.length_images)
@@ -41,10 +43,3 @@ def catch_up(context: TrainContext, tasks: PeriodicTasks, attempt: int) -> None:
         observers.on_routing(clock, *tasks.routing.measure())
     if SAMPLES in missing:
         observers.on_samples(clock, *tasks.sampler.draw())
-
-
-def _validate_initial_weights(context: TrainContext, tasks: PeriodicTasks) -> None:
-    """Report the held-out loss of the weights that a new run starts from. Raises: StopAgreed."""
-    found = tasks.validator.measure()
-    text = f"validation_loss {found.validation_loss:.9g} of the initial weights, {found.validation_images} images"
-    context.event("initial_validation", text)

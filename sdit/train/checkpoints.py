@@ -1,12 +1,13 @@
-"""The checkpoints of a run as a periodic task: when they are due, and the way back to the newest one."""
+"""The periodic tasks that store state: checkpoints, with the way back to the newest one, and snapshots of averages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sdit.checkpoint.saver import Saver
+from sdit.checkpoint.snapshots import SnapshotStore
 from sdit.clock import StepSpan
-from sdit.config import CheckpointConfig
+from sdit.config import CheckpointConfig, EmaConfig
 from sdit.errors import DataError
 from sdit.supervise.heartbeat import Phase
 from sdit.train.context import TrainContext
@@ -21,7 +22,8 @@ class Checkpoints:
         self._context, self._config, self._rollbacks = context, config, rollbacks
         state = context.state
         self.saver = Saver(
-            state.store, context.comm, state.snapshot, config.asynchronous, self._on_saved,
+            state.store, context.comm, state.snapshot, config.asynchronous,
+            lambda folder, seconds: context.observers.on_checkpoint(state.clock, folder, seconds),
             lambda text: context.event("checkpoint_failed", text),
         )  # fmt: skip
         self.saver.saved_at = state.clock.images_seen
@@ -69,5 +71,31 @@ class Checkpoints:
         first, count = state.clock.left_out[-1]
         return f"{reason}; back to {found.folder.name}, samples {first}..{first + count - 1} are left out"
 
-    def _on_saved(self, folder: Path, seconds: float) -> None:
-        self._context.observers.on_checkpoint(self._context.state.clock, folder, seconds)
+
+class Snapshots:
+    """Saves the power-function averages at intervals. All ranks call its methods together.
+
+    A snapshot is written before the checkpoint of the same step, so that no resumed run misses it.
+    """
+
+    def __init__(self, context: TrainContext, config: EmaConfig, store: SnapshotStore) -> None:
+        self._context, self._config, self._store = context, config, store
+        self._saver = Saver(
+            store, context.comm, context.state.power_snapshot, False,
+            lambda folder, seconds: context.event("ema_snapshot", f"{folder.name} in {seconds:.2f} s"),
+            lambda text: context.event("snapshot_failed", text),
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Set snapshots aside that are later than the present clock, because the run makes them again."""
+        if self._context.comm.is_first:
+            self._store.begin(self._context.state.clock.images_seen)
+
+    def due(self, span: StepSpan) -> bool:
+        """Return whether a snapshot is due after a step."""
+        return span.crosses(self._config.snapshot_images)
+
+    def save(self) -> None:
+        """Write a snapshot of this moment. Raises: CheckpointError, see `Saver.save`."""
+        with self._context.task(Phase.CHECKPOINT, "checkpoint"):
+            self._saver.save()

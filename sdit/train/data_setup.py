@@ -80,8 +80,5 @@ def open_held_out(
     identity = DataIdentity.of(dataset.facts, dataset.fingerprint)
     notes = check_held_out(config, training, identity, was_accepted(manifest, where, training, identity))
     check_fit(dataset.facts, data, config.model, "validation.path")
-    labelled, stats = (
-        config.model.classes > 0,
-        training.latent_stats,
-    )  # held-out latents are normalised as those of training
-    return Loader(dataset, data, validation.seed, ranks, labelled, stats), notes
+    stats = training.latent_stats  # held-out latents are normalised as those of training
+    return Loader(dataset, data, validation.seed, ranks, config.model.classes > 0, stats), notes

@@ -12,7 +12,7 @@ from sdit.config import Config
 from sdit.data.dataset import data_kind, data_recipe, latent_stats_of
 from sdit.data.encoders import latent_encoder, load_autoencoder
 from sdit.data.identity import DataIdentity
-from sdit.data.latent_stats import LatentScaling, LatentStatistics
+from sdit.data.latent_stats import LatentScaling
 from sdit.errors import ConfigError
 
 CHUNK = 16  # latents a call; activations at full size are many
@@ -55,7 +55,7 @@ def latent_decoder(
         if scaling.statistics is not None:
             where = config.data.latent_stats or "the checkpoint"
             scaling.statistics.check_fit(config.model.channels, config.model.input_size, where)
-        decoder = LatentDecoder(folder, config.model.channels, scaling.multiplier, device, scaling.statistics)
+        decoder = LatentDecoder(folder, config.model.channels, scaling, device)
     except ConfigError as error:
         raise ConfigError(str(error) if vae else str(error).replace("--vae", "sample.vae")) from None
     encoder = data_recipe(config.data).get("vae", decoder.digest)
@@ -75,16 +75,13 @@ def restored_latents(latents: Tensor, scaling: LatentScaling) -> Tensor:
 class LatentDecoder:
     """The decoder of a diffusers AutoencoderKL; `digest` is the sha256 of its weights."""
 
-    def __init__(
-        self, folder: Path, channels: int, latent_scale: float, device: torch.device | str,
-        latent_stats: LatentStatistics | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, folder: Path, channels: int, scaling: LatentScaling, device: torch.device | str) -> None:
         facts = latent_encoder(folder, mirrored=False, dtype="float32", batch=CHUNK, device=str(device))
         if facts.channels != channels:
             raise ConfigError(f"--vae: {folder} has {facts.channels} latent channels, the model {channels}")
         self.digest: str = facts.recipe["vae"]
         self.picture_channels, self.upsampling = facts.picture_channels, facts.downsampling
-        self.scaling = LatentScaling(latent_scale, latent_stats)
+        self.scaling = scaling
         self._vae = load_autoencoder(folder, str(device))
 
     @torch.no_grad()

@@ -42,9 +42,5 @@ def rank_report(sums: Tensor, mine: float, rank: int, smallest: Callable[[int], 
         return {}
     means = (sums[1] / sums[0].clamp(min=1)).repeat_interleave(counts)  # ascending, one per rank
     p50, p99 = torch.quantile(means, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-    return {"rank_step_seconds_p50": p50, "rank_step_seconds_p99": p99, "slowest_rank": _slowest(mine, rank, smallest)}
-
-
-def _slowest(mine: float, rank: int, smallest: Callable[[int], int]) -> int:
-    """Return the rank with the most work, and the first one of several."""
-    return smallest((-round(mine * 1e6) << RANK_BITS) + rank) & ((1 << RANK_BITS) - 1)
+    slowest = smallest((-round(mine * 1e6) << RANK_BITS) + rank) & ((1 << RANK_BITS) - 1)  # the first one of several
+    return {"rank_step_seconds_p50": p50, "rank_step_seconds_p99": p99, "slowest_rank": slowest}

@@ -2,18 +2,19 @@
 
 `metrics.jsonl`, the Prometheus gauges, the progress line, W&B, TensorBoard and the metrics reference derive from
 `StepRecord`. A new metric is added here and nowhere else. A metric that a step does not measure is None.
+L tokens of a sample, M experts of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sdit.train.token_sums import TokenCounts
+import numpy as np
 
-BIN_COUNT = 20  # equal parts of the time axis
+BINS = 20  # equal parts of the time axis
+PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")  # of the host's time
 
 
 def metric(
@@ -22,6 +23,19 @@ def metric(
     """A field of a record. `gauge` is the Prometheus gauge that shows it, `by_bin` a gauge with one series per bin."""
     metadata = {"unit": unit, "meaning": meaning, "gauge": gauge, "by_bin": by_bin}
     return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCounts:
+    """How often the experts of each block were chosen in one step, before drops, over all ranks. Whole numbers in float64.
+
+    `by_time` (blocks, BINS, M) are the choices by equal parts of the time axis, `by_position` (blocks, L, M) those by position
+    of the token in the image. `dropped` (blocks,) are the choices that a full expert did not compute.
+    """
+
+    by_time: np.ndarray
+    by_position: np.ndarray
+    dropped: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Validation:
     )
     validation_mse: float | None = metric("loss", "held-out mean squared error of the prediction")
     validation_loss_by_timestep: list[float | None] | None = metric(
-        f"loss, {BIN_COUNT} bins", "held-out error by equal parts of the time axis",
+        f"loss, {BINS} bins", "held-out error by equal parts of the time axis",
         by_bin="sdit_validation_loss_by_timestep",
     )  # fmt: skip
     validation_images: int | None = metric("images", "held-out images that were measured")
@@ -135,7 +149,7 @@ class StepRecord(Validation):
     )
     slowest_rank: int | None = metric("rank", "rank with the most of the same", gauge="sdit_slowest_rank")
     loss_by_timestep: list[float | None] | None = metric(
-        f"loss, {BIN_COUNT} bins", "mse since the last logged step by equal parts of the time axis",
+        f"loss, {BINS} bins", "mse since the last logged step by equal parts of the time axis",
         by_bin="sdit_loss_by_timestep",
     )  # fmt: skip
     spent_since_logged: Mapping[str, float] | None = metric("seconds", "sums of the times since the last logged step")
@@ -149,12 +163,8 @@ class StepRecord(Validation):
         return {key: value for key in METRICS if (value := getattr(self, key)) is not None}
 
 
-METRICS = tuple(
-    each.name
-    for owner in (StepRecord, Validation)  # the held-out loss comes last in a line
-    for each in fields(owner)
-    if not each.metadata.get("internal")
-    and (owner is Validation) == (each.name in {f.name for f in fields(Validation)})
-)
+_HELD_OUT = [each.name for each in fields(Validation)]
+_OWN = [each.name for each in fields(StepRecord) if each.name not in _HELD_OUT and not each.metadata.get("internal")]
+METRICS = (*_OWN, *_HELD_OUT)  # the held-out loss comes last in a line
 GAUGES = {name: each.name for each in fields(StepRecord) if (name := each.metadata.get("gauge"))}
 BY_BIN = {name: each.name for each in fields(StepRecord) if (name := each.metadata.get("by_bin"))}

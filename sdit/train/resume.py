@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sdit.clock import Clock
-from sdit.config import Config, TrainConfig, config_keys, is_inside_null
+from sdit.config import Config, TrainConfig, config_keys, flatten, is_inside_null
 from sdit.errors import CheckpointError, ConfigError
 from sdit.redact import redact
 
@@ -38,9 +38,9 @@ class Resumed:
 def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
     """Return the keys that changed, as `key: old -> new`. Raises: ConfigError for those that make it another run."""
     defaults = {key: default for key, _, default in config_keys()}  # for keys that a newer version added
-    stored = {key: value for key, value in _flatten(old).items() if key in defaults}  # without keys that are gone
+    stored = {key: value for key, value in flatten(old).items() if key in defaults}  # without keys that are gone
     before = {key: default for key, default in defaults.items() if not is_inside_null(key, old)} | stored
-    after = _flatten(new)
+    after = flatten(new)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
@@ -53,16 +53,6 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any], where: str) -> lis
             )
         changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return changes
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def read_length(manifest: Mapping[str, Any], config: Config) -> Resumed:

@@ -86,12 +86,7 @@ class GridSampler:
         mine = np.minimum(np.arange(per_rank) * comm.world + comm.rank, len(labels) - 1)
         images = [
             sample_images(
-                context.model,
-                diffusion,
-                self._settings,
-                chunk,
-                labels[chunk],
-                lambda _done, _steps: context.stop_point(),
+                context.model, diffusion, self._settings, chunk, labels[chunk], lambda *_: context.stop_point()
             )
             for chunk in np.array_split(mine, max(1, -(-per_rank // SAMPLE_BATCH)))
         ]

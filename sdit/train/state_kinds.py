@@ -99,11 +99,12 @@ class StateKinds:
         self._engine.sync_compute_weights()
 
     def _of_checkpoint(self) -> list[StateKind]:
-        return [*self._weights(), *self._averages(self._ema.averages), *self._moments()]
-
-    def _weights(self) -> list[StateKind]:
-        owned, frozen = self._engine.owned, self._engine.frozen_owned
-        return [StateKind("weight", shards, [shard.master for shard in shards]) for shards in (owned, frozen)]
+        engine = self._engine
+        owned = (engine.owned, engine.frozen_owned)
+        weights = [StateKind("weight", shards, [each.master for each in shards]) for shards in owned]
+        with_key = {key: with_moment(engine.owned, key) for key in engine.moment_keys}
+        moments = [StateKind(key, shards, [each.moment(key) for each in shards]) for key, shards in with_key.items()]
+        return [*weights, *self._averages(self._ema.averages), *moments]
 
     def _averages(self, averages: Sequence[Average]) -> list[StateKind]:
         """The averages. The average of a frozen parameter is the parameter itself."""
@@ -111,10 +112,6 @@ class StateKinds:
         kinds = [StateKind(average.kind, owned, average.values) for average in averages]
         masters = [shard.master for shard in frozen]
         return kinds + [StateKind(average.kind, frozen, masters) for average in averages if frozen]
-
-    def _moments(self) -> list[StateKind]:
-        with_key = {key: with_moment(self._engine.owned, key) for key in self._engine.moment_keys}
-        return [StateKind(key, shards, [s.moment(key) for s in shards]) for key, shards in with_key.items()]
 
     def _collect(
         self, kinds: Sequence[StateKind], copies: HostCopies, images_seen: int, facts: dict[str, Any]

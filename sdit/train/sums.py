@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sdit.train.rank_work import BUCKETS
+from sdit.train.record import BINS
 from sdit.transfers import Download, upload
 
 PARTS = ("loss", "mse", "vlb", "prior_loss", "balance_loss", "direction_loss", "contrastive_loss")
-BINS = 20  # equal parts of the time axis
 FLAGS = ("stop", "bad_samples", "written", "failed", "committed", "tokens", "weights", "samples", "waited_seconds")
 
 

@@ -10,11 +10,10 @@ from sdit.checkpoint.snapshots import SnapshotStore
 from sdit.checkpoint.store import Found
 from sdit.data.loader import Loader
 from sdit.supervise.run_folder import RunFolder
-from sdit.train.checkpoints import Checkpoints
+from sdit.train.checkpoints import Checkpoints, Snapshots
 from sdit.train.context import TrainContext
 from sdit.train.decode import latent_decoder
 from sdit.train.sampling import GridSampler, RoutingMaps
-from sdit.train.snapshots import Snapshots
 from sdit.train.validation import Validator
 
 

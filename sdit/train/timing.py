@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-PHASES = ("data_wait", "forward_backward", "optimizer", "checkpoint", "sample", "validation")
+from sdit.train.record import PHASES
+
 PAUSES = ("checkpoint", "sample", "validation")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

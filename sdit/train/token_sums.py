@@ -7,27 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sdit.config import ModelConfig
 from sdit.contracts import ModelOutput
 from sdit.model.moe.token_routes import TokenStatistics, chosen_mask
-from sdit.train.sums import BINS
-
-
-@dataclass(frozen=True, eq=False)
-class TokenCounts:
-    """How often the experts of each block were chosen in one step, before drops, over all ranks. Whole numbers in float64.
-
-    `by_time` (blocks, BINS, M) are the choices by equal parts of the time axis, `by_position` (blocks, L, M) those by position
-    of the token in the image. `dropped` (blocks,) are the choices that a full expert did not compute.
-    """
-
-    by_time: np.ndarray
-    by_position: np.ndarray
-    dropped: np.ndarray
+from sdit.train.record import BINS, TokenCounts
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,8 @@ class TokenSums:
     @classmethod
     def unpack(cls, values: Tensor, model: ModelConfig, micro_batches: int) -> TokenSums:
         """Return the sums from `token_figures` that were summed over all micro-batches. `micro_batches`: of all ranks."""
-        (blocks, experts), sizes = _shape(model), _head_sizes(model)
+        blocks, experts = _shape(model)
+        sizes = [1, blocks, blocks, blocks * experts]
         aux_loss, served, entropy, counts, maps = values.split([*sizes, len(values) - sum(sizes)])
         mean_loss = aux_loss.item() / micro_batches
         shaped = maps.view(blocks, len(maps) // (blocks * experts), experts)
@@ -91,11 +78,6 @@ def _token_map(tokens: TokenStatistics, model: ModelConfig, bins: Tensor) -> Ten
     by_expert, shape = model.moe.router == "expert_choice", (samples, model.tokens, experts)
     by_position = torch.stack([chosen_mask(chosen, by_expert, shape).sum(0) for chosen in tokens.chosen])
     return torch.cat([by_time, by_position], 1)
-
-
-def _head_sizes(model: ModelConfig) -> tuple[int, ...]:
-    blocks, experts = _shape(model)
-    return 1, blocks, blocks, blocks * experts
 
 
 def _shape(model: ModelConfig) -> tuple[int, int]:

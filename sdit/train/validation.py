@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from sdit.config import ValidationConfig
 from sdit.data.loader import Loader
 from sdit.supervise.heartbeat import Phase
 from sdit.time_law import TimeLaw
-from sdit.train.batches import BatchDraws, Request, micro_batches, rank_requests
+from sdit.train.batches import BatchDraws, micro_batches, rank_requests
 from sdit.train.context import TrainContext, kept_times
 from sdit.train.record import Validation
 from sdit.train.sums import BINS, bin_means
@@ -66,8 +66,10 @@ class Validator:
         bins = torch.zeros(2, BINS, dtype=torch.float64, device=device)
         assert self._loader is not None
         draws = BatchDraws(self._seed, kept_times(self._times), context.model.config.classes, label_drop=0.0)
-        batches = micro_batches(self._loader, draws, device, self._requests())
-        for first in range(0, self._images, plan.global_batch):
+        steps = range(0, self._images, plan.global_batch)
+        requests = rank_requests(plan, steps, context.comm.rank, context.comm.world)
+        batches = micro_batches(self._loader, draws, device, requests)
+        for first in steps:
             loaded = [next(batches) for _ in range(plan.accumulation)]
             begin_batch(first, loaded[0].times)
             for micro_step, each in enumerate(loaded):
@@ -83,8 +85,3 @@ class Validator:
         """One t in each equal part of the time axis for every global batch: less noise than independent ones."""
         global_batch, timesteps = self._context.run.batch.global_batch, self._context.objective.timesteps
         return HELD_OUT.draw(self._seed, first, global_batch, timesteps)
-
-    def _requests(self) -> Iterator[Request]:
-        plan, comm = self._context.run.batch, self._context.comm
-        for first in range(0, self._images, plan.global_batch):
-            yield from rank_requests(plan, first, comm.rank, comm.world)

@@ -170,7 +170,7 @@ def test_names_in_deepspeeds_readers_are_known() -> None:
     from sdit.config.deepspeed_keys import rules
 
     known = {part for path, _ in rules() for part in path.split(".")}
-    known |= {name for _, rule in rules() for name in getattr(rule, "block", None) or ()}
+    known |= {name for _, rule in rules() for name in (getattr(rule, "block", None) or "").split()}
     unknown = {}
     for name in CONFIG_MODULES:
         module = importlib.import_module(f"deepspeed.{name}")

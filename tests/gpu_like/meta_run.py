@@ -111,7 +111,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     engine = MetaEngine(TrainModule(model, objective, config.prior.weight, config.balance.weight), comm, waits)
     state = SimpleNamespace(
         clock=Clock(),
-        prior=PriorSchedule.of(config),
+        prior=PriorSchedule(config),
         ema=SimpleNamespace(update=lambda _: None),
         kinds=None,  # of migrated experts: there are none
     )

@@ -43,7 +43,7 @@ def test_the_threads_draw_what_the_training_thread_would_draw(
     firsts = range(100, 100 + 20 * GLOBAL_BATCH, GLOBAL_BATCH)  # more steps than times are kept for
     with open_loader(workers=workers, prefetch_batches=prefetch) as loader:
         for rank in range(ranks):
-            asked = [request for first in firsts for request in rank_requests(plan, first, rank, ranks)]
+            asked = list(rank_requests(plan, firsts, rank, ranks))
             draws = BatchDraws(SEED, times, CLASSES, DROP)
             made = list(micro_batches(loader, draws, CPU, iter(asked)))
             assert len(made) == len(asked) == len(firsts) * plan.accumulation
@@ -95,7 +95,7 @@ def test_an_error_while_drawing_is_raised_in_the_training_thread() -> None:
 
     plan = plan_batch(GLOBAL_BATCH, None, 1)
     with open_loader() as loader, pytest.raises(DataError, match="no times"):
-        next(micro_batches(loader, BatchDraws(SEED, times, CLASSES, DROP), CPU, rank_requests(plan, 0, 0, 1)))
+        next(micro_batches(loader, BatchDraws(SEED, times, CLASSES, DROP), CPU, rank_requests(plan, [0], 0, 1)))
 
 
 class FakeTensor:

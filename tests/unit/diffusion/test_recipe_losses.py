@@ -70,7 +70,7 @@ def test_the_other_sample_is_the_one_before_in_the_global_batch(
 
     def batches(rank: int) -> list[Batch]:
         found = []
-        for request in rank_requests(plan, first, rank, world):
+        for request in rank_requests(plan, [first], rank, world):
             index = torch.from_numpy(request.indices)
             x0 = index.double()[:, None, None, None].expand(-1, 1, 1, 1)
             found.append(Batch(index, x0, 1000 * x0, index, index))

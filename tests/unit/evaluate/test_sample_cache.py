@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdit.checkpoint.load import load_trained
+from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError, DataError
 from sdit.evaluate.generate import Generator
@@ -118,8 +119,8 @@ def test_latents_are_decoded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 channels are latents"):
         SampleSet(Generator(trained, settings), "ema", 5)
     with pytest.raises(ConfigError, match="has 4 latent channels, the model 3"):
-        LatentDecoder(tmp_path / "vae", 3, 0.5, "cpu")
-    decoder = LatentDecoder(tmp_path / "vae", 4, 0.5, "cpu")
+        LatentDecoder(tmp_path / "vae", 3, LatentScaling(0.5), "cpu")
+    decoder = LatentDecoder(tmp_path / "vae", 4, LatentScaling(0.5), "cpu")
     samples = SampleSet(Generator(trained, settings, decoder), "ema", 5)
     found = images_of(filled(tmp_path / "parts", samples)[0])
     assert samples.shape == (8, 8, 3) and found.shape == (5, 8, 8, 3)

@@ -29,7 +29,7 @@ from sdit.metrics.shared_file import (
     shared_path,
 )
 from sdit.metrics.specs import RANK_METRICS
-from sdit.observe.metrics import BINS, PrometheusObserver, shown_blocks, shown_token_blocks
+from sdit.observe.metrics import BIN_LABELS, PrometheusObserver, shown_blocks, shown_token_blocks
 from sdit.train.record import StepRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -150,8 +150,8 @@ def test_records_become_metrics_with_units_and_labels(shared_file: SharedMetrics
     assert value(found, "sdit_steps_total") == 2 and value(found, "sdit_images_total") == 64
     assert value(found, "sdit_images_seen") == 128 and value(found, "sdit_images_goal") == 640
     assert value(found, "sdit_loss", part="total") == 1.5 and value(found, "sdit_loss", part="vlb") == 0.25
-    assert value(found, "sdit_loss_by_timestep", bin=BINS[0]) == 0.5
-    assert ("sdit_loss_by_timestep", (("bin", BINS[19]),)) not in found
+    assert value(found, "sdit_loss_by_timestep", bin=BIN_LABELS[0]) == 0.5
+    assert ("sdit_loss_by_timestep", (("bin", BIN_LABELS[19]),)) not in found
     assert value(found, "sdit_expert_load_ratio", block="1", expert="0") == 2.0
     assert value(found, "sdit_dead_experts", block="0") == 1.0
     assert value(found, "sdit_expert_dropped_samples_total", block="0") == 3.0
