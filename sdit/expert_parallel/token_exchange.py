@@ -11,15 +11,16 @@ from dataclasses import replace
 from typing import NamedTuple, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import TokenDispatcher
 from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
 from sdit.expert_parallel.packed_rows import add_rows, pack, unpack
-from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher, sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
 from sdit.model.moe.base import Experts
+from sdit.model.moe.token_local import LocalTokenDispatcher
 from sdit.model.moe.token_products import StackGradients, mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
@@ -125,9 +126,16 @@ class TokenExchange:
         return ExchangedTokenPass(self._group if torch.is_grad_enabled() else self._uncounted, self._is_bounded)
 
 
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """Return counts, summed over all ranks of the run. The host of a GPU does not wait for them."""
+    summed = counts.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
 def token_dispatcher(group: ExpertGroup, device: torch.device) -> TokenDispatcher:
     """Return the dispatcher of token-routed experts of one of several ranks."""
     if group.ranks == 1:
-        return ReplicatedTokenDispatcher()
+        return LocalTokenDispatcher(sum_over_ranks)
     # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
     return TokenExchange(group, is_bounded=device.type == "cuda")
