@@ -16,7 +16,7 @@ from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
-from sdit.expert_parallel.placed_experts import SampleRoutedExperts, TokenRoutedExperts, shard_model
+from sdit.expert_parallel.placed_experts import SampleRoutedExperts, TokenRoutedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer, TokenRebalancer
 from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
@@ -58,7 +58,13 @@ class ExpertParallel:
         `is_random`: `init_weights` draws them. Otherwise they are given, and the experts may differ from zero.
         """
         self._model = model
-        shard_model(model, (self.placed, self.placed_tokens), self._comm, init_weights, is_random)
+        kinds = (self.placed, self.placed_tokens)
+        for kind in kinds:
+            kind.cut(model, is_random)
+        model.to_empty(device=self._comm.device)
+        init_weights(model)
+        for kind in kinds:
+            kind.wrap(model)
         if self.is_planned:
             model.dispatcher = self
         if self._has_token_experts and self._comm.world > 1:

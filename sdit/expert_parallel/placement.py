@@ -6,7 +6,7 @@ M experts of a block, P ranks per group with M / P experts of each block, T task
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -189,20 +189,9 @@ def _best_swap(expert_to_rank: np.ndarray, loads: np.ndarray, affinity: np.ndarr
     return None if np.isinf(price[i, j]) else [int(inside[i]), int(outside[j])]
 
 
-class Move(NamedTuple):
-    """An expert of a block that changes its rank inside the group."""
-
-    block: int
-    expert: int
-    source: int
-    target: int
-
-
-def replacement_moves(old: np.ndarray, new: np.ndarray) -> list[Move]:
-    """Return the experts whose rank differs between two placements (depth, M), in order of block and expert."""
-    changed = np.nonzero(old != new)
-    columns = (*changed, old[changed], new[changed])
-    return [Move(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+def experts_moved(old: np.ndarray, new: np.ndarray) -> int:
+    """Return the number of experts whose rank differs between two placements (depth, M)."""
+    return int((old != new).sum())
 
 
 def relabel(old: np.ndarray, new: np.ndarray, ranks: int) -> np.ndarray:
