@@ -8,15 +8,14 @@ from typing import Literal
 import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, task_weights
-from sdit.expert_parallel.strategy import Choice, decide_placement
+from sdit.expert_parallel.strategy import Choice, ExchangeKind, decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, unit_costs
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import DeviceKind, Job
 from sdit.planner.token_traffic import token_exchange_bytes
 from sdit.time_law import prior_law
 
-Mode = Literal["tokens", "weights", "auto"]
-MODES: tuple[Mode, ...] = ("tokens", "weights", "auto")
+MODES: tuple[ExchangeKind, ...] = ("tokens", "weights", "auto")
 RouteKind = Literal["prior", "random"]
 
 
@@ -61,7 +60,7 @@ def plan_exchange(job: Job, routes: RouteKind, device: DeviceKind = "cpu") -> Ex
     return None if job.expert_parallel == 1 else plan_exchanges(job, routes, device)[job.config.parallel.exchange]
 
 
-def plan_exchanges(job: Job, routes: RouteKind, device: DeviceKind) -> dict[Mode, Exchange]:
+def plan_exchanges(job: Job, routes: RouteKind, device: DeviceKind) -> dict[ExchangeKind, Exchange]:
     """Return the exchange of sharded experts in each mode."""
     tokens = _token_exchange(job, device)
     if job.config.model.variant != "switch":
