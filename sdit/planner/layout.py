@@ -115,10 +115,8 @@ def job_of_run(run: ResolvedRun, per_node: int) -> Job:
     freeze(model, config.train.freeze)
     objective = build_objective(config.diffusion, config.model.timesteps)
     learned = tuple(parameter.numel() for parameter in objective.parameters())
-    groups = [
-        *_model_groups(model, world, run.expert_parallel, True),
-        *([Group(learned, world, False)] if learned else []),
-    ]
+    groups = list(_model_groups(model, world, run.expert_parallel, True))
+    groups += [Group(learned, world, False)] if learned else []
     return Job(
         config=config,
         world=world,

@@ -66,11 +66,8 @@ def _remedies(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config
     for size in legal_expert_sizes(config.model.common_experts, job.world):
         if size > job.expert_parallel:
             where = "within a node" if job.per_node % size == 0 else "across nodes"
-            yield (
-                f"parallel.expert={size}: more exchange, {where}",
-                with_values(config, "parallel", expert=size),
-                deepspeed,
-            )
+            text = f"parallel.expert={size}: more exchange, {where}"
+            yield text, with_values(config, "parallel", expert=size), deepspeed
     if config.train.precision == "fp32":
         yield "train.precision=bf16: other rounding", with_values(config, "train", precision="bf16"), deepspeed
     if not job.offload:

@@ -80,7 +80,7 @@ def interval_steps(found: Simulation) -> int:
 def simulation_table(found: Simulation) -> str:
     """Return a simulation with one line per quantity."""
     step, kept, checkpoint = found.step, found.reliability, found.checkpoint
-    lines = [f"predicted for {found.hardware.name}"]
+    lines, steps = [f"predicted for {found.hardware.name}"], interval_steps(found)
     for name, seconds in step.parts.items():
         mark = "  <- dominates" if name == step.dominant else ""
         lines.append(row(f"  {PART_NAMES[name]}", f"{1000 * seconds:9.1f} ms{mark}"))
@@ -91,10 +91,7 @@ def simulation_table(found: Simulation) -> str:
             "failures",
             f"one in {kept.mtbf_seconds / 3600:,.1f} h, each costs {checkpoint.restart:.0f} s and the lost work",
         ),
-        row(
-            "best interval",
-            f"{kept.interval_seconds:,.0f} s, {interval_steps(found):,} steps (Young {kept.young_seconds:,.0f} s)",
-        ),
+        row("best interval", f"{kept.interval_seconds:,.0f} s, {steps:,} steps (Young {kept.young_seconds:,.0f} s)"),
         row("goodput", f"{kept.goodput:.4f}" + _configured(kept.configured_goodput)),
     ]
     if found.days is None:
