@@ -50,10 +50,8 @@ def measure_pairs(comm: Comm) -> list[dict[str, Any]]:
         mine = next((pair for pair in pairs if comm.rank in pair), None)
         if mine is None:
             continue
-        latency, bandwidth = (
-            _ping(comm, mine, PING_BYTES, PINGS) / 2,
-            2 * PAIR_BYTES / _ping(comm, mine, PAIR_BYTES, REPEATS),
-        )
+        latency = _ping(comm, mine, PING_BYTES, PINGS) / 2
+        bandwidth = 2 * PAIR_BYTES / _ping(comm, mine, PAIR_BYTES, REPEATS)
         if comm.rank == mine[0]:
             found.append({"ranks": list(mine), "latency_seconds": latency, "bytes_per_second": bandwidth})
     return [pair for pairs in comm.gather(found) for pair in pairs]
@@ -171,12 +169,12 @@ def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> No
         work.wait()
 
 
-def median_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+def median_seconds(comm: Comm, work: Callable[[], Any]) -> float:
     """Return the median seconds of a collective or other work of the device, which all ranks start together.
 
     The first time is not counted.
     """
-    return max(statistics.median(_seconds(comm, work, repeats)), 1e-9)
+    return max(statistics.median(_seconds(comm, work, REPEATS)), 1e-9)
 
 
 def slowest_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:

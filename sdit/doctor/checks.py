@@ -39,9 +39,8 @@ def check_attendance(came: Mapping[int, Mapping[str, Any]], world: int, timeout_
     """Check that all expected ranks are present."""
     missing = [rank for rank in range(world) if rank not in came]
     hosts = Counter(facts["host"] for facts in came.values())
-    found = f"{len(came)} of {world} on {len(hosts)} hosts: " + ", ".join(
-        f"{h} ({n})" for h, n in sorted(hosts.items())
-    )
+    by_host = ", ".join(f"{host} ({ranks})" for host, ranks in sorted(hosts.items()))
+    found = f"{len(came)} of {world} on {len(hosts)} hosts: {by_host}"
     if not missing:
         return Check("ranks", found)
     there = _listed([f"{rank} ({facts['host']})" for rank, facts in sorted(came.items())])
@@ -153,12 +152,10 @@ def check_reach(
 
 def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
     """Lines on what the process group measured; these have no limits and do not fail."""
+    first = f"first collective {fabric['first_collective_seconds']:.2f} s after the rendezvous"
     checks = [
         Check("devices", ", ".join(f"{n} x {name}" for name, n in Counter(fabric["devices"]).items())),
-        Check(
-            "backend",
-            f"{fabric['backend']}, first collective {fabric['first_collective_seconds']:.2f} s after the rendezvous",
-        ),
+        Check("backend", f"{fabric['backend']}, {first}"),
     ]
     pairs, world = fabric["pairs"], len(fabric["devices"])
     if not pairs:
@@ -166,18 +163,15 @@ def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
     slow = min(pairs, key=lambda pair: pair["bytes_per_second"])
     late = max(pairs, key=lambda pair: pair["latency_seconds"])
     possible = world * (world - 1) // 2
-    scope = (
-        f"all {possible} pairs"
-        if len(pairs) == possible
-        else f"{len(pairs)} of {possible} pairs (all only up to 16 ranks)"
-    )
-    checks += [
+    some = f"{len(pairs)} of {possible} pairs (all only up to 16 ranks)"
+    scope = f"all {possible} pairs" if len(pairs) == possible else some
+    return [
+        *checks,
         Check("latency", f"worst of {scope}: {late['latency_seconds'] * 1e6:.0f} us, ranks {_pair(late)}"),
         Check("bandwidth", f"worst of {scope}: {slow['bytes_per_second'] / 1e9:.2f} GB/s, ranks {_pair(slow)}"),
         Check("all-reduce", f"{fabric['all_reduce_bytes_per_second'] / 1e9:.2f} GB/s per rank (bus)"),
         Check("all-to-all", f"{fabric['all_to_all_bytes_per_second'] / 1e9:.2f} GB/s per rank"),
     ]
-    return checks
 
 
 def exit_code_of(checks: Sequence[Check]) -> ExitCode:
@@ -214,10 +208,8 @@ def as_table(checks: Sequence[Check], facts: Mapping[int, Mapping[str, Any]], fa
         lines.append(f"      and {len(facts) - 16} more ranks; --json lists them all")
     pairs = sorted(fabric["pairs"], key=lambda pair: pair["bytes_per_second"]) if fabric is not None else []
     if pairs:
-        lines += [
-            "",
-            f"{'pair':>9} {'latency us':>11} {'GB/s':>7}   slowest {min(SHOWN_PAIRS, len(pairs))} of {len(pairs)} measured",
-        ]
+        shown = min(SHOWN_PAIRS, len(pairs))
+        lines += ["", f"{'pair':>9} {'latency us':>11} {'GB/s':>7}   slowest {shown} of {len(pairs)} measured"]
     for pair in pairs[:SHOWN_PAIRS]:
         lines.append(f"{_pair(pair):>9} {pair['latency_seconds'] * 1e6:11.0f} {pair['bytes_per_second'] / 1e9:7.2f}")
     return "\n".join(lines)

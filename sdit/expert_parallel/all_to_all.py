@@ -209,8 +209,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Wait for the transfer and return the received rows. Differentiable."""
-        arrived: Tensor = _Finish.apply(self.token, self.transfer)
-        return arrived
+        return _Finish.apply(self.token, self.transfer)
 
 
 def begin_rows(

@@ -137,12 +137,8 @@ def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np
     shared = (loads - own).sum(axis=1) / placement.ranks
     while imbalance.mean() > limit:
         block = int(imbalance.argmax())
-        swap = _best_swap(
-            expert_to_rank[block],
-            own[block],
-            affinity[block],
-            limit * loads[block].sum() / placement.ranks - shared[block],
-        )
+        target = limit * loads[block].sum() / placement.ranks - shared[block]
+        swap = _best_swap(expert_to_rank[block], own[block], affinity[block], target)
         if swap is None:
             imbalance[block] = 0  # no swap improves this block, so it is ignored from now on
             continue
@@ -162,9 +158,8 @@ def _affinity(routes: RoutingTable, placement: ExpertPlacement) -> np.ndarray:
     assigned_rank = assign_samples(tasks, path_need(routes.experts, placement), samples // placement.ranks)
     affinity = np.zeros((routes.depth, routes.count, placement.ranks))
     for choice in range(routes.top_k):
-        np.add.at(
-            affinity, (np.arange(routes.depth)[:, None], routes.experts[:, tasks, choice], assigned_rank), 1 / samples
-        )
+        experts = routes.experts[:, tasks, choice]
+        np.add.at(affinity, (np.arange(routes.depth)[:, None], experts, assigned_rank), 1 / samples)
     affinity[placement.replicated] = 0
     return affinity
 

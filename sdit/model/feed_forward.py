@@ -48,8 +48,7 @@ class _SiluTimes(torch.autograd.Function):
 
 def silu_times(a: Tensor, b: Tensor) -> Tensor:
     """Return SiLU(a) b for a and b of equal shape."""
-    result: Tensor = _SiluTimes.apply(a, b)
-    return result
+    return _SiluTimes.apply(a, b)
 
 
 class GatedMlp(nn.Module):

@@ -25,8 +25,7 @@ class LocalPass:
     def compute(self, dispatched: tuple[Tensor, Tensor, nn.Module]) -> Tensor:
         """Return the mixture (B, L, D)."""
         z, gates, experts = dispatched
-        mixed: Tensor = experts(z, gates)
-        return mixed
+        return experts(z, gates)
 
     def combine(self, computed: Tensor) -> Tensor:
         """Return the mixture (B, L, D) unchanged."""
