@@ -27,6 +27,9 @@ from sdit.transfers import upload
 
 MODES = ("tokens", "weights", "samples")
 MEASURED_STEPS = 10  # on a GPU, the waits of one of this many steps are measured
+# For methods that transfer. The token of a transfer has a shape but no memory, which torch.compile cannot trace. The graph breaks
+# at these methods, and the code between them is compiled.
+eagerly = torch.compiler.disable
 
 
 class TrafficCounter:

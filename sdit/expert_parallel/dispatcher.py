@@ -14,16 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import ForwardPass, TaskView
-from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows, eagerly
 from sdit.expert_parallel.device_plan import BlockDevicePlan, DevicePlan
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.base import Experts
 from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts
-# The token of a transfer has a shape but no memory, which torch.compile cannot trace. The graph breaks at these methods, and
-# the code between them is compiled.
-eagerly = torch.compiler.disable
 
 
 class Dispatched(NamedTuple):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import TokenDispatcher
-from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows, eagerly
 from sdit.expert_parallel.packed_rows import add_rows, pack, unpack
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
@@ -23,9 +23,6 @@ from sdit.model.moe.base import Experts
 from sdit.model.moe.token_local import LocalTokenDispatcher
 from sdit.model.moe.token_products import StackGradients, mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
-
-# A transfer's token has a shape but no memory, which torch.compile cannot trace.
-eagerly = torch.compiler.disable
 
 
 class Dispatched(NamedTuple):
