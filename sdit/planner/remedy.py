@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -83,7 +82,5 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
 
 def with_zero(deepspeed: dict[str, Any], **values: Any) -> dict[str, Any]:
     """Return the DeepSpeed JSON with other values in `zero_optimization`."""
-    changed: dict[str, Any] = json.loads(json.dumps(deepspeed))
-    zero = changed.get("zero_optimization")
-    changed["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), **values}
-    return changed
+    zero = deepspeed.get("zero_optimization")
+    return {**deepspeed, "zero_optimization": {**(zero if isinstance(zero, dict) else {}), **values}}
