@@ -1,4 +1,4 @@
-"""The cost of an exchange: unit costs, the expected bytes or seconds of a placement, and the exact bytes of a plan.
+"""The cost of an exchange: unit costs, and the expected bytes or seconds of a placement.
 
 P ranks per group, B samples per rank and micro-step, n = P * B, L tokens, D width, H hidden width, M experts of a block.
 """
@@ -125,15 +125,6 @@ class UnitCosts:
         """The backward pass of a product has two products of its size."""
         assert self.speeds is not None
         return (self.forwards + 2) * forward_flops / self.speeds.flops_per_second / self.ranks
-
-    def sent_bytes(self, rows_sent: int, rows_received: int, replicas_owned: int, replicas_received: int) -> int:
-        """Return the exact bytes that one rank sends per micro-step.
-
-        `replicas_owned` are its replicated experts, and `replicas_received` those of the other ranks.
-        """
-        rows = (self.forwards + 1) * (rows_sent + rows_received) * self.row_bytes
-        weights = self.forwards * (self.ranks - 1) * replicas_owned + replicas_received
-        return rows + weights * self.expert_bytes
 
 
 def unit_costs(model: ModelConfig, parallel: ParallelConfig, element_bytes: int, ranks: int) -> UnitCosts:
