@@ -68,11 +68,11 @@ def kept_share(moe: MoeConfig, tokens: int) -> float:
 
     The load of an expert in a sample is binomial.
     """
-    from scipy.special import bdtr  # slow to import: not for runs without token-routed experts
-
     limit, chance = moe.limit(tokens), moe.top_k / moe.experts
     if moe.router == "expert_choice" or limit is None or limit == tokens:
         return 1.0
+    from scipy.special import bdtr  # slow to import: not for runs without a capacity
+
     # The mean of min(load, limit) is the sum of P(load > n) for n < limit.
     return float((1 - bdtr(np.arange(limit), tokens, chance)).sum() / (tokens * chance))
 

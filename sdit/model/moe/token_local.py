@@ -13,7 +13,7 @@ from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 
 class LocalTokenPass:
-    """A forward and backward pass in one process. Tokens stay in it. `sum_over_ranks` None: the run has one rank."""
+    """A forward and backward pass in one process. No data are sent. `sum_over_ranks` None: the run has one rank."""
 
     def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         self.choices: dict[int, TokenChoice] = {}
