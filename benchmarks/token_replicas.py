@@ -50,6 +50,7 @@ class Recorder(LocalTokenDispatcher):
     """Keeps the passes of a model."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.passes: list[LocalTokenPass] = []
 
     def forward_pass(self) -> LocalTokenPass:

@@ -42,15 +42,23 @@ class Objective(nn.Module, ABC):
         """Return the noisy images x_t (B, C, H, W) float32."""
 
     @abstractmethod
+    def _losses(self, output: Any, x0: Tensor, t: Tensor, noise: Tensor, other_target: Tensor | None) -> LossParts:
+        """Return the losses (B,) of the model's output for x_t."""
+
     def forward(
         self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
         other_target: Tensor | None = None,
     ) -> LossParts:  # fmt: skip
         """Return the losses (B,) of clean images `x0` (B, C, H, W) at `t` (B,) with labels `y` (B,).
 
+        `t` are int64 timesteps, or times in [0, 1] on the flow path. `noise` (B, C, H, W) None: it is drawn here.
         `other_target` (B, C, H, W) is the target of the sample before each in the global batch, for the contrastive loss of
         the flow path. None: the batch is the global batch.
         """
+        x0 = x0.float()
+        noise = torch.randn_like(x0) if noise is None else noise.float()
+        t = t.float() if t.is_floating_point() else t
+        return self._losses(model(self.q_sample(x0, t, noise), t, y), x0, t, noise, other_target)
 
     def draw_timesteps(self, seed: int, first_index: int, global_batch: int) -> np.ndarray:
         """Return t (global_batch,) of all samples of a step: int64 in 0..T-1, or float32 in [0, 1) on the flow path."""
@@ -72,13 +80,7 @@ class DiffusionObjective(Objective):
         alpha, sigma = _per_image(self._mixing.at(t))
         return alpha * x0.float() + sigma * noise.float()
 
-    def forward(
-        self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
-        other_target: Tensor | None = None,
-    ) -> LossParts:  # fmt: skip
-        """Return the losses (B,) of clean images `x0` (B, C, H, W) at timesteps `t` (B,) int64 with labels `y` (B,)."""
-        x0, noise = _float_pair(x0, noise)
-        output = model(self.q_sample(x0, t, noise), t, y)
+    def _losses(self, output: Any, x0: Tensor, t: Tensor, noise: Tensor, other_target: Tensor | None) -> LossParts:
         prediction, variance = split_variance(_prediction(output), x0.shape[1])
         alpha, sigma = _per_image(self._mixing.at(t))
         error = prediction.float() - target_of(self.config.prediction, x0, noise, alpha, sigma)
@@ -119,14 +121,7 @@ class FlowObjective(Objective):
         (t,) = _per_image((t.float(),))
         return (1 - t) * x0.float() + t * noise.float()
 
-    def forward(
-        self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None,
-        other_target: Tensor | None = None,
-    ) -> LossParts:  # fmt: skip
-        """Return the losses (B,) of clean images `x0` (B, C, H, W) at times `t` (B,) in [0, 1] with labels `y` (B,)."""
-        x0, noise = _float_pair(x0, noise)
-        t = t.float()
-        output = model(self.q_sample(x0, t, noise), t, y)
+    def _losses(self, output: Any, x0: Tensor, t: Tensor, noise: Tensor, other_target: Tensor | None) -> LossParts:
         velocity, variance = split_variance(_prediction(output), x0.shape[1])
         if variance is not None:
             raise ConfigError("model.learn_variance: true has no meaning with diffusion.path flow; legal: false")
@@ -156,11 +151,6 @@ def build_objective(config: DiffusionConfig | Mapping[str, Any], timesteps: int 
         except ValidationError as error:
             raise ConfigError(f"diffusion.{describe_error(error, DiffusionConfig)}") from None
     return FlowObjective(config) if config.path == "flow" else DiffusionObjective(config, timesteps)
-
-
-def _float_pair(x0: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    x0 = x0.float()
-    return x0, torch.randn_like(x0) if noise is None else noise.float()
 
 
 def _prediction(output: Any) -> Tensor:

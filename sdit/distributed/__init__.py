@@ -5,6 +5,5 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # otherwise DeepSpeed warns on each rank that it found no accelerator
+    # Otherwise DeepSpeed warns on each rank that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -161,8 +161,7 @@ class Comm:
         """Return the rows (n, ...) of rank r - 1 on rank r, and those of the last rank on rank 0. All have equally many."""
         if self.world == 1:
             return rows
-        received, sizes = torch.empty_like(rows), [0] * self.world
-        send, receive = sizes.copy(), sizes.copy()
+        received, send, receive = torch.empty_like(rows), [0] * self.world, [0] * self.world
         send[(self.rank + 1) % self.world] = receive[(self.rank - 1) % self.world] = len(rows)
         dist.all_to_all_single(received, rows.contiguous(), receive, send)
         return received
@@ -210,7 +209,7 @@ def _bytes(values: torch.Tensor) -> bytes:
 
 
 def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
-    """Set the environment variables that DeepSpeed reads. A single process uses a free port.
+    """Set the environment variables that DeepSpeed reads. A single process needs no port.
 
     DeepSpeed takes the local rank as the index of the GPU, and refuses another local rank of Open MPI.
 
@@ -222,23 +221,14 @@ def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
     )
     if OPEN_MPI_LOCAL_RANK in os.environ:
         os.environ[OPEN_MPI_LOCAL_RANK] = index
-    if info.world > 1:
-        on_one_node = info.local_world == info.world and not _has_agent_store()
-        if on_one_node and not is_loopback(os.environ.get("MASTER_ADDR", "")):
-            os.environ["MASTER_ADDR"] = LOOPBACK
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ConfigError(
-                    f"{name} is not set; under {info.source} with {info.world} ranks it must name rank 0's host and port"
-                )
-        return
-    if not is_loopback(os.environ.get("MASTER_ADDR", "")):
+    on_one_node = info.world == 1 or (info.local_world == info.world and not _has_agent_store())
+    if on_one_node and not is_loopback(os.environ.get("MASTER_ADDR", "")):
         os.environ["MASTER_ADDR"] = LOOPBACK
-    if "MASTER_PORT" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if info.world > 1 and name not in os.environ:
+            raise ConfigError(
+                f"{name} is not set; under {info.source} with {info.world} ranks it must name rank 0's host and port"
+            )
 
 
 def _has_agent_store() -> bool:

@@ -32,11 +32,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        deepspeed_config: dict[str, Any],
-        comm: Comm,
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any], comm: Comm
     ) -> None:
         import deepspeed
 
@@ -105,12 +101,11 @@ class Engine:
         self.deepspeed.step()
 
     def _scale_gradients(self, scale: float) -> None:
-        gradients = self.gradients()
-        if not gradients:
-            return
         on_gpu = self.comm.device.type == "cuda"
         # On a CPU a Python number would be rounded to bfloat16 before the product.
-        torch._foreach_mul_(gradients, scale if on_gpu else torch.tensor(scale, dtype=torch.float64))  # type: ignore[arg-type]
+        factor = scale if on_gpu else torch.tensor(scale, dtype=torch.float64)
+        if gradients := self.gradients():
+            torch._foreach_mul_(gradients, factor)  # type: ignore[arg-type]
 
     def skip(self) -> None:
         """Discard the accumulated gradients. Weights and moments do not change."""
@@ -162,9 +157,8 @@ class Engine:
             if own is not None:
                 box.narrow(0, own.start - shard.start, own.numel).copy_(values_of(own))
             # The owned ranges do not overlap. A sum of integers keeps all bits, also that of -0.0.
-            torch.distributed.all_reduce(
-                box.view(torch.int32), group=replica_group(self.module.get_parameter(shard.name))
-            )
+            group = replica_group(self.module.get_parameter(shard.name))
+            torch.distributed.all_reduce(box.view(torch.int32), group=group)
             values_of(shard).copy_(box)
 
     def gather_from_replicas(self, parameter: str, value: Any) -> list[Any]:

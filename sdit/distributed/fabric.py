@@ -19,6 +19,7 @@ PING_BYTES, PINGS = 8, 10
 PAIR_BYTES, GROUP_BYTES, REPEATS = 1 << 22, 1 << 24, 3
 TURNS = 8  # of work and a collective
 Pair = tuple[int, int]
+Work = Callable[[], Any]  # a collective, or other work of the device
 
 
 def rounds_of_pairs(world: int) -> list[list[Pair]]:
@@ -50,10 +51,8 @@ def measure_pairs(comm: Comm) -> list[dict[str, Any]]:
         mine = next((pair for pair in pairs if comm.rank in pair), None)
         if mine is None:
             continue
-        latency, bandwidth = (
-            _ping(comm, mine, PING_BYTES, PINGS) / 2,
-            2 * PAIR_BYTES / _ping(comm, mine, PAIR_BYTES, REPEATS),
-        )
+        latency = _ping(comm, mine, PING_BYTES, PINGS) / 2
+        bandwidth = 2 * PAIR_BYTES / _ping(comm, mine, PAIR_BYTES, REPEATS)
         if comm.rank == mine[0]:
             found.append({"ranks": list(mine), "latency_seconds": latency, "bytes_per_second": bandwidth})
     return [pair for pairs in comm.gather(found) for pair in pairs]
@@ -77,9 +76,7 @@ def measure_groups(comm: Comm) -> dict[str, float]:
     }
 
 
-def measure_link(
-    comm: Comm, groups: Sequence[Sequence[int]], work: Callable[[], Any]
-) -> dict[str, tuple[float, float]]:
+def measure_link(comm: Comm, groups: Sequence[Sequence[int]], work: Work) -> dict[str, tuple[float, float]]:
     """Return (bytes per second that a rank sends, fixed seconds between two ranks) of each collective in groups of ranks.
 
     All groups run at the same time, as in training. They have equally many ranks, at least 2, and this rank is in one. The
@@ -102,7 +99,7 @@ def measure_link(
     return found
 
 
-def _turns(*actions: Callable[[], Any]) -> Callable[[], None]:
+def _turns(*actions: Work) -> Callable[[], None]:
     """Return a function that runs the actions in turns."""
 
     def run() -> None:
@@ -113,11 +110,11 @@ def _turns(*actions: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def _collective(name: str, group: Any, comm: Comm, ranks: int, numel: int) -> Callable[[], Any]:
+def _collective(name: str, group: Any, comm: Comm, ranks: int, numel: int) -> Work:
     """Return a function that runs a collective on a buffer of about `numel` float32 numbers."""
     part = max(1, numel // ranks)
     whole, other = torch.zeros(part * ranks, device=comm.device), torch.zeros(part * ranks, device=comm.device)
-    operations: dict[str, Callable[[], Any]] = {
+    operations: dict[str, Work] = {
         "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
         "all_reduce": lambda: dist.all_reduce(whole, group=group),
         "all_gather": lambda: dist.all_gather_into_tensor(whole, other[:part], group=group),
@@ -171,15 +168,15 @@ def _transfer(transfer: Callable[..., Any], box: torch.Tensor, other: int) -> No
         work.wait()
 
 
-def median_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+def median_seconds(comm: Comm, work: Work) -> float:
     """Return the median seconds of a collective or other work of the device, which all ranks start together.
 
     The first time is not counted.
     """
-    return max(statistics.median(_seconds(comm, work, repeats)), 1e-9)
+    return max(statistics.median(_seconds(comm, work, REPEATS)), 1e-9)
 
 
-def slowest_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+def slowest_seconds(comm: Comm, work: Work, repeats: int = REPEATS) -> float:
     """Return the median of the seconds of the slowest rank, on all ranks. A step waits for it at each collective.
 
     Where more ranks than cores share a node, ranks with equal work do not end together, and their mean is too small.
@@ -188,7 +185,7 @@ def slowest_seconds(comm: Comm, work: Callable[[], Any], repeats: int = REPEATS)
     return max(statistics.median(comm.largest(seconds).tolist()), 1e-9)
 
 
-def _seconds(comm: Comm, work: Callable[[], Any], repeats: int) -> list[float]:
+def _seconds(comm: Comm, work: Work, repeats: int) -> list[float]:
     """Return this rank's seconds of each repetition but the first."""
     taken = []
     for _ in range(repeats + 1):

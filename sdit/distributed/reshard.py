@@ -70,7 +70,5 @@ def _sizes(parts: Sequence[tuple[int, str, int, Tensor]], world: int) -> list[in
 
 
 def _copy_out(received: Tensor, targets: Sequence[Tensor]) -> None:
-    at = 0
-    for target in targets:
-        target.copy_(received[at : at + target.numel()])
-        at += target.numel()
+    for target, values in zip(targets, received.split([target.numel() for target in targets]), strict=True):
+        target.copy_(values)

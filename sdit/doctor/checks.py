@@ -14,6 +14,7 @@ from sdit.supervise.unfinished import last_launch
 
 GIB = 2**30
 SHOWN_PAIRS = 6
+Facts = Mapping[int, Mapping[str, Any]]  # what the ranks that came know about themselves, by rank
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,12 @@ class Check:
     exit_code: ExitCode = ExitCode.DONE
 
 
-def check_attendance(came: Mapping[int, Mapping[str, Any]], world: int, timeout_seconds: float) -> Check:
+def check_attendance(came: Facts, world: int, timeout_seconds: float) -> Check:
     """Check that all expected ranks are present."""
     missing = [rank for rank in range(world) if rank not in came]
     hosts = Counter(facts["host"] for facts in came.values())
-    found = f"{len(came)} of {world} on {len(hosts)} hosts: " + ", ".join(
-        f"{h} ({n})" for h, n in sorted(hosts.items())
-    )
+    by_host = ", ".join(f"{host} ({ranks})" for host, ranks in sorted(hosts.items()))
+    found = f"{len(came)} of {world} on {len(hosts)} hosts: {by_host}"
     if not missing:
         return Check("ranks", found)
     there = _listed([f"{rank} ({facts['host']})" for rank, facts in sorted(came.items())])
@@ -52,7 +52,7 @@ def check_attendance(came: Mapping[int, Mapping[str, Any]], world: int, timeout_
     return Check("ranks", found, problem, ExitCode.CRASH)
 
 
-def check_facts(facts: Mapping[int, Mapping[str, Any]], limits: Limits) -> list[Check]:
+def check_facts(facts: Facts, limits: Limits) -> list[Check]:
     """Return all checks on the facts of the present ranks."""
     return [
         _check_versions(facts),
@@ -68,7 +68,7 @@ def check_last_launch(run_dir: Path) -> list[Check]:
     return [] if last is None else [Check("run", last.describe(run_dir))]
 
 
-def _check_versions(facts: Mapping[int, Mapping[str, Any]]) -> Check:
+def _check_versions(facts: Facts) -> Check:
     first = facts[0]["versions"]
     shown = ", ".join(f"{name} {first[name]}" for name in ("sdit", "python", "torch", "deepspeed"))
     for rank, other in sorted(facts.items()):
@@ -82,21 +82,21 @@ def _check_versions(facts: Mapping[int, Mapping[str, Any]]) -> Check:
     return Check("versions", shown)
 
 
-def _check_disk(facts: Mapping[int, Mapping[str, Any]], least_bytes: float) -> Check:
+def _check_disk(facts: Facts, least_bytes: float) -> Check:
     rank, worst = min(facts.items(), key=lambda item: (not item[1]["folder_problem"], item[1]["disk_free_bytes"]))
     found = f"{worst['disk_free_bytes'] / GIB:.1f} GiB free in {worst['folder']}"
     where = f"{worst['folder']} on {worst['host']} (rank {rank})"
     if worst["folder_problem"]:
         problem = f"{where} cannot be written: {worst['folder_problem']}; give --run-dir a writable folder"
-        return Check("run folder", found, problem, ExitCode.CONFIG)
-    if worst["disk_free_bytes"] < least_bytes:
+    elif worst["disk_free_bytes"] < least_bytes:
         free = worst["disk_free_bytes"] / GIB
         problem = f"{where} has {free:.3g} GiB free, --min-disk-gib asks for {least_bytes / GIB:.3g}; free space there"
-        return Check("run folder", found, problem, ExitCode.CONFIG)
-    return Check("run folder", found)
+    else:
+        return Check("run folder", found)
+    return Check("run folder", found, problem, ExitCode.CONFIG)
 
 
-def _check_shm(facts: Mapping[int, Mapping[str, Any]], least_bytes: float) -> Check:
+def _check_shm(facts: Facts, least_bytes: float) -> Check:
     rank, worst = min(facts.items(), key=lambda item: item[1]["shm_free_bytes"])
     free = worst["shm_free_bytes"] / GIB
     found = f"{free:.2f} GiB free"
@@ -109,7 +109,7 @@ def _check_shm(facts: Mapping[int, Mapping[str, Any]], least_bytes: float) -> Ch
     return Check("/dev/shm", found, problem, ExitCode.CONFIG)
 
 
-def _check_clocks(facts: Mapping[int, Mapping[str, Any]], most_seconds: float) -> Check:
+def _check_clocks(facts: Facts, most_seconds: float) -> Check:
     rank, worst = max(facts.items(), key=lambda item: abs(item[1]["clock_offset_seconds"]))
     offset = worst["clock_offset_seconds"]
     found = f"within {abs(offset):.2g} s of rank 0's"
@@ -122,9 +122,7 @@ def _check_clocks(facts: Mapping[int, Mapping[str, Any]], most_seconds: float) -
     return Check("clocks", found, problem, ExitCode.CRASH)
 
 
-def check_reach(
-    facts: Mapping[int, Mapping[str, Any]], tried: Mapping[int, Sequence[Sequence[Any]]], world: int
-) -> Check:
+def check_reach(facts: Facts, tried: Mapping[int, Sequence[Sequence[Any]]], world: int) -> Check:
     """Check that ranks can connect to one another on ports that the system picks, as gloo and NCCL do."""
     attempts = [(rank, int(peer), str(problem)) for rank, rows in sorted(tried.items()) for peer, problem in rows]
     failed = [(rank, peer, problem) for rank, peer, problem in attempts if problem]
@@ -153,12 +151,10 @@ def check_reach(
 
 def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
     """Lines on what the process group measured; these have no limits and do not fail."""
+    first = f"first collective {fabric['first_collective_seconds']:.2f} s after the rendezvous"
     checks = [
         Check("devices", ", ".join(f"{n} x {name}" for name, n in Counter(fabric["devices"]).items())),
-        Check(
-            "backend",
-            f"{fabric['backend']}, first collective {fabric['first_collective_seconds']:.2f} s after the rendezvous",
-        ),
+        Check("backend", f"{fabric['backend']}, {first}"),
     ]
     pairs, world = fabric["pairs"], len(fabric["devices"])
     if not pairs:
@@ -166,18 +162,15 @@ def fabric_checks(fabric: Mapping[str, Any]) -> list[Check]:
     slow = min(pairs, key=lambda pair: pair["bytes_per_second"])
     late = max(pairs, key=lambda pair: pair["latency_seconds"])
     possible = world * (world - 1) // 2
-    scope = (
-        f"all {possible} pairs"
-        if len(pairs) == possible
-        else f"{len(pairs)} of {possible} pairs (all only up to 16 ranks)"
-    )
-    checks += [
+    some = f"{len(pairs)} of {possible} pairs (all only up to 16 ranks)"
+    scope = f"all {possible} pairs" if len(pairs) == possible else some
+    return [
+        *checks,
         Check("latency", f"worst of {scope}: {late['latency_seconds'] * 1e6:.0f} us, ranks {_pair(late)}"),
         Check("bandwidth", f"worst of {scope}: {slow['bytes_per_second'] / 1e9:.2f} GB/s, ranks {_pair(slow)}"),
         Check("all-reduce", f"{fabric['all_reduce_bytes_per_second'] / 1e9:.2f} GB/s per rank (bus)"),
         Check("all-to-all", f"{fabric['all_to_all_bytes_per_second'] / 1e9:.2f} GB/s per rank"),
     ]
-    return checks
 
 
 def exit_code_of(checks: Sequence[Check]) -> ExitCode:
@@ -186,9 +179,7 @@ def exit_code_of(checks: Sequence[Check]) -> ExitCode:
     return next((code for code in (ExitCode.CONFIG, ExitCode.CRASH) if code in codes), ExitCode.DONE)
 
 
-def as_report(
-    checks: Sequence[Check], facts: Mapping[int, Mapping[str, Any]], fabric: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def as_report(checks: Sequence[Check], facts: Facts, fabric: Mapping[str, Any] | None) -> dict[str, Any]:
     """All of it as JSON types."""
     return {
         "ok": exit_code_of(checks) == ExitCode.DONE,
@@ -199,7 +190,7 @@ def as_report(
     }
 
 
-def as_table(checks: Sequence[Check], facts: Mapping[int, Mapping[str, Any]], fabric: Mapping[str, Any] | None) -> str:
+def as_table(checks: Sequence[Check], facts: Facts, fabric: Mapping[str, Any] | None) -> str:
     """For people: a line a check, a line a rank (the first 16), and the slowest pairs."""
     width = max(len(check.name) for check in checks)
     lines = [f"{'FAIL' if check.problem else 'ok':4}  {check.name:{width}}  {check.found}" for check in checks]
@@ -214,10 +205,8 @@ def as_table(checks: Sequence[Check], facts: Mapping[int, Mapping[str, Any]], fa
         lines.append(f"      and {len(facts) - 16} more ranks; --json lists them all")
     pairs = sorted(fabric["pairs"], key=lambda pair: pair["bytes_per_second"]) if fabric is not None else []
     if pairs:
-        lines += [
-            "",
-            f"{'pair':>9} {'latency us':>11} {'GB/s':>7}   slowest {min(SHOWN_PAIRS, len(pairs))} of {len(pairs)} measured",
-        ]
+        shown = min(SHOWN_PAIRS, len(pairs))
+        lines += ["", f"{'pair':>9} {'latency us':>11} {'GB/s':>7}   slowest {shown} of {len(pairs)} measured"]
     for pair in pairs[:SHOWN_PAIRS]:
         lines.append(f"{_pair(pair):>9} {pair['latency_seconds'] * 1e6:11.0f} {pair['bytes_per_second'] / 1e9:7.2f}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
 from sdit.distributed.fabric import slowest_seconds
-from sdit.model import DiffusionTransformer, build_model, init_weights
+from sdit.model import DiffusionTransformer, build_model
 from sdit.model.flops import flops_per_image
 from sdit.planner.hardware import Device
 from sdit.planner.layout import DeviceKind
@@ -113,7 +113,6 @@ def _dit(
         variant="dit", depth=sizes.depth, width=width, heads=width // 64, patch_size=2, input_size=sizes.input_size
     )
     model = build_model(config)
-    init_weights(model, 0)
     x = torch.randn(sizes.batch, config.channels, config.input_size, config.input_size).to(comm.device, dtype)
     times, labels = (torch.arange(sizes.batch, device=comm.device) for _ in range(2))
     return model.to(comm.device, dtype).train(), (x, times, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,25 @@ def nearest_folder(path: Path) -> Path:
 
 def _write_problem(folder: Path) -> str:
     """Why no file can be written in the folder; empty if one can."""
-    probe = folder / f".sdit-doctor-{socket.gethostname()}-{os.getpid()}"
     try:
-        with probe.open("wb") as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        durable_write_seconds(folder, b"0" * 4096)
     except OSError as error:
         return str(error.strerror)
+    return ""
+
+
+def durable_write_seconds(folder: Path, data: bytes) -> float:
+    """Return the seconds of a durable write into the folder. The file is removed. Raises: OSError: if it cannot be written."""
+    probe = folder / f".sdit-doctor-{socket.gethostname()}-{os.getpid()}"
+    started = time.perf_counter()
+    try:
+        with probe.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return time.perf_counter() - started
     finally:
         probe.unlink(missing_ok=True)
-    return ""
 
 
 def _resolves_to_loopback() -> bool:

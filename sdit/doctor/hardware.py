@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections import defaultdict
 from pathlib import Path
 
 from sdit.distributed.comm import Comm
 from sdit.distributed.fabric import describe_device, measure_link
 from sdit.doctor.device_speed import GIGA, block_work, measure_device
+from sdit.doctor.facts import durable_write_seconds
 from sdit.doctor.host_speed import measure_host
 from sdit.planner.hardware import Collective, Device, Hardware, Link, Storage
 
@@ -37,9 +37,7 @@ def measure_hardware(comm: Comm, folder: Path, threads: int | None) -> Hardware:
     assumed += ["inside: no two ranks share a node"] if inside is None else []
     assumed += ["between: there is one node"] if between is None else []
     return Hardware(
-        name=f"{socket.gethostname()}, {comm.world} ranks"
-        if len(nodes) == 1
-        else f"{len(nodes)} nodes, {comm.world} ranks",
+        name=f"{socket.gethostname() if len(nodes) == 1 else f'{len(nodes)} nodes'}, {comm.world} ranks",
         sources=[measured, f"not measured: {'; '.join(assumed)}"],
         device=device,
         inside=inside or between or one_rank,
@@ -69,9 +67,8 @@ def _links(comm: Comm, nodes: list[list[int]], one_rank: Link) -> tuple[Link | N
     inside = _link(comm, nodes) if even and len(nodes[0]) > 1 else None
     if len(nodes) == 1:
         return inside, None
-    return inside, _link(
-        comm, [list(ranks) for ranks in zip(*nodes, strict=True)] if even else [list(range(comm.world))]
-    )
+    groups = [list(ranks) for ranks in zip(*nodes, strict=True)] if even else [list(range(comm.world))]
+    return inside, _link(comm, groups)
 
 
 def _link(comm: Comm, groups: list[list[int]]) -> Link:
@@ -91,16 +88,8 @@ def _collective(bytes_per_second: float, fixed_seconds: float) -> Collective:
 
 def _measure_storage(comm: Comm, folder: Path, nodes: int) -> Storage:
     """Return the speed of durable writes by all ranks at the same time."""
-    path, data = folder / f".sdit-doctor-{socket.gethostname()}-{os.getpid()}", os.urandom(FILE_BYTES)
+    data = os.urandom(FILE_BYTES)
     comm.barrier()
-    started = time.perf_counter()
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        seconds = time.perf_counter() - started
-    finally:
-        path.unlink(missing_ok=True)
+    seconds = durable_write_seconds(folder, data)
     total = comm.world * FILE_BYTES / max(comm.gather(seconds)) / GIGA
     return Storage(node_gigabytes_per_second=total / nodes, total_gigabytes_per_second=total)

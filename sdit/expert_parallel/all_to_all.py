@@ -27,6 +27,9 @@ from sdit.transfers import upload
 
 MODES = ("tokens", "weights", "samples")
 MEASURED_STEPS = 10  # on a GPU, the waits of one of this many steps are measured
+# For methods that transfer. The token of a transfer has a shape but no memory, which torch.compile cannot trace. The graph breaks
+# at these methods, and the code between them is compiled.
+eagerly = torch.compiler.disable
 
 
 class TrafficCounter:
@@ -209,8 +212,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Wait for the transfer and return the received rows. Differentiable."""
-        arrived: Tensor = _Finish.apply(self.token, self.transfer)
-        return arrived
+        return _Finish.apply(self.token, self.transfer)
 
 
 def begin_rows(

@@ -144,10 +144,6 @@ class SampleExchange:
     receive_splits: np.ndarray
     order: np.ndarray
 
-    def sent_samples(self, ep_rank: int) -> int:
-        """Return the number of samples that the rank `ep_rank` sends to other ranks of the group."""
-        return int(self.send_splits.sum() - self.send_splits[ep_rank])
-
 
 def plan_sample_exchange(
     source_rank: np.ndarray, assigned_rank: np.ndarray, ranks: int, ep_rank: int

@@ -5,7 +5,7 @@ B local samples of n in the group, M experts of a block, S rows sent, R rows rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdit.contracts import TaskView
 from sdit.expert_parallel.placement import ExpertPlacement
-from sdit.expert_parallel.step_plan import ExpertWork, MicroStepPlan
+from sdit.expert_parallel.step_plan import BlockPlan, ExpertWork, MicroStepPlan
 from sdit.model.moe.base import ExpertRows
 from sdit.model.moe.grouped import SortedPairs
 from sdit.transfers import upload
@@ -65,113 +65,69 @@ class DevicePlan:
     blocks: list[BlockDevicePlan]
 
 
+@dataclass(frozen=True)
+class PackedPlan:
+    """The index arrays of all blocks in one array of host memory, and the plan as a function of their views on the device."""
+
+    packed: np.ndarray
+    sizes: list[int]
+    plan: Callable[[Sequence[Tensor]], DevicePlan]
+
+    def to_device(self, device: torch.device) -> DevicePlan:
+        """Return the plan on the device, after one copy."""
+        return self.plan(upload(torch.from_numpy(self.packed), device).split(self.sizes))
+
+
 class _Packer:
-    """Collects index arrays on the host. Each has a number."""
+    """Collects index arrays on the host. `keep` returns the number of an array."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
 
     def keep(self, values: np.ndarray) -> int:
-        self.arrays.append(np.asarray(values, dtype=np.int64))
+        self.arrays.append(np.asarray(values, dtype=np.int64).ravel())
         return len(self.arrays) - 1
-
-
-@dataclass(frozen=True)
-class _WorkDraft:
-    """A `DeviceWork` that refers to its arrays by their number in the packer."""
-
-    samples: int
-    columns: int
-    counted: int | None
-    used: int | None
-    pairs: tuple[int, int, int]
-    counts: list[int]
-
-    def work(self, views: Sequence[Tensor]) -> DeviceWork:
-        counted = None if self.counted is None else views[self.counted]
-        used = None if self.used is None else views[self.used]
-        pairs = SortedPairs(*(views[number] for number in self.pairs))
-        return DeviceWork(views[self.samples], views[self.columns], counted, ExpertRows(used, pairs, self.counts))
-
-
-@dataclass(frozen=True)
-class _BlockDraft:
-    """A `BlockDevicePlan` that refers to its arrays by their number in the packer."""
-
-    send: int
-    send_splits: list[int]
-    receive_splits: list[int]
-    travels: bool
-    local: _WorkDraft
-    remote: _WorkDraft
-    replica_counts: list[int]
-    replica_rows: int
-
-    def plan(self, views: Sequence[Tensor]) -> BlockDevicePlan:
-        return BlockDevicePlan(
-            send_rows=views[self.send],
-            send_splits=self.send_splits,
-            receive_splits=self.receive_splits,
-            local=self.local.work(views),
-            remote=self.remote.work(views),
-            travels=self.travels,
-            replica_counts=self.replica_counts,
-            replica_rows=views[self.replica_rows],
-        )
-
-
-@dataclass(frozen=True)
-class PackedPlan:
-    """The index arrays of all blocks in one array of host memory. The first are tasks, experts, and kept if any."""
-
-    own: slice
-    experts_shape: tuple[int, ...]
-    has_kept: bool
-    packed: np.ndarray
-    sizes: list[int]
-    blocks: list[_BlockDraft]
-
-    def to_device(self, device: torch.device) -> DevicePlan:
-        """Return the plan on the device, after one copy."""
-        views = upload(torch.from_numpy(self.packed), device).split(self.sizes)
-        view = TaskView(
-            task=views[0],
-            own=self.own,
-            experts=views[1].view(self.experts_shape),
-            kept=views[2].view(self.experts_shape).bool() if self.has_kept else None,
-        )
-        return DevicePlan(view, [block.plan(views) for block in self.blocks])
 
 
 def pack_plan(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int) -> PackedPlan:
     """Return the plan with the index arrays of all blocks in one array."""
-    packer, drafts = _Packer(), []
-    packer.keep(plan.tasks)
-    packer.keep(plan.experts.ravel())
-    if plan.kept is not None:
-        packer.keep(plan.kept.ravel())
-    own_samples = np.arange(plan.own.start, plan.own.stop)
-    for block, ids_of_rank, replicated in zip(
-        plan.blocks, placement.experts_of_rank, placement.replicated, strict=True
-    ):
-        own = ids_of_rank[ep_rank]
-        foreign = [ids[replicated[ids]] for rank, ids in enumerate(ids_of_rank) if rank != ep_rank]
-        local = _draft(packer, block.local, np.concatenate([own, *foreign]), own_samples, None)
-        # The source rank of a received row computes the row's replicated experts, so their columns are not counted here.
-        counted = None if not replicated[own].any() else ~replicated[own]
-        remote = _draft(packer, block.remote, own, block.remote.samples, counted)
-        counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
-        send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
-        splits = block.send_splits.tolist(), block.receive_splits.tolist()
-        drafts.append(_BlockDraft(send, *splits, block.travels, local, remote, counts, replica_rows))
-    packed, sizes = np.concatenate(packer.arrays), [len(array) for array in packer.arrays]
-    return PackedPlan(plan.own, plan.experts.shape, plan.kept is not None, packed, sizes, drafts)
+    packer, shape, own = _Packer(), plan.experts.shape, plan.own
+    tasks, experts = packer.keep(plan.tasks), packer.keep(plan.experts)
+    kept = None if plan.kept is None else packer.keep(plan.kept)
+    columns = zip(plan.blocks, placement.experts_of_rank, placement.replicated, strict=True)
+    blocks = [_pack_block(packer, *column, ep_rank, np.arange(own.start, own.stop)) for column in columns]
+
+    def plan_of(views: Sequence[Tensor]) -> DevicePlan:
+        kept_view = None if kept is None else views[kept].view(shape).bool()
+        view = TaskView(views[tasks], own, views[experts].view(shape), kept_view)
+        return DevicePlan(view, [block(views) for block in blocks])
+
+    return PackedPlan(np.concatenate(packer.arrays), [len(array) for array in packer.arrays], plan_of)
 
 
-def _draft(
+def _pack_block(
+    packer: _Packer, block: BlockPlan, ids_of_rank: np.ndarray, replicated: np.ndarray, ep_rank: int,
+    own_samples: np.ndarray,
+) -> Callable[[Sequence[Tensor]], BlockDevicePlan]:  # fmt: skip
+    """Return the plan of a block as a function of the views. `ids_of_rank` are (P, M_local), `replicated` is (M,)."""
+    own = ids_of_rank[ep_rank]
+    foreign = [ids[replicated[ids]] for rank, ids in enumerate(ids_of_rank) if rank != ep_rank]
+    local = _pack_work(packer, block.local, np.concatenate([own, *foreign]), own_samples, None)
+    # The source rank of a received row computes the row's replicated experts, so their columns are not counted here.
+    counted = None if not replicated[own].any() else ~replicated[own]
+    remote = _pack_work(packer, block.remote, own, block.remote.samples, counted)
+    send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
+    splits, travels = (block.send_splits.tolist(), block.receive_splits.tolist()), block.travels
+    counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
+    return lambda views: BlockDevicePlan(
+        views[send], *splits, local(views), remote(views), travels, counts, views[replica_rows]
+    )
+
+
+def _pack_work(
     packer: _Packer, work: ExpertWork, columns: np.ndarray, samples: np.ndarray, counted: np.ndarray | None
-) -> _WorkDraft:
-    """Return the work on all rows `samples` (ascending).
+) -> Callable[[Sequence[Tensor]], DeviceWork]:
+    """Return the work on all rows `samples` (ascending) as a function of the views.
 
     It consists of gate rows, gate columns, and the (row, column) pairs sorted by column.
     """
@@ -181,11 +137,13 @@ def _draft(
     ends = counts.cumsum()
     order = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
     pair_columns = np.repeat(np.arange(len(columns)), counts)
-    return _WorkDraft(
-        samples=packer.keep(samples),
-        columns=packer.keep(columns),
-        counted=None if counted is None else packer.keep(counted),
-        used=None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples)),
-        pairs=(packer.keep(rows[order]), packer.keep(pair_columns), packer.keep(ends)),
-        counts=counts.tolist(),
-    )
+    always = [packer.keep(each) for each in (samples, columns, rows[order], pair_columns, ends)]
+    used = None if len(work.samples) == len(samples) else packer.keep(np.searchsorted(samples, work.samples))
+    factors, numbers = None if counted is None else packer.keep(counted), counts.tolist()
+
+    def work_of(views: Sequence[Tensor]) -> DeviceWork:
+        of_samples, of_columns, *pairs = (views[number] for number in always)
+        expert_rows = ExpertRows(None if used is None else views[used], SortedPairs(*pairs), numbers)
+        return DeviceWork(of_samples, of_columns, None if factors is None else views[factors], expert_rows)
+
+    return work_of

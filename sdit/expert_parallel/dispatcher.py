@@ -7,45 +7,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import ForwardPass, TaskView
-from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, begin_replicate, begin_rows, eagerly
 from sdit.expert_parallel.device_plan import BlockDevicePlan, DevicePlan
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.model.moe.base import Experts
 from sdit.model.moe.local import LocalDispatcher
 
 BlockExperts = Experts | ShardedExperts
-# The token of a transfer has a shape but no memory, which torch.compile cannot trace. The graph breaks at these methods, and
-# the code between them is compiled.
-eagerly = torch.compiler.disable
 
 
-class Dispatched(NamedTuple):
-    """A block whose transfers have begun. `arriving` is None if no rank of the group sends a row."""
-
-    block: int
-    z: Tensor
-    gates: Tensor
-    experts: Experts
-    replicas: Mapping[str, Tensor]
-    arriving: Pending | None
-
-
-class Computed(NamedTuple):
-    """A block's mixture `mixed` (B, L, D), as far as this rank computed it.
-
-    `returning` is the transfer of the results from other ranks, or None.
-    """
-
-    block: int
-    mixed: Tensor
-    returning: Pending | None
+# A block whose transfers have begun: its index, z, gates, experts, replicas, and the rows that arrive. None: no rank sends a row.
+Dispatched = tuple[int, Tensor, Tensor, Experts, Mapping[str, Tensor], Pending | None]
+# A block, its mixture (B, L, D) as far as this rank computed it, and the transfer of the results from other ranks, or None.
+Computed = tuple[int, Tensor, Pending | None]
 
 
 class PlannedPass:
@@ -68,7 +49,7 @@ class PlannedPass:
             rows = z.index_select(0, plan.send_rows)
             arriving = begin_rows(self._group, rows, plan.send_splits, plan.receive_splits)
         index = operator.index(block)
-        return Dispatched(index, z, gates, experts.local, self._replicas(index, experts), arriving)
+        return index, z, gates, experts.local, self._replicas(index, experts), arriving
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
@@ -81,7 +62,7 @@ class PlannedPass:
             arrived = arriving.wait()
             served = experts.mix(arrived, plan.remote.weights(gates), plan.remote.rows, local=local)
             returning = begin_rows(self._group, served.to(arrived.dtype), plan.receive_splits, plan.send_splits)
-        return Computed(block, mixed, returning)
+        return block, mixed, returning
 
     @eagerly
     def combine(self, computed: Computed) -> Tensor:

@@ -16,14 +16,29 @@ from sdit.expert_parallel.all_to_all import MODES, ExpertGroup, exchange_samples
 from sdit.expert_parallel.dispatcher import PlannedPass, shared_task_pass
 from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
-from sdit.expert_parallel.placed_experts import SampleRoutedExperts, TokenRoutedExperts, shard_model
+from sdit.expert_parallel.placed_experts import SampleRoutedExperts, TokenRoutedExperts
 from sdit.expert_parallel.rebalance import Rebalanced, Rebalancer, TokenRebalancer
-from sdit.expert_parallel.routing_table import PendingTable, RoutingTable, task_weights
+from sdit.expert_parallel.routing_table import RoutingTable, task_weights
 from sdit.expert_parallel.step_planner import ExpertStatistics, StepPlanner
 from sdit.expert_parallel.token_exchange import token_dispatcher
 from sdit.model import DiffusionTransformer
+from sdit.transfers import Download
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PendingTable:
+    """The routing table of the model's current weights. Its copy from the device has begun, and `wait` returns it."""
+
+    def __init__(self, model: DiffusionTransformer, task_weights: np.ndarray) -> None:
+        top = model.all_gate_probs().topk(model.config.experts.top_k)
+        self._count, self._task_weights = model.config.experts.count, task_weights
+        self._copy = Download(torch.stack([top.indices.float(), top.values]))  # ids < 2^24 are exact in float32
+
+    def wait(self) -> RoutingTable:
+        """Return the table. The host waits for the copy."""
+        host = self._copy.wait().numpy()
+        return RoutingTable(host[0].astype(np.int64), host[1], self._count, self._task_weights)
 
 
 class ExpertParallel:
@@ -58,7 +73,13 @@ class ExpertParallel:
         `is_random`: `init_weights` draws them. Otherwise they are given, and the experts may differ from zero.
         """
         self._model = model
-        shard_model(model, (self.placed, self.placed_tokens), self._comm, init_weights, is_random)
+        kinds = (self.placed, self.placed_tokens)
+        for kind in kinds:
+            kind.cut(model, is_random)
+        model.to_empty(device=self._comm.device)
+        init_weights(model)
+        for kind in kinds:
+            kind.wrap(model)
         if self.is_planned:
             model.dispatcher = self
         if self._has_token_experts and self._comm.world > 1:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sdit.distributed.shards import Shard
 
-ExpertIds = Callable[
-    [str], Sequence[int] | None
-]  # parameter name -> global ids of its rows, or None if it is not a stack of experts
+# Parameter name -> global ids of its rows, or None if it is not a stack of experts.
+ExpertIds = Callable[[str], Sequence[int] | None]
 
 
 @dataclass(frozen=True)

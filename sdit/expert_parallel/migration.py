@@ -88,19 +88,15 @@ class MigratableState(Protocol):
 
     def expert_ids(self, parameter: str) -> Sequence[int] | None:
         """Return the global ids of the rows of a parameter, or None if it is not a stack of experts."""
-        ...
 
     def experts_of_rank(self, parameter: str) -> np.ndarray:
         """Return the global ids (P, M_local) of the rows of a stack of sharded experts on each rank of a group."""
-        ...
 
     def expert_state(self) -> list[ExpertState]:
         """Return the state of all sharded experts, by kind."""
-        ...
 
     def sync_compute_weights(self) -> None:
         """Copy the masters into the compute weights."""
-        ...
 
 
 def migrate(comm: Comm, state: MigratableState, rename: Callable[[], None]) -> None:

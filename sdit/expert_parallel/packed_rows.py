@@ -18,8 +18,7 @@ def pack(x: Tensor, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
 
     No bit of a weight changes: a float32 weight takes the place of two bfloat16 numbers. `chosen` (S, C) is sent as well.
     """
-    packed: Tensor = _Pack.apply(x, tokens, weights.masked_fill(~chosen, UNCHOSEN))
-    return packed
+    return _Pack.apply(x, tokens, weights.masked_fill(~chosen, UNCHOSEN))
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,8 +33,7 @@ def add_rows(sums: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
 
     Torch's `index_add` would keep the rows for backward.
     """
-    added: Tensor = _AddRows.apply(sums, tokens, rows)
-    return added
+    return _AddRows.apply(sums, tokens, rows)
 
 
 class _Pack(torch.autograd.Function):

@@ -5,7 +5,7 @@ M experts of a block, P ranks of the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from sdit.config import ModelConfig
 from sdit.distributed.comm import Comm
 from sdit.expert_parallel.migration import MigratableState, migrate
-from sdit.expert_parallel.placement import ExpertPlacement, replacement_moves
+from sdit.expert_parallel.placement import ExpertPlacement, experts_moved
 from sdit.expert_parallel.sharded_experts import ShardedExperts, TrainedShardedExperts
 from sdit.model import DiffusionTransformer
 from sdit.model.layer import Router
@@ -101,7 +101,7 @@ class PlacedExperts:
 
         `state` None: all experts, their moments and averages are still zero, so that only their ids move.
         """
-        moved = len(replacement_moves(self.placement.expert_to_rank, placement.expert_to_rank))
+        moved = experts_moved(self.placement.expert_to_rank, placement.expert_to_rank)
         self.placement = placement
         if moved and state is not None:
             migrate(self._comm, state, self._place)
@@ -138,16 +138,3 @@ class TokenRoutedExperts(PlacedExperts):
     def _build(self, ids: Sequence[int]) -> Experts:
         assert self._config.moe is not None
         return build_token_experts(self._config.moe, self._config.width, ids)
-
-
-def shard_model(
-    model: DiffusionTransformer, kinds: Sequence[PlacedExperts], comm: Comm,
-    init_weights: Callable[[DiffusionTransformer], None], is_random: bool,
-) -> None:  # fmt: skip
-    """Leave each block of a model on the meta device the experts of this rank, and initialise the weights."""
-    for kind in kinds:
-        kind.cut(model, is_random)
-    model.to_empty(device=comm.device)
-    init_weights(model)
-    for kind in kinds:
-        kind.wrap(model)

@@ -6,7 +6,7 @@ M experts of a block, P ranks per group with M / P experts of each block, T task
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -137,12 +137,8 @@ def _level(routes: RoutingTable, placement: ExpertPlacement, limit: float) -> np
     shared = (loads - own).sum(axis=1) / placement.ranks
     while imbalance.mean() > limit:
         block = int(imbalance.argmax())
-        swap = _best_swap(
-            expert_to_rank[block],
-            own[block],
-            affinity[block],
-            limit * loads[block].sum() / placement.ranks - shared[block],
-        )
+        target = limit * loads[block].sum() / placement.ranks - shared[block]
+        swap = _best_swap(expert_to_rank[block], own[block], affinity[block], target)
         if swap is None:
             imbalance[block] = 0  # no swap improves this block, so it is ignored from now on
             continue
@@ -162,9 +158,8 @@ def _affinity(routes: RoutingTable, placement: ExpertPlacement) -> np.ndarray:
     assigned_rank = assign_samples(tasks, path_need(routes.experts, placement), samples // placement.ranks)
     affinity = np.zeros((routes.depth, routes.count, placement.ranks))
     for choice in range(routes.top_k):
-        np.add.at(
-            affinity, (np.arange(routes.depth)[:, None], routes.experts[:, tasks, choice], assigned_rank), 1 / samples
-        )
+        experts = routes.experts[:, tasks, choice]
+        np.add.at(affinity, (np.arange(routes.depth)[:, None], experts, assigned_rank), 1 / samples)
     affinity[placement.replicated] = 0
     return affinity
 
@@ -189,20 +184,9 @@ def _best_swap(expert_to_rank: np.ndarray, loads: np.ndarray, affinity: np.ndarr
     return None if np.isinf(price[i, j]) else [int(inside[i]), int(outside[j])]
 
 
-class Move(NamedTuple):
-    """An expert of a block that changes its rank inside the group."""
-
-    block: int
-    expert: int
-    source: int
-    target: int
-
-
-def replacement_moves(old: np.ndarray, new: np.ndarray) -> list[Move]:
-    """Return the experts whose rank differs between two placements (depth, M), in order of block and expert."""
-    changed = np.nonzero(old != new)
-    columns = (*changed, old[changed], new[changed])
-    return [Move(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+def experts_moved(old: np.ndarray, new: np.ndarray) -> int:
+    """Return the number of experts whose rank differs between two placements (depth, M)."""
+    return int((old != new).sum())
 
 
 def relabel(old: np.ndarray, new: np.ndarray, ranks: int) -> np.ndarray:

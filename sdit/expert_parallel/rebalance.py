@@ -15,12 +15,7 @@ from sdit.config import ModelConfig, ParallelConfig
 from sdit.expert_parallel.exchange_costs import ExchangeCosts
 from sdit.expert_parallel.migration import MigratableState
 from sdit.expert_parallel.placed_experts import PlacedExperts
-from sdit.expert_parallel.placement import (
-    ExpertPlacement,
-    expected_load_imbalance,
-    largest_first,
-    relabel,
-)
+from sdit.expert_parallel.placement import ExpertPlacement, expected_load_imbalance, largest_first, relabel
 from sdit.expert_parallel.routing_table import RoutingTable
 from sdit.expert_parallel.strategy import STATE_COPIES, choose_exchange, decide_placement, worth_moving
 from sdit.expert_parallel.traffic_model import ExpertFlops, TrafficModel, UnitCosts, expert_parameters

@@ -6,15 +6,11 @@ T tasks, N samples, M experts of a block, k experts used per task and block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdit.config import Config
 from sdit.time_law import TimeLaw
-
-if TYPE_CHECKING:
-    from sdit.model import DiffusionTransformer
 
 
 @dataclass(frozen=True)
@@ -67,24 +63,6 @@ class RoutingTable:
 def task_weights(config: Config) -> np.ndarray:
     """Return T times the probability of each gate task in training, float64 (T,)."""
     return TimeLaw.of(config.diffusion).task_weights(config.model.timesteps)
-
-
-class PendingTable:
-    """The routing table of the model's current weights. Its copy from the device has begun, and `wait` returns it."""
-
-    def __init__(self, model: DiffusionTransformer, task_weights: np.ndarray) -> None:
-        import torch  # the functions are also used in processes that must not import torch
-
-        from sdit.transfers import Download
-
-        top = model.all_gate_probs().topk(model.config.experts.top_k)
-        self._count, self._task_weights = model.config.experts.count, task_weights
-        self._copy = Download(torch.stack([top.indices.float(), top.values]))  # ids < 2^24 are exact in float32
-
-    def wait(self) -> RoutingTable:
-        """Return the table. The host waits for the copy."""
-        host = self._copy.wait().numpy()
-        return RoutingTable(host[0].astype(np.int64), host[1], self._count, self._task_weights)
 
 
 def exact_loads(experts: np.ndarray, count: int, task_weights: np.ndarray | None = None) -> np.ndarray:

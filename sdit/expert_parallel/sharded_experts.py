@@ -26,7 +26,6 @@ class ShardedExperts(nn.Module):
         nn.Module.__init__(self)  # not MoE's constructor, which would build token gates
         self.num_experts, self.ep_size, self.num_local_experts = count, ranks, count // ranks
         self.expert_group_name = expert_group_name(ranks)
-        self.enable_expert_tensor_parallelism = self.use_residual = False
         self._columns: Tensor | None = None
         self.experts_of_rank = np.arange(count).reshape(ranks, -1)
         self._local = (local,)  # not a submodule, so that the parameters keep the names of the model's experts
@@ -59,11 +58,6 @@ class ShardedExperts(nn.Module):
         """Return values (N, P, M_local) of the experts of each rank, for values (N, M) by global id. Differentiable."""
         ordered = values if self._columns is None else values.index_select(1, self._columns)
         return ordered.unflatten(1, (self.ep_size, self.num_local_experts))
-
-    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        """Return the mixture (B, L, D) of the local experts only, for gates (B, M_local)."""
-        mixed: Tensor = self.local(z, gates)
-        return mixed
 
 
 class TrainedShardedExperts(ShardedExperts, MoE):

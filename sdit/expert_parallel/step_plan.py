@@ -13,7 +13,7 @@ import numpy as np
 from sdit.expert_parallel.assignment import SampleExchange, assign_samples, plan_sample_exchange
 from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_needed
 from sdit.expert_parallel.routing_table import RoutingTable
-from sdit.expert_parallel.traffic_model import AssignmentKind, UnitCosts
+from sdit.expert_parallel.traffic_model import AssignmentKind
 from sdit.topology import BatchPlan, ExpertGroups
 
 
@@ -45,14 +45,6 @@ class BlockPlan:
     local: ExpertWork
     remote: ExpertWork
     travels: bool
-
-    def sent_bytes(self, costs: UnitCosts, replicated: np.ndarray, owned: np.ndarray) -> int:
-        """Return the exact bytes that this rank sends in this block.
-
-        `replicated` and `owned` (M,) bool mark the replicated experts and the experts of this rank.
-        """
-        replicas_owned, replicas_received = int((replicated & owned).sum()), int((replicated & ~owned).sum())
-        return costs.sent_bytes(len(self.send_rows), len(self.remote.samples), replicas_owned, replicas_received)
 
 
 @dataclass(frozen=True)

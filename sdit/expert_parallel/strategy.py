@@ -16,9 +16,9 @@ from sdit.expert_parallel.placement import (
     ExpertPlacement,
     PlacementKind,
     expected_load_imbalance,
+    experts_moved,
     place_experts,
     relabel,
-    replacement_moves,
 )
 from sdit.expert_parallel.routing_table import hottest
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts
@@ -146,7 +146,7 @@ def worth_moving(now: Choice, then: Choice, costs: UnitCosts, expert_parameters:
 
     A move includes the optimizer state. `now` is the best choice for the current placement.
     """
-    moves = len(replacement_moves(now.placement.expert_to_rank, then.placement.expert_to_rank))
+    moves = experts_moved(now.placement.expert_to_rank, then.placement.expert_to_rank)
     moving = costs.moving_cost(moves * expert_parameters * 4 * STATE_COPIES)
     return moves > 0 and (now.cost - then.cost) * micro_steps > moving
 

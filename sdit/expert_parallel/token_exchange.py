@@ -8,44 +8,27 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import NamedTuple, SupportsIndex
+from typing import SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sdit.contracts import TokenDispatcher
-from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows
+from sdit.expert_parallel.all_to_all import ExpertGroup, Pending, TrafficCounter, begin_rows, eagerly
 from sdit.expert_parallel.packed_rows import add_rows, pack, unpack
-from sdit.expert_parallel.replicated_tokens import ReplicatedTokenDispatcher, sum_over_ranks
 from sdit.expert_parallel.sharded_experts import ShardedExperts
 from sdit.expert_parallel.token_sizes import PendingSizes, Sizes, bounded_sizes, true_columns, true_places
 from sdit.model.moe.base import Experts
+from sdit.model.moe.token_local import LocalTokenDispatcher
 from sdit.model.moe.token_products import StackGradients, mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
-# A transfer's token has a shape but no memory, which torch.compile cannot trace.
-eagerly = torch.compiler.disable
-
-
-class Dispatched(NamedTuple):
-    """The tokens x (N, D) of a block, and their pairs by the rank of the expert, whose sizes are being exchanged.
-
-    `weights` and `chosen` are (N, P, M_local).
-    """
-
-    x: Tensor
-    weights: Tensor
-    chosen: Tensor
-    experts: Experts
-    block: int
-
-
-class Computed(NamedTuple):
-    """The sums `mixed` (N, D) of this rank's experts, and the transfer of the sums (S, D) of the others for `tokens` (S,)."""
-
-    mixed: Tensor
-    returning: Pending
-    tokens: Tensor
+# The tokens x (N, D) of a block, their weights and chosen pairs (N, P, M_local) by the rank of the expert, whose sizes are being
+# exchanged, the experts, and the index of the block.
+Dispatched = tuple[Tensor, Tensor, Tensor, Experts, int]
+# The sums (N, D) of this rank's experts, the transfer of the sums (S, D) of the others, and the tokens (S,) of these.
+Computed = tuple[Tensor, Pending, Tensor]
 
 
 class ExchangedTokenPass:
@@ -69,7 +52,7 @@ class ExchangedTokenPass:
                 self._sizes[index] = bounded_sizes(self._group, chosen, len(routes.chosen), routes.limit)
             else:
                 self._sizes[index] = PendingSizes(self._group, chosen)
-        return Dispatched(x, experts.by_rank(routes.weights), chosen, experts.local, index)
+        return x, experts.by_rank(routes.weights), chosen, experts.local, index
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
@@ -83,7 +66,7 @@ class ExchangedTokenPass:
         mixed = mix_tokens(experts, x, counted, sizes.local.rows(chosen[:, own]), gradients)
         rows, received, pairs = unpack(arriving.wait(), x.shape[1], weights.dtype)
         served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs), gradients)
-        return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), tokens)
+        return mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), tokens
 
     @eagerly
     def combine(self, computed: Computed) -> Tensor:
@@ -125,9 +108,16 @@ class TokenExchange:
         return ExchangedTokenPass(self._group if torch.is_grad_enabled() else self._uncounted, self._is_bounded)
 
 
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """Return counts, summed over all ranks of the run. The host of a GPU does not wait for them."""
+    summed = counts.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
 def token_dispatcher(group: ExpertGroup, device: torch.device) -> TokenDispatcher:
     """Return the dispatcher of token-routed experts of one of several ranks."""
     if group.ranks == 1:
-        return ReplicatedTokenDispatcher()
+        return LocalTokenDispatcher(sum_over_ranks)
     # In bounded buffers the host of a GPU waits for no sizes. On a CPU there is no such wait, and less is sent without.
     return TokenExchange(group, is_bounded=device.type == "cuda")

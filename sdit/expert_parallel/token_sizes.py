@@ -30,11 +30,8 @@ class Work(NamedTuple):
         by_expert = chosen.T.contiguous()
         if self.is_bound:
             first = by_expert.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.counts[0]]
-            rows, columns = (
-                first.flatten(),
-                torch.arange(len(first), device=first.device).repeat_interleave(first.shape[1]),
-            )
-            ends = (torch.arange(len(first), device=first.device) + 1) * first.shape[1]
+            experts, rows = torch.arange(len(first), device=first.device), first.flatten()
+            columns, ends = experts.repeat_interleave(first.shape[1]), (experts + 1) * first.shape[1]
         else:
             columns, rows = true_places(by_expert, sum(self.counts))
             ends = chosen.sum(0).cumsum(0)

@@ -1,4 +1,4 @@
-"""The cost of an exchange: unit costs, the expected bytes or seconds of a placement, and the exact bytes of a plan.
+"""The cost of an exchange: unit costs, and the expected bytes or seconds of a placement.
 
 P ranks per group, B samples per rank and micro-step, n = P * B, L tokens, D width, H hidden width, M experts of a block.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from sdit.config import ModelConfig, ParallelConfig
 from sdit.expert_parallel.assignment import assign_samples
 from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_needed
-from sdit.expert_parallel.routing_table import RoutingTable
+from sdit.expert_parallel.routing_table import RoutingTable, expert_counts
 
 AssignmentKind = Literal["order", "path"]
 # With these numbers the expected bytes are within 5 % of those of other batches (EP 4 and 8). Assigning a batch takes 1 ms.
@@ -126,15 +126,6 @@ class UnitCosts:
         assert self.speeds is not None
         return (self.forwards + 2) * forward_flops / self.speeds.flops_per_second / self.ranks
 
-    def sent_bytes(self, rows_sent: int, rows_received: int, replicas_owned: int, replicas_received: int) -> int:
-        """Return the exact bytes that one rank sends per micro-step.
-
-        `replicas_owned` are its replicated experts, and `replicas_received` those of the other ranks.
-        """
-        rows = (self.forwards + 1) * (rows_sent + rows_received) * self.row_bytes
-        weights = self.forwards * (self.ranks - 1) * replicas_owned + replicas_received
-        return rows + weights * self.expert_bytes
-
 
 def unit_costs(model: ModelConfig, parallel: ParallelConfig, element_bytes: int, ranks: int) -> UnitCosts:
     """Return the unit costs of a run with EP `ranks`. They have speeds if the config does."""
@@ -189,9 +180,7 @@ class TrafficModel:
         One transfer is one sample that is sent to one other rank in one block.
         """
         assigned_rank = self.assigned_ranks(placement) if assigned_rank is None else assigned_rank
-        need = path_need(self.routes.experts, placement)[self.tasks]
-        stays = np.take_along_axis(need, assigned_rank[..., None], axis=2)
-        return float(need.sum() - stays.sum()) / self.batches
+        return float(self._block_transfers(placement, assigned_rank).sum()) / self.batches
 
     def random_placement_bytes(self, costs: UnitCosts) -> float:
         """Return the expected bytes of the group if each (sample, expert) pair is sent separately to a random rank."""
@@ -245,6 +234,4 @@ def rank_work(experts: np.ndarray, placement: ExpertPlacement, kept: np.ndarray 
     block = np.arange(depth)[:, None, None]
     assigned_rank = (np.arange(samples) // (samples // placement.ranks))[None, :, None]
     rank = np.where(placement.replicated[block, experts], assigned_rank, placement.expert_to_rank[block, experts])
-    flat = rank + block * placement.ranks
-    flat = flat.ravel() if kept is None else flat[kept]
-    return np.bincount(flat, minlength=depth * placement.ranks).reshape(depth, placement.ranks)
+    return expert_counts(rank, placement.ranks, kept)

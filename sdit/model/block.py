@@ -28,10 +28,8 @@ class Attention(nn.Module):
         rows = self.qkv(x).chunk(3, dim=-1)  # in backward one copy; one view (B, L, 3, heads, D/heads) would need two
         q, k, v = (row.unflatten(-1, (self.heads, -1)) for row in rows)  # each (B, L, heads, D/heads)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                self.q_norm(q),
-                self.k_norm(k),
-            )  # not transposed: a norm's result is contiguous, so the attention's also
+            # Before they are transposed: a norm's result is contiguous, so the attention's also.
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
             q, k = rope(q), rope(k)

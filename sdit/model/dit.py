@@ -77,9 +77,7 @@ class DiffusionTransformer(nn.Module, Pretrained):
         if moe is None or moe.balance != "bias" or moe.bias_rate is None:
             return
         gates = [block.moe.gate for block in self.blocks if isinstance(block, Block) and block.moe is not None]
-        biases: list[Tensor] = [
-            gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None
-        ]
+        biases: list[Tensor] = [bias for gate in gates if (bias := gate.e_score_correction_bias) is not None]
         moved = updated_bias(torch.stack(biases), upload(counts, self.device), moe.bias_rate)
         torch._foreach_copy_(biases, list(moved.unbind()))
 

@@ -48,8 +48,7 @@ class _SiluTimes(torch.autograd.Function):
 
 def silu_times(a: Tensor, b: Tensor) -> Tensor:
     """Return SiLU(a) b for a and b of equal shape."""
-    result: Tensor = _SiluTimes.apply(a, b)
-    return result
+    return _SiluTimes.apply(a, b)
 
 
 class GatedMlp(nn.Module):
@@ -66,22 +65,6 @@ class GatedMlp(nn.Module):
         return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))
 
 
-class _SiluProduct(torch.autograd.Function):
-    """Returns SiLU(a) b (..., H) of [a, b] (..., 2H). It saves its input only; autograd would also save SiLU(a)."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        a, b = both.chunk(2, dim=-1)
-        return F.silu(a) * b
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        a, b = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)], dim=-1)
-
-
 class SwiGlu(nn.Module):
     """A gated MLP, W3 (SiLU(a) b) with [a, b] = W12 x, (B, L, D) -> (B, L, D). Source: Shazeer, arXiv 2002.05202."""
 
@@ -92,5 +75,4 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed tokens (B, L, D) of `x` (B, L, D)."""
-        gated: Tensor = _SiluProduct.apply(self.w12(x))
-        return self.w3(gated)
+        return self.w3(silu_times(*self.w12(x).chunk(2, dim=-1)))

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sdit.config import ModelConfig
-
-SINUSOID_SIZE = 256  # input of the timestep embedding
+from sdit.model.embedding import SINUSOID_SIZE
 
 
 class Flops(NamedTuple):
@@ -27,9 +26,7 @@ def flops_per_image(config: ModelConfig) -> Flops:
     matrices.
     """
     tokens, width = config.tokens, config.width
-    attention = (
-        tokens * (4 * width * width) + 2 * tokens * tokens * width
-    )  # qkv and projection, then scores and weighted sum
+    attention = 4 * tokens * width * width + 2 * tokens * tokens * width  # qkv and projection, scores and weighted sum
     mlp = (3 if config.ffn == "swiglu" else 2) * tokens * width * config.hidden
     modulation = 6 * width * width
     block = attention + modulation + (_experts(config) if config.variant == "switch" else 0)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from huggingface_hub import ModelCard, ModelHubMixin
-
-if TYPE_CHECKING:
-    from typing import Self
 
 CARD = """\
 ---

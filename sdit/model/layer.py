@@ -85,7 +85,6 @@ class TokenLayer(Layer):
     ) -> tuple[Tensor, ...]:
         """Return the tokens (B, L, D) as `Layer` does, and the fields of the `TokenStatistics`."""
         assert self.block.moe is not None
-        extra = None
         if route is None or self.router is None:
             modulation = self.block.modulation(c)
             extra = None if route is None else z * (route[:, None] - 1)

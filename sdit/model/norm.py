@@ -31,8 +31,7 @@ class _AddProduct(torch.autograd.Function):
 
 def add_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a + b c, with the broadcast rules of torch."""
-    result: Tensor = _AddProduct.apply(a, b, c)
-    return result
+    return _AddProduct.apply(a, b, c)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:

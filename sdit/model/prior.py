@@ -146,7 +146,10 @@ def prior_divergence(routing: Routing, assignment: Assignment) -> Tensor:
     """Return the Jensen-Shannon divergence (B,) in nats between each sample's gate probabilities and its matched prior."""
     depth, batch, _ = routing.gate_probs.shape
     p = routing.gate_probs.transpose(0, 1).reshape(batch, -1) / depth
-    q = _matched_prior(routing.task, assignment)
+    # The prior: 1 / (k depth) for units whose column is in the task's window, else 0.
+    active, (columns, starts) = assignment.windows.active, assignment.tensors(routing.task.device)
+    start = starts[routing.task][:, None]
+    q = ((columns >= start) & (columns < start + active)).float() / active
     log_mean = torch.log((p + q) / 2 + EPSILON)
     divergence = p * (torch.log(p + EPSILON) - log_mean) + q * (torch.log(q + EPSILON) - log_mean)
     return divergence.sum(-1) / 2
@@ -164,11 +167,3 @@ def prior_loss(model: DiffusionTransformer, t: Tensor) -> Tensor:
     experts = probs.detach().topk(model.config.experts.top_k).indices
     assignment = solve_assignment(model.all_gate_probs(), model.config)
     return prior_divergence(Routing(task, probs, experts), assignment).mean()
-
-
-def _matched_prior(task: Tensor, assignment: Assignment) -> Tensor:
-    """Return (B, units) float32: 1 / (k depth) for units whose column is in the task's window, else 0."""
-    active = assignment.windows.active
-    columns, starts = assignment.tensors(task.device)
-    start = starts[task][:, None]
-    return ((columns >= start) & (columns < start + active)).float() / active

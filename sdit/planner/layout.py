@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from sdit.config import Config, ResolvedRun, resolve_run
@@ -50,11 +51,9 @@ class Group:
 
         Their gradients are kept whole.
         """
-        low, high, start, total = index * self.partition_numel, (index + 1) * self.partition_numel, 0, 0
-        for numel in self.numels:
-            total += numel if start < high and start + numel > low else 0
-            start += numel
-        return total
+        low, high = index * self.partition_numel, (index + 1) * self.partition_numel
+        ends = accumulate(self.numels)
+        return sum(numel for numel, end in zip(self.numels, ends, strict=True) if end - numel < high and end > low)
 
     def unpadded(self, index: int) -> int:
         """Return the elements of partition `index` without padding."""
@@ -115,10 +114,8 @@ def job_of_run(run: ResolvedRun, per_node: int) -> Job:
     freeze(model, config.train.freeze)
     objective = build_objective(config.diffusion, config.model.timesteps)
     learned = tuple(parameter.numel() for parameter in objective.parameters())
-    groups = [
-        *_model_groups(model, world, run.expert_parallel, True),
-        *([Group(learned, world, False)] if learned else []),
-    ]
+    groups = list(_model_groups(model, world, run.expert_parallel, True))
+    groups += [Group(learned, world, False)] if learned else []
     return Job(
         config=config,
         world=world,

@@ -40,12 +40,6 @@ class Memory:
     phases: dict[str, int]
 
     @property
-    def resident(self) -> int:
-        """The bytes of state that stay on the device for the whole run."""
-        state = self.state
-        return state.weights + state.masters + state.moments + state.ema - state.offloaded
-
-    @property
     def peak(self) -> int:
         return max(self.phases.values())
 
@@ -97,17 +91,15 @@ def state_bytes(job: Job, rank: int) -> State:
     for group in job.groups:
         index = index_of(group, job, rank)
         if job.stage:
-            weights += group.padded * job.element_bytes
-            masters += 4 * group.partition_numel
-            moment_bytes += moments * group.partition_numel
-            ema += averages * group.unpadded(index)
-            continue
-        weights += group.numel * job.element_bytes
-        masters += 0 if job.element_bytes == 4 else 4 * group.numel
-        moment_bytes += moments * group.numel
-        shard_numels = [-(-numel // group.ranks) for numel in group.numels]
-        owned = (min(shard, max(0, n - index * shard)) for shard, n in zip(shard_numels, group.numels, strict=True))
-        ema += averages * sum(owned)
+            computed, kept, owned = group.padded, group.partition_numel, group.unpadded(index)
+        else:
+            computed = kept = group.numel
+            shards = [(numel, -(-numel // group.ranks)) for numel in group.numels]
+            owned = sum(min(shard, max(0, numel - index * shard)) for numel, shard in shards)
+        weights += computed * job.element_bytes
+        masters += 4 * kept if job.stage or job.element_bytes < 4 else 0
+        moment_bytes += moments * kept
+        ema += averages * owned
     offloaded = masters - frozen_masters + moment_bytes + ema if job.offload else 0
     return State(weights, masters, moment_bytes, ema, offloaded)
 
@@ -128,9 +120,8 @@ def gradient_bytes(job: Job, rank: int) -> int:
     Under ZeRO 0 these are all gradients, otherwise those of parameters that overlap the rank's partition.
     """
     if job.stage == 0:
-        return (
-            job.element_bytes + (4 if job.element_bytes == 2 else 0)
-        ) * job.numel  # bf16 also has float32 gradients for the masters
+        # bf16 also has float32 gradients for the masters.
+        return (job.element_bytes + (4 if job.element_bytes == 2 else 0)) * job.numel
     if job.keeps_gradients:
         return lasting_gradient_bytes(job) + job.element_bytes * job.numel
     return 4 * sum(group.overlapping(index_of(group, job, rank)) for group in job.groups)

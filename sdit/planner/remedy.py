@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -66,11 +65,8 @@ def _remedies(job: Job, deepspeed: dict[str, Any]) -> Iterator[tuple[str, Config
     for size in legal_expert_sizes(config.model.common_experts, job.world):
         if size > job.expert_parallel:
             where = "within a node" if job.per_node % size == 0 else "across nodes"
-            yield (
-                f"parallel.expert={size}: more exchange, {where}",
-                with_values(config, "parallel", expert=size),
-                deepspeed,
-            )
+            text = f"parallel.expert={size}: more exchange, {where}"
+            yield text, with_values(config, "parallel", expert=size), deepspeed
     if config.train.precision == "fp32":
         yield "train.precision=bf16: other rounding", with_values(config, "train", precision="bf16"), deepspeed
     if not job.offload:
@@ -86,7 +82,5 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
 
 def with_zero(deepspeed: dict[str, Any], **values: Any) -> dict[str, Any]:
     """Return the DeepSpeed JSON with other values in `zero_optimization`."""
-    changed: dict[str, Any] = json.loads(json.dumps(deepspeed))
-    zero = changed.get("zero_optimization")
-    changed["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), **values}
-    return changed
+    zero = deepspeed.get("zero_optimization")
+    return {**deepspeed, "zero_optimization": {**(zero if isinstance(zero, dict) else {}), **values}}

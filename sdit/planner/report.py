@@ -11,6 +11,7 @@ from sdit.planner.memory import Memory, checkpoint_bytes
 from sdit.planner.traffic import Exchange, RouteKind, gradient_traffic_bytes
 
 GIB = 2**30
+TEMPORARY = ("gradients", "bucket", "activations", "working", "exchange")  # fields of `Memory`
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Plan:
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON types. All sizes are bytes, and `memory` is that of one rank."""
     job, memory, flops = plan.job, plan.memory, flops_per_image(plan.job.config.model)
-    state = memory.state
     return {
         "ranks": job.world,
         "expert_parallel": job.expert_parallel,
@@ -45,16 +45,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": {"total": job.parameters.total, "active": job.parameters.active, "rank": job.numel},
         "flops_per_image": {"forward": flops.forward, "train": flops.train},
         "memory": {
-            "weights_bytes": state.weights,
-            "masters_bytes": state.masters,
-            "moments_bytes": state.moments,
-            "ema_bytes": state.ema,
-            "offloaded_bytes": state.offloaded,
-            "gradients_bytes": memory.gradients,
-            "bucket_bytes": memory.bucket,
-            "activations_bytes": memory.activations,
-            "working_bytes": memory.working,
-            "exchange_bytes": memory.exchange,
+            **{f"{kind}_bytes": size for kind, size in memory.state._asdict().items()},
+            **{f"{kind}_bytes": getattr(memory, kind) for kind in TEMPORARY},
             "phases_bytes": memory.phases,
             "peak_bytes": memory.peak,
             "peak_phase": memory.peak_phase,

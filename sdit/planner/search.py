@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from sdit.errors import ConfigError
@@ -42,7 +43,8 @@ def search_layouts(
     Of layouts that take equally long, the one with the least memory is first. `deepspeed` is the JSON before it is merged.
     """
     found: list[Layout] = []
-    for expert, micro_batch in _splits(job):
+    sizes = legal_expert_sizes(job.config.model.common_experts, job.world)
+    for expert, micro_batch in product(sizes, divisors(job.batch.global_batch // job.world)):
         exchanges: dict[Any, Exchange] = {}
         for stage in STAGES:
             config = with_values(job.config, "train", micro_batch=micro_batch)
@@ -55,13 +57,6 @@ def search_layouts(
                 exchanges = dict(plan_exchanges(planned, routes, hardware.device.kind))
             found += _layouts(planned, exchanges, hardware, room_bytes)
     return sorted(found, key=lambda layout: (layout.step.total, layout.peak_bytes, layout.stage))
-
-
-def _splits(job: Job) -> Iterator[tuple[int, int]]:
-    """Yield each legal EP with each legal micro-batch."""
-    for expert in legal_expert_sizes(job.config.model.common_experts, job.world):
-        for micro_batch in divisors(job.batch.global_batch // job.world):
-            yield expert, micro_batch
 
 
 def _layouts(job: Job, exchanges: dict[Any, Exchange], hardware: Hardware, room_bytes: float) -> Iterator[Layout]:

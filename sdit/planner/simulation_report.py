@@ -80,10 +80,12 @@ def interval_steps(found: Simulation) -> int:
 def simulation_table(found: Simulation) -> str:
     """Return a simulation with one line per quantity."""
     step, kept, checkpoint = found.step, found.reliability, found.checkpoint
-    lines = [f"predicted for {found.hardware.name}"]
+    lines, steps = [f"predicted for {found.hardware.name}"], interval_steps(found)
     for name, seconds in step.parts.items():
         mark = "  <- dominates" if name == step.dominant else ""
         lines.append(row(f"  {PART_NAMES[name]}", f"{1000 * seconds:9.1f} ms{mark}"))
+    goodput = kept.configured_goodput
+    configured = "" if goodput is None else f" ({goodput:.4f} with the config's interval)"
     lines += [
         row("step", f"{1000 * step.total:9.1f} ms, {found.images_per_second:,.0f} images/s, MFU {found.mfu:.3f}"),
         row("checkpoint", f"training stops for {checkpoint.stall:.2f} s, complete after {checkpoint.write:.1f} s"),
@@ -91,11 +93,8 @@ def simulation_table(found: Simulation) -> str:
             "failures",
             f"one in {kept.mtbf_seconds / 3600:,.1f} h, each costs {checkpoint.restart:.0f} s and the lost work",
         ),
-        row(
-            "best interval",
-            f"{kept.interval_seconds:,.0f} s, {interval_steps(found):,} steps (Young {kept.young_seconds:,.0f} s)",
-        ),
-        row("goodput", f"{kept.goodput:.4f}" + _configured(kept.configured_goodput)),
+        row("best interval", f"{kept.interval_seconds:,.0f} s, {steps:,} steps (Young {kept.young_seconds:,.0f} s)"),
+        row("goodput", f"{kept.goodput:.4f}{configured}"),
     ]
     if found.days is None:
         return "\n".join([*lines, row("time", "never: failures come faster than checkpoints")])
@@ -112,7 +111,3 @@ def layouts_table(layouts: Sequence[Layout]) -> str:
         figures = f"{1000 * layout.step.total:9.1f} ms  {layout.peak_bytes / GIB:7.2f} GiB"
         lines.append(f"  {figures}  {layout.text}")
     return "\n".join(lines)
-
-
-def _configured(goodput: float | None) -> str:
-    return "" if goodput is None else f" ({goodput:.4f} with the config's interval)"

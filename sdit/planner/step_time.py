@@ -168,9 +168,8 @@ def _optimizer_seconds(job: Job, hardware: Hardware) -> float:
         partition = group.partition_numel if job.stage else group.numel
         averaged = AVERAGE_NUMBERS * average_count(job) * group.numel / group.ranks
         numbers += UPDATE_NUMBERS[kind][is_fused] * partition + averaged + REDUCED_NUMBERS * group.numel
-    speed = (
-        hardware.device.host_copy_gigabytes_per_second if job.offload else hardware.device.memory_gigabytes_per_second
-    )
+    device = hardware.device
+    speed = device.host_copy_gigabytes_per_second if job.offload else device.memory_gigabytes_per_second
     return memory_seconds(FLOAT_BYTES * numbers, GIGA * speed)
 
 

@@ -6,23 +6,18 @@ challenge for MPP", Parallel Computing 20, 1994). P ranks take part in a collect
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
+
+import numpy as np
 
 SECONDS_PER_HOUR, SECONDS_PER_DAY = 3600.0, 86400.0
 
 
 def mfu_at_width(mfu_by_width: Mapping[int, float], width: int) -> float:
     """Return the model-FLOPs utilization at a width: linear in log(width), and constant outside the measured widths."""
-    widths = sorted(mfu_by_width)
-    if width <= widths[0]:
-        return mfu_by_width[widths[0]]
-    for low, high in itertools.pairwise(widths):
-        if width <= high:
-            share = math.log(width / low) / math.log(high / low)
-            return (1 - share) * mfu_by_width[low] + share * mfu_by_width[high]
-    return mfu_by_width[widths[-1]]
+    widths, utilizations = zip(*sorted(mfu_by_width.items()), strict=True)
+    return float(np.interp(math.log(width), np.log(widths), utilizations))
 
 
 def compute_seconds(flops: float, peak_flops_per_second: float, mfu: float) -> float:

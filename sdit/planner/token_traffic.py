@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from sdit.config import MoeConfig
 from sdit.planner.layout import DeviceKind, Job
 
@@ -66,18 +68,13 @@ def kept_share(moe: MoeConfig, tokens: int) -> float:
 
     The load of an expert in a sample is binomial.
     """
-    limit, mean = moe.limit(tokens), tokens * moe.top_k / moe.experts
+    limit, chance = moe.limit(tokens), moe.top_k / moe.experts
     if moe.router == "expert_choice" or limit is None or limit == tokens:
         return 1.0
-    chance = moe.top_k / moe.experts
+    from scipy.special import bdtr  # slow to import: not for runs without a capacity
 
-    def probability(load: int) -> float:
-        ways = math.lgamma(tokens + 1) - math.lgamma(load + 1) - math.lgamma(tokens - load + 1)
-        return math.exp(ways + load * math.log(chance) + (tokens - load) * math.log1p(-chance))
-
-    if chance == 1:
-        return limit / tokens
-    return (limit - sum((limit - load) * probability(load) for load in range(limit))) / mean
+    # The mean of min(load, limit) is the sum of P(load > n) for n < limit.
+    return float((1 - bdtr(np.arange(limit), tokens, chance)).sum() / (tokens * chance))
 
 
 def served_share(moe: MoeConfig, tokens: int, local: int) -> float:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from sdit.expert_parallel.routing_table import RoutingTable, task_weights
-from sdit.expert_parallel.strategy import Choice, decide_placement
+from sdit.expert_parallel.strategy import Choice, ExchangeKind, decide_placement
 from sdit.expert_parallel.traffic_model import TrafficModel, UnitCosts, unit_costs
 from sdit.model.windows import expert_windows
 from sdit.planner.layout import DeviceKind, Job
 from sdit.planner.token_traffic import token_exchange_bytes
 from sdit.time_law import prior_law
 
-Mode = Literal["tokens", "weights", "auto"]
-MODES: tuple[Mode, ...] = ("tokens", "weights", "auto")
+MODES: tuple[ExchangeKind, ...] = ("tokens", "weights", "auto")
 RouteKind = Literal["prior", "random"]
+# Fields of `Exchange` that are added for experts of both kinds.
+ADDED = ("buffer_bytes", "row_bytes", "replica_bytes", "row_messages", "replica_messages", "served_rows")
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,9 @@ class Exchange:
 
     def plus(self, other: Exchange) -> Exchange:
         """Return both exchanges of a step together. The load imbalance is this one's."""
-        return Exchange(
-            step_bytes={mode: self.step_bytes[mode] + other.step_bytes[mode] for mode in MODES},
-            buffer_bytes=self.buffer_bytes + other.buffer_bytes,
-            row_bytes=self.row_bytes + other.row_bytes,
-            replica_bytes=self.replica_bytes + other.replica_bytes,
-            row_messages=self.row_messages + other.row_messages,
-            replica_messages=self.replica_messages + other.replica_messages,
-            served_rows=self.served_rows + other.served_rows,
-            load_imbalance=self.load_imbalance,
-        )
+        step_bytes: dict[str, float] = {mode: self.step_bytes[mode] + other.step_bytes[mode] for mode in MODES}
+        added = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
+        return replace(self, step_bytes=step_bytes, **added)
 
 
 def plan_exchange(job: Job, routes: RouteKind, device: DeviceKind = "cpu") -> Exchange | None:
@@ -61,7 +55,7 @@ def plan_exchange(job: Job, routes: RouteKind, device: DeviceKind = "cpu") -> Ex
     return None if job.expert_parallel == 1 else plan_exchanges(job, routes, device)[job.config.parallel.exchange]
 
 
-def plan_exchanges(job: Job, routes: RouteKind, device: DeviceKind) -> dict[Mode, Exchange]:
+def plan_exchanges(job: Job, routes: RouteKind, device: DeviceKind) -> dict[ExchangeKind, Exchange]:
     """Return the exchange of sharded experts in each mode."""
     tokens = _token_exchange(job, device)
     if job.config.model.variant != "switch":
@@ -85,11 +79,8 @@ def _exchange(
     transfers = traffic.transfers(choice.placement) / ranks
     replicas_received = float(replicated.sum()) * (ranks - 1) / ranks
     # Received rows are kept. Replicas are kept as received, and once more concatenated with the local experts.
-    kept = (
-        transfers * costs.row_bytes
-        + (2 * replicas_received + (model.depth * model.experts.count / ranks if replicas_received else 0))
-        * costs.expert_bytes
-    )
+    local = model.depth * model.experts.count / ranks if replicas_received else 0
+    kept = transfers * costs.row_bytes + (2 * replicas_received + local) * costs.expert_bytes
     blocks_with_rows = int((~replicated).any(axis=1).sum()) if transfers else 0
     return Exchange(
         step_bytes=step_bytes,
@@ -138,15 +129,19 @@ def prior_routes(job: Job) -> RoutingTable:
     model = job.config.model
     mask = expert_windows(model, prior_law(job.config)).mask
     by_block = mask.reshape(model.timesteps, model.experts.count, model.depth).transpose(2, 0, 1)
-    experts = np.argsort(~by_block, axis=2, kind="stable")[:, :, : model.experts.top_k]
-    gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count, task_weights(job.config))
+    return _table(job, np.argsort(~by_block, axis=2, kind="stable"))
 
 
 def random_routes(job: Job) -> RoutingTable:
     """Return a random routing table with a fixed seed."""
     model = job.config.model
     scores = np.random.default_rng(0).random((model.depth, model.timesteps, model.experts.count))
-    experts = np.argsort(scores, axis=2)[:, :, : model.experts.top_k]
-    gates = np.full(experts.shape, 1 / model.experts.top_k, dtype=np.float32)
-    return RoutingTable(experts, gates, model.experts.count, task_weights(job.config))
+    return _table(job, np.argsort(scores, axis=2))
+
+
+def _table(job: Job, order: np.ndarray) -> RoutingTable:
+    """Return the table of equal gates for the first k experts of `order` (depth, T, M)."""
+    top_k, count = job.config.model.experts.top_k, job.config.model.experts.count
+    experts = order[:, :, :top_k]
+    gates = np.full(experts.shape, 1 / top_k, dtype=np.float32)
+    return RoutingTable(experts, gates, count, task_weights(job.config))

@@ -44,6 +44,7 @@ from tests.distributed.exchange_state import (
     moved_experts,
     sampled_images,
 )
+from tests.unit.plan_bytes import sent_bytes
 
 ROUTINGS, MORE_ROUTINGS, TOKENS, WIDTH = 180, 320, 2, 6
 SCENARIOS = ("any", "one expert for all", "one sample per rank", "few experts", "capacity drops", "all dropped")
@@ -188,7 +189,7 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
     row, expert = TOKENS * WIDTH * 8, 8 * expert_parameters(drawn.config.kind, WIDTH, 2 * WIDTH)
     costs = UnitCosts(row, expert, ranks)
     planned = sum(
-        block.sent_bytes(costs, replicated, owners == group.ep_rank)
+        sent_bytes(block, costs, replicated, owners == group.ep_rank)
         for block, replicated, owners in zip(blocks, placement.replicated, placement.expert_to_rank, strict=True)
     )
     return {"errors": errors, "surplus_bytes": sum(sizes.values()) - planned}

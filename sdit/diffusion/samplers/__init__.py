@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from sdit.diffusion.draws import Indices, draw_step_noise
-from sdit.diffusion.samplers.discrete import (
-    Predict,
-    ReverseProcess,
-    ddim_step,
-    ddpm_step,
-    dpm_solver_2m,
-    single_steps,
-)
+from sdit.diffusion.samplers.discrete import Predict, ReverseProcess, ddim_step, ddpm_step, dpm_solver_2m, single_steps
 from sdit.diffusion.samplers.flow import euler, heun, sde, velocity_of
 from sdit.diffusion.samplers.settings import SamplerSettings
 

@@ -26,7 +26,6 @@ def _clip_to_percentile(x0: Tensor, bound: float, percentile: float) -> Tensor:
     """Clip each image at its percentile of |x0|, but not below `bound`, then scale it to `bound` (Imagen, sec. 2.3)."""
     magnitude = x0.abs().flatten(1)
     rank = max(1, math.ceil(percentile * magnitude.shape[1]))
-    cut = magnitude.kthvalue(rank, dim=1).values.clamp(min=bound)[
-        :, None, None, None
-    ]  # quantile() is limited to 2^24 values
+    # quantile() is limited to 2^24 values
+    cut = magnitude.kthvalue(rank, dim=1).values.clamp(min=bound)[:, None, None, None]
     return torch.minimum(torch.maximum(x0, -cut), cut) * (bound / cut)

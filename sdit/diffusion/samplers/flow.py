@@ -100,9 +100,8 @@ def sde(
         score = -(x + (1 - t) * v) / t  # SiT, eq. 9
         x = x - size * (v - w * score)
         if step > 0:
-            x = x + math.sqrt(2 * w * size) * noise(
-                step, x
-            )  # the product has the noise's precision, also if x is float64
+            # The product has the noise's precision, also if x is float64.
+            x = x + math.sqrt(2 * w * size) * noise(step, x)
         yield x
 
 

@@ -40,8 +40,7 @@ class SortedPairs:
 
     def counts(self) -> list[int]:
         """Return the number of pairs of each column. The host waits for it."""
-        counts: list[int] = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
-        return counts
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
 
 
 def pairs_of_rows(chosen: Tensor, columns: int) -> SortedPairs:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, SupportsIndex
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from sdit.contracts import TaskView
-
-
-class LocalWork(NamedTuple):
-    """The tokens z (B, L, D), the gates (B, M) or (1, M), and the experts of a block."""
-
-    z: Tensor
-    gates: Tensor
-    experts: nn.Module
 
 
 class LocalPass:
@@ -24,14 +16,16 @@ class LocalPass:
     def __init__(self, view: TaskView) -> None:
         self.view = view
 
-    def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
-        """Return the tokens z (B, L, D), their gates and the experts. No data are sent."""
-        return LocalWork(z, gates, experts)
+    def dispatch(
+        self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module
+    ) -> tuple[Tensor, Tensor, nn.Module]:
+        """Return the tokens z (B, L, D), their gates (B, M) or (1, M), and the experts. No data are sent."""
+        return z, gates, experts
 
-    def compute(self, dispatched: LocalWork) -> Tensor:
+    def compute(self, dispatched: tuple[Tensor, Tensor, nn.Module]) -> Tensor:
         """Return the mixture (B, L, D)."""
-        mixed: Tensor = dispatched.experts(dispatched.z, dispatched.gates)
-        return mixed
+        z, gates, experts = dispatched
+        return experts(z, gates)
 
     def combine(self, computed: Tensor) -> Tensor:
         """Return the mixture (B, L, D) unchanged."""

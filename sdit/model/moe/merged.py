@@ -80,21 +80,11 @@ for name, function in ((MIX, mix), (GRAD_TOKENS, grad_tokens), (GRAD_EXPERTS, gr
     torch.library.impl(name, "default", function)
     torch.library.impl(name, "cuda", _by_kernel(function))
 torch.library.register_autograd(MIX, _backward, setup_context=_save_inputs)
-
-
-@torch.library.register_fake(MIX)
-def _(z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return z.new_empty(*z.shape[:2], w.shape[2])
-
-
-@torch.library.register_fake(GRAD_TOKENS)
-def _(grad: Tensor, gates: Tensor, w: Tensor) -> Tensor:
-    return grad.new_empty(*grad.shape[:2], w.shape[1])
-
-
-@torch.library.register_fake(GRAD_EXPERTS)
-def _(grad: Tensor, z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return gates.new_empty(gates.shape), w.new_empty(w.shape), b.new_empty(b.shape)
+torch.library.register_fake(MIX, lambda z, gates, w, b: z.new_empty(*z.shape[:2], w.shape[2]))
+torch.library.register_fake(GRAD_TOKENS, lambda grad, gates, w: grad.new_empty(*grad.shape[:2], w.shape[1]))
+torch.library.register_fake(
+    GRAD_EXPERTS, lambda grad, z, *weights: tuple(weight.new_empty(weight.shape) for weight in weights)
+)
 
 
 def merged_linear(z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ class StackedExperts(Experts):
 
     def parameter_rows(self) -> ParameterRows:
         """Return the rows of each parameter, or the parameters themselves for grouped products."""
-        stacks = self._stacks()
-        return _InOneNode.apply(*stacks) if self.is_grouped() else _rows(stacks)
+        return _InOneNode.apply(*self._stacks()) if self.is_grouped() else _rows(self._stacks())
 
     def mix(
         self, z: Tensor, weights: Tensor, rows: ExpertRows, replicas: Mapping[str, Tensor] = NONE,
@@ -126,6 +125,7 @@ class MlpExperts(StackedExperts):
     """Experts of two linear layers with biases, and GELU between them."""
 
     stacks = ("w1", "b1", "w2", "b2")
+    grouped = staticmethod(grouped_mlp)
 
     def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
         super().__init__(top_k, ids, ((width, hidden), (hidden,), (hidden, width), (width,)))
@@ -136,16 +136,12 @@ class MlpExperts(StackedExperts):
         w1, b1, w2, b2 = stacks
         return F.gelu(z @ w1 + b1, approximate="tanh") @ w2 + b2
 
-    @staticmethod
-    def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
-        """Return `grouped_mlp`."""
-        return grouped_mlp(z, weights, pairs, stacks)
-
 
 class SwiGluExperts(StackedExperts):
     """Gated experts without biases: (SiLU(z G) * z U) V."""
 
     stacks = ("gate_proj", "up_proj", "down_proj")
+    grouped = staticmethod(grouped_swiglu)
 
     def __init__(self, width: int, hidden: int, top_k: int, ids: Sequence[int]) -> None:
         super().__init__(top_k, ids, ((width, hidden), (width, hidden), (hidden, width)))
@@ -155,11 +151,6 @@ class SwiGluExperts(StackedExperts):
         """Return (SiLU(z G) * z U) V."""
         gate, up, down = stacks
         return silu_times(z @ gate, z @ up) @ down
-
-    @staticmethod
-    def grouped(z: Tensor, weights: Tensor, pairs: SortedPairs, stacks: Stacks) -> Tensor:
-        """Return `grouped_swiglu`."""
-        return grouped_swiglu(z, weights, pairs, stacks)
 
 
 def _rows(stacks: Sequence[Tensor]) -> ParameterRows:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, SupportsIndex
+from collections.abc import Callable
+from typing import SupportsIndex
 
 from torch import Tensor
 
@@ -11,25 +12,20 @@ from sdit.model.moe.token_products import mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
 
-class LocalTokens(NamedTuple):
-    """The tokens x (N, D) of a block, their routes and experts."""
-
-    x: Tensor
-    routes: TokenRoutes
-    experts: Experts
-
-
 class LocalTokenPass:
-    """A forward and backward pass in one process. No data are transferred."""
+    """A forward and backward pass in one process. No data are sent. `sum_over_ranks` None: the run has one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         self.choices: dict[int, TokenChoice] = {}
+        self._sum = sum_over_ranks
 
-    def dispatch(self, block: SupportsIndex, x: Tensor, routes: TokenRoutes, experts: Experts) -> LocalTokens:
+    def dispatch(
+        self, block: SupportsIndex, x: Tensor, routes: TokenRoutes, experts: Experts
+    ) -> tuple[Tensor, TokenRoutes, Experts]:
         """Return the tokens x (N, D), their routes and the experts. No data are sent."""
-        return LocalTokens(x, routes, experts)
+        return x, routes, experts
 
-    def compute(self, dispatched: LocalTokens) -> Tensor:
+    def compute(self, dispatched: tuple[Tensor, TokenRoutes, Experts]) -> Tensor:
         """Return the weighted sum (N, D) of the experts of each token."""
         x, routes, experts = dispatched
         return mix_tokens(experts, x, routes.weights, ExpertRows(None, routes.pairs(), None))
@@ -39,13 +35,16 @@ class LocalTokenPass:
         return computed
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
-        """Return the counts unchanged."""
-        return counts
+        """Return int64 counts, summed over all ranks."""
+        return counts if self._sum is None else self._sum(counts)
 
 
 class LocalTokenDispatcher:
-    """The dispatcher of one process."""
+    """The dispatcher of one process, or of a rank that has all experts, as the other ranks do."""
+
+    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._sum = sum_over_ranks
 
     def forward_pass(self) -> LocalTokenPass:
         """Return a new pass."""
-        return LocalTokenPass()
+        return LocalTokenPass(self._sum)

@@ -94,8 +94,7 @@ def mix_tokens(
     stacks = [experts.get_parameter(name) for name in experts.stacks]
     gradients = StackGradients(1) if gradients is None else gradients
     work = _Work(NETWORKS[type(experts)], rows.by_expert(), gradients, torch.is_grad_enabled())
-    mixed: Tensor = _Mix.apply(work, x.to(stacks[0].dtype), weights, *stacks)
-    return mixed
+    return _Mix.apply(work, x.to(stacks[0].dtype), weights, *stacks)
 
 
 class _Work(NamedTuple):

@@ -42,11 +42,6 @@ class TokenRoutes:
     by_expert: bool
     limit: int | None
 
-    @property
-    def counts(self) -> Tensor:
-        """The number of tokens that each expert computes, (M,) int64. The host does not wait for it."""
-        return self.kept.sum(0)
-
     def pairs(self) -> SortedPairs:
         """Return all chosen pairs, sorted by expert, then by token. Their number depends on the shapes only.
 

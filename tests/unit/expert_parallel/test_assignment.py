@@ -82,4 +82,4 @@ def test_the_exchange_brings_each_sample_to_its_assigned_rank_in_rising_order(se
         arrived = [mail[source][place] for source in range(ranks)]
         assert [len(part) for part in arrived] == swap.receive_splits.tolist()
         assert (np.concatenate(arrived)[swap.order] == np.flatnonzero(seats == place)).all()
-        assert swap.sent_samples(place) == ((home == place) & (seats != place)).sum()
+        assert swap.send_splits[place] == ((home == place) & (seats == place)).sum()

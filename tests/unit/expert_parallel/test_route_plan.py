@@ -23,6 +23,7 @@ from sdit.expert_parallel.step_plan import (
 )
 from sdit.expert_parallel.traffic_model import UnitCosts, rank_work
 from sdit.topology import ExpertGroups, plan_batch
+from tests.unit.plan_bytes import sent_bytes
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def test_counted_transfers_work_and_bytes_are_those_of_the_plans(seed: int) -> N
         here = [plan[block] for plan in plans]
         assert sum(len(plan.send_rows) for plan in here) == transfers[block]
         assert [len(plan.local.pair_rows) + len(plan.remote.pair_rows) for plan in here] == work[block].tolist()
-        sent = sum(plan.sent_bytes(costs, replicated[block], own) for plan, own in zip(here, owners, strict=True))
+        sent = sum(sent_bytes(plan, costs, replicated[block], own) for plan, own in zip(here, owners, strict=True))
         assert sent == transfers[block] * costs.transfer_bytes + replicated[block].sum() * costs.replica_bytes
 
 

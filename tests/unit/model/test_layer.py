@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdit.contracts import TaskView
 from sdit.model import DiffusionTransformer, LocalDispatcher
-from sdit.model.moe.local import LocalPass, LocalWork
+from sdit.model.moe.local import LocalPass
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MakeModel = Callable[..., DiffusionTransformer]
@@ -39,7 +39,7 @@ class _GroupDispatcher(LocalDispatcher):
         dispatcher, batch = self, self.batch
 
         class GroupPass(LocalPass):
-            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> Any:
                 dispatcher.seen.append((index(block), gates.detach()))
                 return super().dispatch(block, z, gates[-batch:], experts)
 

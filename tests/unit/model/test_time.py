@@ -1,14 +1,14 @@
 """How times become tasks, gates and conditions."""
 
 from collections.abc import Callable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sdit.model import DiffusionTransformer, LocalDispatcher
-from sdit.model.moe.local import LocalPass, LocalWork
+from sdit.model.moe.local import LocalPass
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MakeModel = Callable[..., DiffusionTransformer]
@@ -24,7 +24,7 @@ class _Spy(LocalDispatcher):
         rows, view = self.rows, super().forward_pass(task).view
 
         class CountingPass(LocalPass):
-            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> LocalWork:
+            def dispatch(self, block: SupportsIndex, z: Tensor, gates: Tensor, experts: nn.Module) -> Any:
                 rows.append(len(gates))
                 return super().dispatch(block, z, gates, experts)
 

@@ -77,14 +77,22 @@ def _grad_experts_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_w + tile, total.to(grad_w.dtype.element_ty), mask=is_inside)
 
 
-def mix(z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Return the mixture (G, L, D_out) of tokens z (G, L, D_in)."""
-    return _mix(z, gates, w, b)
+def mix(z: Tensor, gates: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Return the mixture (G, L, D_out) of tokens z (G, L, D_in). `b` None: the experts have no biases."""
+    z, gates = z.contiguous(), gates.contiguous()
+    (samples, rows, inner), columns = z.shape, w.shape[2]
+    out = z.new_empty(samples, rows, columns)
+    grid = (samples, triton.cdiv(rows, TOKENS), triton.cdiv(columns, COLUMNS))
+    bias = gates if b is None else b.contiguous()  # not read without a bias
+    _mix_kernel[grid](
+        z, gates, w, bias, out, rows, inner, columns, len(w), *w.stride(), b is not None, TOKENS, COLUMNS, INNER
+    )
+    return out
 
 
 def grad_tokens(grad: Tensor, gates: Tensor, w: Tensor) -> Tensor:
     """Return the gradient (G, L, D_in) of the tokens for the gradient (G, L, D_out) of the mixture."""
-    return _mix(grad, gates, w.mT, None)
+    return mix(grad, gates, w.mT, None)
 
 
 def grad_experts(grad: Tensor, z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,28 +108,3 @@ def grad_experts(grad: Tensor, z: Tensor, gates: Tensor, w: Tensor, b: Tensor) -
     )
     tokens = grad.sum(1)
     return of_tiles.sum(0).to(gates.dtype) + tokens @ b.T, grad_w, gates.T @ tokens
-
-
-def _mix(z: Tensor, gates: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    z, gates = z.contiguous(), gates.contiguous()
-    (samples, rows, inner), columns = z.shape, w.shape[2]
-    out = z.new_empty(samples, rows, columns)
-    grid = (samples, triton.cdiv(rows, TOKENS), triton.cdiv(columns, COLUMNS))
-    bias = gates if b is None else b.contiguous()  # not read without a bias
-    _mix_kernel[grid](
-        z,
-        gates,
-        w,
-        bias,
-        out,
-        rows,
-        inner,
-        columns,
-        len(w),
-        *w.stride(),
-        b is not None,
-        TOKENS,
-        COLUMNS,
-        INNER,
-    )
-    return out
