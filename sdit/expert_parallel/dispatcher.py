@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,26 @@ from sdit.model.moe.local import LocalDispatcher
 BlockExperts = Experts | ShardedExperts
 
 
-# A block whose transfers have begun: its index, z, gates, experts, replicas, and the rows that arrive. None: no rank sends a row.
-Dispatched = tuple[int, Tensor, Tensor, Experts, Mapping[str, Tensor], Pending | None]
-# A block, its mixture (B, L, D) as far as this rank computed it, and the transfer of the results from other ranks, or None.
-Computed = tuple[int, Tensor, Pending | None]
+class Dispatched(NamedTuple):
+    """A block whose transfers have begun. `arriving` is None if no rank of the group sends a row."""
+
+    block: int
+    z: Tensor
+    gates: Tensor
+    experts: Experts
+    replicas: Mapping[str, Tensor]
+    arriving: Pending | None
+
+
+class Computed(NamedTuple):
+    """A block's mixture `mixed` (B, L, D), as far as this rank computed it.
+
+    `returning` is the transfer of the results from other ranks, or None.
+    """
+
+    block: int
+    mixed: Tensor
+    returning: Pending | None
 
 
 class PlannedPass:
@@ -49,7 +65,7 @@ class PlannedPass:
             rows = z.index_select(0, plan.send_rows)
             arriving = begin_rows(self._group, rows, plan.send_splits, plan.receive_splits)
         index = operator.index(block)
-        return index, z, gates, experts.local, self._replicas(index, experts), arriving
+        return Dispatched(index, z, gates, experts.local, self._replicas(index, experts), arriving)
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
@@ -62,7 +78,7 @@ class PlannedPass:
             arrived = arriving.wait()
             served = experts.mix(arrived, plan.remote.weights(gates), plan.remote.rows, local=local)
             returning = begin_rows(self._group, served.to(arrived.dtype), plan.receive_splits, plan.send_splits)
-        return block, mixed, returning
+        return Computed(block, mixed, returning)
 
     @eagerly
     def combine(self, computed: Computed) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,26 @@ from sdit.model.moe.token_local import LocalTokenDispatcher
 from sdit.model.moe.token_products import StackGradients, mix_tokens
 from sdit.model.moe.token_routes import TokenChoice, TokenRoutes
 
-# The tokens x (N, D) of a block, their weights and chosen pairs (N, P, M_local) by the rank of the expert, whose sizes are being
-# exchanged, the experts, and the index of the block.
-Dispatched = tuple[Tensor, Tensor, Tensor, Experts, int]
-# The sums (N, D) of this rank's experts, the transfer of the sums (S, D) of the others, and the tokens (S,) of these.
-Computed = tuple[Tensor, Pending, Tensor]
+
+class Dispatched(NamedTuple):
+    """The tokens x (N, D) of a block, and their pairs by the rank of the expert, whose sizes are being exchanged.
+
+    `weights` and `chosen` are (N, P, M_local).
+    """
+
+    x: Tensor
+    weights: Tensor
+    chosen: Tensor
+    experts: Experts
+    block: int
+
+
+class Computed(NamedTuple):
+    """The sums `mixed` (N, D) of this rank's experts, and the transfer of the sums (S, D) of the others for `tokens` (S,)."""
+
+    mixed: Tensor
+    returning: Pending
+    tokens: Tensor
 
 
 class ExchangedTokenPass:
@@ -52,7 +67,7 @@ class ExchangedTokenPass:
                 self._sizes[index] = bounded_sizes(self._group, chosen, len(routes.chosen), routes.limit)
             else:
                 self._sizes[index] = PendingSizes(self._group, chosen)
-        return x, experts.by_rank(routes.weights), chosen, experts.local, index
+        return Dispatched(x, experts.by_rank(routes.weights), chosen, experts.local, index)
 
     @eagerly
     def compute(self, dispatched: Dispatched) -> Computed:
@@ -66,7 +81,7 @@ class ExchangedTokenPass:
         mixed = mix_tokens(experts, x, counted, sizes.local.rows(chosen[:, own]), gradients)
         rows, received, pairs = unpack(arriving.wait(), x.shape[1], weights.dtype)
         served = mix_tokens(experts, rows, received, sizes.remote.rows(pairs), gradients)
-        return mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), tokens
+        return Computed(mixed, begin_rows(self._group, served.to(x.dtype), sizes.receive, sizes.send), tokens)
 
     @eagerly
     def combine(self, computed: Computed) -> Tensor:
