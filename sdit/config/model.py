@@ -41,6 +41,10 @@ class ExpertsConfig(Section):
             raise ValueError(f"top_k: {self.top_k} is more than experts.count {self.count}; legal: 1..{self.count}")
         return self
 
+    def hidden(self, width: int) -> int:
+        """Return H, the hidden width of an mlp expert of a model with the given width."""
+        return int(width * self.mlp_ratio)
+
 
 class DtrConfig(Section):
     alpha: float = field(4.0, "how fast the active window of channels moves with the timestep", gt=0)

@@ -100,7 +100,7 @@ def describe(speeds: Speeds) -> str:
 def _expert_product(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], float]:
     """Return the first product of experts for a few samples, (B, L, D) x (B, D, N), and its FLOPs."""
     width, experts, moe = model.width, model.experts, model.moe
-    columns = width if experts.kind == "linear" else int(width * experts.mlp_ratio)
+    columns = width if experts.kind == "linear" else experts.hidden(width)
     if model.variant != "switch" and moe is not None:
         columns = moe.hidden(width)
     rows = torch.zeros(PRODUCTS, model.tokens, width, dtype=dtype, device=device)

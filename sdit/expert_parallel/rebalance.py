@@ -37,9 +37,7 @@ class Rebalancer:
         self, model: ModelConfig, parallel: ParallelConfig, batch: BatchPlan, placed: PlacedExperts, costs: ExchangeCosts
     ) -> None:  # fmt: skip
         self._config, self._parallel, self._batch, self._placed = model, parallel, batch, placed
-        self._expert_parameters = expert_parameters(
-            model.experts.kind, model.width, int(model.width * model.experts.mlp_ratio)
-        )
+        self._expert_parameters = expert_parameters(model.experts, model.width)
         self._costs = costs
         self._is_started = False
 

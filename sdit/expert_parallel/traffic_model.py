@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from sdit.config import ModelConfig, ParallelConfig
+from sdit.config import ExpertsConfig, ModelConfig, ParallelConfig
 from sdit.expert_parallel.assignment import assign_samples
 from sdit.expert_parallel.placement import ExpertPlacement, path_need, ranks_needed
 from sdit.expert_parallel.routing_table import RoutingTable, expert_counts
@@ -20,11 +20,11 @@ AssignmentKind = Literal["order", "path"]
 MODEL_SAMPLES, MODEL_BATCHES = 1024, 32
 
 
-def expert_parameters(kind: Literal["linear", "mlp"], width: int, hidden: int) -> int:
+def expert_parameters(experts: ExpertsConfig, width: int) -> int:
     """Return the number of parameters of one expert: D D + D, or D H + H + H D + D."""
-    if kind == "linear":
+    if experts.kind == "linear":
         return width * width + width
-    return 2 * width * hidden + hidden + width
+    return 2 * width * experts.hidden(width) + experts.hidden(width) + width
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class ExpertFlops:
     transfer: float = 0.0
 
     @classmethod
-    def of(cls, kind: Literal["linear", "mlp"], tokens: int, width: int, hidden: int, top_k: int) -> ExpertFlops:
+    def of(cls, experts: ExpertsConfig, tokens: int, width: int) -> ExpertFlops:
         """Return the FLOPs for samples of L tokens. Merging weights, 1 / L of a product, is not counted."""
-        if kind == "linear":
+        if experts.kind == "linear":
             product = 2.0 * tokens * width * width
             return cls(product, product)
-        return cls(4.0 * tokens * width * hidden * top_k)
+        return cls(4.0 * tokens * width * experts.hidden(width) * experts.top_k)
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,14 @@ class UnitCosts:
 
 def unit_costs(model: ModelConfig, parallel: ParallelConfig, element_bytes: int, ranks: int) -> UnitCosts:
     """Return the unit costs of a run with EP `ranks`. They have speeds if the config does."""
-    experts, hidden = model.experts, int(model.width * model.experts.mlp_ratio)
     costs = parallel.exchange_costs
     return UnitCosts(
         row_bytes=model.tokens * model.width * element_bytes,
-        expert_bytes=expert_parameters(experts.kind, model.width, hidden) * element_bytes,
+        expert_bytes=expert_parameters(model.experts, model.width) * element_bytes,
         ranks=ranks,
         forwards=1 if parallel.activation_checkpointing == "none" else 2,
         speeds=Speeds(**costs) if isinstance(costs, dict) else None,
-        flops=ExpertFlops.of(experts.kind, model.tokens, model.width, hidden, experts.top_k),
+        flops=ExpertFlops.of(model.experts, model.tokens, model.width),
     )
 
 

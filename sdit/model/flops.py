@@ -60,4 +60,4 @@ def _experts(config: ModelConfig) -> int:
     gate = width * experts.count
     if experts.kind == "linear":
         return gate + tokens * width * width + experts.top_k * (width * width + width)
-    return gate + experts.top_k * 2 * tokens * width * int(width * experts.mlp_ratio)
+    return gate + experts.top_k * 2 * tokens * width * experts.hidden(width)

@@ -208,8 +208,7 @@ def block_activations(config: ModelConfig, size: int, has_moe: bool = False) -> 
     experts = config.experts
     extra, gates = 2 * length * width, 4 * 2 * experts.count + 8 * experts.top_k
     if experts.kind == "mlp":
-        inner = int(width * experts.mlp_ratio)
-        extra += experts.top_k * length * (3 * width + 2 * inner)
+        extra += experts.top_k * length * (3 * width + 2 * experts.hidden(width))
     return size * (rows + vectors + extra) + stats + gates
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdit.config import Config, ParallelConfig, ResolvedRun
+from sdit.config import Config, ExpertsConfig, ParallelConfig, ResolvedRun
 from sdit.contracts import Batch
 from sdit.diffusion import build_objective
 from sdit.distributed.comm import Comm
@@ -44,6 +44,7 @@ LAW_CONFIG: dict[str, Any] = {
     "train": {"steps": 1, "global_batch": LAW_BATCH},
     "sample": {"sampler": "euler"},
 }  # fmt: skip
+S2_EXPERTS = ExpertsConfig(count=S2_COUNT, top_k=S2_TOP_K)
 SMALL = 4  # width of what really travels in the byte counts; a row is one token of it
 
 
@@ -86,7 +87,7 @@ def our_bytes(
 
 
 def s2_costs(ranks: int) -> UnitCosts:
-    return UnitCosts(4 * S2_TOKENS * S2_WIDTH, 4 * expert_parameters("linear", S2_WIDTH, 0), ranks)
+    return UnitCosts(4 * S2_TOKENS * S2_WIDTH, 4 * expert_parameters(S2_EXPERTS, S2_WIDTH), ranks)
 
 
 def placed_bytes(
@@ -120,7 +121,7 @@ def placed_bytes(
     scale = {
         "tokens": S2_TOKENS * S2_WIDTH / SMALL,
         "samples": 1,
-        "weights": s2_costs(ranks).expert_bytes / 4 / expert_parameters("linear", SMALL, 0),
+        "weights": s2_costs(ranks).expert_bytes / 4 / expert_parameters(S2_EXPERTS, SMALL),
     }
     total = comm.sum(torch.tensor([sizes.get(mode, 0) * scale[mode] for mode in MODES], dtype=torch.float64))
     load_imbalance = load_max_over_mean(rank_work(view.experts.numpy(), placement)).mean()

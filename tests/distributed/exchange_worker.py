@@ -186,7 +186,7 @@ def check_routing(seed: int, comm: Comm) -> dict[str, Any]:
         ),
     }
     sizes, _ = group.traffic.take()
-    row, expert = TOKENS * WIDTH * 8, 8 * expert_parameters(drawn.config.kind, WIDTH, 2 * WIDTH)
+    row, expert = TOKENS * WIDTH * 8, 8 * expert_parameters(drawn.config, WIDTH)
     costs = UnitCosts(row, expert, ranks)
     planned = sum(
         sent_bytes(block, costs, replicated, owners == group.ep_rank)

@@ -56,7 +56,7 @@ def experts_need_plan(config: ModelConfig, device: torch.device, dtype: torch.dt
     """
     if config.variant != "switch" or config.experts.kind != "mlp" or device.type == "cpu":
         return False
-    widths = config.width, _hidden_width(config.experts, config.width)
+    widths = config.width, config.experts.hidden(config.width)
     return not has_grouped_product(device, dtype, widths)
 
 
@@ -65,11 +65,7 @@ def build_experts(config: ExpertsConfig, width: int, ids: Sequence[int] | None =
     ids = range(config.count) if ids is None else ids
     if config.kind == "linear":
         return LinearExperts(width, ids)
-    return MlpExperts(width, _hidden_width(config, width), config.top_k, ids)
-
-
-def _hidden_width(config: ExpertsConfig, width: int) -> int:
-    return int(width * config.mlp_ratio)
+    return MlpExperts(width, config.hidden(width), config.top_k, ids)
 
 
 def build_token_experts(config: MoeConfig, width: int, ids: Sequence[int] | None = None) -> Experts:

@@ -35,8 +35,9 @@ def test_unit_costs_in_seconds_follow_from_the_speeds() -> None:
 
 
 def test_flops_are_those_of_the_products() -> None:
-    assert ExpertFlops.of("linear", tokens=4, width=3, hidden=12, top_k=2) == ExpertFlops(2 * 4 * 9, 2 * 4 * 9)
-    assert ExpertFlops.of("mlp", tokens=4, width=3, hidden=12, top_k=2) == ExpertFlops(2 * 2 * (2 * 4 * 3 * 12), 0)
+    linear, mlp = (ExpertsConfig(kind=kind, mlp_ratio=4.0, top_k=2) for kind in ("linear", "mlp"))
+    assert ExpertFlops.of(linear, tokens=4, width=3) == ExpertFlops(2 * 4 * 9, 2 * 4 * 9)
+    assert ExpertFlops.of(mlp, tokens=4, width=3) == ExpertFlops(2 * 2 * (2 * 4 * 3 * 12), 0)
 
 
 def _traffic(rng: np.random.Generator, depth: int) -> tuple[TrafficModel, np.ndarray]:
