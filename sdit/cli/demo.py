@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> int:
 def judge(run_dir: Path, images: np.ndarray, labels: np.ndarray) -> int:
     """Compare samples (N, 1, 8, 8) with labels (N,) with the real digits, and print the result.
 
-    Raises:
-        DataError: the samples are not good enough.
+    Raises: DataError: if the samples are not good enough.
     """
     from sdit.evaluate.digits import SPREAD_BAND, WANTED_RECOGNISED, judge_digits
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdit.cli.prepare_options import ARCHIVES, command_line
+from sdit.cli.prepare_options import ARCHIVES, SOURCES, command_line
 from sdit.cli.process import exit_status
 from sdit.errors import ExitCode
 
@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.verify is None):
-        parser.error(
-            "give a source (digits, fashion-mnist, folder, latents, webdataset, parquet, zip, npz, index) or --verify FOLDER"
-        )
+        parser.error(f"give a source ({', '.join(SOURCES)}) or --verify FOLDER")
     logging.basicConfig(format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what a terminal cannot show

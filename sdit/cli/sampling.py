@@ -101,8 +101,7 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
 def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig:
     """Return the run's sampling settings, with those of the command line in their place.
 
-    Raises:
-        ConfigError: a setting is not legal for this model.
+    Raises: ConfigError: if a setting is not legal for this model.
     """
     from sdit.config import parse_config
     from sdit.diffusion import SamplerSettings
