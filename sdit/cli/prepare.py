@@ -42,8 +42,7 @@ def _default_jobs(options: argparse.Namespace, images: int) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from sdit.data.dataset import is_tar_index
     from sdit.data.index import read_index
-    from sdit.data.prepare import verify
-    from sdit.data.tars_in_place import verify_tars
+    from sdit.data.prepare import verify, verify_tars
 
     if is_tar_index(options.verify):
         tars, problems = verify_tars(options.verify, options.jobs or 1)

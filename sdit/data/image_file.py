@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,37 +22,19 @@ from sdit.errors import DataError
 
 MAX_PIXELS = 2**26  # a 200 MB RGB image; the header of a small file can claim far more
 FILE_FORMATS = {
-    "png": "PNG",
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "jpe": "JPEG",
-    "jfif": "JPEG",
-    "webp": "WEBP",
-    "gif": "GIF",
-    "bmp": "BMP",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-    "ppm": "PPM",
-    "pgm": "PPM",
-}
+    "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "webp": "WEBP", "gif": "GIF",
+    "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM",
+}  # fmt: skip
 _PILLOW_FORMATS = sorted(set(FILE_FORMATS.values()))
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 # Errors of one file. Any other error number means that the file system failed, not the file.
-FILE_ERRORS = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.ELOOP,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENAMETOOLONG,
-        errno.ENXIO,
-        errno.EINVAL,  # Pillow seeks to a negative offset that the file names
-        errno.EOVERFLOW,
-    }
-)
+# EINVAL: Pillow seeks to a negative offset that the file names.
+FILE_ERRORS = frozenset({
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL,
+    errno.EOVERFLOW,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,11 @@ class Reading:
 
     background: tuple[int, int, int] | None = None
     exif: bool = False
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The options as JSON, as an index stores them."""
+        return {"background": None if self.background is None else list(self.background), "exif": self.exif}
 
 
 AS_ADM = Reading()

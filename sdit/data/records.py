@@ -30,9 +30,8 @@ from sdit.randomness import Purpose
 RECORD = np.dtype(
     [("archive", "<i4"), ("row", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("label", "<i4")]
 )
-Content = (
-    bytes | np.ndarray | DataError
-)  # an encoded image, pixels (H, W) or (H, W, C) uint8, or the reason for neither
+# An encoded image, pixels (H, W) or (H, W, C) uint8, or the reason for neither.
+Content = bytes | np.ndarray | DataError
 Named = tuple[str, Content]  # with the name of the record for messages
 Faults = Mapping[tuple[int, int], str]  # by archive and row: why a record cannot be used
 
@@ -162,8 +161,7 @@ class RecordOptions:
         """The options that decide the images, as JSON."""
         if self.latents:
             return {"size": self.size, "channels": self.channels, "mirrored": self.mirrored}
-        background = None if self.reading.background is None else list(self.reading.background)
-        return {"size": self.size, "channels": self.channels, "background": background, "exif": self.reading.exif}
+        return {"size": self.size, "channels": self.channels, **self.reading.recipe}
 
 
 def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions, jobs: int = 1) -> RecordSource:

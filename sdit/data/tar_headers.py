@@ -6,6 +6,7 @@ POSIX headers, which array operations find and check together. M members.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,12 @@ _HEADER = np.dtype(
         "itemsize": BLOCK,
     }
 )
+
+
+def read_member(descriptor: int, offset: int, size: int) -> tuple[str, bytes]:
+    """Return the name and the bytes of a member whose bytes begin at `offset`. The file may end before `size` bytes."""
+    block_and_data = os.pread(descriptor, size + BLOCK, offset - BLOCK)
+    return block_and_data[:_NAME_END].split(b"\0")[0].decode("utf-8", "backslashreplace"), block_and_data[BLOCK:]
 
 
 class Members(NamedTuple):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdit.data.image_file import AS_ADM, Reading
 from sdit.data.index import FileRecord, read_json_model
-from sdit.data.journal import IndexFormat, opened_journal
+from sdit.data.journal import opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.record_labels import NO_LABEL, ClassNames, merged_labels
@@ -30,7 +30,6 @@ from sdit.files import replacing
 
 TAR_INDEX_NAME = "tars.json"
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])  # of the image's bytes in the tar
-HASHED_BYTES = 2**20  # bytes in memory at a time
 _log = logging.getLogger(__name__)
 
 
@@ -82,9 +81,6 @@ def read_tar_index(folder: Path) -> TarIndex:
     """
     command = f"run: sdit prepare index TARS --out {folder}"
     return read_json_model(folder / TAR_INDEX_NAME, TarIndex, lambda: command, "index the tars again")
-
-
-FORMAT = IndexFormat(TAR_INDEX_NAME, read_tar_index, TarRecord)
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,13 @@ def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int 
     recipe = _recipe(paths, members, names, options)
     out.mkdir(parents=True, exist_ok=True)
     records, kept = [], 0
-    with opened_journal(out, recipe, FORMAT) as journal:
-        for record, is_kept in run_tasks(_hash_tar, _tasks(paths, members, out, journal.finished), jobs):
+    before = read_tar_index(out) if (out / TAR_INDEX_NAME).exists() else None
+    with opened_journal(out, recipe, TarRecord, before) as journal:
+        tasks = (
+            _Task(path, members_path(out, shard), each, journal.finished.get(str(path)))
+            for shard, (path, each) in enumerate(zip(paths, members, strict=True))
+        )
+        for record, is_kept in run_tasks(_hash_tar, tasks, jobs):
             records.append(record)
             kept += is_kept
             if not is_kept:
@@ -154,13 +155,6 @@ def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int 
 def members_path(folder: Path, shard: int) -> Path:
     """Return the file of the samples of a tar."""
     return folder / f"members-{shard:06d}.npy"
-
-
-def _tasks(
-    paths: Sequence[Path], members: Sequence[np.ndarray], out: Path, finished: Mapping[str, TarRecord]
-) -> Iterator[_Task]:
-    for shard, (path, each) in enumerate(zip(paths, members, strict=True)):
-        yield _Task(path, members_path(out, shard), each, finished.get(str(path)))
 
 
 def _list_members(
@@ -191,9 +185,8 @@ def _recipe(
     digest = hashlib.sha256(json.dumps(names).encode())
     for path, each in zip(paths, members, strict=True):
         digest.update(f"{path}\0{path.stat().st_size}\n".encode(errors="surrogateescape") + each.tobytes())
-    background = None if options.reading.background is None else list(options.reading.background)
     content = {"content": digest.hexdigest(), "skip_bad": options.skip_bad}
-    return {"source": "index", "background": background, "exif": options.reading.exif, **content}
+    return {"source": "index", **options.reading.recipe, **content}
 
 
 def _index(
@@ -221,12 +214,8 @@ def _hash_tar(task: _Task) -> tuple[TarRecord, bool]:
 
 def hash_file(path: Path) -> tuple[int, str]:
     """Return the size in bytes and the sha256 of a file. It is not read into memory as a whole."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while data := file.read(HASHED_BYTES):
-            digest.update(data)
-            size += len(data)
-    return size, digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def members_digest(members: np.ndarray) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -21,21 +20,14 @@ from sdit.data.names import shown
 from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
-from sdit.data.tar_headers import BLOCK
+from sdit.data.tar_headers import BLOCK, read_member
 from sdit.errors import DataError
 
 LabelMember = Literal["cls", "json", "txt"]
 LABEL_MEMBERS: tuple[LabelMember, ...] = ("cls", "json", "txt")
 MAX_LABEL_BYTES = 2**20
-TAR_ERRORS = (
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-)  # on hostile bytes
+# On hostile bytes.
+TAR_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 
@@ -125,10 +117,9 @@ class TarArchive:
             return
         with self.path.open("rb") as file:
             for record in records:
-                start, size = int(record["offset"]), int(record["size"])
-                header_and_data = os.pread(file.fileno(), size + BLOCK, start - BLOCK)
-                name = self._name(header_and_data[:100].split(b"\0")[0].decode("utf-8", "backslashreplace"))
-                data = header_and_data[BLOCK:]
+                size = int(record["size"])
+                member, data = read_member(file.fileno(), int(record["offset"]), size)
+                name = f"{self.path}: {member}"
                 yield name, data if len(data) == size else DataError(f"{shown(name)}: is cut off")
 
     def _read_stream(self, records: np.ndarray) -> Iterator[Named]:
@@ -140,7 +131,7 @@ class TarArchive:
             for member in _walk(tar):
                 number = wanted.get(member.offset_data)
                 if number is not None:
-                    found[number] = (self._name(member.name), _content(tar, member))
+                    found[number] = (f"{self.path}: {member.name}", _content(tar, member))
                 while due in found:
                     yield found.pop(due)
                     due += 1
@@ -148,9 +139,6 @@ class TarArchive:
                     return
         for _ in range(due, len(records)):
             yield str(self.path), DataError(f"{shown(self.path)}: changed since it was listed")
-
-    def _name(self, member: str) -> str:
-        return f"{self.path}: {member}"
 
 
 def _at(value: Any, key: str) -> Any:
