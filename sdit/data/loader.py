@@ -6,7 +6,7 @@ B samples, C channels, H = W size, O orientations. The sample of a run index dep
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -18,11 +18,10 @@ import numpy as np
 from sdit import randomness
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
-from sdit.data.bad_samples import BadSampleCounter
 from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, latent_stats_of, open_dataset
 from sdit.data.decode import Sample
-from sdit.data.faults import BadSample, BadShard
+from sdit.data.faults import BadSample, BadSampleCounter, BadShard
 from sdit.data.identity import DataIdentity
 from sdit.data.latent_stats import LatentScaling, LatentStatistics
 from sdit.data.order import KeyColumns, SampleOrder
@@ -51,7 +50,10 @@ def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1
 
 
 class Loader:
-    """Reads samples by run index. It is a context manager, and `close` ends its threads."""
+    """Reads samples by run index. It is a context manager, and `close` ends its threads.
+
+    `bad_samples` counts the samples that were replaced so far.
+    """
 
     def __init__(
         self, dataset: Dataset, data: DataConfig, seed: int, ranks: int = 1, labelled: bool = True,
@@ -64,7 +66,7 @@ class Loader:
         self._labelled = labelled
         self._scaling = LatentScaling(data.latent_scale, latent_stats)
         self._order = SampleOrder(dataset.counts, data.streams, seed)
-        self._bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
+        self.bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
         # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
         streams = data.streams // math.gcd(data.streams, ranks)
         self._shards = ShardCache(self._open, capacity=2 * streams + 2)
@@ -74,26 +76,6 @@ class Loader:
     def identity(self) -> DataIdentity:
         """The identity of the data set."""
         return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._scaling.statistics)
-
-    @property
-    def bad_samples(self) -> Counter[str]:
-        """The number of samples that were replaced so far, by reason."""
-        return self._bad_samples.by_reason
-
-    @property
-    def bad_in_epoch(self) -> int:
-        """The number of samples that this rank replaced in the newest epoch that had any."""
-        return self._bad_samples.in_latest_epoch
-
-    @property
-    def newest_fault(self) -> str:
-        """The newest sample that this rank could not use, and the reason. Empty if there was none."""
-        return self._bad_samples.newest_fault
-
-    @property
-    def bad_allowed(self) -> float:
-        """The number of bad samples that an epoch may have, over all ranks."""
-        return self._bad_samples.allowed
 
     @property
     def shard_opens(self) -> int:
@@ -179,12 +161,12 @@ class Loader:
     def _sample(self, key: SampleKey, shard: Shard | BadShard) -> Sample:
         """Return the sample of a key. If it cannot be used, return a substitute that is the same on each rank."""
         if isinstance(shard, BadShard):
-            self._bad_samples.record(key, shard)
+            self.bad_samples.record(key, shard)
             return self._substitute(key)
         try:
             return shard.sample(key.member)
         except (BadSample, BadShard) as fault:
-            self._bad_samples.record(key, fault)
+            self.bad_samples.record(key, fault)
             return self._substitute(key)
 
     def _substitute(self, key: SampleKey) -> Sample:
