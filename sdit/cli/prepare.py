@@ -66,8 +66,7 @@ def _report(folder: Path, problems: list[str], content: str) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
     from sdit.cli.prepare_archives import archive_source, index_command, latent_source
-    from sdit.data.encoders import Encoder, latent_encoder, png_encoder
-    from sdit.data.latent_files import LatentCopier
+    from sdit.data.encoders import Encoder, latent_encoder, moments_encoder, png_encoder
     from sdit.data.prepare import prepare
     from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
 
@@ -80,7 +79,7 @@ def _prepare(options: argparse.Namespace) -> int:
     elif options.source == "fashion-mnist":
         source = fashion_mnist_source(options.files, options.split, options.pad)
     elif options.source == "latent-shards":
-        source, encoder = latent_source(options), LatentCopier()
+        source, encoder = latent_source(options), moments_encoder()
     else:
         if getattr(options, "vae", None) is not None:
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdit.data.names import shown
 from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
-from sdit.data.records import RECORD, Listing, Named
+from sdit.data.records import Listing, Named, row_table
 from sdit.data.zip_records import read_local_header
 from sdit.errors import DataError
 
@@ -36,8 +36,7 @@ class NpzArchive:
     def list_records(self) -> Listing:
         images, labels = self._names()
         count = len(pixels_of(self.path, images))
-        table = np.zeros(count, RECORD)
-        table["row"] = np.arange(count)
+        table = row_table(count)
         if labels is None or self.unlabelled:
             return Listing(table, LabelColumn(np.zeros(count, np.int64), has_labels=False))
         array = _array(self.path, labels)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from sdit.data.dataset import Shard
 from sdit.data.encoders import Encoder
 from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_list import write_image_list
@@ -18,10 +19,10 @@ from sdit.data.journal import Journal, Recipe, opened_journal
 from sdit.data.measure_latents import measure_latents
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
-from sdit.data.shards import TarShard, is_intact, read_shard, write_shard
+from sdit.data.shards import is_intact, read_shard, write_shard
 from sdit.data.sources import ImageSource, SourceImage
 from sdit.data.tar_index import TarIndex, read_tar_index
-from sdit.data.tars_in_place import OpenTar, TarsInPlace
+from sdit.data.tars_in_place import TarsInPlace
 from sdit.errors import DataError
 
 VERIFY_SIZE = 32  # pixels of the images of tars that --verify decodes
@@ -221,7 +222,7 @@ def _verify_tar(task: tuple[Path, int]) -> list[str]:
     return _problems(lambda: TarsInPlace(folder, VERIFY_SIZE, channels=3).open(number))
 
 
-def _problems(open_shard: Callable[[], TarShard | OpenTar]) -> list[str]:
+def _problems(open_shard: Callable[[], Shard]) -> list[str]:
     """Return one line for each bad sample of a shard, and one if the shard itself is bad."""
     problems = []
     try:

@@ -49,6 +49,13 @@ class Listing:
     left_out: int = 0
 
 
+def row_table(count: int) -> np.ndarray:
+    """Return a table of records that their row in the archive identifies: 0..count-1."""
+    table = np.zeros(count, RECORD)
+    table["row"] = np.arange(count)
+    return table
+
+
 class Archive(Protocol):
     """A file of records. It can be pickled."""
 
@@ -78,10 +85,7 @@ class RecordSource:
     faults: Faults
     reading: Reading = AS_ADM
     start: int = 0
-
-    @property
-    def listing(self) -> None:
-        return None
+    listing = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -198,7 +202,7 @@ def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions
 
 def list_archives(archives: Sequence[Archive], jobs: int) -> list[Listing]:
     """Return the records of each archive. `jobs` processes list them."""
-    found = dict(run_tasks(_numbered, list(enumerate(archives)), min(jobs, len(archives))))
+    found = dict(run_tasks(_numbered, enumerate(archives), min(jobs, len(archives))))
     return [found[number] for number in range(len(archives))]
 
 
