@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdit import randomness
-from sdit.data.image_file import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_image
+from sdit.data.image_file import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, read_image
 from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, read_image_list
 from sdit.data.index import DatasetFacts
 from sdit.data.journal import begun_recipe
@@ -22,8 +22,6 @@ from sdit.data.sources import SourceImage, sample_key
 from sdit.data.tree import ImageTree, listed, read_tree, refuse_empty_classes, refuse_splits
 from sdit.errors import ConfigError, DataError
 from sdit.randomness import Purpose
-
-__all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_image"]
 
 _log = logging.getLogger(__name__)
 FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # the suffixes that versions without a list of images read

@@ -54,15 +54,8 @@ class DataIdentity(BaseModel):
     @classmethod
     def of(cls, facts: DatasetFacts, fingerprint: str, latent_stats: LatentStatistics | None = None) -> DataIdentity:
         """Return the identity of an open data set whose latents are normalised by `latent_stats`."""
-        return cls(
-            fingerprint=fingerprint,
-            kind=facts.kind,
-            total=facts.total,
-            classes=facts.classes,
-            class_names=facts.class_names,
-            empty_classes=facts.empty_classes,
-            latent_stats=latent_stats,
-        )
+        shared = facts.model_dump(include={"kind", "total", "classes", "class_names", "empty_classes"})
+        return cls(fingerprint=fingerprint, latent_stats=latent_stats, **shared)
 
     @property
     def labels(self) -> Classes:
@@ -93,7 +86,7 @@ def stored_identity(value: Any, where: str) -> DataIdentity | None:
         return DataIdentity.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(["data", *(str(name) for name in first["loc"])])
+        key = ".".join(["data", *map(str, first["loc"])])
         raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
 
 
