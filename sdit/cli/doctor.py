@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from sdit.distributed.comm import Comm
 
 
+FactsOfRanks = Mapping[int, Mapping[str, Any]]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("doctor", __doc__)
     add = parser.add_argument
@@ -95,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     return examine_fabric(info, options, checks, facts)
 
 
-def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Mapping[int, Mapping[str, Any]]) -> list[Check]:
+def examine_facts(info: RankInfo, options: argparse.Namespace, facts: FactsOfRanks) -> list[Check]:
     """Return the checks on what the ranks know about themselves, on rank 0; none on the others."""
     if info.rank:
         return []
@@ -104,9 +107,7 @@ def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Mapping[in
     return [attendance, *check_last_launch(options.run_dir), *check_facts(facts, limits)]
 
 
-def examine_fabric(
-    info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: Mapping[int, Mapping[str, Any]]
-) -> int:
+def examine_fabric(info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: FactsOfRanks) -> int:
     """Make the process group that training will use, measure it, and report; return the exit code that rank 0 found."""
     import torch.distributed as dist  # slow to import: not for a rank that is missing
 
@@ -122,7 +123,8 @@ def examine_fabric(
             fabric |= {"pairs": measure_pairs(comm)}
             fabric |= measure_groups(comm) if comm.world > 1 else {}
             checks += fabric_checks(fabric)
-            checks += [] if options.write is None else [write_figures(comm, options)]
+            if options.write is not None:
+                checks.append(write_figures(comm, options))
             report(info, options, checks, facts, fabric)
             return int(comm.from_first(int(exit_code_of(checks))))
     except (RuntimeError, ValueError) as error:  # torch raises these, and subclasses, for all that can go wrong
@@ -155,7 +157,7 @@ def report(
     info: RankInfo,
     options: argparse.Namespace,
     checks: list[Check],
-    facts: Mapping[int, Mapping[str, Any]],
+    facts: FactsOfRanks,
     fabric: Mapping[str, Any] | None,
 ) -> None:
     """Rank 0 prints the report, and every problem in a line of its own on stderr."""

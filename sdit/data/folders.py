@@ -76,7 +76,7 @@ class FolderSource:
             return error
 
 
-def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_ADM) -> FolderSource:
+def folder_source(root: Path, size: int, channels: int) -> FolderSource:
     """Return all images under `root`, see `folder_of_tree`.
 
     Raises:
@@ -85,7 +85,7 @@ def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_AD
     """
     tree = read_tree(root)
     refuse_splits(tree)
-    source = folder_of_tree(tree, size, channels, reading)
+    source = folder_of_tree(tree, size, channels)
     refuse_empty_classes(tree)
     return source
 

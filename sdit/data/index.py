@@ -19,11 +19,13 @@ INDEX_NAME = "index.json"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Record(BaseModel):
+class StrictRecord(BaseModel):
+    """A record without fields that are not declared, and without conversion of types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DatasetFacts(_Record):
+class DatasetFacts(StrictRecord):
     """The properties that all samples of a data set share."""
 
     kind: Literal["images", "latents"]
@@ -48,7 +50,7 @@ class DatasetFacts(_Record):
         return self
 
 
-class FileRecord(_Record):
+class FileRecord(StrictRecord):
     """One file of samples: name, size in bytes, checksum and number of samples."""
 
     name: str
@@ -63,7 +65,7 @@ class ShardRecord(FileRecord):
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
 
 
-class DatasetIndex(_Record):
+class DatasetIndex(StrictRecord):
     """The contents of index.json.
 
     `recipe` says what the folder was made from. A preparation continues only if its recipe is the same.

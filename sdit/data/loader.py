@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -52,7 +51,7 @@ def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1
 class Loader:
     """Reads samples by run index. It is a context manager, and `close` ends its threads.
 
-    `bad_samples` counts the samples that were replaced so far.
+    `bad_samples` counts the samples that were replaced so far. `shards` holds the open shards.
     """
 
     def __init__(
@@ -69,18 +68,13 @@ class Loader:
         self.bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
         # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
         streams = data.streams // math.gcd(data.streams, ranks)
-        self._shards = ShardCache(self._open, capacity=2 * streams + 2)
+        self.shards = ShardCache(self._open, capacity=2 * streams + 2)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="sdit-data")
 
     @property
     def identity(self) -> DataIdentity:
         """The identity of the data set."""
         return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._scaling.statistics)
-
-    @property
-    def shard_opens(self) -> int:
-        """The number of shards read from storage so far."""
-        return self._shards.opens
 
     def read(self, indices: np.ndarray) -> RawBatch:
         """Return the samples of the run indices (B,) int64. They are decoded in the calling thread."""
@@ -115,9 +109,7 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, shard: int) -> Shard | BadShard:
@@ -138,7 +130,7 @@ class Loader:
         values = np.empty((count, channels, facts.size, facts.size), np.float32 if is_latents else np.uint8)
         labels = np.empty(count, dtype=np.int64)
         is_read = np.zeros(count, dtype=np.bool_)
-        opened = {shard: self._shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
+        opened = {shard: self.shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
         for number, shard in opened.items():
             if isinstance(shard, BadShard) or shard.decoded is None:
                 continue
@@ -177,7 +169,7 @@ class Loader:
         Raises: DataError: if no sample of the data set can be read.
         """
         for start in chain([key], self._order.neighbours(key)):
-            shard = self._shards.get(start.shard)
+            shard = self.shards.get(start.shard)
             if isinstance(shard, BadShard):
                 continue
             for candidate in chain([start], self._order.substitutes(start)):

@@ -104,14 +104,15 @@ class RecordSource:
 
     def images(self) -> Iterator[SourceImage]:
         position = self.start
-        for run in _runs(self.records["archive"]):
-            records = self.records[run]
+        ends = (
+            np.flatnonzero(np.diff(self.records["archive"])) + 1
+        )  # of the records that follow one another in an archive
+        for records in np.split(self.records, ends) if len(self) else ():
             number = int(records["archive"][0])
-            usable = np.array([(number, row) not in self.faults for row in records["row"].tolist()], dtype=np.bool_)
-            contents = self.archives[number].read(records[usable])
-            for record, is_usable in zip(records, usable.tolist(), strict=True):
-                fault = self.faults.get((number, int(record["row"])), "")
-                name, content = next(contents) if is_usable else ("", DataError(fault))
+            faults = [self.faults.get((number, row), "") for row in records["row"].tolist()]
+            contents = self.archives[number].read(records[[not fault for fault in faults]])
+            for record, fault in zip(records, faults, strict=True):
+                name, content = ("", DataError(fault)) if fault else next(contents)
                 yield SourceImage(sample_key(position), self._pixels(content, name), int(record["label"]))
                 position += 1
 
@@ -133,16 +134,6 @@ def _square(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
     flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     square = np.asarray(center_crop(eight_bits(Image.fromarray(flat), channels), size))
     return square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
-
-
-def _runs(archives: np.ndarray) -> Iterator[slice]:
-    """Yield the ranges of records that follow one another in the same archive."""
-    ends = [*(np.flatnonzero(np.diff(archives)) + 1).tolist(), len(archives)]
-    start = 0
-    for end in ends:
-        if end > start:
-            yield slice(start, end)
-        start = end
 
 
 @dataclass(frozen=True)

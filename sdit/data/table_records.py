@@ -34,15 +34,12 @@ class TableColumns:
     unlabelled: bool = False
 
 
-BY_DEFAULT = TableColumns()
-
-
 @dataclass(frozen=True)
 class TableArchive:
     """A Parquet file, or an Arrow file in the stream format or the file format."""
 
     path: Path
-    columns: TableColumns = BY_DEFAULT
+    columns: TableColumns
 
     def list_records(self) -> Listing:
         schema = _schema(self.path)

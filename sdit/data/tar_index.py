@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sdit.data.image_file import AS_ADM, Reading
-from sdit.data.index import FileRecord, read_json_model
+from sdit.data.index import FileRecord, StrictRecord, read_json_model
 from sdit.data.journal import opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
@@ -36,14 +36,11 @@ _log = logging.getLogger(__name__)
 class TarRecord(FileRecord):
     """A tar at the path `name`. `members` is a sha256 of the array of its samples."""
 
-    name: str
     members: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class TarIndex(BaseModel):
+class TarIndex(StrictRecord):
     """The contents of tars.json. `recipe` holds what the index was made from, and how images are read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[1] = 1
     classes: int = Field(ge=0)
@@ -203,19 +200,14 @@ def _index(
 def _hash_tar(task: _Task) -> tuple[TarRecord, bool]:
     """Return the record of a tar, and True if it was known and the tar has the same size and checksum."""
     digest = members_digest(task.members)
-    size, sha256 = hash_file(task.path)
+    with task.path.open("rb", buffering=0) as tar:
+        size, sha256 = os.fstat(tar.fileno()).st_size, hashlib.file_digest(tar, "sha256").hexdigest()
     record = TarRecord(name=str(task.path), bytes=size, sha256=sha256, samples=len(task.members), members=digest)
     if record == task.known and task.file.exists():
         return record, True
     with replacing(task.file) as file:
         np.lib.format.write_array(file, task.members, version=(1, 0), allow_pickle=False)
     return record, False
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the sha256 of a file. It is not read into memory as a whole."""
-    with path.open("rb", buffering=0) as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def members_digest(members: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class TarArchive:
     labels: TarLabels = BY_DEFAULT
 
     def list_records(self) -> Listing:
-        with open_tar(self.path) as tar:
+        with _open_tar(self.path) as tar:
             found, left_out, cut = _members(tar, self.path)
         keys = _record_keys(found)
         member = self._label_member(found, keys)
@@ -127,7 +127,7 @@ class TarArchive:
         wanted = {int(record["offset"]): number for number, record in enumerate(records)}
         found: dict[int, Named] = {}
         due = 0
-        with open_tar(self.path) as tar, suppress(*TAR_ERRORS):
+        with _open_tar(self.path) as tar, suppress(*TAR_ERRORS):
             for member in _walk(tar):
                 number = wanted.get(member.offset_data)
                 if number is not None:
@@ -155,14 +155,12 @@ def is_compressed(path: Path) -> bool:
         return file.read(6).startswith(_COMPRESSED)
 
 
-def open_tar(path: Path, file: IO[bytes] | None = None) -> tarfile.TarFile:
-    """Open a tar file, compressed or not. If `file` is given, it is read as a stream, without a seek.
+def _open_tar(path: Path) -> tarfile.TarFile:
+    """Open a tar file, compressed or not.
 
     Raises: DataError: if it is not a tar file.
     """
     try:
-        if file is not None:
-            return tarfile.open(fileobj=file, mode="r|")
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file; legal: a tar file")
         return tarfile.open(path, "r|*" if is_compressed(path) else "r:")

@@ -16,12 +16,12 @@ import numpy as np
 
 from sdit.data.decode import Sample
 from sdit.data.faults import BadSample, BadShard
-from sdit.data.image_file import decode_image
+from sdit.data.image_file import Reading, decode_image
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
 from sdit.data.shards import patiently
 from sdit.data.tar_headers import read_member
-from sdit.data.tar_index import MEMBER, TarIndex, TarRecord, members_digest, members_path, read_tar_index
+from sdit.data.tar_index import MEMBER, TarRecord, members_digest, members_path, read_tar_index
 from sdit.errors import DataError
 
 
@@ -31,14 +31,18 @@ class TarsInPlace:
     def __init__(self, folder: Path, size: int, channels: int) -> None:
         self._index = read_tar_index(folder)
         self._folder = folder
-        self.facts = tar_facts(self._index, size, channels)
+        self.facts = DatasetFacts(
+            kind="images", total=self._index.total, channels=channels, size=size, classes=self._index.classes,
+            class_names=self._index.class_names, empty_classes=self._index.empty_classes,
+        )  # fmt: skip
         self.counts = tuple(record.samples for record in self._index.shards)
         self.fingerprint = self._index.fingerprint
 
     def open(self, shard: int) -> OpenTar:
         record = self._index.shards[shard]
         members = self._members(shard, record)
-        return OpenTar(patiently(lambda: _verified(record), record.name), record, members, self.facts, self._index)
+        file = patiently(lambda: _verified(record), record.name)
+        return OpenTar(file, record, members, self.facts, self._index.reading)
 
     def _members(self, shard: int, record: TarRecord) -> np.ndarray:
         path = members_path(self._folder, shard)
@@ -53,24 +57,15 @@ class TarsInPlace:
         return members
 
 
-def tar_facts(index: TarIndex, size: int, channels: int) -> DatasetFacts:
-    """Return the facts of the images of an index, read at a size."""
-    return DatasetFacts(
-        kind="images", total=index.total, channels=channels, size=size, classes=index.classes,
-        class_names=index.class_names, empty_classes=index.empty_classes,
-    )  # fmt: skip
-
-
 class OpenTar:
     """A verified tar. Its file stays open, so that another file in its place changes nothing."""
 
     decoded = None
 
     def __init__(
-        self, file: BinaryIO, record: TarRecord, members: np.ndarray, facts: DatasetFacts, index: TarIndex
+        self, file: BinaryIO, record: TarRecord, members: np.ndarray, facts: DatasetFacts, reading: Reading
     ) -> None:
-        self._file, self._record, self._members, self._facts = file, record, members, facts
-        self._reading = index.reading
+        self._file, self._record, self._members, self._facts, self._reading = file, record, members, facts, reading
         self._state = _state(file)
 
     def __len__(self) -> int:

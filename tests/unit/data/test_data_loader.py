@@ -141,7 +141,7 @@ def test_resume_reads_one_shard_per_stream(
     for rank in range(ranks):
         loader = open_loader(folder, 0, ranks, streams=4)
         loader.read(rank_indices(4 * 240 + 52, 16, rank, ranks))  # in the fifth epoch, one sample into a shard
-        assert loader.shard_opens == per_rank
+        assert loader.shards.opens == per_rank
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -152,7 +152,7 @@ def test_an_epoch_reads_each_shard_once_but_for_those_cut_between_streams(
     folder = pictures.write_folder(tmp_path / "many", [11, 12, 13, 14] * 5)
     loader = open_loader(folder, streams=streams, workers=workers)
     joined(loader.prefetch(requests(0, loader.facts.total, 8), loader.read))
-    assert shards <= loader.shard_opens <= shards + streams - 1
+    assert shards <= loader.shards.opens <= shards + streams - 1
 
 
 def test_an_open_shard_may_be_deleted(open_loader: Any, folder: Path, pictures: Any) -> None:
@@ -287,7 +287,7 @@ def test_closing_ends_all_threads_even_with_batches_under_way(folder: Path) -> N
 def test_threads_that_want_one_shard_share_one_reading(open_loader: Any, folder: Path) -> None:
     loader = open_loader(folder, workers=4)
     joined(loader.prefetch(requests(0, 40, 40), loader.read))
-    assert loader.shard_opens == 4
+    assert loader.shards.opens == 4
 
 
 @pytest.mark.parametrize(
