@@ -129,7 +129,9 @@ def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource
     changes = before.changes(now)
     if changes:
         _refuse_changes(source, out, before, changes, add_images)
-        images = _extended(before, now, set(changes.added))
+        added = set(changes.added)
+        batch = _shuffled(now.classes, [row for row in now.rows if row.name in added], len(before.batches))
+        images = ImageList(now.classes, before.rows + batch.rows, before.batches + batch.batches)
     else:
         _refuse_other_labels(out, before, now)
         images = replace(before, classes=now.classes)
@@ -166,12 +168,6 @@ def _refuse_other_labels(out: Path, before: ImageList, now: ImageList) -> None:
                 f"--out: {shown(out)} was made with other labels: {shown(row.name)} has label {row.label} there, and "
                 f"{labels[row.name]} now; choose another folder, or delete it"
             )
-
-
-def _extended(before: ImageList, now: ImageList, added: set[str]) -> ImageList:
-    """Return `before` with the images `added` as one more batch."""
-    batch = _shuffled(now.classes, [row for row in now.rows if row.name in added], len(before.batches))
-    return ImageList(now.classes, before.rows + batch.rows, before.batches + batch.batches)
 
 
 def _first_list(now: ImageList, out: Path) -> ImageList | None:

@@ -17,7 +17,7 @@ from pydantic import (
 from sdit.config import ModelConfig
 from sdit.data.classes import Classes, class_differences
 from sdit.data.index import DatasetFacts
-from sdit.data.latent_stats import LatentStatistics, without_statistics
+from sdit.data.latent_stats import LatentStatistics
 from sdit.errors import CheckpointError
 
 SHOWN_DIGITS = 12  # of a fingerprint in a message
@@ -41,7 +41,11 @@ class DataIdentity(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_null(self, serialise: SerializerFunctionWrapHandler) -> Any:
-        return without_statistics(serialise(self))
+        """Leave out `latent_stats` if it is null, as older versions did."""
+        values = serialise(self)
+        if isinstance(values, dict) and values.get("latent_stats", 0) is None:
+            del values["latent_stats"]
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> DataIdentity:

@@ -180,10 +180,3 @@ def _arrays(path: Path) -> Mapping[str, Any]:
 
         tensors = load_tensors(path)
     return {name: tensors[name].detach().double().numpy() for name in ("mean", "std", "var") if name in tensors}
-
-
-def without_statistics(values: Any) -> Any:
-    """Return JSON values of a record without the field `latent_stats` if it is null, as older versions wrote them."""
-    if isinstance(values, dict) and values.get("latent_stats", 0) is None:
-        return {key: value for key, value in values.items() if key != "latent_stats"}
-    return values

@@ -62,14 +62,9 @@ class _Finished:
 
 
 def prepare(
-    source: ImageSource,
-    encoder: Encoder,
-    out: Path,
-    samples_per_shard: int = 1024,
-    jobs: int = 1,
-    skip_bad: bool = False,
-    allow_empty_classes: bool = False,
-) -> Summary:
+    source: ImageSource, encoder: Encoder, out: Path, samples_per_shard: int = 1024, jobs: int = 1,
+    skip_bad: bool = False, allow_empty_classes: bool = False,
+) -> Summary:  # fmt: skip
     """Write `source` into the folder `out`. Intact shards of an earlier preparation are kept.
 
     The number of processes, `jobs`, does not change a byte.

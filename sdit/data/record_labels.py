@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -47,13 +47,13 @@ class LabelColumn:
     has_labels: bool = True
 
 
+def _is_text(label: int | str | None) -> TypeGuard[str]:
+    return isinstance(label, str) and not _NUMBER.fullmatch(label)
+
+
 def odd_labels(labels: Sequence[int | str | None]) -> dict[int, str]:
     """Return why labels cannot be used, by position: they are texts, and most labels of the archive are numbers."""
-    texts = {
-        position: label
-        for position, label in enumerate(labels)
-        if isinstance(label, str) and not _NUMBER.fullmatch(label)
-    }
+    texts = {position: label for position, label in enumerate(labels) if _is_text(label)}
     numbers = sum(label is not None for label in labels) - len(texts)
     if len(texts) >= numbers:
         return {}
@@ -74,11 +74,11 @@ def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNa
     for position, label in enumerate(labels):
         if label is None or position in odd:
             continue
-        if isinstance(label, int) or _NUMBER.fullmatch(label):
+        if _is_text(label):
+            values[position] = texts.setdefault(label, len(texts))
+        else:
             values[position] = int(label)
             numbers += 1
-        else:
-            values[position] = texts.setdefault(label, len(texts))
     if texts and numbers:
         raise DataError(
             f"{shown(where)}: some labels are numbers and others are texts such as {shown(next(iter(texts)))!r}; "

@@ -100,16 +100,6 @@ class TarSummary:
     index: TarIndex
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One tar to hash. `known` is its record if it was hashed before."""
-
-    path: Path
-    file: Path
-    members: np.ndarray
-    known: TarRecord | None
-
-
 def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int = 1) -> TarSummary:
     """Write an index of uncompressed tars into the folder `out`. No image is decoded or copied.
 
@@ -134,10 +124,8 @@ def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int 
     records, kept = [], 0
     before = read_tar_index(out) if (out / TAR_INDEX_NAME).exists() else None
     with opened_journal(out, recipe, TarRecord, before) as journal:
-        tasks = (
-            _Task(path, members_path(out, shard), each, journal.finished.get(str(path)))
-            for shard, (path, each) in enumerate(zip(paths, members, strict=True))
-        )
+        files = [members_path(out, shard) for shard in range(len(paths))]
+        tasks = zip(paths, files, members, [journal.finished.get(str(path)) for path in paths], strict=True)
         for record, is_kept in run_tasks(_hash_tar, tasks, jobs):
             records.append(record)
             kept += is_kept
@@ -190,23 +178,27 @@ def _index(
     paths: Sequence[Path], records: Sequence[TarRecord], members: Sequence[np.ndarray], names: ClassNames, classes: int,
     recipe: dict[str, Any],
 ) -> TarIndex:  # fmt: skip
-    place = {str(path): number for number, path in enumerate(paths)}
-    ordered = tuple(sorted(records, key=lambda record: place[record.name]))
+    record_of = {record.name: record for record in records}
+    ordered = tuple(record_of[str(path)] for path in paths)
     present = {int(label) for each in members for label in np.unique(each["label"])}
     empty = tuple(label for label in range(classes) if label not in present)
     return TarIndex(classes=classes, class_names=names, empty_classes=empty, recipe=recipe, shards=ordered)
 
 
-def _hash_tar(task: _Task) -> tuple[TarRecord, bool]:
-    """Return the record of a tar, and True if it was known and the tar has the same size and checksum."""
-    digest = members_digest(task.members)
-    with task.path.open("rb", buffering=0) as tar:
+def _hash_tar(task: tuple[Path, Path, np.ndarray, TarRecord | None]) -> tuple[TarRecord, bool]:
+    """Return the record of a tar, and True if it was known and the tar has the same size and checksum.
+
+    The task holds the tar, the file of its samples, the samples, and its record if it was hashed before.
+    """
+    path, file_of_members, members, known = task
+    with path.open("rb", buffering=0) as tar:
         size, sha256 = os.fstat(tar.fileno()).st_size, hashlib.file_digest(tar, "sha256").hexdigest()
-    record = TarRecord(name=str(task.path), bytes=size, sha256=sha256, samples=len(task.members), members=digest)
-    if record == task.known and task.file.exists():
+    digest = members_digest(members)
+    record = TarRecord(name=str(path), bytes=size, sha256=sha256, samples=len(members), members=digest)
+    if record == known and file_of_members.exists():
         return record, True
-    with replacing(task.file) as file:
-        np.lib.format.write_array(file, task.members, version=(1, 0), allow_pickle=False)
+    with replacing(file_of_members) as file:
+        np.lib.format.write_array(file, members, version=(1, 0), allow_pickle=False)
     return record, False
 
 
