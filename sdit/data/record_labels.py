@@ -61,7 +61,9 @@ def odd_labels(labels: Sequence[int | str | None]) -> dict[int, str]:
     return {position: f"has the label {shown(repr(text)[:40])}, {reason}" for position, text in texts.items()}
 
 
-def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNames = ()) -> LabelColumn:
+def label_column(
+    labels: Sequence[int | str | None], where: Path, names: ClassNames = (), has_labels: bool = True
+) -> LabelColumn:
     """Return the labels of an archive's records, each a number, a text, or None. Texts of digits are numbers.
 
     The labels that `odd_labels` returns count as None.
@@ -84,7 +86,7 @@ def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNa
             f"{shown(where)}: some labels are numbers and others are texts such as {shown(next(iter(texts)))!r}; "
             "legal: only numbers, or only texts"
         )
-    return LabelColumn(values, tuple(texts), names)
+    return LabelColumn(values, tuple(texts), names, has_labels)
 
 
 def merged_labels(columns: Sequence[LabelColumn], given: ClassNames) -> tuple[np.ndarray, ClassNames, int]:

@@ -38,15 +38,11 @@ Faults = Mapping[tuple[int, int], str]  # by archive and row: why a record canno
 
 @dataclass(frozen=True)
 class Listing:
-    """The records of one archive: a `table` of dtype RECORD, their labels, and the `faults` of bad records by row.
-
-    `left_out` is the number of members that are no part of a record.
-    """
+    """The records of one archive: a `table` of dtype RECORD, their labels, and the `faults` of bad records by row."""
 
     table: np.ndarray
     labels: LabelColumn
     faults: Mapping[int, str] = field(default_factory=dict)
-    left_out: int = 0
 
 
 def row_table(count: int) -> np.ndarray:

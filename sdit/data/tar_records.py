@@ -17,7 +17,7 @@ import numpy as np
 
 from sdit.data.decode import IMAGE_FORMATS
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
+from sdit.data.record_labels import as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.data.tar_headers import BLOCK, read_member
@@ -62,7 +62,7 @@ class TarArchive:
 
     def list_records(self) -> Listing:
         with _open_tar(self.path) as tar:
-            found, left_out, cut = _members(tar, self.path)
+            found, cut = _members(tar, self.path)
         keys = _record_keys(found)
         member = self._label_member(found, keys)
         table = np.zeros(len(keys) + bool(cut), RECORD)
@@ -82,9 +82,7 @@ class TarArchive:
             faults[-1] = cut
             table[-1]["row"] = -1
             labels.append(None)
-        if self.labels.unlabelled:
-            return Listing(table, LabelColumn(np.zeros(len(table), np.int64), has_labels=False), faults, left_out)
-        return Listing(table, label_column(labels, self.path), faults, left_out + len(found) - len(keys))
+        return Listing(table, label_column(labels, self.path, has_labels=not self.labels.unlabelled), faults)
 
     def _label_member(self, found: dict[str, _Found], keys: list[str]) -> str | None:
         if self.labels.unlabelled or self.labels.member is not None:
@@ -186,24 +184,22 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | DataError
     return data if len(data) == member.size else DataError(f"{shown(member.name)}: is cut off")
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], int, str]:
-    """Return the members by key in their order, the number of members left out, and why the archive ends early."""
+def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], str]:
+    """Return the members by key in their order, and why the archive ends early."""
     found: dict[str, _Found] = {}
-    left_out = 0
     try:
         for member in _walk(tar):
             folder, _, base = member.name.rpartition("/")
             stem, dot, suffix = base.rpartition(".")
             suffix = suffix.lower()
             if member.isdir() or base.startswith(".") or not dot or suffix not in (*IMAGE_FORMATS, *LABEL_MEMBERS):
-                left_out += not member.isdir()
                 continue
             each = found.setdefault(f"{folder}/{stem}" if folder else stem, _Found(len(found), None, {}))
             each.fault = each.fault or _add(tar, member, suffix, each)
     except TAR_ERRORS as error:
-        return found, left_out, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
+        return found, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
     rest = 0 if is_compressed(path) else path.stat().st_size - tar.offset  # type: ignore[attr-defined]
-    return found, left_out, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""
+    return found, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""
 
 
 def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, found: _Found) -> str:
