@@ -31,8 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.images is not None and options.images < 1:
         parser.error(f"--images: {options.images} is not legal; legal: 1 or more")
-    if options.out is not None and options.out.suffix != ".safetensors":
-        parser.error(f"--out: {options.out} does not end in .safetensors")
+    parser.check_suffixes(options, out=".safetensors")
     return options
 
 

@@ -24,14 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sdit.cli.parser import Parser, positive_int
 from sdit.cli.process import command, run_command
 from sdit.cli.progress import progress_bar
-from sdit.cli.sampling import (
-    add_cost_options,
-    add_model_options,
-    add_sampler_options,
-    check_suffixes,
-    find_launch,
-    open_generator,
-)
+from sdit.cli.sampling import add_cost_options, add_model_options, add_sampler_options, find_launch, open_generator
 from sdit.errors import ExitCode
 from sdit.evaluate.request import TRAINED, EvaluationRequest
 
@@ -111,7 +104,7 @@ def _check_words(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--size goes with --samples or --save-reference; a run decides the size of what it draws")
     if options.npz and not options.checkpoint:
         parser.error("--npz goes with --checkpoint")
-    check_suffixes(parser, options, out=".json", npz=".npz", save_reference=".npz")
+    parser.check_suffixes(options, out=".json", npz=".npz", save_reference=".npz")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -47,6 +47,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(ExitCode.USAGE, redact(f"error: {message}; see {self.prog} --help\n"))
 
+    def check_suffixes(self, options: argparse.Namespace, **suffixes: str) -> None:
+        """End with a usage error if the file of an option has another suffix than the one given for the option."""
+        for name, suffix in suffixes.items():
+            path = getattr(options, name)
+            if path is not None and path.suffix != suffix:
+                self.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
+
     def _with_deepspeed_file(self, words: list[str]) -> list[str]:
         """Write `--deepspeed FILE` and `--deepspeed` as one word each, so that it takes no override for a file."""
         if "--deepspeed" not in self._option_string_actions:

@@ -41,8 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_trained_options(add)
     add("--out", type=Path, required=True, metavar="PNG", help="file to write")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".png":
-        parser.error(f"--out: {options.out} does not end in .png")
+    parser.check_suffixes(options, out=".png")
     return options
 
 

@@ -27,7 +27,6 @@ from sdit.cli.sampling import (
     add_cost_options,
     add_model_options,
     add_sampler_options,
-    check_suffixes,
     find_launch,
     open_generator,
 )
@@ -86,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.out or options.npz or options.raw):
         parser.error("nothing to write; give --out, --npz or --raw")
-    check_suffixes(parser, options, out=".png", npz=".npz", raw=".npy")
+    parser.check_suffixes(options, out=".png", npz=".npz", raw=".npy")
     return options
 
 

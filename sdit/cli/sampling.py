@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import Parser, add_rank_option, add_trained_options, positive_int
+from sdit.cli.parser import add_rank_option, add_trained_options, positive_int
 from sdit.contracts import Precision
 from sdit.errors import ConfigError
 
@@ -57,14 +57,6 @@ def add_cost_options(add: Callable[..., Any]) -> None:
     add("--batch", type=positive_int, default=64, metavar="N", help="images per rank and model call (default: 64)")
     add("--threads", type=positive_int, metavar="N", help="CPU threads per rank (default: its share of the cores)")
     add_rank_option(add)
-
-
-def check_suffixes(parser: Parser, options: argparse.Namespace, **suffixes: str) -> None:
-    """End with a usage error if the file of an option has another suffix than the one given for the option."""
-    for name, suffix in suffixes.items():
-        path = getattr(options, name)
-        if path is not None and path.suffix != suffix:
-            parser.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
 
 
 def find_launch(options: argparse.Namespace) -> RankInfo:
