@@ -17,10 +17,10 @@ import numpy as np
 from sdit import randomness
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
+from sdit.data.bad_samples import BadSample, BadSampleCounter, BadShard
 from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, latent_stats_of, open_dataset
 from sdit.data.decode import Sample
-from sdit.data.faults import BadSample, BadSampleCounter, BadShard
 from sdit.data.identity import DataIdentity
 from sdit.data.latent_stats import LatentScaling, LatentStatistics
 from sdit.data.order import KeyColumns, SampleOrder

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from sdit.data.bad_samples import BadSample, BadShard
 from sdit.data.dataset import Shard
 from sdit.data.encoders import Encoder
-from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_list import write_image_list
 from sdit.data.index import INDEX_NAME, DatasetFacts, DatasetIndex, ShardRecord, read_index, write_index
 from sdit.data.journal import Journal, Recipe, opened_journal

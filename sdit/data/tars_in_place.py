@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sdit.data.bad_samples import BadSample, BadShard
 from sdit.data.decode import Sample
-from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_file import Reading, decode_image
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown

@@ -12,7 +12,7 @@ from typing import get_args
 
 from sdit.clock import Clock
 from sdit.config import Config
-from sdit.data.faults import SampleReason, ShardReason
+from sdit.data.bad_samples import SampleReason, ShardReason
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter
 from sdit.metrics.specs import RANK_METRICS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdit.clock import Clock, StepSpan
 from sdit.config import Config, ResolvedRun
-from sdit.data.faults import BadSampleCounter
+from sdit.data.bad_samples import BadSampleCounter
 from sdit.diffusion import build_objective
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel

@@ -14,9 +14,9 @@ import pytest
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch
+from sdit.data.bad_samples import BadSample
 from sdit.data.dataset import dataset_facts
 from sdit.data.encoders import png_encoder
-from sdit.data.faults import BadSample
 from sdit.data.loader import build_loader
 from sdit.data.order import rank_indices
 from sdit.data.prepare import prepare
