@@ -75,7 +75,8 @@ def submit(options: argparse.Namespace) -> int:
     directives = allocation.directives()
     world = allocation.nodes * allocation.ranks_per_node
     resolve_run(config, deepspeed, options.ds_config, world, allocation.ranks_per_node)
-    folder = _next_folder(run_dir / "submit")
+    taken = [int(path.name) for path in (run_dir / "submit").glob("[0-9][0-9][0-9]")]
+    folder = run_dir / "submit" / f"{max(taken, default=0) + 1:03d}"
     script = _script(options, run_dir, folder, directives)
     files = {
         "config.yaml": dump_config(config),
@@ -107,15 +108,11 @@ def _allocation(options: argparse.Namespace, run_dir: Path) -> Allocation:
     ranks = options.ranks_per_node or options.gpus_per_node or 1
     if options.gpus_per_node and ranks != options.gpus_per_node:
         raise ConfigError(f"ranks-per-node: {ranks} for {options.gpus_per_node} GPUs of a node; legal: one rank a GPU")
+    folder_name = re.sub("[^A-Za-z0-9]", "-", run_dir.name).strip("-")
     return Allocation(
-        options.nodes, ranks, options.gpus_per_node, options.job_name or _name_of(run_dir), options.partition,
+        options.nodes, ranks, options.gpus_per_node, options.job_name or folder_name or "sdit", options.partition,
         options.account, options.time, options.array, options.sbatch,
     )  # fmt: skip
-
-
-def _name_of(run_dir: Path) -> str:
-    """Return the folder's name. Characters that a job's name must not hold are replaced."""
-    return re.sub("[^A-Za-z0-9]", "-", run_dir.name).strip("-") or "sdit"
 
 
 def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives: dict[str, str | None]) -> str:
@@ -140,11 +137,6 @@ def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives
     variables.setdefault("SDIT_SUBMIT_PYTHON", sys.executable)  # unless env.sh names another, or a container
     arguments = ["--config", str(folder / "config.yaml"), "--ds_config", str(folder / "deepspeed.json")]
     return render(TEMPLATE.read_text(encoding="utf-8"), directives, variables, arguments)
-
-
-def _next_folder(parent: Path) -> Path:
-    taken = [int(path.name) for path in parent.glob("[0-9][0-9][0-9]")]
-    return parent / f"{max(taken, default=0) + 1:03d}"
 
 
 def _freeze(folder: Path, files: dict[str, str], run_dir: Path) -> None:

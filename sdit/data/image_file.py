@@ -66,7 +66,8 @@ def read_image(path: Path, size: int, channels: int, reading: Reading = AS_ADM) 
         OSError: if the file system fails.
     """
     with _opened(path) as image:
-        return _square(image, path, size, channels, reading)
+        _refuse_too_large(path, image.size, size)
+        return square_pixels(image, size, channels, reading)
 
 
 def decode_image(data: bytes, name: str, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
@@ -77,11 +78,12 @@ def decode_image(data: bytes, name: str, size: int, channels: int, reading: Read
     if not data:
         raise DataError(f"{shown(name)}: cannot be decoded: the file is empty")
     with _pillow_errors(name), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-        return _square(image, name, size, channels, reading)
+        _refuse_too_large(name, image.size, size)
+        return square_pixels(image, size, channels, reading)
 
 
-def _square(image: Image.Image, name: object, size: int, channels: int, reading: Reading) -> np.ndarray:
-    _refuse_too_large(name, image.size, size)
+def square_pixels(image: Image.Image, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
+    """Return the central square of an image, (C, size, size) uint8."""
     pixels = np.asarray(center_crop(eight_bits(image, channels, reading), size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sdit import randomness
-from sdit.data.image_file import AS_ADM, Reading, center_crop, decode_image, eight_bits
+from sdit.data.image_file import AS_ADM, Reading, decode_image, square_pixels
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
@@ -120,16 +120,11 @@ class RecordSource:
                 warnings.simplefilter("ignore")  # of Pillow, about sizes, which are bounded, and about metadata
                 if isinstance(content, bytes):
                     return decode_image(content, name, self.facts.size, self.facts.channels, self.reading)
-                return _square(content, self.facts.size, self.facts.channels)
+                is_grey = content.ndim == 3 and content.shape[-1] == 1
+                image = Image.fromarray(content[..., 0] if is_grey else content)
+                return square_pixels(image, self.facts.size, self.facts.channels)
         except DataError as error:
             return error
-
-
-def _square(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """Return pixels (C, size, size) uint8 of pixels (H, W) or (H, W, C) uint8, cropped and resized as image files are."""
-    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-    square = np.asarray(center_crop(eight_bits(Image.fromarray(flat), channels), size))
-    return square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
