@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser, add_weights_option
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ConfigError, DataError, ExitCode
 
 if TYPE_CHECKING:

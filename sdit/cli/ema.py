@@ -14,8 +14,7 @@ import argparse
 from pathlib import Path
 
 from sdit.cli.parser import Parser
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ConfigError, ExitCode
 
 

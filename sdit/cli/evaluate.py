@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import Parser, positive_int
-from sdit.cli.process import command, run_command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar, run_command
 from sdit.cli.sampling import add_cost_options, add_model_options, add_sampler_options, find_launch, open_generator
 from sdit.errors import ExitCode
 from sdit.evaluate.request import TRAINED, EvaluationRequest

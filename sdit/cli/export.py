@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdit.cli.parser import Parser, add_weights_option
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ExitCode
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import Parser, positive_int
-from sdit.cli.process import command, run_command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar, run_command
 from sdit.cli.sampling import (
     SETTINGS,
     add_cost_options,
