@@ -60,8 +60,7 @@ def _purpose(file: Path) -> str:
 def _copy(preset: Path, target: Path) -> None:
     """Copy a preset to a new file.
 
-    Raises:
-        ConfigError: there is a file already.
+    Raises: ConfigError: if there is a file already.
     """
     try:
         with target.open("x", encoding="utf-8") as file:

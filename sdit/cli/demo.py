@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from sdit.caches import run_caches, use_cache
 from sdit.cli.parser import Parser, add_weights_option
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ConfigError, DataError, ExitCode
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def judge(run_dir: Path, images: np.ndarray, labels: np.ndarray) -> int:
     """Compare samples (N, 1, 8, 8) with labels (N,) with the real digits, and print the result.
 
-    Raises:
-        DataError: the samples are not good enough.
+    Raises: DataError: if the samples are not good enough.
     """
     from sdit.evaluate.digits import SPREAD_BAND, WANTED_RECOGNISED, judge_digits
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import Parser, add_rank_option, positive_int
+from sdit.cli.parser import Parser, add_rank_option, positive_int, positive_number
 from sdit.cli.process import command, status_of
 from sdit.doctor.checks import (
     GIB,
@@ -50,20 +50,21 @@ if TYPE_CHECKING:
     from sdit.distributed.comm import Comm
 
 
+FactsOfRanks = Mapping[int, Mapping[str, Any]]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("doctor", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the run to be (default: runs)")
-    add(
-        "--timeout-seconds",
-        type=_positive,
-        default=60.0,
-        metavar="S",
-        help="wait this long for all ranks (default: 60)",
+    limits = (
+        ("--timeout-seconds", 60.0, "S", "wait this long for all ranks"),
+        ("--max-clock-skew-seconds", 1.0, "S", "clocks this close"),
+        ("--min-disk-gib", 1.0, "GIB", "free space of the run folder"),
+        ("--min-shm-gib", 0.06, "GIB", "free space of /dev/shm"),
     )
-    add("--max-clock-skew-seconds", type=_positive, default=1.0, metavar="S", help="clocks this close (default: 1)")
-    add("--min-disk-gib", type=_positive, default=1.0, metavar="GIB", help="free space of the run folder (default: 1)")
-    add("--min-shm-gib", type=_positive, default=0.06, metavar="GIB", help="free space of /dev/shm (default: 0.06)")
+    for name, default, unit, text in limits:
+        add(name, type=positive_number, default=default, metavar=unit, help=f"{text} (default: {default:g})")
     add("--json", action="store_true", help="print everything as JSON instead of the table")
     write_help = "measure a hardware file for sdit plan --simulate (about a minute): devices, links, storage, host work"
     add("--write", type=Path, metavar="YAML", help=write_help)
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     return examine_fabric(info, options, checks, facts)
 
 
-def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Mapping[int, Mapping[str, Any]]) -> list[Check]:
+def examine_facts(info: RankInfo, options: argparse.Namespace, facts: FactsOfRanks) -> list[Check]:
     """Return the checks on what the ranks know about themselves, on rank 0; none on the others."""
     if info.rank:
         return []
@@ -106,9 +107,7 @@ def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Mapping[in
     return [attendance, *check_last_launch(options.run_dir), *check_facts(facts, limits)]
 
 
-def examine_fabric(
-    info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: Mapping[int, Mapping[str, Any]]
-) -> int:
+def examine_fabric(info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: FactsOfRanks) -> int:
     """Make the process group that training will use, measure it, and report; return the exit code that rank 0 found."""
     import torch.distributed as dist  # slow to import: not for a rank that is missing
 
@@ -124,7 +123,8 @@ def examine_fabric(
             fabric |= {"pairs": measure_pairs(comm)}
             fabric |= measure_groups(comm) if comm.world > 1 else {}
             checks += fabric_checks(fabric)
-            checks += [] if options.write is None else [write_figures(comm, options)]
+            if options.write is not None:
+                checks.append(write_figures(comm, options))
             report(info, options, checks, facts, fabric)
             return int(comm.from_first(int(exit_code_of(checks))))
     except (RuntimeError, ValueError) as error:  # torch raises these, and subclasses, for all that can go wrong
@@ -157,7 +157,7 @@ def report(
     info: RankInfo,
     options: argparse.Namespace,
     checks: list[Check],
-    facts: Mapping[int, Mapping[str, Any]],
+    facts: FactsOfRanks,
     fabric: Mapping[str, Any] | None,
 ) -> None:
     """Rank 0 prints the report, and every problem in a line of its own on stderr."""
@@ -167,16 +167,6 @@ def report(
     for check in checks:
         if check.problem:
             print(f"error: {check.name}: {check.problem}", file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0")
-    return value
 
 
 main = command(parse, run)

@@ -14,8 +14,7 @@ import argparse
 from pathlib import Path
 
 from sdit.cli.parser import Parser
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ConfigError, ExitCode
 
 
@@ -23,20 +22,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("ema", __doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
-    text = "relative width of the average, such as 0.1"
-    add("--sigma-rel", type=float, required=True, metavar="WIDTH", help=text)
-    add(
-        "--images",
-        type=int,
-        metavar="N",
-        help="images seen at the end of the average (default: the newest stored)",
-    )
+    width_help = "relative width of the average, such as 0.1"
+    add("--sigma-rel", type=float, required=True, metavar="WIDTH", help=width_help)
+    images_help = "images seen at the end of the average (default: the newest stored)"
+    add("--images", type=int, metavar="N", help=images_help)
     add("--out", type=Path, metavar="FILE", help="file to write (default: RUN/ema-sigma-WIDTH.safetensors)")
     options = parser.parse_args(arguments)
     if options.images is not None and options.images < 1:
         parser.error(f"--images: {options.images} is not legal; legal: 1 or more")
-    if options.out is not None and options.out.suffix != ".safetensors":
-        parser.error(f"--out: {options.out} does not end in .safetensors")
+    parser.check_suffixes(options, out=".safetensors")
     return options
 
 

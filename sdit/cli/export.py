@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdit.cli.parser import Parser, add_weights_option
-from sdit.cli.process import command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar
 from sdit.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -33,36 +32,19 @@ FORMATS = ("safetensors", "diffusers", "published")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("export", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="run folder (its newest good checkpoint) or checkpoint folder",
-    )
+    source_help = "run folder (its newest good checkpoint) or checkpoint folder"
+    add("--checkpoint", type=Path, required=True, metavar="RUN", help=source_help)
     add("--out", type=Path, required=True, metavar="PATH", help="file (.safetensors, .pt, .pth), or new folder")
-    add(
-        "--format",
-        choices=FORMATS,
-        help="safetensors: folder for from_pretrained, or a .safetensors file; diffusers: folder for its pipelines; "
-        "published: file in published names (default: published)",
-    )
-    add(
-        "--vae",
-        type=Path,
-        metavar="FOLDER",
-        help="diffusers: the AutoencoderKL to copy into the folder (default: sample.vae, if it is a folder)",
-    )
+    format_help = "safetensors: folder for from_pretrained, or a .safetensors file; diffusers: folder for its pipelines"
+    text = f"{format_help}; published: file in published names (default: published)"
+    add("--format", choices=FORMATS, help=text)
+    vae_help = "diffusers: the AutoencoderKL to copy into the folder (default: sample.vae, if it is a folder)"
+    add("--vae", type=Path, metavar="FOLDER", help=vae_help)
     add_weights_option(add)
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the stored weights (default: float32)",
-    )
+    dtype_help = "of the stored weights (default: float32)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=dtype_help)
     options = parser.parse_args(arguments)
-    problem = _problem(options)
-    if problem:
+    if problem := _problem(options):
         parser.error(problem)
     return options
 
@@ -85,7 +67,7 @@ def _problem(options: argparse.Namespace) -> str:
 def run(options: argparse.Namespace) -> int:
     import torch  # seconds to import: not for --help
 
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    dtype = getattr(torch, options.dtype)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix in PUBLISHED_SUFFIXES and options.format != "diffusers":
         facts = _export_file(options, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -45,6 +46,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(ExitCode.USAGE, redact(f"error: {message}; see {self.prog} --help\n"))
+
+    def check_suffixes(self, options: argparse.Namespace, **suffixes: str) -> None:
+        """End with a usage error if the file of an option has another suffix than the one given for the option."""
+        for name, suffix in suffixes.items():
+            path = getattr(options, name)
+            if path is not None and path.suffix != suffix:
+                self.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
 
     def _with_deepspeed_file(self, words: list[str]) -> list[str]:
         """Write `--deepspeed FILE` and `--deepspeed` as one word each, so that it takes no override for a file."""
@@ -127,6 +135,25 @@ def weights_name(text: str) -> str:
     if not re.fullmatch(r"weight|ema(-(sigma-)?\d[\d.e+-]*)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: ema, weight, ema-DECAY, ema-sigma-WIDTH")
     return text
+
+
+def positive_number(text: str) -> float:
+    """An argument's type: return a finite number above 0."""
+    return number(text, "a number above 0", lambda value: value > 0)
+
+
+def number(text: str, legal: str, is_legal: Callable[[float], bool]) -> float:
+    """Return the finite number of an argument.
+
+    Raises: argparse.ArgumentTypeError: if it is no such number. The message says what is `legal`.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and is_legal(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: {legal}")
+    return value
 
 
 def positive_int(text: str) -> int:

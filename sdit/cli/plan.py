@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import OVERRIDE, Parser, add_deepspeed_options
+from sdit.cli.parser import OVERRIDE, Parser, add_deepspeed_options, number, positive_number
 from sdit.cli.presets import DEFAULT_DEEPSPEED, DEFAULT_HARDWARE, config_file, deepspeed_file, hardware_file
 from sdit.cli.process import command
 from sdit.config import Config, load_config, read_deepspeed_json, resolve_run
@@ -45,10 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--reserve-gib", type=_size, default=RESERVE_GIB, metavar="M", help=reserve_help)
     device_help = "where ranks compute (default: that of the hardware file with --simulate, else cuda)"
     add("--device", choices=("cuda", "cpu"), help=device_help)
-    routes_help = (
-        "routes the exchange is counted on: what the prior asks for, or none better than chance (default: prior)"
-    )
-    add("--routes", choices=("prior", "random"), default="prior", help=routes_help)
+    routes_help = "routes the exchange is counted on: what the prior asks for, or none better than chance"
+    add("--routes", choices=("prior", "random"), default="prior", help=f"{routes_help} (default: prior)")
     _add_simulation_options(add)
     add_deepspeed_options(parser, "DeepSpeed JSON")
     add("--json", action="store_true", help="print everything as JSON, in bytes")
@@ -73,14 +71,10 @@ def _add_simulation_options(add: Callable[..., Any]) -> None:
     hardware_help = f"figures of the cluster; a path or a preset (default: {DEFAULT_HARDWARE})"
     add("--hardware", type=hardware_file, default=DEFAULT_HARDWARE, metavar="YAML", help=hardware_help)
     add("--images", type=_count, metavar="N", help="training images (default: the run's length)")
-    add(
-        "--mfu",
-        type=_fraction,
-        metavar="F",
-        help="model FLOPs over peak FLOPs of a pass (default: the hardware file's)",
-    )
+    mfu_help = "model FLOPs over peak FLOPs of a pass (default: the hardware file's)"
+    add("--mfu", type=_fraction, metavar="F", help=mfu_help)
     mtbf_help = "mean hours between failures of one node (default: the hardware file's)"
-    add("--node-mtbf-hours", type=_above_zero, metavar="H", help=mtbf_help)
+    add("--node-mtbf-hours", type=positive_number, metavar="H", help=mtbf_help)
     price_help = "price of one GPU for an hour (default: the hardware file's, or no cost)"
     add("--price-per-gpu-hour", type=_size, metavar="P", help=price_help)
 
@@ -173,27 +167,11 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number from 0")
-    return value
-
-
-def _above_zero(text: str) -> float:
-    value = _size(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0")
-    return value
+    return number(text, "a number from 0", lambda value: value >= 0)
 
 
 def _fraction(text: str) -> float:
-    value = _above_zero(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; legal: a number above 0, at most 1")
-    return value
+    return number(text, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 
 
 main = command(parse, run)

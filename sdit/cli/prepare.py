@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdit.cli.prepare_options import ARCHIVES, command_line
+from sdit.cli.prepare_options import ARCHIVES, SOURCES, command_line
 from sdit.cli.process import exit_status
 from sdit.errors import ExitCode
 
@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.verify is None):
-        parser.error(
-            "give a source (digits, fashion-mnist, folder, latents, webdataset, parquet, zip, npz, index) or --verify FOLDER"
-        )
+        parser.error(f"give a source ({', '.join(SOURCES)}) or --verify FOLDER")
     logging.basicConfig(format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what a terminal cannot show
@@ -44,8 +42,7 @@ def _default_jobs(options: argparse.Namespace, images: int) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from sdit.data.dataset import is_tar_index
     from sdit.data.index import read_index
-    from sdit.data.prepare import verify
-    from sdit.data.tars_in_place import verify_tars
+    from sdit.data.prepare import verify, verify_tars
 
     if is_tar_index(options.verify):
         tars, problems = verify_tars(options.verify, options.jobs or 1)
@@ -69,8 +66,7 @@ def _report(folder: Path, problems: list[str], content: str) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     # Imported late: numpy, torch and webdataset take seconds, and --help should not.
     from sdit.cli.prepare_archives import archive_source, index_command, latent_source
-    from sdit.data.encoders import Encoder, latent_encoder, png_encoder
-    from sdit.data.latent_files import LatentCopier
+    from sdit.data.encoders import Encoder, latent_encoder, moments_encoder, png_encoder
     from sdit.data.prepare import prepare
     from sdit.data.sources import ImageSource, digits_source, fashion_mnist_source
 
@@ -83,7 +79,7 @@ def _prepare(options: argparse.Namespace) -> int:
     elif options.source == "fashion-mnist":
         source = fashion_mnist_source(options.files, options.split, options.pad)
     elif options.source == "latent-shards":
-        source, encoder = latent_source(options), LatentCopier()
+        source, encoder = latent_source(options), moments_encoder()
     else:
         if getattr(options, "vae", None) is not None:
             encoder = latent_encoder(options.vae, options.flip, options.dtype, options.batch, options.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdit.data.image_file import Reading
 from sdit.data.latent_files import LatentFile
-from sdit.data.npz_records import NpzArchive, image_sides
+from sdit.data.npz_records import NpzArchive
 from sdit.data.path_patterns import matching_files
 from sdit.data.record_labels import ClassNames, read_class_names
 from sdit.data.records import Archive, RecordOptions, RecordSource, is_sorted_by_class, record_source
@@ -66,9 +66,9 @@ def index_command(options: argparse.Namespace) -> int:
 
     Raises: ConfigError, DataError: see `index_tars`.
     """
-    paths = tar_files(options)
+    paths, labels = _tars(options)
     reading = Reading(options.background, options.exif)
-    chosen = TarOptions(tar_labels(options), class_names(options), reading, options.skip_bad)
+    chosen = TarOptions(labels, class_names(options), reading, options.skip_bad)
     done = index_tars(paths, chosen, options.out, options.jobs or default_jobs(len(paths)))
     index = done.index
     print(
@@ -88,20 +88,16 @@ def class_names(options: argparse.Namespace) -> ClassNames:
     return () if options.class_names is None else read_class_names(options.class_names)
 
 
-def tar_files(options: argparse.Namespace) -> list[Path]:
-    """Return the tar files of the command line. Raises: ConfigError."""
-    return matching_files(options.files, TAR_SUFFIXES, "TAR")
-
-
-def tar_labels(options: argparse.Namespace) -> TarLabels:
-    """Return where the labels of the command line's tars are."""
-    return TarLabels(options.label, options.label_key, options.unlabelled)
+def _tars(options: argparse.Namespace) -> tuple[list[Path], TarLabels]:
+    """Return the tar files of the command line, and where their labels are. Raises: ConfigError."""
+    labels = TarLabels(options.label, options.label_key, options.unlabelled)
+    return matching_files(options.files, TAR_SUFFIXES, "TAR"), labels
 
 
 def _archives(options: argparse.Namespace) -> list[Archive]:
     if options.source == "webdataset":
-        labels = tar_labels(options)
-        return [TarArchive(path, labels) for path in tar_files(options)]
+        paths, labels = _tars(options)
+        return [TarArchive(path, labels) for path in paths]
     if options.source == "parquet":
         columns = TableColumns(options.image_column, options.label_column, options.unlabelled)
         return [TableArchive(path, columns) for path in matching_files(options.files, SUFFIXES, "FILE")]
@@ -112,7 +108,7 @@ def _archives(options: argparse.Namespace) -> list[Archive]:
 def _own_size(archive: Archive) -> int:
     """Return the size of the square images of an npz file. Raises: ConfigError: if they are not square."""
     assert isinstance(archive, NpzArchive)  # each other source needs --size
-    height, width = image_sides(archive)
+    height, width = archive.pixels.shape[1:3]
     if height != width:
         raise ConfigError(f"--size: is not set, and the images are {width} x {height} pixels; legal: a size to crop to")
-    return height
+    return int(height)

@@ -30,6 +30,7 @@ ARCHIVES = {
     "zip": "a zip of images with labels in dataset.json, as ADM, EDM and StyleGAN use",
     "npz": "an npz with the arrays images and labels (or arr_0 and arr_1)",
 }
+SHARD_HELP = "samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)"
 EMPTY_HELP = "keep the labels of classes without images (default: stop)"
 SOURCES = ("digits", "fashion-mnist", "folder", "latents", *ARCHIVES, "latent-shards", "index")
 
@@ -52,8 +53,8 @@ def command_line() -> Parser:
     for each in (folder, latents):
         _add_images(each)
     _add_vae(latents, required=True)
-    archives = [add_source(name, text) for name, text in ARCHIVES.items()]
-    for name, each in zip(ARCHIVES, archives, strict=True):
+    archives = {name: add_source(name, text) for name, text in ARCHIVES.items()}
+    for name, each in archives.items():
         _add_archives(each, name)
         _add_vae(each, required=False)
     copied = add_source("latent-shards", "safetensors of LightningDiT with latents, latents_flip and labels")
@@ -63,42 +64,27 @@ def command_line() -> Parser:
     index = add_source("index", "tars that others made, without a copy, for data.source: webdataset")
     _add_tars(index)
     _add_reading(index)
-    for each in (digits, fashion, folder, latents, *archives, copied, index):
+    for each in (digits, fashion, folder, latents, *archives.values(), copied, index):
         each.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; made if missing")
         _add_jobs(each, default=argparse.SUPPRESS)  # a default here would override --jobs before the source
         if each is not index:
-            _add_shard_size(each)
+            each.add_argument("--samples-per-shard", type=positive_int, default=1024, metavar="N", help=SHARD_HELP)
     return parser
 
 
-def _add_shard_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples-per-shard",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="samples in a shard; a rank holds a few whole shards in memory (default: %(default)s)",
-    )
-
-
 def _add_fashion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--files",
-        type=Path,
-        default=Path("/usr/share/datasets/fashion-mnist"),
-        metavar="FOLDER",
-        help="where the files are (default: %(default)s, Debian's dataset-fashion-mnist)",
-    )
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="60,000 or 10,000 (default: train)")
-    parser.add_argument("--pad", type=int, metavar="PIXELS", help="add a black border up to this width, such as 32")
+    add = parser.add_argument
+    folder, text = Path("/usr/share/datasets/fashion-mnist"), "where the files are (default: %(default)s, Debian's"
+    add("--files", type=Path, default=folder, metavar="FOLDER", help=f"{text} dataset-fashion-mnist)")
+    add("--split", choices=("train", "test"), default="train", help="60,000 or 10,000 (default: train)")
+    add("--pad", type=int, metavar="PIXELS", help="add a black border up to this width, such as 32")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    tree_help = (
-        "one subfolder of images (png, jpg, webp, gif, bmp, tiff, ppm, pgm) for each class; without subfolders: "
-    )
-    tree_help += "unlabelled; of an animation the first frame is read"
+    formats = "png, jpg, webp, gif, bmp, tiff, ppm, pgm"
+    tree_help = f"one subfolder of images ({formats}) for each class; without subfolders: unlabelled"
+    tree_help += "; of an animation the first frame is read"
     add("--images", type=Path, required=True, metavar="TREE", help=tree_help)
     _add_size(parser, required=True)
     _add_reading(parser)
@@ -122,10 +108,9 @@ def _add_size(parser: argparse.ArgumentParser, required: bool) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--skip-bad", action="store_true", help="leave out images that cannot be read (default: stop)")
-    background_help = (
-        "white, black or R,G,B behind transparent pixels (default: the colours that they hide show, as in ADM)"
-    )
-    add("--background", type=_colour, metavar="COLOUR", help=background_help)
+    background_help = "white, black or R,G,B behind transparent pixels"
+    default = "(default: the colours that they hide show, as in ADM)"
+    add("--background", type=_colour, metavar="COLOUR", help=f"{background_help} {default}")
     exif_help = "turn images as their EXIF orientation says (default: do not, as in ADM)"
     add("--exif", action="store_true", help=exif_help)
 
@@ -135,12 +120,9 @@ def _add_archives(parser: argparse.ArgumentParser, name: str) -> None:
     if name == "webdataset":
         _add_tars(parser)
     else:
-        files_help = {
-            "parquet": "files, folders, or patterns such as 'train-*.parquet'",
-            "zip": "the zip file",
-            "npz": "the npz file",
-        }[name]
-        add("files", nargs="+" if name == "parquet" else 1, metavar="FILE", help=files_help)
+        is_parquet = name == "parquet"
+        files_help = "files, folders, or patterns such as 'train-*.parquet'" if is_parquet else f"the {name} file"
+        add("files", nargs="+" if is_parquet else 1, metavar="FILE", help=files_help)
         _add_labels(parser)
     if name == "parquet":
         add("--image-column", metavar="NAME", help="column of the images (default: the only one that holds images)")
@@ -177,29 +159,17 @@ def _colour(text: str) -> tuple[int, int, int]:
 
 
 def _add_vae(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--vae",
-        type=Path,
-        required=required,
-        metavar="VAE",
-        help="local folder of a diffusers AutoencoderKL; nothing is fetched"
-        + ("" if required else "; the latents of the images are stored"),
-    )
-    parser.add_argument(
-        "--flip", action="store_true", help="also store mirrored images, for data.flip (twice the bytes)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of the moments on disk (default: float32)"
-    )
-    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="images per VAE pass (default: 16)")
-    parser.add_argument("--device", default="cpu", help="of the VAE, such as cuda (default: cpu)")
+    add = parser.add_argument
+    vae_help = "local folder of a diffusers AutoencoderKL; nothing is fetched"
+    vae_help += "" if required else "; the latents of the images are stored"
+    add("--vae", type=Path, required=required, metavar="VAE", help=vae_help)
+    add("--flip", action="store_true", help="also store mirrored images, for data.flip (twice the bytes)")
+    dtype_help = "of the moments on disk (default: float32)"
+    add("--dtype", choices=("float32", "float16"), default="float32", help=dtype_help)
+    add("--batch", type=positive_int, default=16, metavar="N", help="images per VAE pass (default: 16)")
+    add("--device", default="cpu", help="of the VAE, such as cuda (default: cpu)")
 
 
 def _add_jobs(parser: argparse.ArgumentParser, default: object) -> None:
-    parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=default,
-        metavar="N",
-        help="processes (default: one per core and 4,096 images; with --device cuda: 1)",
-    )
+    jobs_help = "processes (default: one per core and 4,096 images; with --device cuda: 1)"
+    parser.add_argument("--jobs", type=positive_int, default=default, metavar="N", help=jobs_help)

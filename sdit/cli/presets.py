@@ -22,51 +22,37 @@ def presets(pattern: str) -> dict[str, Path]:
 
 
 def config_file(text: str) -> Path:
-    """An argument's type: return the path of a YAML config that was given as a path or as the name of a preset.
-
-    Text with a slash, or that ends in .yaml or .yml, is a path.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither a path nor a preset.
-    """
-    if "/" in text or text.endswith((".yaml", ".yml")):
-        return Path(text)
-    return _find(text, presets(CONFIGS), ", or a path with a slash or the ending .yaml")
+    """An argument's type: return the path of a YAML config that was given as a path or as the name of a preset."""
+    return Path(_given_or_preset(text, CONFIGS))
 
 
 def deepspeed_file(text: str) -> str:
-    """An argument's type: return the path of a DeepSpeed JSON that was given as a path or as the name of a preset.
-
-    Text with a slash, or that ends in .json, is a path. Empty text stays empty.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither a path nor a preset.
-    """
-    if not text or "/" in text or text.endswith(".json"):
-        return text
-    return str(_find(text, presets(DEEPSPEED), ", or a path with a slash or the ending .json"))
+    """An argument's type: return the path of a DeepSpeed JSON, given in the same way. Empty text stays empty."""
+    return text and _given_or_preset(text, DEEPSPEED)
 
 
 def hardware_file(text: str) -> Path:
-    """An argument's type: return the path of a hardware file that was given as a path or as the name of a preset.
-
-    Text with a slash, or that ends in .yaml or .yml, is a path.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither a path nor a preset.
-    """
-    if "/" in text or text.endswith((".yaml", ".yml")):
-        return Path(text)
-    return _find(text, presets(HARDWARE), ", or a path with a slash or the ending .yaml")
+    """An argument's type: return the path of a hardware file, given in the same way."""
+    return Path(_given_or_preset(text, HARDWARE))
 
 
 def preset_file(name: str) -> Path:
     """An argument's type: return the file of a preset of any kind.
 
-    Raises:
-        argparse.ArgumentTypeError: there is no such preset.
+    Raises: argparse.ArgumentTypeError: if there is no such preset.
     """
     return _find(name, presets(CONFIGS) | presets(DEEPSPEED) | presets(HARDWARE))
+
+
+def _given_or_preset(text: str, pattern: str) -> str:
+    """Return `text` if it is a path: it has a slash or the ending of such files. Otherwise return the path of the preset.
+
+    Raises: argparse.ArgumentTypeError: if it is neither a path nor a preset.
+    """
+    endings = (".json",) if pattern == DEEPSPEED else (".yaml", ".yml")
+    if "/" in text or text.endswith(endings):
+        return text
+    return str(_find(text, presets(pattern), f", or a path with a slash or the ending {endings[0]}"))
 
 
 def _find(name: str, known: Mapping[str, Path], otherwise: str = "") -> Path:

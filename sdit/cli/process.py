@@ -1,4 +1,4 @@
-"""A command as a process: its exit status, its errors in one line each, and its end."""
+"""A command as a process: its exit status, its errors in one line each, its progress bar, and its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from sdit.errors import ConfigError, ExitCode, SditError, StorageError
@@ -94,3 +95,17 @@ def _print_error(message: object, is_common: bool) -> None:
         print(redact(f"error: {message}"), file=sys.stderr)
     elif not is_common:
         print(redact(f"error: rank {rank}: {message}"), file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(unit: str, text: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to call with (done, total). It moves a bar on a terminal and shows nothing elsewhere."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(desc=text, unit=unit, unit_scale=unit == "B", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

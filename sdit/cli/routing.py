@@ -36,15 +36,12 @@ DRAWS = 32
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("routing", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, required=True, metavar="RUN",
-        help="run folder, checkpoint folder, published file, or array file of RUN/routing",
-    )  # fmt: skip
+    source_help = "run folder, checkpoint folder, published file, or array file of RUN/routing"
+    add("--checkpoint", type=Path, required=True, metavar="RUN", help=source_help)
     add_trained_options(add)
     add("--out", type=Path, required=True, metavar="PNG", help="file to write")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".png":
-        parser.error(f"--out: {options.out} does not end in .png")
+    parser.check_suffixes(options, out=".png")
     return options
 
 

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdit.cli.parser import Parser, positive_int
-from sdit.cli.process import command, run_command
-from sdit.cli.progress import progress_bar
+from sdit.cli.process import command, progress_bar, run_command
 from sdit.cli.sampling import (
     SETTINGS,
     add_cost_options,
     add_model_options,
     add_sampler_options,
-    check_suffixes,
     find_launch,
     open_generator,
 )
@@ -86,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.out or options.npz or options.raw):
         parser.error("nothing to write; give --out, --npz or --raw")
-    check_suffixes(parser, options, out=".png", npz=".npz", raw=".npy")
+    parser.check_suffixes(options, out=".png", npz=".npz", raw=".npy")
     return options
 
 

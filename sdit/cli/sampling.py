@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdit.cli.parser import Parser, add_rank_option, add_trained_options, positive_int
+from sdit.cli.parser import add_rank_option, add_trained_options, positive_int
 from sdit.contracts import Precision
 from sdit.errors import ConfigError
 
@@ -59,14 +59,6 @@ def add_cost_options(add: Callable[..., Any]) -> None:
     add_rank_option(add)
 
 
-def check_suffixes(parser: Parser, options: argparse.Namespace, **suffixes: str) -> None:
-    """End with a usage error if the file of an option has another suffix than the one given for the option."""
-    for name, suffix in suffixes.items():
-        path = getattr(options, name)
-        if path is not None and path.suffix != suffix:
-            parser.error(f"--{name.replace('_', '-')}: {path} does not end in {suffix}")
-
-
 def find_launch(options: argparse.Namespace) -> RankInfo:
     """Return this process's rank, and give it its share of the cores. Raises: ConfigError."""
     from sdit.distributed.comm import find_rank, set_threads
@@ -101,8 +93,7 @@ def open_generator(options: argparse.Namespace, info: RankInfo) -> Iterator[Gene
 def chosen_settings(config: Config, options: argparse.Namespace) -> SampleConfig:
     """Return the run's sampling settings, with those of the command line in their place.
 
-    Raises:
-        ConfigError: a setting is not legal for this model.
+    Raises: ConfigError: if a setting is not legal for this model.
     """
     from sdit.config import parse_config
     from sdit.diffusion import SamplerSettings

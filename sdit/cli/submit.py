@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,9 +37,8 @@ KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")  # all of the e
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("submit", __doc__, config_manual())
     add = parser.add_argument
-    add(
-        "--run-dir", required=True, metavar="DIR", help="folder of the run, seen by all nodes; of an array: of its runs"
-    )
+    run_help = "folder of the run, seen by all nodes; of an array: of its runs"
+    add("--run-dir", required=True, metavar="DIR", help=run_help)
     add_config_option(add, "the run's config", DEFAULT_CONFIG)
     add_deepspeed_options(parser, "DeepSpeed JSON")
     add("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
@@ -49,20 +49,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--time", metavar="TIME", help="longest time of one start, such as 24:00:00 (default: as in train.sbatch)")
     add("--job-name", metavar="NAME", help="name of the job (default: the run folder's)")
     add("--array", metavar="SEEDS", help="one run for each of these seeds, such as 1-4")
-    add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="one more option of sbatch: --sbatch constraint=a100",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a variable of cluster/train.sbatch: SDIT_DOCTOR=0",
-    )
+    more_help = "one more option of sbatch: --sbatch constraint=a100"
+    add("--sbatch", action="append", default=[], metavar="OPTION", help=more_help)
+    set_help = "a variable of cluster/train.sbatch: SDIT_DOCTOR=0"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=set_help)
     add("--dry-run", action="store_true", help="print what would be written and run")
     add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, see below")
     options = parser.parse_args(arguments)
@@ -85,7 +75,8 @@ def submit(options: argparse.Namespace) -> int:
     directives = allocation.directives()
     world = allocation.nodes * allocation.ranks_per_node
     resolve_run(config, deepspeed, options.ds_config, world, allocation.ranks_per_node)
-    folder = _next_folder(run_dir / "submit")
+    taken = [int(path.name) for path in (run_dir / "submit").glob("[0-9][0-9][0-9]")]
+    folder = run_dir / "submit" / f"{max(taken, default=0) + 1:03d}"
     script = _script(options, run_dir, folder, directives)
     files = {
         "config.yaml": dump_config(config),
@@ -117,32 +108,22 @@ def _allocation(options: argparse.Namespace, run_dir: Path) -> Allocation:
     ranks = options.ranks_per_node or options.gpus_per_node or 1
     if options.gpus_per_node and ranks != options.gpus_per_node:
         raise ConfigError(f"ranks-per-node: {ranks} for {options.gpus_per_node} GPUs of a node; legal: one rank a GPU")
+    folder_name = re.sub("[^A-Za-z0-9]", "-", run_dir.name).strip("-")
     return Allocation(
-        options.nodes, ranks, options.gpus_per_node, options.job_name or _name_of(run_dir), options.partition,
+        options.nodes, ranks, options.gpus_per_node, options.job_name or folder_name or "sdit", options.partition,
         options.account, options.time, options.array, options.sbatch,
     )  # fmt: skip
 
 
-def _name_of(run_dir: Path) -> str:
-    """The folder's name with what a job's name must not hold replaced."""
-    return (
-        "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in run_dir.name).strip("-")
-        or "sdit"
-    )
-
-
 def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives: dict[str, str | None]) -> str:
-    """The batch script for the frozen files; relative paths in the config still start at the folder of the submission."""
+    """Return the batch script for the frozen files. Relative paths in the config start at the folder of the submission."""
     for path in (run_dir, ROOT):
         if "\n" in str(path):
             raise ConfigError(
                 f"run-dir: {str(path)!r}: SLURM cannot take a line break in a path; legal: a path without one"
             )
-    variables = {
-        "SDIT_ROOT": str(folder / "code"),
-        "SDIT_ENV": str(ROOT / "cluster" / "env.sh"),
-        "SDIT_RUN_DIR": str(run_dir),
-    }
+    environment = str(ROOT / "cluster" / "env.sh")
+    variables = {"SDIT_ROOT": str(folder / "code"), "SDIT_ENV": environment, "SDIT_RUN_DIR": str(run_dir)}
     for setting in options.set:
         name, separator, value = setting.partition("=")
         if not separator:
@@ -158,26 +139,17 @@ def _script(options: argparse.Namespace, run_dir: Path, folder: Path, directives
     return render(TEMPLATE.read_text(encoding="utf-8"), directives, variables, arguments)
 
 
-def _next_folder(parent: Path) -> Path:
-    taken = [int(path.name) for path in parent.glob("[0-9][0-9][0-9]")]
-    return parent / f"{max(taken, default=0) + 1:03d}"
-
-
 def _freeze(folder: Path, files: dict[str, str], run_dir: Path) -> None:
     """Write the frozen files, and check the frozen code out next to them."""
     folder.mkdir(parents=True)
     (run_dir / "logs").mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    head, frozen = _git("rev-parse", "HEAD"), _frozen_commit()
+    head = _git("rev-parse", "HEAD")
+    frozen = _git("stash", "create") or head  # a commit of changed tracked files, which no branch shows
     facts = {"commit": head, "frozen_commit": frozen, "uncommitted_changes": frozen != head, "repository": str(ROOT)}
     (folder / "commit.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     _git("worktree", "add", "--quiet", "--detach", str(folder / "code"), frozen)
-
-
-def _frozen_commit() -> str:
-    """HEAD or, if tracked files differ from it, a commit of theirs that no branch shows."""
-    return _git("stash", "create") or _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str:

@@ -114,10 +114,10 @@ def run_or_supervise(
 def rank_environment() -> dict[str, str]:
     """Return this process's environment, in which a rank imports the same sdit as this process, installed or not."""
     root = checkout()
-    paths = [os.environ.get("PYTHONPATH", "")]
-    return (
-        {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), *paths]))} if root else dict(os.environ)
-    )
+    if root is None:
+        return dict(os.environ)
+    paths = filter(None, [str(root), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 if __name__ == "__main__":

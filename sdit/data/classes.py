@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,18 +57,20 @@ class Classes:
 
     @cached_property
     def _labels_by_name(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for label, name in enumerate(self.names):
-            found.setdefault(_normal(name), []).append(label)
-        return found
+        return _by_name([name] for name in self.names)
 
     @cached_property
     def _labels_by_synonym(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for label, name in enumerate(self.names):
-            for synonym in dict.fromkeys(_normal(part.strip()) for part in name.split(",")):
-                found.setdefault(synonym, []).append(label)
-        return found
+        return _by_name([part.strip() for part in name.split(",")] for name in self.names)
+
+
+def _by_name(names: Iterable[Iterable[str]]) -> dict[str, list[int]]:
+    """Return the labels that have a name, by name. `names` holds the names of each label."""
+    found: dict[str, list[int]] = {}
+    for label, each in enumerate(names):
+        for name in dict.fromkeys(map(_normal, each)):
+            found.setdefault(name, []).append(label)
+    return found
 
 
 def class_differences(here: Classes, there: Classes, ordered: bool = True) -> str:
@@ -81,12 +83,11 @@ def class_differences(here: Classes, there: Classes, ordered: bool = True) -> st
     differences = [f"{here.count} classes, not {there.count}"] if here.count != there.count else []
     if here.names and there.names:
         mine, theirs = [_normal(name) for name in here.names], [_normal(name) for name in there.names]
-        differences += (
-            [f"it also has {_listed(more)}"] if (more := [name for name in mine if name not in set(theirs)]) else []
-        )
-        differences += (
-            [f"it has no {_listed(less)}"] if (less := [name for name in theirs if name not in set(mine)]) else []
-        )
+        known, wanted = set(mine), set(theirs)
+        if more := [name for name in mine if name not in wanted]:
+            differences.append(f"it also has {_listed(more)}")
+        if less := [name for name in theirs if name not in known]:
+            differences.append(f"it has no {_listed(less)}")
         if ordered and not differences and mine != theirs:
             label = next(label for label, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
             differences.append(f"another order: label {label} is {mine[label]!r}, not {theirs[label]!r}")
@@ -144,8 +145,14 @@ def _text_labels(text: str, classes: Classes, key: str) -> list[int]:
 
 def _element_labels(element: str, classes: Classes, key: str) -> Sequence[int]:
     """Return the labels of one element of a YAML list. A comma does not separate items here."""
-    prefix = next((word for word in ("name:", "label:") if element.startswith(word)), "")
-    return _item_labels(prefix, element.removeprefix(prefix).strip(), False, classes, key)
+    prefix, item = _prefixed(element)
+    return _item_labels(prefix, item.strip(), False, classes, key)
+
+
+def _prefixed(text: str) -> tuple[str, str]:
+    """Return `name:`, `label:` or an empty string, and the rest of the text."""
+    prefix = next((word for word in ("name:", "label:") if text.startswith(word)), "")
+    return prefix, text.removeprefix(prefix)
 
 
 def _items(text: str) -> list[tuple[str, str, bool]]:
@@ -157,9 +164,7 @@ def _items(text: str) -> list[tuple[str, str, bool]]:
         if match[2] is not None:
             items.append((match[1], match[2].replace('""', '"'), True))
         else:
-            plain = match[3].strip()
-            prefix = next((word for word in ("name:", "label:") if plain.startswith(word)), "")
-            items.append((prefix, plain.removeprefix(prefix), False))
+            items.append((*_prefixed(match[3].strip()), False))
         position = match.end() if match[0].endswith(",") else len(text) + 1
     return items
 

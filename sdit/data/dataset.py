@@ -6,7 +6,7 @@ import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,53 +16,13 @@ from sdit.data.decode import DecodedSamples, Sample
 from sdit.data.digits import DIGITS_FACTS, digits
 from sdit.data.index import DatasetFacts, read_index
 from sdit.data.latent_stats import LatentStatistics, read_latent_stats
-from sdit.data.shards import read_shard
+from sdit.data.shards import TarShard, read_shard
 from sdit.data.tar_index import TAR_INDEX_NAME, read_tar_index
-from sdit.data.tars_in_place import TarsInPlace
+from sdit.data.tars_in_place import OpenTar, TarsInPlace
 from sdit.errors import ConfigError, DataError
 
 DIGITS_PER_SHARD = 256
 _log = logging.getLogger(__name__)
-
-
-class Shard(Protocol):
-    """An open shard in memory. It no longer needs its file."""
-
-    @property
-    def decoded(self) -> DecodedSamples | None:
-        """The samples that were decoded when the shard was opened. None: each is decoded when it is read."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def sample(self, member: int) -> Sample:
-        """Return the sample at a position of the shard.
-
-        Raises:
-            BadSample: if the sample cannot be used.
-            BadShard: if its file changed after it was opened.
-        """
-        ...
-
-
-class Dataset(Protocol):
-    """A data set of shards with `counts` samples each.
-
-    Data sets with equal `fingerprint` hold the same samples in the same order.
-    """
-
-    facts: DatasetFacts
-    counts: tuple[int, ...]
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def open(self, shard: int) -> Shard:
-        """Read a shard.
-
-        Raises: BadShard: if no sample of the shard can be used.
-        """
-        ...
 
 
 class PreparedFolder:
@@ -76,7 +36,7 @@ class PreparedFolder:
         self._records = index.shards
         self._folder = folder
 
-    def open(self, shard: int) -> Shard:
+    def open(self, shard: int) -> TarShard:
         return read_shard(self._folder, self._records[shard], self.facts)
 
 
@@ -98,11 +58,13 @@ class EmbeddedDigits:
         content.update(pixels.tobytes() + labels.tobytes())
         return content.hexdigest()
 
-    def open(self, shard: int) -> Shard:
-        return _DigitsShard(self._starts[shard], self.counts[shard])
+    def open(self, shard: int) -> DigitsShard:
+        return DigitsShard(self._starts[shard], self.counts[shard])
 
 
-class _DigitsShard:
+class DigitsShard:
+    """Some of the digits."""
+
     def __init__(self, start: int, count: int) -> None:
         pixels, labels = digits()
         samples = slice(start, start + count)
@@ -113,6 +75,15 @@ class _DigitsShard:
 
     def sample(self, member: int) -> Sample:
         return Sample(self.decoded.values[member], int(self.decoded.labels[member]))
+
+
+# An open shard. `decoded` holds the samples that were decoded when it was opened, and is None if each is decoded when it is read.
+# `sample` raises BadSample if a sample cannot be used, and BadShard if the file changed after it was opened.
+Shard = TarShard | OpenTar | DigitsShard
+
+# A data set of shards with `counts` samples each. Data sets with equal `fingerprint` hold the same samples in the same order.
+# `open` raises BadShard if no sample of the shard can be used.
+Dataset = PreparedFolder | TarsInPlace | EmbeddedDigits
 
 
 def open_dataset(data: DataConfig, model: ModelConfig | None = None) -> Dataset:

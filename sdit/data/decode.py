@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from sdit.data.faults import BadSample
+from sdit.data.bad_samples import BadSample
 from sdit.data.index import DatasetFacts
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,40 +32,35 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Encoder(Protocol):
-    """An encoder from images to stored samples. It can be pickled."""
+@dataclass(frozen=True)
+class PlainEncoder:
+    """An encoder that stores each array without loss, as the member that ends in `suffix`. It can be pickled.
 
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The settings that determine the stored bytes, as JSON."""
-        ...
+    `recipe` holds the settings that determine the stored bytes, as JSON.
+    """
+
+    recipe: dict[str, Any]
+    suffix: str
+    to_bytes: Callable[[np.ndarray], bytes]
 
     def facts(self, images: DatasetFacts) -> DatasetFacts:
         """Return the facts of the stored samples, given the facts of the images."""
-        ...
-
-    def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
-        """Yield the key and the members of each image, in order."""
-        ...
-
-
-@dataclass(frozen=True)
-class PngEncoder:
-    """An encoder that stores the pixels without loss."""
-
-    recipe: dict[str, Any]
-
-    def facts(self, images: DatasetFacts) -> DatasetFacts:
         return images
 
     def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
+        """Yield the key and the members of each image, in order."""
         for image in images:
-            yield image.key, {"png": encode_png(_pixels(image)), "cls": _label(image)}
+            yield image.key, {self.suffix: self.to_bytes(_pixels(image)), "cls": _label(image)}
 
 
-def png_encoder() -> PngEncoder:
+def png_encoder() -> PlainEncoder:
     """Return the encoder for image shards."""
-    return PngEncoder({"stored": "png"})
+    return PlainEncoder({"stored": "png"}, "png", encode_png)
+
+
+def moments_encoder() -> PlainEncoder:
+    """Return the encoder for images that are moments already."""
+    return PlainEncoder({"stored": "moments"}, "npy", encode_moments)
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class LatentEncoder:
     dtype: str
     batch: int
     device: str
-    shift: float = 0.0
+    shift: float
 
     def facts(self, images: DatasetFacts) -> DatasetFacts:
         if images.channels != self.picture_channels:
@@ -93,18 +88,11 @@ class LatentEncoder:
         if images.size % self.downsampling:
             raise ConfigError(f"--size: {images.size}; legal with this VAE: multiples of {self.downsampling}")
         if self.shift:
-            _log.warning(
-                "--vae: its shift_factor %g is not applied; data.latent_stats: index centres the latents", self.shift
-            )
-        return images.model_copy(
-            update={
-                "kind": "latents",
-                "channels": self.channels,
-                "size": images.size // self.downsampling,
-                "mirrored": self.mirrored,
-                "latent_scale": self.latent_scale,
-            }
-        )
+            text = "--vae: its shift_factor %g is not applied; data.latent_stats: index centres the latents"
+            _log.warning(text, self.shift)
+        size = images.size // self.downsampling
+        latents = {"kind": "latents", "channels": self.channels, "size": size, "mirrored": self.mirrored}
+        return images.model_copy(update={**latents, "latent_scale": self.latent_scale})
 
     def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
         remaining = iter(images)
@@ -132,6 +120,9 @@ class LatentEncoder:
         return moments.cpu().numpy().astype(self.dtype)
 
 
+Encoder = PlainEncoder | LatentEncoder
+
+
 def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: str) -> LatentEncoder:
     """Return the encoder that uses the diffusers AutoencoderKL in a local folder.
 
@@ -140,7 +131,7 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
     try:
         config = json.loads(read_regular(vae / "config.json"))
         with open_regular(vae / "diffusion_pytorch_model.safetensors") as file:
-            weights = hashlib.sha256(file.read()).hexdigest()
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
             f"--vae: {error.filename}: {error.strerror}; legal: a local folder with config.json and "
@@ -155,18 +146,9 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
     recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
     try:
         return LatentEncoder(
-            recipe=recipe,
-            vae=vae,
-            channels=config["latent_channels"],
-            picture_channels=config["in_channels"],
-            downsampling=2 ** (len(config["block_out_channels"]) - 1),
-            latent_scale=config["scaling_factor"],
-            mirrored=mirrored,
-            dtype=dtype,
-            batch=batch,
-            device=device,
-            shift=config.get("shift_factor") or 0.0,
-        )
+            recipe, vae, config["latent_channels"], config["in_channels"], 2 ** (len(config["block_out_channels"]) - 1),
+            config["scaling_factor"], mirrored, dtype, batch, device, config.get("shift_factor") or 0.0,
+        )  # fmt: skip
     except KeyError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} has no {error}") from None
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sdit import randomness
-from sdit.data.image_file import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, center_crop, read_image
-from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, image_list, read_image_list
+from sdit.data.image_file import AS_ADM, FILE_ERRORS, FILE_FORMATS, Reading, read_image
+from sdit.data.image_list import UNKNOWN, Changes, ImageList, ImageRow, read_image_list
 from sdit.data.index import DatasetFacts
 from sdit.data.journal import begun_recipe
 from sdit.data.names import shown
@@ -23,59 +23,60 @@ from sdit.data.tree import ImageTree, listed, read_tree, refuse_empty_classes, r
 from sdit.errors import ConfigError, DataError
 from sdit.randomness import Purpose
 
-__all__ = ["FolderSource", "center_crop", "continued", "folder_of_tree", "folder_source", "read_image"]
-
 _log = logging.getLogger(__name__)
 FIRST_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # the suffixes that versions without a list of images read
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """The images `files`, each (path under `root`, label). The first has position `start`. Images are cropped when read.
+    """The images `rows` under `root`. The first has position `start`. Images are cropped when read.
 
-    `sizes` are in bytes. `listing` holds all images. It is None in a subset, which is sent to another process.
+    `listing` holds all images. It is None in a subset, which is sent to another process.
     """
 
     facts: DatasetFacts
     recipe: dict[str, Any]
     root: Path
-    files: tuple[tuple[str, int], ...]
-    sizes: tuple[int, ...]
+    rows: tuple[ImageRow, ...]
     reading: Reading = AS_ADM
     listing: ImageList | None = None
     start: int = 0
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.rows)
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """The path under `root` and the label of each image."""
+        return [(row.name, row.label) for row in self.rows]
 
     def subset(self, first: int, last: int) -> FolderSource:
-        return replace(
-            self,
-            files=self.files[first:last],
-            sizes=self.sizes[first:last],
-            listing=None,
-            start=self.start + first,
-        )
+        return replace(self, rows=self.rows[first:last], listing=None, start=self.start + first)
+
+    def with_list(self, images: ImageList) -> FolderSource:
+        """Return the images of a list, in its order."""
+        return replace(self, recipe={**self.recipe, "content": images.contents()[-1]}, rows=images.rows, listing=images)
 
     @property
     def labels(self) -> list[int]:
-        return [label for _, label in self.files]
+        return [row.label for row in self.rows]
 
     def images(self) -> Iterator[SourceImage]:
-        for offset, ((name, label), size) in enumerate(zip(self.files, self.sizes, strict=True)):
-            yield SourceImage(sample_key(self.start + offset), self._pixels(self.root / name, size), label)
+        for position, row in enumerate(self.rows, self.start):
+            yield SourceImage(sample_key(position), self._pixels(row), row.label)
 
-    def _pixels(self, path: Path, size: int) -> np.ndarray | DataError:
+    def _pixels(self, row: ImageRow) -> np.ndarray | DataError:
+        path = self.root / row.name
         try:
             return read_image(path, self.facts.size, self.facts.channels, self.reading)
         except DataError as error:
-            if size != UNKNOWN and not os.path.exists(path):
+            if row.size != UNKNOWN and not os.path.exists(path):
                 gone = "No such file or directory; it was there when the folder was listed"
                 raise FileNotFoundError(errno.ENOENT, gone, shown(path)) from None
             return error
 
 
-def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_ADM) -> FolderSource:
+def folder_source(root: Path, size: int, channels: int) -> FolderSource:
     """Return all images under `root`, see `folder_of_tree`.
 
     Raises:
@@ -84,7 +85,7 @@ def folder_source(root: Path, size: int, channels: int, reading: Reading = AS_AD
     """
     tree = read_tree(root)
     refuse_splits(tree)
-    source = folder_of_tree(tree, size, channels, reading)
+    source = folder_of_tree(tree, size, channels)
     refuse_empty_classes(tree)
     return source
 
@@ -104,25 +105,13 @@ def folder_of_tree(
     files = tree.labelled()
     if not files:
         raise DataError(f"{shown(tree.root)}: holds no images; legal suffixes: {', '.join(FILE_FORMATS)}")
+    names = tree.class_names
     facts = DatasetFacts(
-        kind="images",
-        total=len(files),
-        channels=channels,
-        size=size,
-        classes=len(tree.classes),
-        class_names=tree.class_names,
+        kind="images", total=len(files), channels=channels, size=size, classes=len(names), class_names=names
     )
-    background = None if reading.background is None else list(reading.background)
-    recipe = {
-        "source": "folder",
-        "size": size,
-        "channels": channels,
-        "background": background,
-        "exif": reading.exif,
-        "numeric_classes": numeric,
-    }
-    rows = [(name, label, *_size_and_time(tree.root / name)) for name, label in files]
-    return _listed_source(facts, recipe, tree.root, reading, _shuffled(tree.class_names, rows, batch=0))
+    recipe = {"source": "folder", "size": size, "channels": channels, **reading.recipe, "numeric_classes": numeric}
+    rows = [ImageRow(name, label, *_size_and_time(tree.root / name)) for name, label in files]
+    return FolderSource(facts, recipe, tree.root, (), reading).with_list(_shuffled(names, rows, batch=0))
 
 
 def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource:
@@ -140,7 +129,9 @@ def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource
     changes = before.changes(now)
     if changes:
         _refuse_changes(source, out, before, changes, add_images)
-        images = _extended(before, now, set(changes.added))
+        added = set(changes.added)
+        batch = _shuffled(now.classes, [row for row in now.rows if row.name in added], len(before.batches))
+        images = ImageList(now.classes, before.rows + batch.rows, before.batches + batch.batches)
     else:
         _refuse_other_labels(out, before, now)
         images = replace(before, classes=now.classes)
@@ -151,7 +142,7 @@ def continued(source: FolderSource, out: Path, add_images: bool) -> FolderSource
             len(changes.rewritten),
             listed(changes.rewritten),
         )
-    return _listed_source(source.facts, source.recipe, source.root, source.reading, images)
+    return source.with_list(images)
 
 
 def _refuse_changes(source: FolderSource, out: Path, before: ImageList, changes: Changes, add_images: bool) -> None:
@@ -170,19 +161,13 @@ def _refuse_changes(source: FolderSource, out: Path, before: ImageList, changes:
 
 
 def _refuse_other_labels(out: Path, before: ImageList, now: ImageList) -> None:
-    labels = dict(now.files)
-    for name, label in before.files:
-        if labels[name] != label:
+    labels = {row.name: row.label for row in now.rows}
+    for row in before.rows:
+        if labels[row.name] != row.label:
             raise ConfigError(
-                f"--out: {shown(out)} was made with other labels: {shown(name)} has label {label} there, and "
-                f"{labels[name]} now; choose another folder, or delete it"
+                f"--out: {shown(out)} was made with other labels: {shown(row.name)} has label {row.label} there, and "
+                f"{labels[row.name]} now; choose another folder, or delete it"
             )
-
-
-def _extended(before: ImageList, now: ImageList, added: set[str]) -> ImageList:
-    """Return `before` with the images `added` as one more batch."""
-    batch = _shuffled(now.classes, [row for row in now.rows() if row[0] in added], len(before.batches))
-    return image_list(now.classes, before.rows() + batch.rows(), before.batches + batch.batches)
 
 
 def _first_list(now: ImageList, out: Path) -> ImageList | None:
@@ -190,23 +175,16 @@ def _first_list(now: ImageList, out: Path) -> ImageList | None:
     begun = begun_recipe(out)
     if begun is None or begun.get("content") in now.contents():
         return None
-    rows = [row for row in now.rows() if os.path.splitext(row[0])[1].lower() in FIRST_ENDINGS]
+    rows = [row for row in now.rows if os.path.splitext(row.name)[1].lower() in FIRST_ENDINGS]
     first = _shuffled(now.classes, rows, batch=0)
     return first if begun.get("content") in first.contents() else None
 
 
 def _shuffled(classes: tuple[str, ...], rows: list[ImageRow], batch: int) -> ImageList:
     """Return the list of one batch, sorted by label and name, then shuffled with a key made of the batch's number."""
-    ordered = sorted(rows, key=lambda row: (row[1], row[0]))
+    ordered = sorted(rows, key=lambda row: (row.label, row.name))
     order = randomness.permutation(randomness.keys(batch, Purpose.PREPARATION_ORDER), len(rows))
-    return image_list(classes, [ordered[position] for position in order], (len(rows),))
-
-
-def _listed_source(
-    facts: DatasetFacts, recipe: dict[str, Any], root: Path, reading: Reading, images: ImageList
-) -> FolderSource:
-    recipe = {**recipe, "content": images.contents()[-1]}
-    return FolderSource(facts, recipe, root, images.files, images.sizes, reading, images)
+    return ImageList(classes, tuple(ordered[position] for position in order), (len(rows),))
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

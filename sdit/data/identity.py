@@ -17,7 +17,7 @@ from pydantic import (
 from sdit.config import ModelConfig
 from sdit.data.classes import Classes, class_differences
 from sdit.data.index import DatasetFacts
-from sdit.data.latent_stats import LatentStatistics, without_statistics
+from sdit.data.latent_stats import LatentStatistics
 from sdit.errors import CheckpointError
 
 SHOWN_DIGITS = 12  # of a fingerprint in a message
@@ -41,7 +41,11 @@ class DataIdentity(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_null(self, serialise: SerializerFunctionWrapHandler) -> Any:
-        return without_statistics(serialise(self))
+        """Leave out `latent_stats` if it is null, as older versions did."""
+        values = serialise(self)
+        if isinstance(values, dict) and values.get("latent_stats", 0) is None:
+            del values["latent_stats"]
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> DataIdentity:
@@ -54,15 +58,8 @@ class DataIdentity(BaseModel):
     @classmethod
     def of(cls, facts: DatasetFacts, fingerprint: str, latent_stats: LatentStatistics | None = None) -> DataIdentity:
         """Return the identity of an open data set whose latents are normalised by `latent_stats`."""
-        return cls(
-            fingerprint=fingerprint,
-            kind=facts.kind,
-            total=facts.total,
-            classes=facts.classes,
-            class_names=facts.class_names,
-            empty_classes=facts.empty_classes,
-            latent_stats=latent_stats,
-        )
+        shared = facts.model_dump(include={"kind", "total", "classes", "class_names", "empty_classes"})
+        return cls(fingerprint=fingerprint, latent_stats=latent_stats, **shared)
 
     @property
     def labels(self) -> Classes:
@@ -93,7 +90,7 @@ def stored_identity(value: Any, where: str) -> DataIdentity | None:
         return DataIdentity.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(["data", *(str(name) for name in first["loc"])])
+        key = ".".join(["data", *map(str, first["loc"])])
         raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,37 +22,19 @@ from sdit.errors import DataError
 
 MAX_PIXELS = 2**26  # a 200 MB RGB image; the header of a small file can claim far more
 FILE_FORMATS = {
-    "png": "PNG",
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "jpe": "JPEG",
-    "jfif": "JPEG",
-    "webp": "WEBP",
-    "gif": "GIF",
-    "bmp": "BMP",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-    "ppm": "PPM",
-    "pgm": "PPM",
-}
+    "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "webp": "WEBP", "gif": "GIF",
+    "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM",
+}  # fmt: skip
 _PILLOW_FORMATS = sorted(set(FILE_FORMATS.values()))
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 # Errors of one file. Any other error number means that the file system failed, not the file.
-FILE_ERRORS = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.ELOOP,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENAMETOOLONG,
-        errno.ENXIO,
-        errno.EINVAL,  # Pillow seeks to a negative offset that the file names
-        errno.EOVERFLOW,
-    }
-)
+# EINVAL: Pillow seeks to a negative offset that the file names.
+FILE_ERRORS = frozenset({
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL,
+    errno.EOVERFLOW,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,11 @@ class Reading:
 
     background: tuple[int, int, int] | None = None
     exif: bool = False
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The options as JSON, as an index stores them."""
+        return {"background": None if self.background is None else list(self.background), "exif": self.exif}
 
 
 AS_ADM = Reading()
@@ -78,7 +66,8 @@ def read_image(path: Path, size: int, channels: int, reading: Reading = AS_ADM) 
         OSError: if the file system fails.
     """
     with _opened(path) as image:
-        return _square(image, path, size, channels, reading)
+        _refuse_too_large(path, image.size, size)
+        return square_pixels(image, size, channels, reading)
 
 
 def decode_image(data: bytes, name: str, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
@@ -89,11 +78,12 @@ def decode_image(data: bytes, name: str, size: int, channels: int, reading: Read
     if not data:
         raise DataError(f"{shown(name)}: cannot be decoded: the file is empty")
     with _pillow_errors(name), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-        return _square(image, name, size, channels, reading)
+        _refuse_too_large(name, image.size, size)
+        return square_pixels(image, size, channels, reading)
 
 
-def _square(image: Image.Image, name: object, size: int, channels: int, reading: Reading) -> np.ndarray:
-    _refuse_too_large(name, image.size, size)
+def square_pixels(image: Image.Image, size: int, channels: int, reading: Reading = AS_ADM) -> np.ndarray:
+    """Return the central square of an image, (C, size, size) uint8."""
     pixels = np.asarray(center_crop(eight_bits(image, channels, reading), size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

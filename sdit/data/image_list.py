@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdit.data.names import shown
 from sdit.errors import ConfigError
 from sdit.files import replacing
 
 IMAGE_LIST_NAME = "images.jsonl"
-ImageRow = tuple[str, int, int, int]  # name, label, bytes, time of its last change in ns
 UNKNOWN = -1  # bytes and time of a file that cannot be reached, such as a broken link
+
+
+class ImageRow(NamedTuple):
+    """One image: its path under the root, its label, its size in bytes and the time of its last change in ns."""
+
+    name: str
+    label: int
+    size: int
+    time: int
 
 
 @dataclass(frozen=True)
@@ -40,29 +47,19 @@ class Changes:
 
     def __str__(self) -> str:
         def counted(names: list[str], word: str) -> str:
-            return f"{len(names)} {word}" + (
-                f" ({shown(names[0])}{', ...' if len(names) > 1 else ''})" if names else ""
-            )
+            first = f" ({shown(names[0])}{', ...' if len(names) > 1 else ''})" if names else ""
+            return f"{len(names)} {word}{first}"
 
         return f"{counted(self.added, 'added')}, {counted(self.gone, 'gone')}, {counted(self.changed, 'changed')}"
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images `files` (name, label) of `classes`, with their `sizes` in bytes and `times` in ns.
-
-    `batches` holds the number of images of each batch.
-    """
+    """The images `rows` of `classes`. `batches` holds the number of images of each batch."""
 
     classes: tuple[str, ...]
-    files: tuple[tuple[str, int], ...]
-    sizes: tuple[int, ...]
-    times: tuple[int, ...]
+    rows: tuple[ImageRow, ...]
     batches: tuple[int, ...]
-
-    def rows(self) -> list[ImageRow]:
-        """Return name, label, size and time of each image."""
-        return [(*file, size, time) for file, size, time in zip(self.files, self.sizes, self.times, strict=True)]
 
     def contents(self) -> tuple[str, ...]:
         """Return, for each batch, a fingerprint of the names, labels and sizes up to the end of that batch.
@@ -70,7 +67,7 @@ class ImageList:
         The bytes of the files are not included because reading all files twice takes too long.
         """
         digest = hashlib.sha256()
-        rows = iter(self.rows())
+        rows = iter(self.rows)
         found = []
         for count in self.batches:
             for name, label, size, _ in islice(rows, count):
@@ -80,26 +77,14 @@ class ImageList:
 
     def changes(self, now: ImageList) -> Changes:
         """Return the differences from this list to the list `now`."""
-        before = {name: (size, time) for name, _, size, time in self.rows()}
-        after = {name: (size, time) for name, _, size, time in now.rows()}
-        both = sorted(before.keys() & after.keys())
+        before, after = ({row.name: row for row in each.rows} for each in (self, now))
+        both = [(before[name], after[name]) for name in sorted(before.keys() & after.keys())]
         return Changes(
             added=sorted(after.keys() - before.keys()),
             gone=sorted(before.keys() - after.keys()),
-            changed=[name for name in both if before[name][0] != after[name][0]],
-            rewritten=[name for name in both if before[name][0] == after[name][0] and before[name] != after[name]],
+            changed=[old.name for old, new in both if old.size != new.size],
+            rewritten=[old.name for old, new in both if old.size == new.size and old.time != new.time],
         )
-
-
-def image_list(classes: tuple[str, ...], rows: Sequence[ImageRow], batches: tuple[int, ...]) -> ImageList:
-    """Return the list of the given rows, in their order."""
-    return ImageList(
-        classes,
-        tuple((name, label) for name, label, _, _ in rows),
-        tuple(size for _, _, size, _ in rows),
-        tuple(time for _, _, _, time in rows),
-        batches,
-    )
 
 
 def read_image_list(folder: Path) -> ImageList | None:
@@ -115,7 +100,7 @@ def read_image_list(folder: Path) -> ImageList | None:
         batches = tuple(map(int, head["batches"]))
         if sum(batches) != len(rows):
             raise ValueError("its batches do not add up")
-        return image_list(tuple(map(str, head["classes"])), rows, batches)
+        return ImageList(tuple(map(str, head["classes"])), tuple(rows), batches)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -124,7 +109,7 @@ def read_image_list(folder: Path) -> ImageList | None:
 
 def _row(values: Any) -> ImageRow:
     name, label, size, time = values
-    return str(name), int(label), int(size), int(time)
+    return ImageRow(str(name), int(label), int(size), int(time))
 
 
 def write_image_list(folder: Path, images: ImageList) -> None:
@@ -133,5 +118,5 @@ def write_image_list(folder: Path, images: ImageList) -> None:
         return
     with replacing(folder / IMAGE_LIST_NAME) as file:
         file.write(json.dumps({"version": 1, "classes": images.classes, "batches": images.batches}).encode() + b"\n")
-        for row in images.rows():
+        for row in images.rows:
             file.write(json.dumps(row).encode() + b"\n")

@@ -19,11 +19,13 @@ INDEX_NAME = "index.json"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Record(BaseModel):
+class StrictRecord(BaseModel):
+    """A record without fields that are not declared, and without conversion of types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DatasetFacts(_Record):
+class DatasetFacts(StrictRecord):
     """The properties that all samples of a data set share."""
 
     kind: Literal["images", "latents"]
@@ -48,7 +50,7 @@ class DatasetFacts(_Record):
         return self
 
 
-class FileRecord(_Record):
+class FileRecord(StrictRecord):
     """One file of samples: name, size in bytes, checksum and number of samples."""
 
     name: str
@@ -63,7 +65,7 @@ class ShardRecord(FileRecord):
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
 
 
-class DatasetIndex(_Record):
+class DatasetIndex(StrictRecord):
     """The contents of index.json.
 
     `recipe` says what the folder was made from. A preparation continues only if its recipe is the same.
@@ -89,15 +91,8 @@ class DatasetIndex(_Record):
 
         It does not depend on the location of the folder, and no shard is read. Equal fingerprints give the same run.
         """
-        facts = self.facts
-        content = {
-            "kind": facts.kind,
-            "channels": facts.channels,
-            "size": facts.size,
-            "classes": facts.classes,
-            "class_names": facts.class_names,
-            "shards": [(shard.sha256, shard.samples) for shard in self.shards],
-        }
+        content = self.facts.model_dump(include={"kind", "channels", "size", "classes", "class_names"})
+        content["shards"] = [(shard.sha256, shard.samples) for shard in self.shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -129,15 +124,13 @@ def read_json_model(path: Path, kind: type[Model], how_to_write: Callable[[], st
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(name) for name in first["loc"]) or "file"
+        where = ".".join(map(str, first["loc"])) or "file"
         raise DataError(f"{path}: {where}: {first['msg']}; {how_to_mend}") from None
 
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
     """Write index.json atomically. It is written last, so a folder with an index is complete."""
-    facts = index.facts
-    unused = {
-        name for name in ("empty_classes", "latent_stats") if not getattr(facts, name)
-    }  # older versions refuse them
+    # Older versions refuse these fields.
+    unused = {name for name in ("empty_classes", "latent_stats") if not getattr(index.facts, name)}
     with replacing(folder / INDEX_NAME) as file:
         file.write(index.model_dump_json(indent=1, exclude={"facts": unused} if unused else None).encode() + b"\n")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from sdit.data.index import INDEX_NAME, FileRecord, ShardRecord, read_index
+from sdit.data.index import INDEX_NAME, FileRecord, read_index
 from sdit.errors import ConfigError
 from sdit.files import naming
 
@@ -21,11 +20,8 @@ JOURNAL_NAME = "progress.jsonl"
 Recipe = dict[str, Any]
 AnyRecord = TypeVar("AnyRecord", bound=FileRecord)
 SomeRecord = TypeVar("SomeRecord", bound=FileRecord, covariant=True)
-UNRECORDED = {
-    "background": None,
-    "exif": False,
-    "numeric_classes": False,
-}  # the behaviour of versions without these keys
+# The behaviour of versions without these keys.
+UNRECORDED = {"background": None, "exif": False, "numeric_classes": False}
 FREE = frozenset({"skip_bad"})  # keys that may change between two commands: finished shards are kept
 
 
@@ -37,18 +33,6 @@ class Index(Protocol[SomeRecord]):
 
     @property
     def shards(self) -> Sequence[SomeRecord]: ...
-
-
-@dataclass(frozen=True)
-class IndexFormat(Generic[AnyRecord]):
-    """An index file `name`, the function that reads it from its folder, and the type of its records."""
-
-    name: str
-    read: Callable[[Path], Index[AnyRecord]]
-    record: type[AnyRecord]
-
-
-SHARDS = IndexFormat(INDEX_NAME, read_index, ShardRecord)
 
 
 class Journal(Generic[AnyRecord]):
@@ -68,22 +52,27 @@ class Journal(Generic[AnyRecord]):
 
 @contextmanager
 def opened_journal(
-    folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str] = ()
+    folder: Path, recipe: Recipe, kind: type[AnyRecord], index: Index[AnyRecord] | None, earlier: Sequence[str] = ()
 ) -> Iterator[Journal[AnyRecord]]:
     """Open the folder's journal and lock it against other processes. Remove it if the block ends without an error.
 
-    `form` is the index that the preparation ends with.
+    `kind` is the type of its records. `index` is the folder's index if an earlier preparation finished.
     `earlier` are fingerprints of the contents that the new recipe's content begins with.
 
     Raises: ConfigError: if the folder was made by another recipe, or another process writes it.
     """
-    finished = _finished_by_index(folder, recipe, form, earlier)
+    finished = {}
+    if index is not None:
+        _refuse_other_recipe(folder, index.recipe, recipe, earlier)
+        finished = {record.name: record for record in index.shards}
     with (folder / JOURNAL_NAME).open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--out: {folder} is being written by another process") from None
-        yield Journal(file, finished | _finished_by_journal(file, folder, recipe, form, earlier))
+        begun, records = _journal_content(file, recipe, kind)
+        _refuse_other_recipe(folder, begun, recipe, earlier)
+        yield Journal(file, finished | {record.name: record for record in records})
         (folder / JOURNAL_NAME).unlink()
 
 
@@ -99,37 +88,20 @@ def begun_recipe(folder: Path) -> Recipe | None:
     return begun if isinstance(begun, dict) else None
 
 
-def _finished_by_index(
-    folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str]
-) -> dict[str, AnyRecord]:
-    if not (folder / form.name).exists():
-        return {}
-    index = form.read(folder)
-    _refuse_other_recipe(folder, index.recipe, recipe, earlier)
-    return {record.name: record for record in index.shards}
-
-
-def _finished_by_journal(
-    file: BinaryIO, folder: Path, recipe: Recipe, form: IndexFormat[AnyRecord], earlier: Sequence[str]
-) -> dict[str, AnyRecord]:
-    """Return the journal's records. An incomplete last line is removed. An empty journal gets its first line."""
+def _journal_content(file: BinaryIO, recipe: Recipe, kind: type[AnyRecord]) -> tuple[Recipe, list[AnyRecord]]:
+    """Return the journal's recipe and records. An incomplete last line is removed. An empty journal gets its first line."""
     file.seek(0)
     text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
     file.truncate(len(whole))
     if not whole:
         _append(file, json.dumps(recipe))
-        return {}
+        return recipe, []
     first, *lines = whole.splitlines()
     try:
-        begun = json.loads(first)
-        records = [form.record.model_validate_json(line) for line in lines]
+        return json.loads(first), [kind.model_validate_json(line) for line in lines]
     except (ValueError, ValidationError):
-        raise ConfigError(
-            f"--out: {folder / JOURNAL_NAME} cannot be read; delete it, or choose another folder"
-        ) from None
-    _refuse_other_recipe(folder, begun, recipe, earlier)
-    return {record.name: record for record in records}
+        raise ConfigError(f"--out: {file.name} cannot be read; delete it, or choose another folder") from None
 
 
 def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe, earlier: Sequence[str]) -> None:

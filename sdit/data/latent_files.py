@@ -5,32 +5,22 @@ N latents, C channels, H = W size, O orientations. Source: hustvl/LightningDiT, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sdit.data.decode import encode_moments
-from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
 from sdit.data.record_labels import LabelColumn, as_label, label_column
-from sdit.data.records import RECORD, Listing, Named
-from sdit.data.shards import Encoded
-from sdit.data.sources import SourceImage
+from sdit.data.records import Listing, Named, row_table
 from sdit.errors import CheckpointError, DataError
 from sdit.safetensors_file import StoredTensor, read_header
 
 LATENTS, MIRRORED, LABELS = "latents", "latents_flip", "labels"
 NO_VARIANCE = -300.0  # exp(-150) is 0 in float32, so a draw from the posterior is the latent itself
-_TYPES: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F64": np.dtype("<f8"),
-}
-_INTEGERS: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_INTEGERS = {"I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +43,7 @@ class LatentFile:
     def list_records(self) -> Listing:
         tensors = self._tensors()
         count = tensors[LATENTS].shape[0]
-        table = np.zeros(count, RECORD)
-        table["row"] = np.arange(count)
+        table = row_table(count)
         if self.unlabelled or LABELS not in tensors:
             return Listing(table, LabelColumn(np.zeros(count, np.int64), has_labels=False))
         values = [as_label(value) for value in _mapped(self.path, tensors[LABELS], _INTEGERS).tolist()]
@@ -97,24 +86,7 @@ class LatentFile:
         return tensors
 
 
-@dataclass(frozen=True)
-class LatentCopier:
-    """An encoder that stores moments as they are."""
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        return {"stored": "moments"}
-
-    def facts(self, images: DatasetFacts) -> DatasetFacts:
-        return images
-
-    def encode(self, images: Iterable[SourceImage]) -> Iterator[tuple[str, Encoded]]:
-        for image in images:
-            assert isinstance(image.pixels, np.ndarray)  # `prepare` removed the records that cannot be used
-            yield image.key, {"npy": encode_moments(image.pixels), "cls": str(image.label).encode()}
-
-
-def _mapped(path: Path, tensor: StoredTensor, types: dict[str, np.dtype]) -> np.ndarray:
+def _mapped(path: Path, tensor: StoredTensor, types: dict[str, str]) -> np.ndarray:
     """Return a tensor without reading it."""
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, types[tensor.dtype])

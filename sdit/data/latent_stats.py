@@ -164,7 +164,10 @@ def _arrays(path: Path) -> Mapping[str, Any]:
             raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
     if path.suffix == ".json":
         value = parse_json(read_regular(path), str(path), "JSON", JSON_DEPTH)
-        return _of_index(value) if isinstance(value, dict) and "facts" in value else value
+        if not isinstance(value, dict) or "facts" not in value:
+            return value
+        mean, std = LatentStatistics.model_validate(value["facts"]["latent_stats"]).arrays
+        return {"mean": mean, "std": std}
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -177,16 +180,3 @@ def _arrays(path: Path) -> Mapping[str, Any]:
 
         tensors = load_tensors(path)
     return {name: tensors[name].detach().double().numpy() for name in ("mean", "std", "var") if name in tensors}
-
-
-def _of_index(index: dict[str, Any]) -> dict[str, Any]:
-    stored = LatentStatistics.model_validate(index["facts"]["latent_stats"])
-    mean, std = stored.arrays
-    return {"mean": mean, "std": std}
-
-
-def without_statistics(values: Any) -> Any:
-    """Return JSON values of a record without the field `latent_stats` if it is null, as older versions wrote them."""
-    if isinstance(values, dict) and values.get("latent_stats", 0) is None:
-        return {key: value for key, value in values.items() if key != "latent_stats"}
-    return values

@@ -9,11 +9,10 @@ import math
 
 import numpy as np
 
+from sdit.data.bad_samples import BadSample
 from sdit.data.decode import DecodedSamples, moments_layout, moments_shape
-from sdit.data.faults import BadSample
 from sdit.data.index import DatasetFacts
-from sdit.data.sample_spans import SampleSpans
-from sdit.data.tar_headers import BLOCK
+from sdit.data.tar_headers import BLOCK, SampleSpans
 
 LABEL_DIGITS = 9
 

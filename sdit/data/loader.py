@@ -6,11 +6,10 @@ B samples, C channels, H = W size, O orientations. The sample of a run index dep
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -18,11 +17,10 @@ import numpy as np
 from sdit import randomness
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch, SampleKey
-from sdit.data.bad_samples import BadSampleCounter
+from sdit.data.bad_samples import BadSample, BadSampleCounter, BadShard
 from sdit.data.cache import ShardCache
 from sdit.data.dataset import Dataset, Shard, check_fit, latent_stats_of, open_dataset
 from sdit.data.decode import Sample
-from sdit.data.faults import BadSample, BadShard
 from sdit.data.identity import DataIdentity
 from sdit.data.latent_stats import LatentScaling, LatentStatistics
 from sdit.data.order import KeyColumns, SampleOrder
@@ -51,7 +49,10 @@ def build_loader(data: DataConfig, model: ModelConfig, seed: int, ranks: int = 1
 
 
 class Loader:
-    """Reads samples by run index. It is a context manager, and `close` ends its threads."""
+    """Reads samples by run index. It is a context manager, and `close` ends its threads.
+
+    `bad_samples` counts the samples that were replaced so far. `shards` holds the open shards.
+    """
 
     def __init__(
         self, dataset: Dataset, data: DataConfig, seed: int, ranks: int = 1, labelled: bool = True,
@@ -64,41 +65,16 @@ class Loader:
         self._labelled = labelled
         self._scaling = LatentScaling(data.latent_scale, latent_stats)
         self._order = SampleOrder(dataset.counts, data.streams, seed)
-        self._bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
+        self.bad_samples = BadSampleCounter(data.max_bad_fraction, dataset.facts.total)
         # A rank reads strided indices, so it touches this many streams. Each stream may be between two shards.
         streams = data.streams // math.gcd(data.streams, ranks)
-        self._shards = ShardCache(self._open, capacity=2 * streams + 2)
+        self.shards = ShardCache(self._open, capacity=2 * streams + 2)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="sdit-data")
 
     @property
     def identity(self) -> DataIdentity:
         """The identity of the data set."""
         return DataIdentity.of(self._dataset.facts, self._dataset.fingerprint, self._scaling.statistics)
-
-    @property
-    def bad_samples(self) -> Counter[str]:
-        """The number of samples that were replaced so far, by reason."""
-        return self._bad_samples.by_reason
-
-    @property
-    def bad_in_epoch(self) -> int:
-        """The number of samples that this rank replaced in the newest epoch that had any."""
-        return self._bad_samples.in_latest_epoch
-
-    @property
-    def newest_fault(self) -> str:
-        """The newest sample that this rank could not use, and the reason. Empty if there was none."""
-        return self._bad_samples.newest_fault
-
-    @property
-    def bad_allowed(self) -> float:
-        """The number of bad samples that an epoch may have, over all ranks."""
-        return self._bad_samples.allowed
-
-    @property
-    def shard_opens(self) -> int:
-        """The number of shards read from storage so far."""
-        return self._shards.opens
 
     def read(self, indices: np.ndarray) -> RawBatch:
         """Return the samples of the run indices (B,) int64. They are decoded in the calling thread."""
@@ -133,9 +109,7 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, shard: int) -> Shard | BadShard:
@@ -156,7 +130,7 @@ class Loader:
         values = np.empty((count, channels, facts.size, facts.size), np.float32 if is_latents else np.uint8)
         labels = np.empty(count, dtype=np.int64)
         is_read = np.zeros(count, dtype=np.bool_)
-        opened = {shard: self._shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
+        opened = {shard: self.shards.get(shard) for shard in dict.fromkeys(keys.shard.tolist())}
         for number, shard in opened.items():
             if isinstance(shard, BadShard) or shard.decoded is None:
                 continue
@@ -179,12 +153,12 @@ class Loader:
     def _sample(self, key: SampleKey, shard: Shard | BadShard) -> Sample:
         """Return the sample of a key. If it cannot be used, return a substitute that is the same on each rank."""
         if isinstance(shard, BadShard):
-            self._bad_samples.record(key, shard)
+            self.bad_samples.record(key, shard)
             return self._substitute(key)
         try:
             return shard.sample(key.member)
         except (BadSample, BadShard) as fault:
-            self._bad_samples.record(key, fault)
+            self.bad_samples.record(key, fault)
             return self._substitute(key)
 
     def _substitute(self, key: SampleKey) -> Sample:
@@ -195,7 +169,7 @@ class Loader:
         Raises: DataError: if no sample of the data set can be read.
         """
         for start in chain([key], self._order.neighbours(key)):
-            shard = self._shards.get(start.shard)
+            shard = self.shards.get(start.shard)
             if isinstance(shard, BadShard):
                 continue
             for candidate in chain([start], self._order.substitutes(start)):

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdit.data.names import shown
 from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
-from sdit.data.records import RECORD, Listing, Named
+from sdit.data.records import Listing, Named, row_table
 from sdit.data.zip_records import read_local_header
 from sdit.errors import DataError
 
@@ -36,8 +36,7 @@ class NpzArchive:
     def list_records(self) -> Listing:
         images, labels = self._names()
         count = len(pixels_of(self.path, images))
-        table = np.zeros(count, RECORD)
-        table["row"] = np.arange(count)
+        table = row_table(count)
         if labels is None or self.unlabelled:
             return Listing(table, LabelColumn(np.zeros(count, np.int64), has_labels=False))
         array = _array(self.path, labels)
@@ -52,9 +51,9 @@ class NpzArchive:
         return Listing(table, label_column(values, self.path), faults)
 
     @property
-    def image_name(self) -> str:
-        """The name of the array of images."""
-        return self._names()[0]
+    def pixels(self) -> np.ndarray:
+        """The images, see `pixels_of`. Raises: DataError: if the file cannot be read."""
+        return pixels_of(self.path, self._names()[0])
 
     def _names(self) -> tuple[str, str | None]:
         try:
@@ -72,7 +71,7 @@ class NpzArchive:
         )
 
     def read(self, records: np.ndarray) -> Iterator[Named]:
-        pixels = pixels_of(self.path, self.image_name)
+        pixels = self.pixels
         for row in records["row"].tolist():
             yield f"{self.path}: image {row}", np.ascontiguousarray(pixels[row])
 
@@ -125,12 +124,3 @@ def _mapped(path: Path, name: str) -> np.ndarray | None:
         if column_major or dtype != np.uint8 or not whole or start + member.file_size > os.fstat(file.fileno()).st_size:
             return None
         return np.memmap(path, dtype, "r", file.tell(), shape)
-
-
-def image_sides(archive: NpzArchive) -> tuple[int, int]:
-    """Return height and width of the images in pixels.
-
-    Raises: DataError: if the file cannot be read.
-    """
-    pixels = pixels_of(archive.path, archive.image_name)
-    return pixels.shape[1], pixels.shape[2]

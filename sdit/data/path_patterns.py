@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,14 +28,10 @@ def matching_files(patterns: Sequence[str], suffixes: Sequence[str], option: str
     Raises: ConfigError: if a pattern matches no file, names a file twice, or a folder holds several splits. The message
         names `option`.
     """
-    found: list[Path] = []
-    for pattern in patterns:
-        found += _matches(pattern, suffixes, option)
-    seen: set[Path] = set()
-    for path in found:
-        if path in seen:
+    found = [path for pattern in patterns for path in _matches(pattern, suffixes, option)]
+    for path, count in Counter(found).items():
+        if count > 1:
             raise ConfigError(f"{option}: {shown(path)} is named twice; legal: each file once")
-        seen.add(path)
     return found
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from sdit.data.bad_samples import BadSample, BadShard
+from sdit.data.dataset import Shard
 from sdit.data.encoders import Encoder
-from sdit.data.faults import BadSample, BadShard
 from sdit.data.image_list import write_image_list
 from sdit.data.index import INDEX_NAME, DatasetFacts, DatasetIndex, ShardRecord, read_index, write_index
-from sdit.data.journal import SHARDS, Journal, Recipe, opened_journal
+from sdit.data.journal import Journal, Recipe, opened_journal
 from sdit.data.measure_latents import measure_latents
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.shards import is_intact, read_shard, write_shard
 from sdit.data.sources import ImageSource, SourceImage
+from sdit.data.tar_index import TarIndex, read_tar_index
+from sdit.data.tars_in_place import TarsInPlace
 from sdit.errors import DataError
 
+VERIFY_SIZE = 32  # pixels of the images of tars that --verify decodes
 _log = logging.getLogger(__name__)
 
 
@@ -58,14 +62,9 @@ class _Finished:
 
 
 def prepare(
-    source: ImageSource,
-    encoder: Encoder,
-    out: Path,
-    samples_per_shard: int = 1024,
-    jobs: int = 1,
-    skip_bad: bool = False,
-    allow_empty_classes: bool = False,
-) -> Summary:
+    source: ImageSource, encoder: Encoder, out: Path, samples_per_shard: int = 1024, jobs: int = 1,
+    skip_bad: bool = False, allow_empty_classes: bool = False,
+) -> Summary:  # fmt: skip
     """Write `source` into the folder `out`. Intact shards of an earlier preparation are kept.
 
     The number of processes, `jobs`, does not change a byte.
@@ -79,19 +78,23 @@ def prepare(
     recipe = {**source.recipe, **encoder.recipe, "samples_per_shard": samples_per_shard, "skip_bad": skip_bad}
     out.mkdir(parents=True, exist_ok=True)
     earlier = () if source.listing is None else source.listing.contents()[:-1]
-    with opened_journal(out, recipe, SHARDS, earlier) as journal, _progress_bar(len(source)) as bar:
+    before = read_index(out) if (out / INDEX_NAME).exists() else None
+    with opened_journal(out, recipe, ShardRecord, before, earlier) as journal, _progress_bar(len(source)) as bar:
         if source.listing is not None:
             write_image_list(out, source.listing)
-        tasks = _tasks(source, encoder, out, samples_per_shard, journal.finished, facts, skip_bad)
+        tasks = (
+            _Task(out / name, source.subset(first, last), encoder, journal.finished.get(name), facts, skip_bad)
+            for name, first, last in _shards(source, samples_per_shard)
+        )
         finished = _collect(run_tasks(_finish, tasks, jobs), journal, bar)
-        if not allow_empty_classes:
-            _refuse_emptied_classes(source, finished)
         present = frozenset[int]().union(*(result.labels for result in finished))
+        if not allow_empty_classes:
+            _refuse_emptied_classes(source, finished, present)
         index = _index(facts, recipe, [result.record for result in finished if result.record is not None], present)
         if facts.kind == "latents":
             measured = index.facts.model_copy(update={"latent_stats": measure_latents(out, index.shards, index.facts)})
             index = index.model_copy(update={"facts": measured})
-        if not (out / INDEX_NAME).exists() or read_index(out) != index:
+        if index != before:
             write_index(out, index)
     kept = sum(result.kept for result in finished)
     return Summary(len(index.shards) - kept, kept, len(source) - index.facts.total, index)
@@ -123,27 +126,13 @@ def verify(folder: Path, jobs: int = 1) -> tuple[DatasetIndex, list[str]]:
     return index, sorted(problems)
 
 
-def _tasks(
-    source: ImageSource,
-    encoder: Encoder,
-    out: Path,
-    samples_per_shard: int,
-    finished: dict[str, ShardRecord],
-    facts: DatasetFacts,
-    skip_bad: bool,
-) -> Iterator[_Task]:
-    batches = (len(source),) if source.listing is None else source.listing.batches
-    for number, (first, last) in enumerate(_ranges(batches, samples_per_shard)):
-        name = f"shard-{number:06d}.tar"
-        yield _Task(out / name, source.subset(first, last), encoder, finished.get(name), facts, skip_bad)
-
-
-def _ranges(batches: Iterable[int], samples_per_shard: int) -> Iterator[tuple[int, int]]:
-    """Yield the first position and the end of each shard. A shard never holds images of two batches."""
-    start = 0
-    for count in batches:
+def _shards(source: ImageSource, samples_per_shard: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, the first position and the end of each shard. A shard never holds images of two batches."""
+    start = number = 0
+    for count in (len(source),) if source.listing is None else source.listing.batches:
         for first in range(start, start + count, samples_per_shard):
-            yield first, min(first + samples_per_shard, start + count)
+            yield f"shard-{number:06d}.tar", first, min(first + samples_per_shard, start + count)
+            number += 1
         start += count
 
 
@@ -181,12 +170,11 @@ def _readable(task: _Task, skipped: list[str], labels: set[int]) -> Iterator[Sou
             raise DataError(f"{image.pixels}; --skip-bad leaves out what cannot be read")
 
 
-def _refuse_emptied_classes(source: ImageSource, finished: list[_Finished]) -> None:
+def _refuse_emptied_classes(source: ImageSource, finished: list[_Finished], present: frozenset[int]) -> None:
     """Check that each class has at least one readable image.
 
     Raises: DataError: if a class has none.
     """
-    present = frozenset[int]().union(*(result.labels for result in finished))
     emptied = sorted(frozenset(map(int, source.labels)) - present)
     if not emptied:
         return
@@ -214,18 +202,34 @@ def _index(facts: DatasetFacts, recipe: Recipe, shards: list[ShardRecord], prese
 
 
 def _verify_shard(task: tuple[Path, ShardRecord, DatasetFacts]) -> tuple[int, list[str]]:
-    folder, record, facts = task
-    try:
-        shard = read_shard(folder, record, facts)
-    except BadShard as fault:
-        return record.samples, [str(fault)]
+    return task[1].samples, _problems(lambda: read_shard(*task))
+
+
+def verify_tars(folder: Path, jobs: int = 1) -> tuple[TarIndex, list[str]]:
+    """Return the folder's index and one line for each tar and image that does not match it. Each image is decoded."""
+    index = read_tar_index(folder)
+    tasks = [(folder, number) for number in range(len(index.shards))]
+    return index, sorted(problem for found in run_tasks(_verify_tar, tasks, jobs) for problem in found)
+
+
+def _verify_tar(task: tuple[Path, int]) -> list[str]:
+    folder, number = task
+    return _problems(lambda: TarsInPlace(folder, VERIFY_SIZE, channels=3).open(number))
+
+
+def _problems(open_shard: Callable[[], Shard]) -> list[str]:
+    """Return one line for each bad sample of a shard, and one if the shard itself is bad."""
     problems = []
-    for member in range(len(shard)):
-        try:
-            shard.sample(member)
-        except BadSample as fault:
-            problems.append(str(fault))
-    return record.samples, problems
+    try:
+        shard = open_shard()
+        for member in range(len(shard)):
+            try:
+                shard.sample(member)
+            except BadSample as fault:
+                problems.append(str(fault))
+    except BadShard as fault:
+        problems.append(str(fault))
+    return problems
 
 
 def _progress_bar(samples: int) -> tqdm:

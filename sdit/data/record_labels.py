@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -47,13 +47,13 @@ class LabelColumn:
     has_labels: bool = True
 
 
+def _is_text(label: int | str | None) -> TypeGuard[str]:
+    return isinstance(label, str) and not _NUMBER.fullmatch(label)
+
+
 def odd_labels(labels: Sequence[int | str | None]) -> dict[int, str]:
     """Return why labels cannot be used, by position: they are texts, and most labels of the archive are numbers."""
-    texts = {
-        position: label
-        for position, label in enumerate(labels)
-        if isinstance(label, str) and not _NUMBER.fullmatch(label)
-    }
+    texts = {position: label for position, label in enumerate(labels) if _is_text(label)}
     numbers = sum(label is not None for label in labels) - len(texts)
     if len(texts) >= numbers:
         return {}
@@ -61,7 +61,9 @@ def odd_labels(labels: Sequence[int | str | None]) -> dict[int, str]:
     return {position: f"has the label {shown(repr(text)[:40])}, {reason}" for position, text in texts.items()}
 
 
-def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNames = ()) -> LabelColumn:
+def label_column(
+    labels: Sequence[int | str | None], where: Path, names: ClassNames = (), has_labels: bool = True
+) -> LabelColumn:
     """Return the labels of an archive's records, each a number, a text, or None. Texts of digits are numbers.
 
     The labels that `odd_labels` returns count as None.
@@ -74,17 +76,17 @@ def label_column(labels: Sequence[int | str | None], where: Path, names: ClassNa
     for position, label in enumerate(labels):
         if label is None or position in odd:
             continue
-        if isinstance(label, int) or _NUMBER.fullmatch(label):
+        if _is_text(label):
+            values[position] = texts.setdefault(label, len(texts))
+        else:
             values[position] = int(label)
             numbers += 1
-        else:
-            values[position] = texts.setdefault(label, len(texts))
     if texts and numbers:
         raise DataError(
             f"{shown(where)}: some labels are numbers and others are texts such as {shown(next(iter(texts)))!r}; "
             "legal: only numbers, or only texts"
         )
-    return LabelColumn(values, tuple(texts), names)
+    return LabelColumn(values, tuple(texts), names, has_labels)
 
 
 def merged_labels(columns: Sequence[LabelColumn], given: ClassNames) -> tuple[np.ndarray, ClassNames, int]:

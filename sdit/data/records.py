@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sdit import randomness
-from sdit.data.image_file import AS_ADM, Reading, center_crop, decode_image, eight_bits
+from sdit.data.image_file import AS_ADM, Reading, decode_image, square_pixels
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
@@ -30,24 +30,26 @@ from sdit.randomness import Purpose
 RECORD = np.dtype(
     [("archive", "<i4"), ("row", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("label", "<i4")]
 )
-Content = (
-    bytes | np.ndarray | DataError
-)  # an encoded image, pixels (H, W) or (H, W, C) uint8, or the reason for neither
+# An encoded image, pixels (H, W) or (H, W, C) uint8, or the reason for neither.
+Content = bytes | np.ndarray | DataError
 Named = tuple[str, Content]  # with the name of the record for messages
 Faults = Mapping[tuple[int, int], str]  # by archive and row: why a record cannot be used
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The records of one archive: a `table` of dtype RECORD, their labels, and the `faults` of bad records by row.
-
-    `left_out` is the number of members that are no part of a record.
-    """
+    """The records of one archive: a `table` of dtype RECORD, their labels, and the `faults` of bad records by row."""
 
     table: np.ndarray
     labels: LabelColumn
     faults: Mapping[int, str] = field(default_factory=dict)
-    left_out: int = 0
+
+
+def row_table(count: int) -> np.ndarray:
+    """Return a table of records that their row in the archive identifies: 0..count-1."""
+    table = np.zeros(count, RECORD)
+    table["row"] = np.arange(count)
+    return table
 
 
 class Archive(Protocol):
@@ -79,10 +81,7 @@ class RecordSource:
     faults: Faults
     reading: Reading = AS_ADM
     start: int = 0
-
-    @property
-    def listing(self) -> None:
-        return None
+    listing = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -101,14 +100,15 @@ class RecordSource:
 
     def images(self) -> Iterator[SourceImage]:
         position = self.start
-        for run in _runs(self.records["archive"]):
-            records = self.records[run]
+        ends = (
+            np.flatnonzero(np.diff(self.records["archive"])) + 1
+        )  # of the records that follow one another in an archive
+        for records in np.split(self.records, ends) if len(self) else ():
             number = int(records["archive"][0])
-            usable = np.array([(number, row) not in self.faults for row in records["row"].tolist()], dtype=np.bool_)
-            contents = self.archives[number].read(records[usable])
-            for record, is_usable in zip(records, usable.tolist(), strict=True):
-                fault = self.faults.get((number, int(record["row"])), "")
-                name, content = next(contents) if is_usable else ("", DataError(fault))
+            faults = [self.faults.get((number, row), "") for row in records["row"].tolist()]
+            contents = self.archives[number].read(records[[not fault for fault in faults]])
+            for record, fault in zip(records, faults, strict=True):
+                name, content = ("", DataError(fault)) if fault else next(contents)
                 yield SourceImage(sample_key(position), self._pixels(content, name), int(record["label"]))
                 position += 1
 
@@ -120,26 +120,11 @@ class RecordSource:
                 warnings.simplefilter("ignore")  # of Pillow, about sizes, which are bounded, and about metadata
                 if isinstance(content, bytes):
                     return decode_image(content, name, self.facts.size, self.facts.channels, self.reading)
-                return _square(content, self.facts.size, self.facts.channels)
+                is_grey = content.ndim == 3 and content.shape[-1] == 1
+                image = Image.fromarray(content[..., 0] if is_grey else content)
+                return square_pixels(image, self.facts.size, self.facts.channels)
         except DataError as error:
             return error
-
-
-def _square(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """Return pixels (C, size, size) uint8 of pixels (H, W) or (H, W, C) uint8, cropped and resized as image files are."""
-    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-    square = np.asarray(center_crop(eight_bits(Image.fromarray(flat), channels), size))
-    return square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
-
-
-def _runs(archives: np.ndarray) -> Iterator[slice]:
-    """Yield the ranges of records that follow one another in the same archive."""
-    ends = [*(np.flatnonzero(np.diff(archives)) + 1).tolist(), len(archives)]
-    start = 0
-    for end in ends:
-        if end > start:
-            yield slice(start, end)
-        start = end
 
 
 @dataclass(frozen=True)
@@ -162,8 +147,7 @@ class RecordOptions:
         """The options that decide the images, as JSON."""
         if self.latents:
             return {"size": self.size, "channels": self.channels, "mirrored": self.mirrored}
-        background = None if self.reading.background is None else list(self.reading.background)
-        return {"size": self.size, "channels": self.channels, "background": background, "exif": self.reading.exif}
+        return {"size": self.size, "channels": self.channels, **self.reading.recipe}
 
 
 def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions, jobs: int = 1) -> RecordSource:
@@ -200,7 +184,7 @@ def record_source(archives: Sequence[Archive], kind: str, options: RecordOptions
 
 def list_archives(archives: Sequence[Archive], jobs: int) -> list[Listing]:
     """Return the records of each archive. `jobs` processes list them."""
-    found = dict(run_tasks(_numbered, list(enumerate(archives)), min(jobs, len(archives))))
+    found = dict(run_tasks(_numbered, enumerate(archives), min(jobs, len(archives))))
     return [found[number] for number in range(len(archives))]
 
 

@@ -14,12 +14,11 @@ from webdataset.tariterators import group_by_keys  # type: ignore[import-untyped
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
 from sdit.checked_files import NotRegularFile, read_regular
+from sdit.data.bad_samples import BadShard
 from sdit.data.decode import ALLOWED_SUFFIXES, DecodedSamples, Sample, decode_sample
-from sdit.data.faults import BadShard
 from sdit.data.index import DatasetFacts, ShardRecord
 from sdit.data.latents import decode_latents
-from sdit.data.sample_spans import SampleSpans, Spans, group_members
-from sdit.data.tar_headers import plain_members
+from sdit.data.tar_headers import SampleSpans, Spans, group_members, plain_members
 from sdit.files import replacing
 
 MAX_MEMBER_BYTES = 64 * 2**20

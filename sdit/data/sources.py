@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,17 +18,8 @@ from sdit.data.index import DatasetFacts
 from sdit.errors import ConfigError, DataError
 
 FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 FASHION_SIZE = 28
 IDX_MAX_BYTES = 2**30
 
@@ -89,18 +80,13 @@ class ArraySource:
     pixels: np.ndarray
     labels: np.ndarray
     start: int = 0
-
-    @property
-    def listing(self) -> None:
-        return None
+    listing = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def subset(self, first: int, last: int) -> ArraySource:
-        return ArraySource(
-            self.facts, self.recipe, self.pixels[first:last], self.labels[first:last], self.start + first
-        )
+        return replace(self, pixels=self.pixels[first:last], labels=self.labels[first:last], start=self.start + first)
 
     def images(self) -> Iterator[SourceImage]:
         for offset, (pixels, label) in enumerate(zip(self.pixels, self.labels, strict=True)):
@@ -133,14 +119,8 @@ def fashion_mnist_source(folder: Path, split: str, pad_to: int | None) -> ArrayS
         raise DataError(f"{folder}: label {labels.max()} in the {split} files; legal: 0..{len(FASHION_CLASSES) - 1}")
     if pad_to is not None:
         pixels = _padded(pixels, pad_to)
-    facts = DatasetFacts(
-        kind="images",
-        total=len(pixels),
-        channels=1,
-        size=pixels.shape[-1],
-        classes=len(FASHION_CLASSES),
-        class_names=FASHION_CLASSES,
-    )
+    total, size, names = len(pixels), pixels.shape[-1], FASHION_CLASSES
+    facts = DatasetFacts(kind="images", total=total, channels=1, size=size, classes=len(names), class_names=names)
     recipe = {"source": "fashion-mnist", "split": split, "size": facts.size, "content": _content(pixels, labels)}
     return ArraySource(facts, recipe, pixels, labels)
 

@@ -6,7 +6,7 @@ An image column holds structures {bytes, path} of encoded images. A label column
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from sdit.data.names import shown
 from sdit.data.record_labels import ClassNames, LabelColumn, as_label, label_column, odd_labels
-from sdit.data.records import RECORD, Content, Listing, Named
+from sdit.data.records import Content, Listing, Named, row_table
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.errors import ConfigError, DataError
 
@@ -34,22 +34,19 @@ class TableColumns:
     unlabelled: bool = False
 
 
-BY_DEFAULT = TableColumns()
-
-
 @dataclass(frozen=True)
 class TableArchive:
     """A Parquet file, or an Arrow file in the stream format or the file format."""
 
     path: Path
-    columns: TableColumns = BY_DEFAULT
+    columns: TableColumns
 
     def list_records(self) -> Listing:
         schema = _schema(self.path)
         image = self._image_column(schema)
         if self.columns.unlabelled:
             count = sum(len(rows) for _, rows in _rows(self.path, image, IMAGE_ROWS))
-            return Listing(_table(count), LabelColumn(np.zeros(count, np.int64), has_labels=False))
+            return Listing(row_table(count), LabelColumn(np.zeros(count, np.int64), has_labels=False))
         name = self._label_column(schema)
         raw = [value for _, rows in _rows(self.path, name, LABEL_ROWS) for value in rows.to_pylist()]
         values = [as_label(value) for value in raw]
@@ -59,7 +56,7 @@ class TableArchive:
             if value is None
         }
         faults |= {row: f"row {row}: {reason}" for row, reason in odd_labels(values).items()}
-        return Listing(_table(len(values)), label_column(values, self.path, _class_names(schema, name)), faults)
+        return Listing(row_table(len(values)), label_column(values, self.path, _class_names(schema, name)), faults)
 
     def read(self, records: np.ndarray) -> Iterator[Named]:
         wanted = records["row"]
@@ -95,12 +92,6 @@ class TableArchive:
             return "label" if "label" in schema.names else str(named[0])
         legal = f"legal here: {', '.join(map(shown, schema.names))}, or --unlabelled"
         raise ConfigError(f"--label-column: {self.columns.label or 'is not set'} for {shown(self.path)}; {legal}")
-
-
-def _table(count: int) -> np.ndarray:
-    table = np.zeros(count, RECORD)
-    table["row"] = np.arange(count)
-    return table
 
 
 def _holds_images(kind: Any) -> bool:
@@ -150,7 +141,7 @@ def _rows(path: Path, column: str, count: int, wanted: np.ndarray | None = None)
     with _arrow_errors(path):
         if path.suffix == ".arrow":
             with _opened_ipc(path) as reader:
-                for batch in reader:
+                for batch in _batches(reader):
                     if is_wanted(first, batch.num_rows):
                         batch.validate(full=True)  # pyarrow trusts the offsets in a file otherwise
                         yield first, batch.column(column)
@@ -183,22 +174,14 @@ def _opened_ipc(path: Path) -> Iterator[Any]:
     with arrow.memory_map(str(path)) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
-        if not is_file:
-            with arrow.ipc.open_stream(file) as reader:
-                yield reader
-            return
-        with arrow.ipc.open_file(file) as reader:
-            yield _Batches(reader)
+        with (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file) as reader:
+            yield reader
 
 
-class _Batches:
-    """The batches of an Arrow file in the file format, with the interface of a stream."""
-
-    def __init__(self, reader: Any) -> None:
-        self.schema, self._reader = reader.schema, reader
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
+def _batches(reader: Any) -> Iterable[Any]:
+    """Return the batches of an Arrow file. Only a reader of the stream format is an iterator of them."""
+    is_file = hasattr(reader, "num_record_batches")
+    return map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
 
 @contextmanager

@@ -9,17 +9,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sdit.data.image_file import AS_ADM, Reading
-from sdit.data.index import FileRecord, read_json_model
-from sdit.data.journal import IndexFormat, opened_journal
+from sdit.data.index import FileRecord, StrictRecord, read_json_model
+from sdit.data.journal import opened_journal
 from sdit.data.names import shown
 from sdit.data.pool import run_tasks
 from sdit.data.record_labels import NO_LABEL, ClassNames, merged_labels
@@ -30,21 +30,17 @@ from sdit.files import replacing
 
 TAR_INDEX_NAME = "tars.json"
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])  # of the image's bytes in the tar
-HASHED_BYTES = 2**20  # bytes in memory at a time
 _log = logging.getLogger(__name__)
 
 
 class TarRecord(FileRecord):
     """A tar at the path `name`. `members` is a sha256 of the array of its samples."""
 
-    name: str
     members: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class TarIndex(BaseModel):
+class TarIndex(StrictRecord):
     """The contents of tars.json. `recipe` holds what the index was made from, and how images are read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[1] = 1
     classes: int = Field(ge=0)
@@ -84,9 +80,6 @@ def read_tar_index(folder: Path) -> TarIndex:
     return read_json_model(folder / TAR_INDEX_NAME, TarIndex, lambda: command, "index the tars again")
 
 
-FORMAT = IndexFormat(TAR_INDEX_NAME, read_tar_index, TarRecord)
-
-
 @dataclass(frozen=True)
 class TarOptions:
     """How tars are indexed: where their `labels` are, the class names, how images are read."""
@@ -105,16 +98,6 @@ class TarSummary:
     kept: int
     skipped: int
     index: TarIndex
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One tar to hash. `known` is its record if it was hashed before."""
-
-    path: Path
-    file: Path
-    members: np.ndarray
-    known: TarRecord | None
 
 
 def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int = 1) -> TarSummary:
@@ -139,8 +122,11 @@ def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int 
     recipe = _recipe(paths, members, names, options)
     out.mkdir(parents=True, exist_ok=True)
     records, kept = [], 0
-    with opened_journal(out, recipe, FORMAT) as journal:
-        for record, is_kept in run_tasks(_hash_tar, _tasks(paths, members, out, journal.finished), jobs):
+    before = read_tar_index(out) if (out / TAR_INDEX_NAME).exists() else None
+    with opened_journal(out, recipe, TarRecord, before) as journal:
+        files = [members_path(out, shard) for shard in range(len(paths))]
+        tasks = zip(paths, files, members, [journal.finished.get(str(path)) for path in paths], strict=True)
+        for record, is_kept in run_tasks(_hash_tar, tasks, jobs):
             records.append(record)
             kept += is_kept
             if not is_kept:
@@ -154,13 +140,6 @@ def index_tars(paths: Sequence[Path], options: TarOptions, out: Path, jobs: int 
 def members_path(folder: Path, shard: int) -> Path:
     """Return the file of the samples of a tar."""
     return folder / f"members-{shard:06d}.npy"
-
-
-def _tasks(
-    paths: Sequence[Path], members: Sequence[np.ndarray], out: Path, finished: Mapping[str, TarRecord]
-) -> Iterator[_Task]:
-    for shard, (path, each) in enumerate(zip(paths, members, strict=True)):
-        yield _Task(path, members_path(out, shard), each, finished.get(str(path)))
 
 
 def _list_members(
@@ -191,42 +170,36 @@ def _recipe(
     digest = hashlib.sha256(json.dumps(names).encode())
     for path, each in zip(paths, members, strict=True):
         digest.update(f"{path}\0{path.stat().st_size}\n".encode(errors="surrogateescape") + each.tobytes())
-    background = None if options.reading.background is None else list(options.reading.background)
     content = {"content": digest.hexdigest(), "skip_bad": options.skip_bad}
-    return {"source": "index", "background": background, "exif": options.reading.exif, **content}
+    return {"source": "index", **options.reading.recipe, **content}
 
 
 def _index(
     paths: Sequence[Path], records: Sequence[TarRecord], members: Sequence[np.ndarray], names: ClassNames, classes: int,
     recipe: dict[str, Any],
 ) -> TarIndex:  # fmt: skip
-    place = {str(path): number for number, path in enumerate(paths)}
-    ordered = tuple(sorted(records, key=lambda record: place[record.name]))
+    record_of = {record.name: record for record in records}
+    ordered = tuple(record_of[str(path)] for path in paths)
     present = {int(label) for each in members for label in np.unique(each["label"])}
     empty = tuple(label for label in range(classes) if label not in present)
     return TarIndex(classes=classes, class_names=names, empty_classes=empty, recipe=recipe, shards=ordered)
 
 
-def _hash_tar(task: _Task) -> tuple[TarRecord, bool]:
-    """Return the record of a tar, and True if it was known and the tar has the same size and checksum."""
-    digest = members_digest(task.members)
-    size, sha256 = hash_file(task.path)
-    record = TarRecord(name=str(task.path), bytes=size, sha256=sha256, samples=len(task.members), members=digest)
-    if record == task.known and task.file.exists():
+def _hash_tar(task: tuple[Path, Path, np.ndarray, TarRecord | None]) -> tuple[TarRecord, bool]:
+    """Return the record of a tar, and True if it was known and the tar has the same size and checksum.
+
+    The task holds the tar, the file of its samples, the samples, and its record if it was hashed before.
+    """
+    path, file_of_members, members, known = task
+    with path.open("rb", buffering=0) as tar:
+        size, sha256 = os.fstat(tar.fileno()).st_size, hashlib.file_digest(tar, "sha256").hexdigest()
+    digest = members_digest(members)
+    record = TarRecord(name=str(path), bytes=size, sha256=sha256, samples=len(members), members=digest)
+    if record == known and file_of_members.exists():
         return record, True
-    with replacing(task.file) as file:
-        np.lib.format.write_array(file, task.members, version=(1, 0), allow_pickle=False)
+    with replacing(file_of_members) as file:
+        np.lib.format.write_array(file, members, version=(1, 0), allow_pickle=False)
     return record, False
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the sha256 of a file. It is not read into memory as a whole."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while data := file.read(HASHED_BYTES):
-            digest.update(data)
-            size += len(data)
-    return size, digest.hexdigest()
 
 
 def members_digest(members: np.ndarray) -> str:

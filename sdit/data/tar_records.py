@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,30 +11,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from sdit.data.decode import IMAGE_FORMATS
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
+from sdit.data.record_labels import as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
-from sdit.data.tar_headers import BLOCK
+from sdit.data.tar_headers import BLOCK, read_member
 from sdit.errors import DataError
 
 LabelMember = Literal["cls", "json", "txt"]
 LABEL_MEMBERS: tuple[LabelMember, ...] = ("cls", "json", "txt")
 MAX_LABEL_BYTES = 2**20
-TAR_ERRORS = (
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-)  # on hostile bytes
+# On hostile bytes.
+TAR_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 
@@ -69,8 +61,8 @@ class TarArchive:
     labels: TarLabels = BY_DEFAULT
 
     def list_records(self) -> Listing:
-        with open_tar(self.path) as tar:
-            found, left_out, cut = _members(tar, self.path)
+        with _open_tar(self.path) as tar:
+            found, cut = _members(tar, self.path)
         keys = _record_keys(found)
         member = self._label_member(found, keys)
         table = np.zeros(len(keys) + bool(cut), RECORD)
@@ -90,9 +82,7 @@ class TarArchive:
             faults[-1] = cut
             table[-1]["row"] = -1
             labels.append(None)
-        if self.labels.unlabelled:
-            return Listing(table, LabelColumn(np.zeros(len(table), np.int64), has_labels=False), faults, left_out)
-        return Listing(table, label_column(labels, self.path), faults, left_out + len(found) - len(keys))
+        return Listing(table, label_column(labels, self.path, has_labels=not self.labels.unlabelled), faults)
 
     def _label_member(self, found: dict[str, _Found], keys: list[str]) -> str | None:
         if self.labels.unlabelled or self.labels.member is not None:
@@ -125,10 +115,9 @@ class TarArchive:
             return
         with self.path.open("rb") as file:
             for record in records:
-                start, size = int(record["offset"]), int(record["size"])
-                header_and_data = os.pread(file.fileno(), size + BLOCK, start - BLOCK)
-                name = self._name(header_and_data[:100].split(b"\0")[0].decode("utf-8", "backslashreplace"))
-                data = header_and_data[BLOCK:]
+                size = int(record["size"])
+                member, data = read_member(file.fileno(), int(record["offset"]), size)
+                name = f"{self.path}: {member}"
                 yield name, data if len(data) == size else DataError(f"{shown(name)}: is cut off")
 
     def _read_stream(self, records: np.ndarray) -> Iterator[Named]:
@@ -136,11 +125,11 @@ class TarArchive:
         wanted = {int(record["offset"]): number for number, record in enumerate(records)}
         found: dict[int, Named] = {}
         due = 0
-        with open_tar(self.path) as tar, suppress(*TAR_ERRORS):
+        with _open_tar(self.path) as tar, suppress(*TAR_ERRORS):
             for member in _walk(tar):
                 number = wanted.get(member.offset_data)
                 if number is not None:
-                    found[number] = (self._name(member.name), _content(tar, member))
+                    found[number] = (f"{self.path}: {member.name}", _content(tar, member))
                 while due in found:
                     yield found.pop(due)
                     due += 1
@@ -148,9 +137,6 @@ class TarArchive:
                     return
         for _ in range(due, len(records)):
             yield str(self.path), DataError(f"{shown(self.path)}: changed since it was listed")
-
-    def _name(self, member: str) -> str:
-        return f"{self.path}: {member}"
 
 
 def _at(value: Any, key: str) -> Any:
@@ -167,14 +153,12 @@ def is_compressed(path: Path) -> bool:
         return file.read(6).startswith(_COMPRESSED)
 
 
-def open_tar(path: Path, file: IO[bytes] | None = None) -> tarfile.TarFile:
-    """Open a tar file, compressed or not. If `file` is given, it is read as a stream, without a seek.
+def _open_tar(path: Path) -> tarfile.TarFile:
+    """Open a tar file, compressed or not.
 
     Raises: DataError: if it is not a tar file.
     """
     try:
-        if file is not None:
-            return tarfile.open(fileobj=file, mode="r|")
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file; legal: a tar file")
         return tarfile.open(path, "r|*" if is_compressed(path) else "r:")
@@ -200,24 +184,22 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | DataError
     return data if len(data) == member.size else DataError(f"{shown(member.name)}: is cut off")
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], int, str]:
-    """Return the members by key in their order, the number of members left out, and why the archive ends early."""
+def _members(tar: tarfile.TarFile, path: Path) -> tuple[dict[str, _Found], str]:
+    """Return the members by key in their order, and why the archive ends early."""
     found: dict[str, _Found] = {}
-    left_out = 0
     try:
         for member in _walk(tar):
             folder, _, base = member.name.rpartition("/")
             stem, dot, suffix = base.rpartition(".")
             suffix = suffix.lower()
             if member.isdir() or base.startswith(".") or not dot or suffix not in (*IMAGE_FORMATS, *LABEL_MEMBERS):
-                left_out += not member.isdir()
                 continue
             each = found.setdefault(f"{folder}/{stem}" if folder else stem, _Found(len(found), None, {}))
             each.fault = each.fault or _add(tar, member, suffix, each)
     except TAR_ERRORS as error:
-        return found, left_out, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
+        return found, f"cannot be read after {len(found)} samples: {str(error) or type(error).__name__}"
     rest = 0 if is_compressed(path) else path.stat().st_size - tar.offset  # type: ignore[attr-defined]
-    return found, left_out, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""
+    return found, f"cannot be read after {len(found)} samples: is cut off" if 0 < rest < BLOCK else ""
 
 
 def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, found: _Found) -> str:

@@ -14,18 +14,15 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sdit.data.bad_samples import BadSample, BadShard
 from sdit.data.decode import Sample
-from sdit.data.faults import BadSample, BadShard
-from sdit.data.image_file import decode_image
+from sdit.data.image_file import Reading, decode_image
 from sdit.data.index import DatasetFacts
 from sdit.data.names import shown
-from sdit.data.pool import run_tasks
 from sdit.data.shards import patiently
-from sdit.data.tar_headers import BLOCK
-from sdit.data.tar_index import HASHED_BYTES, MEMBER, TarIndex, TarRecord, members_digest, members_path, read_tar_index
+from sdit.data.tar_headers import read_member
+from sdit.data.tar_index import MEMBER, TarRecord, members_digest, members_path, read_tar_index
 from sdit.errors import DataError
-
-VERIFY_SIZE = 32  # pixels of the images that --verify decodes
 
 
 class TarsInPlace:
@@ -34,14 +31,18 @@ class TarsInPlace:
     def __init__(self, folder: Path, size: int, channels: int) -> None:
         self._index = read_tar_index(folder)
         self._folder = folder
-        self.facts = tar_facts(self._index, size, channels)
+        self.facts = DatasetFacts(
+            kind="images", total=self._index.total, channels=channels, size=size, classes=self._index.classes,
+            class_names=self._index.class_names, empty_classes=self._index.empty_classes,
+        )  # fmt: skip
         self.counts = tuple(record.samples for record in self._index.shards)
         self.fingerprint = self._index.fingerprint
 
     def open(self, shard: int) -> OpenTar:
         record = self._index.shards[shard]
         members = self._members(shard, record)
-        return OpenTar(patiently(lambda: _verified(record), record.name), record, members, self.facts, self._index)
+        file = patiently(lambda: _verified(record), record.name)
+        return OpenTar(file, record, members, self.facts, self._index.reading)
 
     def _members(self, shard: int, record: TarRecord) -> np.ndarray:
         path = members_path(self._folder, shard)
@@ -56,24 +57,15 @@ class TarsInPlace:
         return members
 
 
-def tar_facts(index: TarIndex, size: int, channels: int) -> DatasetFacts:
-    """Return the facts of the images of an index, read at a size."""
-    return DatasetFacts(
-        kind="images", total=index.total, channels=channels, size=size, classes=index.classes,
-        class_names=index.class_names, empty_classes=index.empty_classes,
-    )  # fmt: skip
-
-
 class OpenTar:
     """A verified tar. Its file stays open, so that another file in its place changes nothing."""
 
     decoded = None
 
     def __init__(
-        self, file: BinaryIO, record: TarRecord, members: np.ndarray, facts: DatasetFacts, index: TarIndex
+        self, file: BinaryIO, record: TarRecord, members: np.ndarray, facts: DatasetFacts, reading: Reading
     ) -> None:
-        self._file, self._record, self._members, self._facts = file, record, members, facts
-        self._reading = index.reading
+        self._file, self._record, self._members, self._facts, self._reading = file, record, members, facts, reading
         self._state = _state(file)
 
     def __len__(self) -> int:
@@ -87,12 +79,11 @@ class OpenTar:
             BadShard: if the tar changed after it was opened.
         """
         offset, size, label = self._members[member].tolist()
-        data = os.pread(self._file.fileno(), size + BLOCK, offset - BLOCK)
+        name, data = read_member(self._file.fileno(), offset, size)
         if _state(self._file) != self._state:
             raise BadShard("checksum", self._record.name, "changed while it was open")
-        name = data[:100].split(b"\0")[0].decode("utf-8", "backslashreplace")
         try:
-            pixels = decode_image(data[BLOCK:], name, self._facts.size, self._facts.channels, self._reading)
+            pixels = decode_image(data, name, self._facts.size, self._facts.channels, self._reading)
         except DataError as error:
             detail = str(error).removeprefix(f"{shown(name)}: ")
             raise BadSample("undecodable", self._record.name, shown(name), detail) from error
@@ -113,34 +104,9 @@ def _verified(record: TarRecord) -> BinaryIO:
         size = os.fstat(file.fileno()).st_size
         if size != record.bytes:
             raise BadShard("size", record.name, f"has {size} bytes, the index says {record.bytes}")
-        digest = hashlib.sha256()
-        while data := file.read(HASHED_BYTES):
-            digest.update(data)
-        if digest.hexdigest() != record.sha256:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
             raise BadShard("checksum", record.name, "does not have the sha256 of the index")
     except BaseException:
         file.close()
         raise
     return file  # type: ignore[return-value]
-
-
-def verify_tars(folder: Path, jobs: int = 1) -> tuple[TarIndex, list[str]]:
-    """Return the folder's index and one line for each tar and image that does not match it. Each image is decoded."""
-    index = read_tar_index(folder)
-    tasks = [(folder, number) for number in range(len(index.shards))]
-    return index, sorted(problem for found in run_tasks(_verify_tar, tasks, jobs) for problem in found)
-
-
-def _verify_tar(task: tuple[Path, int]) -> list[str]:
-    folder, number = task
-    problems = []
-    try:
-        tar = TarsInPlace(folder, VERIFY_SIZE, channels=3).open(number)
-        for member in range(len(tar)):
-            try:
-                tar.sample(member)
-            except BadSample as fault:
-                problems.append(str(fault))
-    except BadShard as fault:
-        problems.append(str(fault))
-    return problems

@@ -94,19 +94,16 @@ def read_tree(root: Path, out: Path | None = None, numeric: bool = False) -> Ima
         ConfigError: if `numeric` is True and a class name is not a number.
         OSError: if the file system fails.
     """
-    left_out = LeftOut()
-    walk = _Walk(root, None if out is None else os.path.realpath(out), left_out)
+    walk = _Walk(root, None if out is None else os.path.realpath(out))
     folders, files = walk.sorted_entries("")
     _refuse_broken_links(root, files)
-    classes: dict[str, list[str]] = {}
-    for name in _in_label_order(folders, numeric):
-        classes[name] = walk.images(name)
+    classes = {name: walk.images(name) for name in _in_label_order(folders, numeric)}
     folders_only = frozenset(name for name, names in classes.items() if names and name not in walk.folders_with_files)
     images = walk.images_among(files)
     if classes:
-        left_out.outside_classes += images
-        left_out.empty_classes += [name for name, names in classes.items() if not names]
-    tree = ImageTree(root, classes, [] if classes else images, folders_only, left_out)
+        walk.left_out.outside_classes += images
+        walk.left_out.empty_classes += [name for name, names in classes.items() if not names]
+    tree = ImageTree(root, classes, [] if classes else images, folders_only, walk.left_out)
     twice = [name for name, count in Counter(tree.class_names).items() if count > 1]
     if twice:
         raise DataError(f"{shown(root)}: two class folders are both stored as {shown(twice[0])!r}; rename one of them")
@@ -181,10 +178,9 @@ class _Walk:
     Paths are relative to the root, which is the empty path.
     """
 
-    def __init__(self, root: Path, out: str | None, left_out: LeftOut) -> None:
-        self._root = root
-        self._out = out
-        self._left_out = left_out
+    def __init__(self, root: Path, out: str | None) -> None:
+        self._root, self._out = root, out
+        self.left_out = LeftOut()
         self.folders_with_files: set[str] = set()
 
     def sorted_entries(self, folder: str) -> tuple[list[str], list[str]]:
@@ -193,11 +189,11 @@ class _Walk:
         for name, is_folder in _entries(self._root / folder):
             path = f"{folder}/{name}" if folder else name
             if is_folder and (name.startswith(".") or name in IGNORED_FOLDERS or self._is_out(path)):
-                self._left_out.folders.append(path)
+                self.left_out.folders.append(path)
             elif is_folder:
                 folders.append(path)
             elif name.startswith("."):
-                self._left_out.hidden_files.append(path)
+                self.left_out.hidden_files.append(path)
             else:
                 files.append(path)
         if files:
@@ -215,7 +211,7 @@ class _Walk:
             path, parents = waiting.pop()
             real = os.path.realpath(self._root / path)
             if any(parent == real or parent.startswith(real.rstrip("/") + "/") for parent in parents):
-                self._left_out.folders.append(path)
+                self.left_out.folders.append(path)
                 continue
             folders, files = self.sorted_entries(path)
             found += self.images_among(files)
@@ -224,14 +220,10 @@ class _Walk:
 
     def images_among(self, files: list[str]) -> list[str]:
         """Return the files with the suffix of an image format."""
-        images = []
         for path in files:
-            if _has_image_ending(path):
-                images.append(path)
-            else:
-                ending = os.path.splitext(path)[1].lower()
-                self._left_out.endings.setdefault(ending, []).append(path)
-        return images
+            if not _has_image_ending(path):
+                self.left_out.endings.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
+        return list(filter(_has_image_ending, files))
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:

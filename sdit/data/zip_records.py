@@ -19,7 +19,7 @@ import numpy as np
 
 from sdit.data.image_file import FILE_FORMATS
 from sdit.data.names import shown
-from sdit.data.record_labels import LabelColumn, as_label, label_column, odd_labels
+from sdit.data.record_labels import as_label, label_column, odd_labels
 from sdit.data.records import RECORD, Listing, Named
 from sdit.data.shards import MAX_MEMBER_BYTES
 from sdit.errors import DataError
@@ -61,7 +61,6 @@ class ZipArchive:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = [each for each in archive.infolist() if _is_image(each.filename)]
-                left_out = sum(not each.filename.endswith("/") for each in archive.infolist()) - len(members)
                 labels = None if self.unlabelled else self._labels(archive)
         except FileNotFoundError:
             raise DataError(f"{shown(self.path)}: no such file; legal: a zip file") from None
@@ -81,9 +80,7 @@ class ZipArchive:
                 faults[row] = f"{shown(each.filename)}: {fault}"
         for row, reason in odd_labels(values).items():
             faults.setdefault(row, f"{shown(members[row].filename)}: {reason}")
-        if labels is None:
-            return Listing(table, LabelColumn(np.zeros(len(table), np.int64), has_labels=False), faults, left_out)
-        return Listing(table, label_column(values, self.path), faults, left_out)
+        return Listing(table, label_column(values, self.path, has_labels=labels is not None), faults)
 
     def _labels(self, archive: zipfile.ZipFile) -> dict[str, Any] | None:
         """Return the label of each path. Return None if dataset.json is missing or states no labels.

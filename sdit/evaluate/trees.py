@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from sdit.data.decode import IMAGE_FORMATS
-from sdit.data.folders import folder_source, read_image
+from sdit.data.folders import folder_source
+from sdit.data.image_file import read_image
 from sdit.data.index import INDEX_NAME
 from sdit.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 from sdit.clock import Clock
 from sdit.config import Config
-from sdit.data.faults import SampleReason, ShardReason
+from sdit.data.bad_samples import SampleReason, ShardReason
 from sdit.files import read_json
 from sdit.launch_environment import RankInfo
 from sdit.metrics.shared_file import Series, SharedMetricsWriter

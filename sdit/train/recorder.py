@@ -57,7 +57,7 @@ class Recorder:
             step=span.clock.steps, images_seen=span.clock.images_seen, **summed, **times,
             grad_norm=sums.grad_norm, learning_rate=learning_rate,
             skipped_steps=skipped_steps, bad_samples=int(sums.flags["bad_samples"]),
-            bad_samples_by_reason=dict(context.loader.bad_samples), images_per_second=global_batch / seconds,
+            bad_samples_by_reason=dict(context.loader.bad_samples.by_reason), images_per_second=global_batch / seconds,
             step_seconds=seconds, model_flops_utilization=self._utilization(seconds),
             logged=logged, stop_requested=sums.flags["stop"] > 0,
         )  # fmt: skip

@@ -142,18 +142,18 @@ class TrainStep:
     def _flags(self) -> tuple[float, ...]:
         """What is summed over the ranks with the losses, so that it needs no further collective; see `sums.FLAGS`."""
         context = self._context
-        bad_samples = float(context.loader.bad_in_epoch)
+        bad_samples = float(context.loader.bad_samples.in_latest_epoch)
         return (
             float(context.signals.requested), bad_samples, *self._checkpoints.saver.flags(), *context.experts.take_traffic(),
         )  # fmt: skip
 
     def _check_bad_samples(self, count: float) -> None:
-        loader = self._context.loader
-        if count > loader.bad_allowed:
-            where = loader.newest_fault or "the logs of the other ranks name them"
+        bad_samples = self._context.loader.bad_samples
+        if count > bad_samples.allowed:
+            where = bad_samples.newest_fault or "the logs of the other ranks name them"
             raise DataError(
                 f"data.max_bad_fraction: {count:.0f} unreadable samples in this epoch over all ranks, "
-                f"{self._config.data.max_bad_fraction:g} allows {loader.bad_allowed:.0f}; {where}"
+                f"{self._config.data.max_bad_fraction:g} allows {bad_samples.allowed:.0f}; {where}"
             )
 
     def _look_for_spike(self, loss: float) -> None:

@@ -148,7 +148,7 @@ def test_a_folder_of_images_scores_as_their_npz(evaluate: Any, classes: int) -> 
 
 def test_a_tree_as_reference_is_cropped_to_the_samples(evaluate: Any) -> None:
     """R9: `--reference IMAGE_TREE` is prepared as `prepare folder` does, to the size of the samples; the result says so."""
-    from sdit.data.folders import read_image
+    from sdit.data.image_file import read_image
 
     rng = np.random.default_rng(2)
     for number, shape in enumerate([(40, 20, 3), (8, 8, 3), (9, 30, 3), (16, 16, 3), (64, 17, 3)]):

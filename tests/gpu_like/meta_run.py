@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdit.clock import Clock, StepSpan
 from sdit.config import Config, ResolvedRun
+from sdit.data.bad_samples import BadSampleCounter
 from sdit.diffusion import build_objective
 from sdit.distributed.engine import Engine
 from sdit.expert_parallel.expert_parallel import ExpertParallel
@@ -120,7 +121,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
         run=SimpleNamespace(config=config, batch=plan), comm=comm, engine=engine, model=model, objective=objective,
         experts=experts, state=state, heartbeat=quiet, signals=SimpleNamespace(requested=False), timer=StepTimer(META),
         times_of=lambda first: objective.draw_timesteps(config.seed, first, GLOBAL_BATCH),
-        loader=SimpleNamespace(bad_in_epoch=0, bad_allowed=1, bad_samples={}), event=lambda *_: None,
+        loader=SimpleNamespace(bad_samples=BadSampleCounter(0.0, 1)), event=lambda *_: None,
     )  # fmt: skip
     saver = SimpleNamespace(flags=lambda: (0.0, 0.0, 0.0), advance=lambda *_: None)
     checkpoints: Any = SimpleNamespace(saver=saver, can_roll_back=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdit import cli
-from sdit.cli import evaluate_options, plan, routing, sample, submit, train
+from sdit.cli import evaluate, plan, routing, sample, submit, train
 from sdit.cli.presets import CONFIGS, DEEPSPEED, HARDWARE, config_file, deepspeed_file, presets
 from sdit.config import load_config, read_deepspeed_json
 from sdit.errors import ExitCode
@@ -76,7 +76,7 @@ def test_every_command_finds_presets_by_name() -> None:
     read = ["--checkpoint", "c", "--config", "imagenet256_xl2"]
     assert sample.parse([*read, "--out", "x.png"]).config == xl2
     assert routing.parse([*read, "--out", "x.png"]).config == xl2
-    assert evaluate_options.parse([*read, "--images", "1", "--reference", "digits", "--out", "x.json"]).config == xl2
+    assert evaluate.parse([*read, "--images", "1", "--reference", "digits", "--out", "x.json"]).config == xl2
 
 
 def test_train_starts_from_the_digits_and_zero1() -> None:

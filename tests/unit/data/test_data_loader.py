@@ -14,9 +14,9 @@ import pytest
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.contracts import RawBatch
+from sdit.data.bad_samples import BadSample
 from sdit.data.dataset import dataset_facts
 from sdit.data.encoders import png_encoder
-from sdit.data.faults import BadSample
 from sdit.data.loader import build_loader
 from sdit.data.order import rank_indices
 from sdit.data.prepare import prepare
@@ -141,7 +141,7 @@ def test_resume_reads_one_shard_per_stream(
     for rank in range(ranks):
         loader = open_loader(folder, 0, ranks, streams=4)
         loader.read(rank_indices(4 * 240 + 52, 16, rank, ranks))  # in the fifth epoch, one sample into a shard
-        assert loader.shard_opens == per_rank
+        assert loader.shards.opens == per_rank
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -152,7 +152,7 @@ def test_an_epoch_reads_each_shard_once_but_for_those_cut_between_streams(
     folder = pictures.write_folder(tmp_path / "many", [11, 12, 13, 14] * 5)
     loader = open_loader(folder, streams=streams, workers=workers)
     joined(loader.prefetch(requests(0, loader.facts.total, 8), loader.read))
-    assert shards <= loader.shard_opens <= shards + streams - 1
+    assert shards <= loader.shards.opens <= shards + streams - 1
 
 
 def test_an_open_shard_may_be_deleted(open_loader: Any, folder: Path, pictures: Any) -> None:
@@ -161,7 +161,7 @@ def test_an_open_shard_may_be_deleted(open_loader: Any, folder: Path, pictures: 
     for path in folder.glob("*.tar"):
         path.unlink()
     assert sorted(pictures.read_numbers(loader.read(np.arange(40)).x0)[0]) == list(range(40))
-    assert not loader.bad_samples
+    assert not loader.bad_samples.by_reason
 
 
 def test_bad_data_stop_the_run_at_once_by_default(open_loader: Any, folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_bad_samples_are_counted_once_an_epoch_and_replaced_alike_on_all_ranks(
     with caplog.at_level(logging.WARNING):
         whole = open_loader(folder, max_bad_fraction=0.5)
         expected = whole.read(np.arange(120))
-    assert whole.bad_samples == {"checksum": 3 * 7}
+    assert whole.bad_samples.by_reason == {"checksum": 3 * 7}
     assert len(caplog.messages) == 1 and "shard-000001.tar" in caplog.messages[0]
     numbers, _ = pictures.read_numbers(expected.x0)
     good = [number for number in range(40) if not 10 <= number < 17]
@@ -191,8 +191,8 @@ def test_bad_samples_are_counted_once_an_epoch_and_replaced_alike_on_all_ranks(
             loader.prefetch(iter([rank_indices(first, 24, rank, 4) for first in range(0, 120, 24)]), loader.read)
         )
         assert np.array_equal(x0, expected.x0[index])
-        found += loader.bad_samples
-    assert found == whole.bad_samples
+        found += loader.bad_samples.by_reason
+    assert found == whole.bad_samples.by_reason
 
 
 def test_a_bad_sample_is_replaced_by_the_next_one_of_its_shard(
@@ -211,7 +211,7 @@ def test_a_bad_sample_is_replaced_by_the_next_one_of_its_shard(
     loader = open_loader(folder, streams=1, max_bad_fraction=0.5)
     numbers = pictures.read_numbers(loader.read(np.arange(9)).x0)[0]
     assert numbers == order[:3] + [order[5]] * 3 + order[6:]
-    assert loader.bad_samples == {"bad_label": 2}
+    assert loader.bad_samples.by_reason == {"bad_label": 2}
     with pytest.raises(DataError, match=rf"shard-000000\.tar: sample {order[4]:09d}: .*bad_label.* allows 1"):
         open_loader(folder, streams=1, max_bad_fraction=0.2).read(np.arange(9))
 
@@ -229,7 +229,7 @@ def test_one_rank_may_meet_all_that_the_run_is_allowed(open_loader: Any, folder:
     bad = 7  # of 40, and all of them may fall to one rank
     loader = open_loader(folder, ranks=2, max_bad_fraction=bad / 40)
     loader.read(np.arange(40))
-    assert loader.bad_in_epoch == bad == round(loader.bad_allowed)
+    assert loader.bad_samples.in_latest_epoch == bad == round(loader.bad_samples.allowed)
     with pytest.raises(DataError, match="7 bad samples"):
         open_loader(folder, ranks=2, max_bad_fraction=0.9 * bad / 40).read(np.arange(40))
 
@@ -287,7 +287,7 @@ def test_closing_ends_all_threads_even_with_batches_under_way(folder: Path) -> N
 def test_threads_that_want_one_shard_share_one_reading(open_loader: Any, folder: Path) -> None:
     loader = open_loader(folder, workers=4)
     joined(loader.prefetch(requests(0, 40, 40), loader.read))
-    assert loader.shard_opens == 4
+    assert loader.shards.opens == 4
 
 
 @pytest.mark.parametrize(

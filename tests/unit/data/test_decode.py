@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdit.data.bad_samples import BadSample
 from sdit.data.decode import decode_sample, encode_moments, encode_png
-from sdit.data.faults import BadSample
 from sdit.data.index import DatasetFacts
 
 GREY = DatasetFacts(kind="images", total=1, channels=1, size=4, classes=10)

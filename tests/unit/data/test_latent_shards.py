@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sdit import randomness
+from sdit.data.bad_samples import BadSample
 from sdit.data.decode import Sample, decode_sample, encode_moments
-from sdit.data.faults import BadSample
 from sdit.data.index import DatasetFacts, DatasetIndex, ShardRecord, write_index
 from sdit.data.order import SampleOrder
 from sdit.data.shards import read_shard, write_shard

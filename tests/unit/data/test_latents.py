@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdit.config import DataConfig, ModelConfig
 from sdit.data.encoders import LatentEncoder, latent_encoder
-from sdit.data.folders import folder_source, read_image
+from sdit.data.folders import folder_source
+from sdit.data.image_file import read_image
 from sdit.data.loader import build_loader
 from sdit.data.prepare import prepare, verify
 from sdit.data.shards import read_shard

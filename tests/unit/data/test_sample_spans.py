@@ -8,8 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from sdit.data.sample_spans import SampleSpans
 from sdit.data.shards import _plain_samples, _samples
+from sdit.data.tar_headers import SampleSpans
 
 
 def archive(*names: str) -> bytes:

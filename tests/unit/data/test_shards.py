@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sdit.data.bad_samples import BadSample, BadShard
 from sdit.data.decode import encode_png
-from sdit.data.faults import BadSample, BadShard
 from sdit.data.index import DatasetFacts, ShardRecord, read_index
 from sdit.data.shards import MAX_MEMBER_BYTES, READ_ATTEMPTS, read_shard, write_shard
 from sdit.errors import DataError

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from sdit.data.digits import digits
-from sdit.data.folders import center_crop, folder_source, read_image
+from sdit.data.folders import folder_source
+from sdit.data.image_file import center_crop, read_image
 from sdit.data.sources import ImageSource, SourceImage, fashion_mnist_source, read_idx
 from sdit.errors import ConfigError, DataError
 

@@ -131,7 +131,7 @@ def test_a_changed_tar_is_excluded_by_name(
         open_loader(indexed).read(np.arange(COUNT))
     loader = open_loader(indexed, max_bad_fraction=0.5)
     batch = loader.read(np.arange(COUNT))
-    assert loader.bad_samples == {reason: 10} and len(batch.y) == COUNT
+    assert loader.bad_samples.by_reason == {reason: 10} and len(batch.y) == COUNT
     assert sum(str(tar) in record.getMessage() for record in caplog.records) == 2  # once for each loader
     assert prepare("--verify", indexed) == ExitCode.DATA
     assert capsys.readouterr().err.startswith(str(tar))
@@ -146,7 +146,7 @@ def test_a_tar_that_changes_while_it_is_open_is_noticed(indexed: Path, open_load
         file.write(data[:1])
     os.utime(tar, ns=(1, 1))
     loader.read(np.arange(COUNT))
-    assert loader.bad_samples == {"checksum": 10}
+    assert loader.bad_samples.by_reason == {"checksum": 10}
 
 
 def test_a_tar_with_another_file_in_its_place_is_read_to_its_end(indexed: Path, open_loader: Any) -> None:
@@ -163,8 +163,8 @@ def test_an_image_that_cannot_be_decoded_is_replaced_and_counted(tmp_path: Path,
     assert prepare("index", write_tars(tmp_path / "in", **members), "--out", tmp_path / "index") == 0
     loader = open_loader(tmp_path / "index", max_bad_fraction=0.1)
     loader.read(np.arange(COUNT))
-    assert loader.bad_samples == {"undecodable": 1}
-    assert "sample n01.00004.jpg: cannot be decoded" in loader.newest_fault
+    assert loader.bad_samples.by_reason == {"undecodable": 1}
+    assert "sample n01.00004.jpg: cannot be decoded" in loader.bad_samples.newest_fault
     assert prepare("--verify", tmp_path / "index") == ExitCode.DATA
 
 
