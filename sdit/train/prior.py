@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from sdit.config import Config
+from sdit.config import Config, ModelConfig, PriorConfig
 from sdit.errors import CheckpointError
 from sdit.model import Assignment, UnitMatcher
-from sdit.time_law import prior_law
+from sdit.time_law import TimeLaw, prior_law
 
 MEASURED_STEPS = 20  # before `prior.every_steps: auto` chooses an interval
 MAX_SHARE = 0.01  # of the time of a step, for the assignment
@@ -26,13 +26,19 @@ class PriorSchedule:
     not chosen it yet. Checkpoints store the columns and the choice of `auto`, so that a resumed run solves at the same steps.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config, self._model, self._law = config.prior, config.model, prior_law(config)
-        self.is_on = config.model.variant == "switch" and config.prior.weight > 0
-        self.every_steps = None if config.prior.every_steps == "auto" else config.prior.every_steps
+    def __init__(self, config: PriorConfig, model: ModelConfig, law: TimeLaw | None = None) -> None:
+        """`law`: the law whose quantiles the windows follow (`prior_law`); None: they follow t."""
+        self._config, self._model, self._law = config, model, law
+        self.is_on = model.variant == "switch" and config.weight > 0
+        self.every_steps = None if config.every_steps == "auto" else config.every_steps
         self._assignment: Assignment | None = None
         self._solve_seconds = 0.0  # in the present step
         self._measured: list[tuple[float, float]] = []  # seconds of the solution and of the step
+
+    @classmethod
+    def of(cls, config: Config) -> PriorSchedule:
+        """Return the schedule of a run."""
+        return cls(config.prior, config.model, prior_law(config))
 
     @cached_property
     def _matcher(self) -> UnitMatcher:

@@ -33,7 +33,7 @@ class RunState:
         self._run, self.config, self.engine, self.store = run, config, engine, store
         self.ema = Ema(config.ema, engine.owned)
         self.experts, self.data = experts, data
-        self.prior = PriorSchedule(config)
+        self.prior = PriorSchedule.of(config)
         self.clock = Clock()
         self.length_images = config.train.total_images
         self.last_batch = config.train.global_batch  # images of the newest step, perhaps of an earlier process

@@ -112,7 +112,7 @@ def meta_step(config: Config, world: int, waits: Waits) -> tuple[TrainStep, Diff
     engine = MetaEngine(TrainModule(model, objective, config.prior.weight, config.balance.weight), comm, waits)
     state = SimpleNamespace(
         clock=Clock(),
-        prior=PriorSchedule(config),
+        prior=PriorSchedule.of(config),
         ema=SimpleNamespace(update=lambda _: None),
         kinds=None,  # of migrated experts: there are none
     )

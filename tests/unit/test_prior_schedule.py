@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from sdit.config import Config, ModelConfig, PriorConfig
+from sdit.config import ModelConfig, PriorConfig
 from sdit.train.prior import MAX_SHARE, MEASURED_STEPS, PriorSchedule, interval
 
 MODEL = ModelConfig.model_validate(
@@ -20,7 +20,7 @@ def _experts(step: int) -> np.ndarray:
 
 
 def _schedule(every_steps: int | str) -> PriorSchedule:
-    return PriorSchedule(Config(prior=PriorConfig.model_validate({"every_steps": every_steps}), model=MODEL))
+    return PriorSchedule(PriorConfig.model_validate({"every_steps": every_steps}), MODEL)
 
 
 def _first(value: int) -> int:

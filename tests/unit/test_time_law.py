@@ -214,7 +214,7 @@ def test_path_placement_orders_experts_by_their_mean_time_under_the_law() -> Non
 @pytest.mark.parametrize(("axis", "follows"), [("time", False), ("quantile", True)])
 def test_the_prior_s_windows_follow_the_axis_of_the_run(axis: str, follows: bool) -> None:
     config = shifted_config(prior={"axis": axis})
-    matcher = PriorSchedule(config)._matcher
+    matcher = PriorSchedule.of(config)._matcher
     by_time, by_quantile = (UnitMatcher(config.model, law) for law in (None, law_of(SHIFTED)))
     assert not np.array_equal(by_time.windows.mask, by_quantile.windows.mask)
     assert np.array_equal(matcher.windows.mask, (by_quantile if follows else by_time).windows.mask)
