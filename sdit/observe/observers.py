@@ -65,11 +65,12 @@ def build_observers(
             )
         observers += [MetricsFile(run_dir), Progress(), SampleGrids.of(config, run_dir, shows_images)]
         if config.model.variant == "switch" or config.model.moe is not None:
-            observers.append(RoutingMaps(config, run_dir))
+            observers.append(RoutingMaps.of(config, run_dir))
         if config.observe.tensorboard:
             observers.append(TensorBoard(Path(str(run_dir)), shows_images))
         if config.observe.wandb != "off":
-            observers.append(WeightsAndBiases(Path(str(run_dir)), config, shows_images))
+            facts = config.model_dump(mode="json")
+            observers.append(WeightsAndBiases(Path(str(run_dir)), config.observe, facts, shows_images))
     if heartbeat is not None and isinstance(run_dir, RunFolder):
         observers.append(FolderWatch(run_dir, heartbeat))
     return Observers(observers, info.rank == 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sdit.clock import Clock
-from sdit.config import Config
+from sdit.config import Config, ModelConfig
 from sdit.expert_parallel.routing_table import task_weights
 from sdit.model import Assignment
 from sdit.model.windows import expert_windows
@@ -17,7 +17,7 @@ from sdit.observe.routing import Snapshot
 from sdit.observe.sample_grids import remove_after
 from sdit.observe.token_maps import TokenMap
 from sdit.supervise.run_folder import RunFolder
-from sdit.time_law import prior_law
+from sdit.time_law import TimeLaw, prior_law
 from sdit.train.events import ROUTING, Observer, OnFailure
 from sdit.train.record import StepRecord
 
@@ -32,12 +32,19 @@ class RoutingMaps(Observer):
 
     name, on_failure = "routing maps", OnFailure.RETRY
 
-    def __init__(self, config: Config, run_dir: Path | RunFolder) -> None:
-        self._run_dir, self._model = run_dir, config.model
-        self._task_weights, self._prior_law = task_weights(config), prior_law(config)
+    def __init__(
+        self, run_dir: Path | RunFolder, model: ModelConfig, weights: np.ndarray, windows: TimeLaw | None
+    ) -> None:
+        """Take the `task_weights`, and the law whose quantiles the prior's windows follow (`prior_law`)."""
+        self._run_dir, self._model, self._task_weights, self._prior_law = run_dir, model, weights, windows
         self._dropped: np.ndarray | None = None
         self._total_images = 0
         self._is_complete, self._may_draw = False, True
+
+    @classmethod
+    def of(cls, config: Config, run_dir: Path | RunFolder) -> RoutingMaps:
+        """Return the observer of a run."""
+        return cls(run_dir, config.model, task_weights(config), prior_law(config))
 
     @property
     def _folder(self) -> Path:

@@ -76,9 +76,9 @@ def remove_after(folder: Path, images_seen: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def shown_pixels(images: np.ndarray) -> np.ndarray:
-    """Return pixels (n, H, W, 1 or 3) uint8 of images (n, C, H, W): the first three channels if C >= 3, else the first."""
-    return to_pixels(images[:, : 3 if images.shape[1] >= 3 else 1])
+def shown_channels(images: np.ndarray) -> np.ndarray:
+    """Return the first three channels of images (n, C, H, W) with C >= 3, else the first channel."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
 
 
 def latents_name(name: str) -> str:
@@ -93,8 +93,11 @@ def save_latents(path: Path, latents: np.ndarray, labels: np.ndarray, scaling: L
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:
-    """Write the `shown_pixels` of images (n, C, H, W) in [-1, 1] as one PNG, see `save_pixels`."""
-    save_pixels(path, shown_pixels(images), columns, facts)
+    """Write images (n, C, H, W) in [-1, 1] as one PNG of `columns` columns, with `facts` in its text chunks.
+
+    If there are more than 3 channels, the first three are shown. If there are two, the first is shown.
+    """
+    save_pixels(path, to_pixels(shown_channels(images)), columns, facts)
 
 
 def save_pixels(path: Path, pixels: np.ndarray, columns: int, facts: Mapping[str, object] | None = None) -> None:

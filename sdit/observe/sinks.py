@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from sdit.clock import Clock
-from sdit.config import Config, ObserveConfig
+from sdit.config import ObserveConfig
+from sdit.data.pixels import to_pixels
 from sdit.errors import ConfigError
-from sdit.observe.sample_grids import grid_pixels, shown_pixels
+from sdit.observe.sample_grids import grid_pixels, shown_channels
 from sdit.redact import redact
 from sdit.train.events import Observer, OnFailure
 from sdit.train.record import StepRecord, Validation
@@ -68,7 +69,7 @@ class TensorBoard(Observer):
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
         if not self._has_images:
             return
-        pixels = grid_pixels(shown_pixels(images), columns)
+        pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
         self._writer.add_image("samples", pixels, clock.images_seen, dataformats="HWC" if pixels.ndim == 3 else "HW")
 
     def on_event(self, clock: Clock, kind: str, text: str) -> None:
@@ -87,18 +88,22 @@ class WeightsAndBiases(Observer):
 
     name, on_failure = "Weights & Biases", OnFailure.DROP
 
-    def __init__(self, run_dir: Path, config: Config, has_images: bool = True) -> None:
-        self._run_dir, self._config, self._has_images = run_dir, config, has_images
+    def __init__(self, run_dir: Path, config: ObserveConfig, facts: Mapping[str, Any], has_images: bool = True) -> None:
+        """Take the whole config of the run as `facts`, which W&B shows."""
+        self._run_dir, self._config, self._facts, self._has_images = run_dir, config, facts, has_images
         self._run: Any = None
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         import wandb  # an optional package
 
+        mode = self._config.wandb
+        if mode == "off":
+            return
         name = self._run_dir.resolve().name
         identity = hashlib.sha256(str(self._run_dir.resolve()).encode()).hexdigest()[:16]  # the same after a restart
         self._run = wandb.init(
-            project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir),
-            mode=self._config.observe.wandb, config=_redacted(self._config.model_dump(mode="json")),
+            project="sdit", name=name, id=identity, resume="allow", dir=str(self._run_dir), mode=mode,
+            config=_redacted(self._facts),
             settings=wandb.Settings(
                 console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
             ),
@@ -119,7 +124,7 @@ class WeightsAndBiases(Observer):
             return
         import wandb
 
-        pixels = grid_pixels(shown_pixels(images), columns)
+        pixels = grid_pixels(to_pixels(shown_channels(images)), columns)
         self._log(clock, {"samples": wandb.Image(pixels)})
 
     def _log(self, clock: Clock, values: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class Grids(Observer):
 def train(case: dict, comm: Comm) -> None:
     deepspeed = {**case.get("deepspeed", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     config = load_config(case["config"], [*case["overrides"], f"run_dir={case['run_dir']}"])
-    metrics, maps = MetricsFile(Path(config.run_dir)), RoutingMaps(config, Path(config.run_dir))
+    metrics, maps = MetricsFile(Path(config.run_dir)), RoutingMaps.of(config, Path(config.run_dir))
     watching: list[Observer] = [metrics, maps] if config.model.moe is not None else [metrics]
     if case.get("grids"):
         watching.append(Grids(Path(config.run_dir)))

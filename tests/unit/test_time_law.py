@@ -222,7 +222,7 @@ def test_the_prior_s_windows_follow_the_axis_of_the_run(axis: str, follows: bool
 
 def test_maps_of_a_run_show_the_loads_of_its_law(tmp_path: Path) -> None:
     config = shifted_config()
-    maps = RoutingMaps(config, tmp_path)
+    maps = RoutingMaps.of(config, tmp_path)
     maps.on_start(Clock(), 100, "")
     probs = torch.rand(2, 40, 4, generator=torch.Generator().manual_seed(0)).softmax(-1).numpy()
     maps.on_routing(Clock(), probs, None)

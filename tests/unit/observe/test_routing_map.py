@@ -158,7 +158,7 @@ def test_frames_are_few_and_hold_both_ends() -> None:
 
 def maps_after(run_dir: Path, probs: np.ndarray, moments: tuple[int, ...], total: int) -> RoutingMaps:
     """The observer of a run of `total` images after the given steps."""
-    maps = RoutingMaps(Config.model_validate({"model": CONFIG}), run_dir)
+    maps = RoutingMaps.of(Config.model_validate({"model": CONFIG}), run_dir)
     maps.on_start(Clock(), total, "fresh")
     for step, images in enumerate(moments, start=1):
         clock = Clock(images, step)
@@ -190,7 +190,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
         maps.on_stop(Clock(images_seen, 1))
     maps.close()
     assert files_of(tmp_path) == {f"images-{images_seen:012d}.npz"}
-    again = RoutingMaps(Config.model_validate({"model": CONFIG}), tmp_path)
+    again = RoutingMaps.of(Config.model_validate({"model": CONFIG}), tmp_path)
     again.on_start(Clock(images_seen, 1), images_seen, "resumed")  # at the end of the run
     again.close()
     assert f"images-{images_seen:012d}.png" in files_of(tmp_path)
@@ -199,7 +199,7 @@ def test_a_run_that_fails_or_stops_draws_nothing(
 def test_a_run_that_did_not_start_draws_nothing(tmp_path: Path, probs: np.ndarray) -> None:
     (tmp_path / "routing").mkdir()
     save_snapshots(tmp_path / "routing", probs, [64])
-    RoutingMaps(Config.model_validate({"model": CONFIG}), tmp_path).close()
+    RoutingMaps.of(Config.model_validate({"model": CONFIG}), tmp_path).close()
     assert files_of(tmp_path) == {"images-000000000064.npz"}
 
 

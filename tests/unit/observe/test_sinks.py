@@ -178,7 +178,7 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
 def test_weights_and_biases_offline_leaves_a_run_to_be_synced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb")
     config = Config.model_validate({"observe": {"wandb": "offline"}, "run_dir": str(tmp_path)})
-    sink = WeightsAndBiases(tmp_path, config)
+    sink = WeightsAndBiases(tmp_path, config.observe, config.model_dump(mode="json"))
     sink.on_start(Clock(), 256, "fresh")
     sink.on_step(Clock(128, 1), replace(RECORD, logged=True))
     sink.on_samples(Clock(256, 2), np.zeros((2, 1, 8, 8), np.float32), np.array([0, 1]), 2)

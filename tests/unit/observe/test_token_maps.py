@@ -126,7 +126,7 @@ def test_the_tile_of_an_expert_is_the_image_in_rows() -> None:
 
 
 def run_with_maps(folder: Path, moments: tuple[int, ...], total: int) -> RoutingMaps:
-    maps = RoutingMaps(Config(model=model_config()), folder)
+    maps = RoutingMaps.of(Config(model=model_config()), folder)
     maps.on_start(Clock(), total, "fresh")
     for step, images in enumerate(moments, start=1):
         found = token_map(images)
