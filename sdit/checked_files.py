@@ -41,7 +41,9 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_regular(path: Path, follow_links: bool = True) -> BufferedReader:
-    """Open a regular file for reading. A FIFO or a device is refused before it is opened, because reading could hang.
+    """Open a regular file for reading. The caller closes it.
+
+    A FIFO or a device is refused before it is opened, because reading could hang.
 
     Raises:
         CheckpointError: if the path is not a regular file.

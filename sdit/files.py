@@ -70,7 +70,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
-    """Replace the file atomically, also if several processes do so. Raises: OSError: if it cannot be written."""
+    """Replace the file atomically: a reader never sees an incomplete one. Several processes may do so at the same time.
+
+    Raises: OSError: if it cannot be written.
+    """
     with replacing_path(path, shared=True) as partial:
         partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
 
@@ -130,7 +133,12 @@ def remove_folder(folder: Path) -> None:
 def remove_files(paths: Sequence[str]) -> None:
     """Remove many files with several threads. Raises: OSError: if one cannot be removed."""
     with ThreadPoolExecutor(REMOVERS) as pool:
-        list(pool.map(os.unlink, paths))
+        list(pool.map(_unlink_all, (paths[first::REMOVERS] for first in range(REMOVERS))))
+
+
+def _unlink_all(paths: Sequence[str]) -> None:
+    for path in paths:
+        os.unlink(path)
 
 
 @contextmanager

@@ -166,9 +166,10 @@ def _of_kubernetes(environment: Mapping[str, str]) -> _Claim:
 
 def _claim(environment: Mapping[str, str], source: str, names: tuple[str, ...], wraps: bool = True) -> _Claim:
     defaults = (None, None, 0, 0)
-    values = [_number(environment, name, source, value) for name, value in zip(names, defaults, strict=True)]
+    numbers = [_number(environment, name, source, value) for name, value in zip(names, defaults, strict=True)]
+    rank, world, local_rank, local_world = numbers
     shown = ", ".join(f"{name}={environment[name]}" for name in names[:2])
-    return _Claim(values[0], values[1], values[2], values[3], source, shown, wraps)
+    return _Claim(rank, world, local_rank, local_world, source, shown, wraps)
 
 
 def _number(environment: Mapping[str, str], name: str, source: str, default: int | None = None) -> int:

@@ -96,7 +96,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: {_short(name)} has dtype {_short(dtype)}; legal: {', '.join(ITEM_BYTES)}")
-    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
+    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {_short(name)} has shape {_short(shape)}, data_offsets {_short(offsets)}")
     needed = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
@@ -107,7 +107,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
     return StoredTensor(dtype, tuple(shape), first + offsets[0], first + offsets[1])
 
 
-def is_shape(values: Any) -> bool:
+def is_sizes(values: Any) -> bool:
     """Return True if a JSON value is a list of at most `MAX_DIMENSIONS` sizes."""
     is_short_list = isinstance(values, list) and len(values) <= MAX_DIMENSIONS
     return is_short_list and all(type(value) is int and 0 <= value < 2**63 for value in values)

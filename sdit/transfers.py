@@ -60,8 +60,10 @@ class UploadStream:
             return PendingUpload(tuple(upload(host, self._device) for host in hosts), self._stream.record_event())
 
 
-# Returns the one stream of this process for copies to a device. torch keeps freed memory for the stream that used it.
-upload_stream = cache(UploadStream)
+@cache
+def upload_stream(device: torch.device) -> UploadStream:
+    """Return the one stream of this process for copies to a device. torch keeps freed memory for the stream that used it."""
+    return UploadStream(device)
 
 
 class Download:

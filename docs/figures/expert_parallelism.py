@@ -42,7 +42,7 @@ STYLE = {
 
 def main() -> None:
     """Write the four figures as SVG files."""
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update(STYLE)  # type: ignore[arg-type]
     routes = prior_routes()
     save("routes", draw_placements(routes))
     save("steps", draw_steps())
@@ -126,7 +126,7 @@ def draw_exchange() -> Any:
     figure, axis = plt.subplots(figsize=(6.5, 3.2))
     samples = np.arange(1, 65)
     costs = {
-        kind: UnitCosts(4 * TOKENS * WIDTH, 4 * expert_parameters(kind, WIDTH, 4 * WIDTH), RANKS)  # type: ignore[arg-type]
+        kind: UnitCosts(4 * TOKENS * WIDTH, 4 * expert_parameters(ExpertsConfig(kind=kind), WIDTH), RANKS)
         for kind in ("linear", "mlp")
     }
     axis.plot(samples, samples * costs["linear"].transfer_bytes / 1e6, color=COLOURS[0], label="samples travel")

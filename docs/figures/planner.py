@@ -33,7 +33,7 @@ EXPERTS = (3, 16, 64)
 
 def main() -> None:
     """Write the figure as an SVG file, and print its numbers."""
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update(STYLE)  # type: ignore[arg-type]
     found = {count: predictions(count) for count in EXPERTS}
     save("planner", draw(found))
     print("| GPUs | M | step, ms | of it: arithmetic | exchange | gradients | goodput | best interval, s |")

@@ -48,22 +48,20 @@ def _call(config: Config) -> str:
 def _stock(config: Config, has_vae: bool) -> list[str]:
     """Return in paragraphs how diffusers' own pipeline computes the same function."""
     few = f"takes {STOCK_CLASSES} for the null label, and this model has {config.model.classes} classes"
-    limits = {
-        "needs a VAE, which this folder has not. Pass `vae=AutoencoderKL.from_pretrained(...)`.": not has_vae,
-        f"{few}. Use it only with `guidance_scale=1`.": config.model.classes != STOCK_CLASSES,
-        "ends its flow times at 1/T. `pipeline.py` has the times of sdit.": config.diffusion.path == "flow",
-        "ignores `latents_mean` and `latents_std` of `vae/config.json`. `pipeline.py` uses them.": (
-            config.data.latent_stats is not None
-        ),
-        "ignores the learned variance. `pipeline.py` uses it.": (
-            config.sample.sampler == "ddpm" and config.model.learn_variance
-        ),
-    }
+    is_flow, has_stats = config.diffusion.path == "flow", config.data.latent_stats is not None
+    learns_variance = config.sample.sampler == "ddpm" and config.model.learn_variance
+    limits = [
+        (not has_vae, "needs a VAE, which this folder has not. Pass `vae=AutoencoderKL.from_pretrained(...)`."),
+        (config.model.classes != STOCK_CLASSES, f"{few}. Use it only with `guidance_scale=1`."),
+        (is_flow, "ends its flow times at 1/T. `pipeline.py` has the times of sdit."),
+        (has_stats, "ignores `latents_mean` and `latents_std` of `vae/config.json`. `pipeline.py` uses them."),
+        (learns_variance, "ignores the learned variance. `pipeline.py` uses it."),
+    ]
     return [
         "diffusers' own pipeline needs one line more. `DiTTransformer2DModel` has other time frequencies than DiT: "
         "10000^(-i/127), not 10000^(-i/128). The line restores them. (`norm_eps` is 1e-6 in `transformer/config.json`, "
         "as in DiT.)",
         "```python\nfrom diffusers import DiTPipeline\n\n"
         f'pipe = DiTPipeline.from_pretrained("THIS_FOLDER")\n{FREQUENCY_LINE}\n```',
-        *(f"`DiTPipeline` {limit}" for limit, applies in limits.items() if applies),
+        *(f"`DiTPipeline` {limit}" for applies, limit in limits if applies),
     ]

@@ -20,7 +20,7 @@ from sdit.checkpoint.index import Shape, ShardTable
 from sdit.checkpoint.manifest import check_manifest
 from sdit.errors import CheckpointError
 from sdit.files import fsync
-from sdit.safetensors_file import Header, TensorEntry, encode_header, is_shape, parse_header, stream_tensors
+from sdit.safetensors_file import Header, TensorEntry, encode_header, is_sizes, parse_header, stream_tensors
 
 FORMAT = 1  # each shard has a file of its own
 NODE_FORMAT = 2  # the shards of a node share a file
@@ -242,7 +242,7 @@ def _parse_shard(file: BinaryIO, path: Path, record: ShardRecord) -> tuple[Heade
     header = parse_header(file, path, record.start, size)
     text = header.metadata.get("shapes", "{}")
     shapes = parse_json(text, f"{path}: shapes", "a mapping of names to shapes", SHAPES_DEPTH)
-    if not isinstance(shapes, dict) or not all(map(is_shape, shapes.values())):
+    if not isinstance(shapes, dict) or not all(map(is_sizes, shapes.values())):
         raise CheckpointError(f"{path}: shapes is not a mapping of names to shapes")
     for key, stored in header.tensors.items():
         name, _, start = key.rpartition("@")

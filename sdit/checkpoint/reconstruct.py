@@ -21,16 +21,15 @@ from sdit.errors import CheckpointError
 Term = tuple[StoredAverage, float]
 
 
-class CombinedAverages(ExitStack):
+class CombinedAverages:
     """The sum of stored averages, each times its coefficient, under the names `ema/NAME`. A context manager.
 
     Ranges are read when they are asked for. The sum is computed in float64.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        super().__init__()
-        found = {average.found.folder: average.found for average, _ in terms}
-        opened = {folder: self.enter_context(ShardSet(folder, each.manifest)) for folder, each in found.items()}
+        self._stack, found = ExitStack(), {average.found.folder: average.found for average, _ in terms}
+        opened = {folder: self._stack.enter_context(ShardSet(folder, each.manifest)) for folder, each in found.items()}
         self._terms = [(opened[average.found.folder], average.kind, coefficient) for average, coefficient in terms]
         first, kind, _ = self._terms[0]
         self.shapes = {f"ema/{name}": first.shapes[f"{kind}/{name}"] for name in first.names(kind)}
@@ -38,6 +37,12 @@ class CombinedAverages(ExitStack):
             for name, shape in self.shapes.items():
                 if shards.shapes.get(f"{other}/{name.removeprefix('ema/')}") != shape:
                     raise CheckpointError(f"{other}/{name.removeprefix('ema/')}: differs between the stored averages")
+
+    def __enter__(self) -> CombinedAverages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def read_into(self, tensor: str, start: int, target: Tensor) -> None:
         """Fill `target` (n,) with the elements [start, start + n) of a logical tensor `ema/NAME`."""

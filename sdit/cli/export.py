@@ -35,9 +35,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source_help = "run folder (its newest good checkpoint) or checkpoint folder"
     add("--checkpoint", type=Path, required=True, metavar="RUN", help=source_help)
     add("--out", type=Path, required=True, metavar="PATH", help="file (.safetensors, .pt, .pth), or new folder")
-    format_help = "safetensors: folder for from_pretrained, or a .safetensors file; diffusers: folder for its pipelines"
-    text = f"{format_help}; published: file in published names (default: published)"
-    add("--format", choices=FORMATS, help=text)
+    format_help = (
+        "safetensors: folder for from_pretrained, or a .safetensors file; diffusers: folder for its pipelines; "
+        "published: file in published names (default: published)"
+    )
+    add("--format", choices=FORMATS, help=format_help)
     vae_help = "diffusers: the AutoencoderKL to copy into the folder (default: sample.vae, if it is a folder)"
     add("--vae", type=Path, metavar="FOLDER", help=vae_help)
     add_weights_option(add)

@@ -74,17 +74,19 @@ def command_line() -> Parser:
 
 def _add_fashion(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    folder, text = Path("/usr/share/datasets/fashion-mnist"), "where the files are (default: %(default)s, Debian's"
-    add("--files", type=Path, default=folder, metavar="FOLDER", help=f"{text} dataset-fashion-mnist)")
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    files_help = "where the files are (default: %(default)s, Debian's dataset-fashion-mnist)"
+    add("--files", type=Path, default=folder, metavar="FOLDER", help=files_help)
     add("--split", choices=("train", "test"), default="train", help="60,000 or 10,000 (default: train)")
     add("--pad", type=int, metavar="PIXELS", help="add a black border up to this width, such as 32")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    formats = "png, jpg, webp, gif, bmp, tiff, ppm, pgm"
-    tree_help = f"one subfolder of images ({formats}) for each class; without subfolders: unlabelled"
-    tree_help += "; of an animation the first frame is read"
+    tree_help = (
+        "one subfolder of images (png, jpg, webp, gif, bmp, tiff, ppm, pgm) for each class; without subfolders: "
+        "unlabelled; of an animation the first frame is read"
+    )
     add("--images", type=Path, required=True, metavar="TREE", help=tree_help)
     _add_size(parser, required=True)
     _add_reading(parser)

@@ -22,17 +22,20 @@ def presets(pattern: str) -> dict[str, Path]:
 
 
 def config_file(text: str) -> Path:
-    """An argument's type: return the path of a YAML config that was given as a path or as the name of a preset."""
+    """An argument's type: return the path of a YAML config that was given as a path or as the name of a preset.
+
+    Raises: argparse.ArgumentTypeError: if there is no such preset.
+    """
     return Path(_given_or_preset(text, CONFIGS))
 
 
 def deepspeed_file(text: str) -> str:
-    """An argument's type: return the path of a DeepSpeed JSON, given in the same way. Empty text stays empty."""
+    """An argument's type: the same as `config_file` for a DeepSpeed JSON. Empty text stays empty."""
     return text and _given_or_preset(text, DEEPSPEED)
 
 
 def hardware_file(text: str) -> Path:
-    """An argument's type: return the path of a hardware file, given in the same way."""
+    """An argument's type: the same as `config_file` for a hardware file."""
     return Path(_given_or_preset(text, HARDWARE))
 
 

@@ -97,13 +97,15 @@ class Block:
 
 Rule = Passed | Shared | Ours | Refused | Renamed | Block
 
+ANY = ""  # the `block` of an object whose keys are not listed here
+
 
 def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
     """Return True if a JSON value equals one of `choices`. true and 1 differ, 1 and 1.0 do not."""
     return any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in choices)
 
 
-def _rules(rule: type[Ours | Refused], text: str, **harmless: Any) -> dict[str, Rule]:
+def _rules(rule: type[Ours | Refused], text: str, /, **harmless: Any) -> dict[str, Rule]:
     """Return one rule per keyword. The value is its harmless value, or a tuple of them."""
     return {key: rule(text, value if isinstance(value, tuple) else (value,)) for key, value in harmless.items()}
 
@@ -268,7 +270,7 @@ KEYS: dict[str, Rule] = {
         block="enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
         "min_loss_scale fp16_master_weights_and_grads",
     ),
-    "amp": Ours("train.precision (fp32 or bf16)", block=""),
+    "amp": Ours("train.precision (fp32 or bf16)", block=ANY),
     "torch_autocast": Ours("train.precision (fp32 or bf16)", block="enabled dtype lower_precision_safe_modules"),
     "activation_checkpointing": Block(ACTIVATION_CHECKPOINTING),
     "compile": Block(COMPILE),
@@ -283,8 +285,8 @@ KEYS: dict[str, Rule] = {
             ),
         }
     ),
-    "datastates_ckpt": Ours("checkpoint.asynchronous", block=""),
-    "nebula": Ours("checkpoint.asynchronous", block=""),
+    "datastates_ckpt": Ours("checkpoint.asynchronous", block=ANY),
+    "nebula": Ours("checkpoint.asynchronous", block=ANY),
     "tensorboard": Ours("observe.tensorboard: true", block="enabled output_path job_name"),
     "wandb": Ours("observe.wandb: online", block="enabled group team project"),
     "csv_monitor": Ours(
@@ -297,12 +299,12 @@ KEYS: dict[str, Rule] = {
     "comms_logger": Ours(
         "observe.metrics_port (the exporter counts the bytes)", block="enabled prof_all prof_ops verbose debug"
     ),
-    "data_efficiency": Ours("data.*", block=""),
-    "curriculum_learning": Ours("data.*", block=""),
+    "data_efficiency": Ours("data.*", block=ANY),
+    "curriculum_learning": Ours("data.*", block=ANY),
     **_ours("data.*", dataloader_drop_last=False),
-    "expert_parallel": Ours("parallel.expert", block=""),
-    "moe": Ours("model.experts.* and parallel.expert", block=""),
-    "elasticity": Ours("supervise.elastic", block=""),
+    "expert_parallel": Ours("parallel.expert", block=ANY),
+    "moe": Ours("model.experts.* and parallel.expert", block=ANY),
+    "elasticity": Ours("supervise.elastic", block=ANY),
     # Refused.
     **_refused("it changes the arithmetic of the gradients", prescale_gradients=False, gradient_predivide_factor=1),
     **_refused("it changes the arithmetic of the gradients", gradient_allreduce_op="mean", fp32_allreduce=False),
@@ -331,16 +333,16 @@ KEYS: dict[str, Rule] = {
     **_refused("the dense gradients of the label table are reduced", sparse_gradients=False),
     **_refused(REMOVED, graph_harvesting=False),
     "aio": Block(AIO),
-    "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=""),
+    "autotuning": Refused("sdit plan estimates memory and traffic of a layout", block=ANY),
     "hybrid_engine": Refused(
         "it is for language models that generate text while training",
         block="enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters "
         "tp_gather_partition_size enable_cuda_graph",
     ),
-    "weight_quantization": Refused("quantized weights change the numbers", block=""),
-    "compression_training": Refused("compressed weights change the numbers", block=""),
-    "quantize_training": Refused("quantized weights change the numbers", block=""),
-    **{key: Refused(REMOVED, block="") for key in ("eigenvalue", "sparse_attention", "progressive_layer_drop")},
+    "weight_quantization": Refused("quantized weights change the numbers", block=ANY),
+    "compression_training": Refused("compressed weights change the numbers", block=ANY),
+    "quantize_training": Refused("quantized weights change the numbers", block=ANY),
+    **{key: Refused(REMOVED, block=ANY) for key in ("eigenvalue", "sparse_attention", "progressive_layer_drop")},
 }
 
 

@@ -213,4 +213,8 @@ class SuperviseConfig(Section):
         It exceeds every deadline. A supervisor therefore ends the rank that stalls before NCCL aborts a rank that waits for it,
         which would count as a crash of the latter.
         """
-        return 2 * max(value for key, value in self if key.endswith("_seconds")) + 60
+        deadlines = (
+            self.start_seconds, self.first_step_seconds, self.step_seconds, self.checkpoint_seconds,
+            self.sample_seconds, self.grace_seconds,
+        )  # fmt: skip
+        return 2 * max(deadlines) + 60

@@ -146,8 +146,9 @@ def latent_encoder(vae: Path, mirrored: bool, dtype: str, batch: int, device: st
     recipe = {"stored": "moments", "vae": weights, "mirrored": mirrored, "dtype": dtype, "batch": batch}
     try:
         return LatentEncoder(
-            recipe, vae, config["latent_channels"], config["in_channels"], 2 ** (len(config["block_out_channels"]) - 1),
-            config["scaling_factor"], mirrored, dtype, batch, device, config.get("shift_factor") or 0.0,
+            recipe, vae, channels=config["latent_channels"], picture_channels=config["in_channels"],
+            downsampling=2 ** (len(config["block_out_channels"]) - 1), latent_scale=config["scaling_factor"],
+            mirrored=mirrored, dtype=dtype, batch=batch, device=device, shift=config.get("shift_factor") or 0.0,
         )  # fmt: skip
     except KeyError as error:
         raise ConfigError(f"--vae: {vae / 'config.json'} has no {error}") from None

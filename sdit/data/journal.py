@@ -99,9 +99,12 @@ def _journal_content(file: BinaryIO, recipe: Recipe, kind: type[AnyRecord]) -> t
         return recipe, []
     first, *lines = whole.splitlines()
     try:
-        return json.loads(first), [kind.model_validate_json(line) for line in lines]
+        begun, records = json.loads(first), [kind.model_validate_json(line) for line in lines]
     except (ValueError, ValidationError):
-        raise ConfigError(f"--out: {file.name} cannot be read; delete it, or choose another folder") from None
+        begun, records = None, []
+    if not isinstance(begun, dict):
+        raise ConfigError(f"--out: {file.name} cannot be read; delete it, or choose another folder")
+    return begun, records
 
 
 def _refuse_other_recipe(folder: Path, found: Recipe, asked: Recipe, earlier: Sequence[str]) -> None:

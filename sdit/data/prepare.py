@@ -94,7 +94,7 @@ def prepare(
         if facts.kind == "latents":
             measured = index.facts.model_copy(update={"latent_stats": measure_latents(out, index.shards, index.facts)})
             index = index.model_copy(update={"facts": measured})
-        if index != before:
+        if index != before or not (out / INDEX_NAME).exists():
             write_index(out, index)
     kept = sum(result.kept for result in finished)
     return Summary(len(index.shards) - kept, kept, len(source) - index.facts.total, index)

@@ -100,9 +100,8 @@ class RecordSource:
 
     def images(self) -> Iterator[SourceImage]:
         position = self.start
-        ends = (
-            np.flatnonzero(np.diff(self.records["archive"])) + 1
-        )  # of the records that follow one another in an archive
+        # Of the records that follow one another in an archive.
+        ends = np.flatnonzero(np.diff(self.records["archive"])) + 1
         for records in np.split(self.records, ends) if len(self) else ():
             number = int(records["archive"][0])
             faults = [self.faults.get((number, row), "") for row in records["row"].tolist()]

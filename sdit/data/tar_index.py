@@ -192,7 +192,8 @@ def _hash_tar(task: tuple[Path, Path, np.ndarray, TarRecord | None]) -> tuple[Ta
     """
     path, file_of_members, members, known = task
     with path.open("rb", buffering=0) as tar:
-        size, sha256 = os.fstat(tar.fileno()).st_size, hashlib.file_digest(tar, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(tar, "sha256").hexdigest()
+        size = tar.tell()  # of the bytes that were hashed
     digest = members_digest(members)
     record = TarRecord(name=str(path), bytes=size, sha256=sha256, samples=len(members), members=digest)
     if record == known and file_of_members.exists():

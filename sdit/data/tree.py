@@ -220,10 +220,13 @@ class _Walk:
 
     def images_among(self, files: list[str]) -> list[str]:
         """Return the files with the suffix of an image format."""
+        images = []
         for path in files:
-            if not _has_image_ending(path):
+            if _has_image_ending(path):
+                images.append(path)
+            else:
                 self.left_out.endings.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
-        return list(filter(_has_image_ending, files))
+        return images
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:

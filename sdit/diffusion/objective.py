@@ -57,7 +57,7 @@ class Objective(nn.Module, ABC):
         """
         x0 = x0.float()
         noise = torch.randn_like(x0) if noise is None else noise.float()
-        t = t.float() if t.is_floating_point() else t
+        t = t.float() if self.timesteps is None else t
         return self._losses(model(self.q_sample(x0, t, noise), t, y), x0, t, noise, other_target)
 
     def draw_timesteps(self, seed: int, first_index: int, global_batch: int) -> np.ndarray:

@@ -213,7 +213,7 @@ def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
 
     DeepSpeed takes the local rank as the index of the GPU, and refuses another local rank of Open MPI.
 
-    Raises: ConfigError: if there are several ranks and the address or port of rank 0 is not set.
+    Raises: ConfigError: if the address or port of rank 0 is needed and not set.
     """
     index = str(info.local_rank if device.index is None else device.index)
     os.environ.update(
@@ -224,8 +224,9 @@ def _set_rendezvous(info: RankInfo, device: torch.device) -> None:
     on_one_node = info.world == 1 or (info.local_world == info.world and not _has_agent_store())
     if on_one_node and not is_loopback(os.environ.get("MASTER_ADDR", "")):
         os.environ["MASTER_ADDR"] = LOOPBACK
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if info.world > 1 and name not in os.environ:
+    needed = ("MASTER_ADDR", "MASTER_PORT") if info.world > 1 or _has_agent_store() else ()
+    for name in needed:
+        if name not in os.environ:
             raise ConfigError(
                 f"{name} is not set; under {info.source} with {info.world} ranks it must name rank 0's host and port"
             )

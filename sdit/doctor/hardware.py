@@ -36,8 +36,9 @@ def measure_hardware(comm: Comm, folder: Path, threads: int | None) -> Hardware:
     assumed = ["node_mtbf_hours", "host.restart_seconds", "host.step_microseconds_per_rank"]
     assumed += ["inside: no two ranks share a node"] if inside is None else []
     assumed += ["between: there is one node"] if between is None else []
+    where = socket.gethostname() if len(nodes) == 1 else f"{len(nodes)} nodes"
     return Hardware(
-        name=f"{socket.gethostname() if len(nodes) == 1 else f'{len(nodes)} nodes'}, {comm.world} ranks",
+        name=f"{where}, {comm.world} ranks",
         sources=[measured, f"not measured: {'; '.join(assumed)}"],
         device=device,
         inside=inside or between or one_rank,

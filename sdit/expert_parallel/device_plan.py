@@ -79,7 +79,7 @@ class PackedPlan:
 
 
 class _Packer:
-    """Collects index arrays on the host. `keep` returns the number of an array."""
+    """Collects index arrays on the host, flattened. `keep` returns the number of an array."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
@@ -99,7 +99,7 @@ def pack_plan(plan: MicroStepPlan, placement: ExpertPlacement, ep_rank: int) -> 
 
     def plan_of(views: Sequence[Tensor]) -> DevicePlan:
         kept_view = None if kept is None else views[kept].view(shape).bool()
-        view = TaskView(views[tasks], own, views[experts].view(shape), kept_view)
+        view = TaskView(task=views[tasks], own=own, experts=views[experts].view(shape), kept=kept_view)
         return DevicePlan(view, [block(views) for block in blocks])
 
     return PackedPlan(np.concatenate(packer.arrays), [len(array) for array in packer.arrays], plan_of)
@@ -117,11 +117,12 @@ def _pack_block(
     counted = None if not replicated[own].any() else ~replicated[own]
     remote = _pack_work(packer, block.remote, own, block.remote.samples, counted)
     send, replica_rows = packer.keep(block.send_rows), packer.keep(np.flatnonzero(replicated[own]))
-    splits, travels = (block.send_splits.tolist(), block.receive_splits.tolist()), block.travels
+    send_splits, receive_splits, travels = block.send_splits.tolist(), block.receive_splits.tolist(), block.travels
     counts = [int(replicated[ids].sum()) for ids in ids_of_rank]
     return lambda views: BlockDevicePlan(
-        views[send], *splits, local(views), remote(views), travels, counts, views[replica_rows]
-    )
+        send_rows=views[send], send_splits=send_splits, receive_splits=receive_splits, local=local(views),
+        remote=remote(views), travels=travels, replica_counts=counts, replica_rows=views[replica_rows],
+    )  # fmt: skip
 
 
 def _pack_work(

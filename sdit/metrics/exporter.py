@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -344,4 +343,10 @@ def gateway_login(config: ObserveConfig, environment: Mapping[str, str]) -> Hand
     user = config.pushgateway_user or ""
     if not user and not password:
         return None
-    return partial(basic_auth_handler, username=user, password=password)
+
+    def send(  # not functools.partial, whose repr would show the password
+        url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
+    ) -> Callable[[], None]:
+        return basic_auth_handler(url, method, timeout, headers, data, user, password)
+
+    return send

@@ -224,7 +224,7 @@ def checkpoint_interval_images(config: Config) -> float:
 def build_labels(run_dir: Path) -> tuple[str, str, str, str]:
     """Return version, git commit, torch and deepspeed from environment.json."""
     found = read_json(run_dir / "environment.json") or {}
-    packages = found.get("packages", {})
+    packages = found.get("packages") or {}
     return (
         str(found.get("sdit", "unknown")),
         str(found.get("git_commit", "unknown"))[:12],

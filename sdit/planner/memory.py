@@ -87,21 +87,31 @@ def state_bytes(job: Job, rank: int) -> State:
     averages = 4 * average_count(job)
     weights = job.frozen_numel * job.element_bytes
     masters = frozen_masters = 0 if job.element_bytes == 4 else 4 * job.frozen_numel
-    moment_bytes = ema = 0
+    moment_bytes, ema = 0, averages * owned_numel(job, rank)
     for group in job.groups:
-        index = index_of(group, job, rank)
-        if job.stage:
-            computed, kept, owned = group.padded, group.partition_numel, group.unpadded(index)
-        else:
-            computed = kept = group.numel
-            shards = [(numel, -(-numel // group.ranks)) for numel in group.numels]
-            owned = sum(min(shard, max(0, numel - index * shard)) for numel, shard in shards)
+        computed, kept = (group.padded, group.partition_numel) if job.stage else (group.numel, group.numel)
         weights += computed * job.element_bytes
         masters += 4 * kept if job.stage or job.element_bytes < 4 else 0
         moment_bytes += moments * kept
-        ema += averages * owned
     offloaded = masters - frozen_masters + moment_bytes + ema if job.offload else 0
     return State(weights, masters, moment_bytes, ema, offloaded)
+
+
+def owned_numel(job: Job, rank: int) -> int:
+    """Return the elements of trained parameters that the rank averages and writes.
+
+    Under ZeRO 0 the ranks that have the same parameters share them as one row, as in `owned_shards`.
+    """
+    if job.stage:
+        return sum(group.unpadded(index_of(group, job, rank)) for group in job.groups)
+    owned = 0
+    for experts in (False, True):
+        row = [group for group in job.groups if group.experts is experts]
+        if row:
+            total, index = sum(group.numel for group in row), index_of(row[0], job, rank)
+            share = -(-total // row[0].ranks)
+            owned += min(share, max(0, total - index * share))
+    return owned
 
 
 def average_count(job: Job) -> int:

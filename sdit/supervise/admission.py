@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from sdit.supervise.launch import LaunchIdentity
 from sdit.supervise.lock import owner_of
@@ -19,25 +20,33 @@ REFUSE_SECONDS = 10.0  # a refused rank 0 waits this long for ranks of its launc
 _log = logging.getLogger(__name__)
 
 
+class _Seen(NamedTuple):
+    """A waiting rank, and the times of its first announcement and of its latest sign of life, in seconds."""
+
+    member: Member
+    first: float
+    latest: float
+
+
 class Attendance:
     """The waiting ranks that announced themselves recently, in order of arrival."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[Member, float, float]] = {}  # by nonce, with the first and the last time
+        self._seen: dict[str, _Seen] = {}  # by nonce
 
     def update(self, members: Iterable[Member], now: float) -> list[Member]:
         """Add the members announced at time `now` (seconds), and return those that seem alive."""
         for member in members:
             before = self._seen.get(member.nonce)
-            if before is None or before[0].beats != member.beats:
-                self._seen[member.nonce] = (member, now if before is None else before[1], now)
-        recent = {nonce: each for nonce, each in self._seen.items() if now - each[2] < SILENT_SECONDS}
-        self._seen = {nonce: each for nonce, each in recent.items() if not each[0].is_dead}
-        return [member for member, _, _ in self._seen.values()]
+            if before is None or before.member.beats != member.beats:
+                self._seen[member.nonce] = _Seen(member, now if before is None else before.first, now)
+        recent = {nonce: seen for nonce, seen in self._seen.items() if now - seen.latest < SILENT_SECONDS}
+        self._seen = {nonce: seen for nonce, seen in recent.items() if not seen.member.is_dead}
+        return [seen.member for seen in self._seen.values()]
 
     def settled(self, now: float) -> set[str]:
         """Return the nonces of the ranks that have waited for `UNSURE_SECONDS`."""
-        return {nonce for nonce, (_, came, _) in self._seen.items() if now - came > UNSURE_SECONDS}
+        return {nonce for nonce, seen in self._seen.items() if now - seen.first > UNSURE_SECONDS}
 
 
 def admit(

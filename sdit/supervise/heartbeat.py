@@ -10,6 +10,7 @@ import mmap
 import os
 import signal
 import struct
+import tempfile
 import threading
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class Heartbeat:
     @classmethod
     def create(cls) -> Heartbeat:
         """Create shared memory whose descriptor a worker inherits."""
-        descriptor = os.memfd_create("sdit-heartbeat")  # freed when the last process closes it
+        descriptor = memory_file("sdit-heartbeat")
         os.truncate(descriptor, MEMORY_BYTES)
         return cls(descriptor)
 
@@ -131,3 +132,14 @@ class Heartbeat:
         if not kind:
             return None
         return Failure(self._memory[_TEXT_AT : _TEXT_AT + length].decode(errors="replace"), kind == 2)
+
+
+def memory_file(name: str) -> int:
+    """Return the descriptor of a new file in memory. The kernel frees it when the last process closes it.
+
+    Some builds of Python for old systems have no memfd_create. They take a file without a name.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

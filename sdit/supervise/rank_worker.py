@@ -7,7 +7,7 @@ import os
 
 from sdit.config import SuperviseConfig
 from sdit.launch_environment import LAUNCHER_VARIABLE
-from sdit.supervise.heartbeat import ALIVE_SECONDS, Heartbeat, Phase
+from sdit.supervise.heartbeat import ALIVE_SECONDS, Heartbeat, Phase, memory_file
 from sdit.supervise.job import SupervisedRank
 from sdit.supervise.log_files import append_to, log_path, mark_lines
 from sdit.supervise.rendezvous import AttemptSpec
@@ -41,7 +41,7 @@ class RankWorker:
         """Start the process of an attempt."""
         with contextlib.suppress(OSError):
             self._folder.make("logs")  # a user may have deleted it during the launch
-        heartbeat, stacks = Heartbeat.create(), os.memfd_create("sdit-stacks")
+        heartbeat, stacks = Heartbeat.create(), memory_file("sdit-stacks")
         worker_spec = WorkerSpec(
             heartbeat.descriptor, spec.attempt, os.getpid(), stacks, spec.resume, self._metrics_path
         )

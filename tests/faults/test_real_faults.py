@@ -131,7 +131,10 @@ def test_loss_spike_rolls_the_run_back_on_request(tmp_path: Path) -> None:
 
 
 def test_stop_cuts_pauses_short_and_the_next_start_makes_up_for_them(tmp_path: Path) -> None:
-    """The held-out loss takes 50 batches, the last grid 100 sampler steps: stopped in the middle of both, nothing lacks."""
+    """The held-out loss takes 50 batches, the last grid 100 sampler steps: stopped in the middle of both, nothing lacks.
+
+    The last start needs no supervisor, because it is not disturbed.
+    """
     held_out, run = tmp_path / "held-out", tmp_path / "run"
     prepare(digits_source(), png_encoder(), held_out, 256, 1, False)
     settings = (

@@ -18,10 +18,11 @@ import tests.unit.flop_formulas  # noqa: F401  # the counter then knows the prod
 from sdit.cli.plan import main
 from sdit.config import Config, EmaConfig, ExpertsConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdit.diffusion import build_objective
+from sdit.distributed.shards import ReplicaShare, Shard, owned_shards
 from sdit.model import build_model
 from sdit.model.flops import flops_per_image
 from sdit.planner.layout import Group, Job, plan_job
-from sdit.planner.memory import activation_bytes, checkpoint_bytes, plan_memory, state_bytes
+from sdit.planner.memory import activation_bytes, checkpoint_bytes, index_of, plan_memory, state_bytes
 from sdit.planner.remedy import find_remedy
 from sdit.planner.traffic import gradient_traffic_bytes, plan_exchange
 from tests.unit.kept_tensors import kept_bytes
@@ -129,6 +130,20 @@ def test_state_of_all_ranks_together_is_the_model_once(world: int, stage: int) -
         padding = 16 * world * world * len(job.groups)
         assert 2 * whole <= sum(state.moments for state in states) <= 2 * whole + padding
     assert checkpoint_bytes(job) == 4 * whole
+
+
+@pytest.mark.parametrize("world", [1, 4, 6, 14])
+def test_ranks_of_zero_0_are_planned_to_own_what_the_engine_cuts(world: int) -> None:
+    job = job_of(model_config("switch", "linear"), world, 0, per_node=2)
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    for rank in range(world):
+        local, replicas = [], {}
+        for group in job.groups:
+            for numel in group.numels:
+                name = f"parameter {len(local)}"
+                local.append(Shard(name, (numel,), 0, numel, torch.empty(numel), 0, optimizer))
+                replicas[name] = ReplicaShare(index_of(group, job, rank), group.ranks)
+        assert state_bytes(job, rank).ema == 4 * sum(shard.numel for shard in owned_shards(local, replicas))
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (4, 1), (4, 2)])

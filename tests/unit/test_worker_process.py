@@ -50,6 +50,14 @@ def within_patience(call: object) -> bool:
     return not thread.is_alive()
 
 
+def test_a_python_without_memory_files_has_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of Python for old systems have no os.memfd_create."""
+    monkeypatch.delattr(os, "memfd_create")
+    heartbeat = Heartbeat.create()
+    heartbeat.enter(Phase.STEP, 7)
+    assert heartbeat.read().step == 7 and os.fstat(heartbeat.descriptor).st_nlink == 0
+
+
 def test_kill_does_not_wait_and_a_process_that_remains_is_logged_once(
     worker: WorkerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sdit.data.encoders import png_encoder
 from sdit.data.index import DatasetFacts, read_index
+from sdit.data.pool import run_tasks
 from sdit.data.prepare import prepare, verify
 from sdit.data.sources import ArraySource, SourceImage
 from sdit.errors import ConfigError, DataError
@@ -152,6 +154,30 @@ def test_a_folder_half_made_of_something_else_is_left_alone(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="was made with version 0"):
         run(out, version=1)
     assert contents(out) == before
+
+
+def test_a_journal_that_is_no_journal_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "progress.jsonl").write_text("[1]\n")
+    with pytest.raises(ConfigError, match=r"--out: .*progress\.jsonl cannot be read; delete it"):
+        run(out)
+    assert contents(out) == {"progress.jsonl": b"[1]\n"}
+
+
+def test_an_index_that_is_removed_during_a_second_preparation_is_written_again(
+    tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    run(out)
+
+    def removing(*arguments: Any) -> Any:
+        (out / "index.json").unlink()
+        return run_tasks(*arguments)
+
+    monkeypatch.setattr("sdit.data.prepare.run_tasks", removing)
+    run(out)
+    assert contents(out) == expected
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
