@@ -138,6 +138,19 @@ def test_missing_noise_is_drawn_fresh():
     assert not torch.equal(objective(model, x0, t, None).mse, objective(model, x0, t, None).mse)
 
 
+def test_times_of_the_flow_path_are_floats_for_the_model():
+    """An integer is a time too: 1 is pure noise, and not the first of the timesteps."""
+    seen = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: object) -> torch.Tensor:
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    x0 = torch.ones(2, 3, 4, 4)
+    build_objective({"path": "flow"})(model, x0, torch.tensor([0, 1]), None, torch.zeros_like(x0))
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [0.0, 1.0]
+
+
 def test_flow_loss_is_zero_for_the_true_velocity_alone():
     x0, noise, _ = random_batch()
     t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
