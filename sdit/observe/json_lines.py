@@ -33,7 +33,8 @@ class WaitingLines:
             self._lines.clear()
         except OSError as error:
             if not self._reported:
-                _log.warning("%s: lines wait until they can be written (%s); training continues", path, error.strerror)
+                problem = f"lines wait until they can be written ({error.strerror})"
+                _log.warning("%s: %s; training continues", path.name, problem)
             self._reported = True
 
     def keep(self, is_kept: Callable[[str], bool]) -> None:
@@ -47,7 +48,7 @@ class WaitingLines:
         try:
             self._write(path)
         except OSError as error:
-            _log.warning("%s: %d lines are lost (%s)", path, self._lost + len(self._lines), error.strerror)
+            _log.warning("%s: %d lines are lost (%s)", path.name, self._lost + len(self._lines), error.strerror)
             self._lines.clear()
 
     def _write(self, path: Path) -> None:
@@ -69,5 +70,5 @@ class WaitingLines:
         waited, lost, self._lost = len(self._lines), self._lost, 0
         self._lines.clear()
         if self._reported:
-            _log.warning("%s: can be written again: %d lines had waited, %d are lost", path, waited - 1, lost)
+            _log.warning("%s: can be written again: %d lines had waited, %d are lost", path.name, waited - 1, lost)
             self._reported = False

@@ -13,7 +13,7 @@ from sdit.clock import Clock
 from sdit.files import replace_text
 from sdit.observe.json_lines import WaitingLines
 from sdit.redact import redact
-from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.run_folder import RunFolder, anchored
 from sdit.train.events import VALIDATION, Observer
 from sdit.train.record import StepRecord, Validation
 
@@ -35,11 +35,11 @@ class MetricsFile(Observer):
 
     @property
     def _metrics(self) -> Path:
-        return self._run_dir / "metrics.jsonl"
+        return anchored(self._run_dir) / "metrics.jsonl"
 
     @property
     def _events(self) -> Path:
-        return self._run_dir / "events.jsonl"
+        return anchored(self._run_dir) / "events.jsonl"
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self.on_rollback(clock, message)
@@ -51,7 +51,7 @@ class MetricsFile(Observer):
         self._metric_lines.keep(lambda line: _images(line) <= clock.images_seen)
         if self._metrics.exists():
             lines = self._metrics.read_text(encoding="utf-8").splitlines()
-            _rewrite(self._metrics, [line for line in lines if _images(line) <= clock.images_seen])
+            self._rewrite([line for line in lines if _images(line) <= clock.images_seen])
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         for key in SPENT:
@@ -69,11 +69,10 @@ class MetricsFile(Observer):
         if not lines or _images(lines[-1]) != clock.images_seen:
             return
         try:
-            _rewrite(self._metrics, [*lines[:-1], json.dumps({**json.loads(lines[-1]), **validation.as_dict()})])
+            self._rewrite([*lines[:-1], json.dumps({**json.loads(lines[-1]), **validation.as_dict()})])
         except OSError as error:
-            _log.warning(
-                "%s: the held-out loss could not be written (%s); training continues", self._metrics, error.strerror
-            )
+            problem = f"the held-out loss could not be written ({error.strerror})"
+            _log.warning("%s: %s; training continues", error.filename, problem)
 
     def missing(self, clock: Clock) -> set[str]:
         """Return VALIDATION if the last line is of this step and has no held-out loss, else an empty set."""
@@ -89,14 +88,17 @@ class MetricsFile(Observer):
         where = {"time": moment, "images_seen": clock.images_seen, "step": clock.steps}
         self._event_lines.append(self._events, json.dumps({**where, "event": kind, "text": redact(text)}))
 
+    def _rewrite(self, lines: list[str]) -> None:
+        try:
+            replace_text(self._metrics, "".join(line + "\n" for line in lines))
+        except OSError as error:
+            error.filename = str(self._run_dir / "metrics.jsonl")
+            raise
+
     def close(self) -> None:
         """Write the lines that wait. What still does not fit is lost, which is logged."""
         self._metric_lines.close(self._metrics)
         self._event_lines.close(self._events)
-
-
-def _rewrite(path: Path, lines: list[str]) -> None:
-    replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def _images(line: str) -> float:

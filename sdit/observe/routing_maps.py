@@ -16,7 +16,7 @@ from sdit.model.windows import expert_windows
 from sdit.observe.routing import Snapshot
 from sdit.observe.sample_grids import remove_after
 from sdit.observe.token_maps import TokenMap
-from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.run_folder import RunFolder, anchored
 from sdit.time_law import TimeLaw, prior_law
 from sdit.train.events import ROUTING, Observer, OnFailure
 from sdit.train.record import StepRecord
@@ -52,7 +52,7 @@ class RoutingMaps(Observer):
 
     def on_start(self, clock: Clock, total_images: int, message: str) -> None:
         self._total_images, self._is_complete = total_images, clock.images_seen >= total_images
-        self._folder.mkdir(exist_ok=True)
+        (anchored(self._run_dir) / "routing").mkdir(exist_ok=True)
         self.on_rollback(clock, message)
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:

@@ -16,7 +16,7 @@ from sdit.data.dataset import data_classes, latent_stats_of
 from sdit.data.latent_stats import LatentScaling
 from sdit.data.pixels import to_pixels
 from sdit.files import replacing
-from sdit.supervise.run_folder import RunFolder
+from sdit.supervise.run_folder import RunFolder, anchored
 from sdit.train.events import SAMPLES, Observer, OnFailure
 
 MIN_TILE_PIXELS = 48  # smaller images are enlarged by a whole factor so that they are visible
@@ -55,7 +55,7 @@ class SampleGrids(Observer):
         return set() if self._path(clock).exists() else {SAMPLES}
 
     def on_samples(self, clock: Clock, images: np.ndarray, labels: np.ndarray, columns: int) -> None:
-        self._folder.mkdir(exist_ok=True)
+        (anchored(self._run_dir) / "samples").mkdir(exist_ok=True)
         if self._scaling is None:
             named = "" if self._classes is None else self._classes.describe_all(labels.tolist())
             facts = {"images_seen": clock.images_seen, **({"labels": named} if named else {})}

@@ -10,9 +10,10 @@ from sdit.files import DISK_FULL
 
 
 class RunFolder:
-    """An existing folder. `folder / "name"` is a path in it, even after the folder was renamed.
+    """An existing folder. `folder / "name"` is a path in it, also if the folder was renamed before.
 
-    Code that writes to such paths and creates no parents cannot recreate a lost run folder.
+    Code that writes to paths inside its subfolders and creates no parents cannot recreate a lost run folder. What is created
+    in the folder itself takes `anchor` or `make`: another folder may be at the path by the time of the write.
 
     Raises: ConfigError: if the folder does not exist or cannot be opened.
     """
@@ -52,13 +53,21 @@ class RunFolder:
 
     def make(self, name: str) -> None:
         """Create the folder `name` inside unless it exists. Raises: OSError: if it cannot be created."""
-        (self / name).mkdir(exist_ok=True)
+        try:
+            os.mkdir(name, dir_fd=self._descriptor)
+        except OSError as error:
+            error.filename = str(self / name)
+            if not isinstance(error, FileExistsError) or not (self.anchor / name).is_dir():
+                raise
 
     @property
     def anchor(self) -> Path:
-        """A path to the folder that stays valid after a rename. Without /proc it is `path`."""
+        """A path to the folder that stays valid after a rename. Nothing can be created in it if the folder is deleted.
+
+        Without /proc it is `path`.
+        """
         anchor = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
-        return anchor if self._is_at(anchor) else self.path
+        return anchor if anchor.is_dir() else self.path
 
     @property
     def now(self) -> Path | None:
@@ -120,6 +129,11 @@ class RunFolder:
             return os.readlink(f"/proc/self/fd/{self._descriptor}")
         except OSError:
             return None
+
+
+def anchored(run_dir: Path | RunFolder) -> Path:
+    """Return a path to a run folder that stays valid after a rename, if the folder is open."""
+    return run_dir.anchor if isinstance(run_dir, RunFolder) else run_dir
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError | StorageError:

@@ -12,12 +12,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdit.checkpoint.store import find_checkpoint
+from sdit.clock import Clock
+from sdit.config import load_config
 from sdit.errors import ExitCode
-from sdit.observe.metrics_file import read_metrics
+from sdit.observe.metrics_file import MetricsFile, read_metrics
+from sdit.observe.routing_maps import RoutingMaps
+from sdit.observe.sample_grids import SampleGrids
 from sdit.supervise.coordinator import LOST_SECONDS
+from sdit.supervise.run_folder import RunFolder
 from tests.distributed.harness import ROOT
 from tests.faults.ranks import Ranks, eventually, is_gone, newest_step, start_fake, start_real
 
@@ -62,6 +68,58 @@ def test_run_whose_folder_is_replaced_does_not_touch_the_other(tmp_path: Path) -
         assert ranks.codes() == [ExitCode.CONFIG]
     assert list(run.iterdir()) == []
     assert find_checkpoint(old).manifest["clock"]["steps"] == read_metrics(old)[-1]["step"]
+
+
+@pytest.fixture
+def replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A folder that is replaced after a writer has asked for its path, and before it writes there."""
+    folder = RunFolder.create(tmp_path / "run")
+    folder.path.rename(tmp_path / "old")
+    folder.path.mkdir()
+    monkeypatch.setattr(RunFolder, "now", property(lambda self: self.path))
+    return folder
+
+
+def test_what_is_created_in_a_run_folder_is_never_in_another(replaced: RunFolder, tmp_path: Path) -> None:
+    """R15: a new folder may be at the path by the time of a write."""
+    config = load_config(TINY)
+    for name in ("logs", "logs"):
+        replaced.make(name)
+    metrics, maps, grids = (
+        MetricsFile(replaced),
+        RoutingMaps.of(config, replaced),
+        SampleGrids.of(config, replaced, True),
+    )
+    for observer in (metrics, maps, grids):
+        observer.on_start(Clock(), 320, "fresh")
+    metrics.on_event(Clock(32, 1), "checkpoint", "written")
+    with pytest.raises(
+        FileNotFoundError
+    ):  # the observers of a run try again, and then its folder is known to have moved
+        grids.on_samples(Clock(32, 1), np.zeros((1, 1, 8, 8), dtype=np.float32), np.zeros(1, dtype=np.int64), 1)
+    assert list(replaced.path.iterdir()) == []
+    names = sorted(path.name for path in (tmp_path / "old").iterdir())
+    assert names == ["events.jsonl", "logs", "metrics.jsonl", "routing", "samples"]
+    assert len((tmp_path / "old" / "events.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    (tmp_path / "run" / "logs").touch()
+    with pytest.raises(FileExistsError) as error:
+        folder.make("logs")
+    assert error.value.filename == str(tmp_path / "run" / "logs")
+
+
+def test_nothing_is_created_in_a_deleted_folder_nor_in_a_new_one_at_its_path(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    metrics = MetricsFile(folder)
+    folder.path.rmdir()
+    folder.path.mkdir()
+    metrics.on_event(Clock(), "start", "fresh")
+    with pytest.raises(FileNotFoundError):
+        folder.make("logs")
+    assert list(folder.path.iterdir()) == []
 
 
 def test_renamed_parent_is_noticed_without_a_supervisor(tmp_path: Path) -> None:
