@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -26,7 +27,7 @@ def run_command(action: Callable[[], int]) -> NoReturn:
 def status_of(action: Callable[[], int]) -> int:
     """Run a command and return its exit status, with all of its output written.
 
-    If the reader of the output leaves early (`| head`), the status does not change. If standard output cannot be written, the
+    An unexpected error is printed with its traceback, and the status is 70, as for a rank that a supervisor watches. If the reader of the output leaves early (`| head`), the status does not change. If standard output cannot be written, the
     status is 74.
     """
     keep_output()
@@ -36,6 +37,9 @@ def status_of(action: Callable[[], int]) -> int:
         if end.code not in (None, ExitCode.DONE):
             raise
         code = ExitCode.DONE
+    except Exception:
+        traceback.print_exc()
+        code = ExitCode.CRASH
     sys.stdout.flush()
     problem = output_problem()
     if problem and code == ExitCode.DONE:

@@ -36,7 +36,7 @@ def settings(folder: Path) -> tuple[str, ...]:
         "data.source=shards",
         f"data.path={folder}",
         "data.workers=1",
-        "train.steps=120",
+        "train.steps=64",  # more than an epoch
         "checkpoint.every_steps=4",
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from sdit.config import SuperviseConfig
 from sdit.errors import ExitCode
 from sdit.supervise.heartbeat import Heartbeat, Phase
 from sdit.supervise.restart_policy import ExitReport, RestartPolicy
+from tests.distributed.harness import ROOT
 from tests.faults.ranks import eventually, newest_step, start_fake
 
 GLOO = (
@@ -139,3 +142,10 @@ def test_lost_supervisor_is_reported_with_its_step(tmp_path: Path) -> None:
         ranks.send(2, signal.SIGKILL)
         assert ranks.codes(seconds=90) == [ExitCode.CRASH, ExitCode.CRASH, -signal.SIGKILL]
     assert ranks.fatal[0].startswith("FATAL rank 2,") and ", step 0," not in ranks.fatal[0]
+
+
+def test_unexpected_error_is_a_crash_that_a_scheduler_tries_again() -> None:
+    code = "from sdit.cli.process import run_command; run_command(lambda: 1 // 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == ExitCode.CRASH
+    assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr.splitlines()[-1]

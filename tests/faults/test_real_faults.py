@@ -59,11 +59,11 @@ def run_with(run: Path, *faults: str, settings: tuple[str, ...] = ()) -> Ranks:
     return start_real(2, run, TINY, *SETTINGS, *DEADLINES, *settings, faults=faults)
 
 
-def train_unsupervised(run: Path, *words: str) -> None:
-    """Train to the end on two ranks that fork. Faults are words such as --fault=nan_loss@1:6."""
+def train_unsupervised(run: Path, *words: str, ends: tuple[int, int] = (ExitCode.DONE, ExitCode.DONE)) -> None:
+    """Train on two ranks that fork and end with `ends`. Faults are words such as --fault=nan_loss@1:6."""
     words = (*train_words(run, TINY), *SETTINGS, *words, "supervise.enabled=false")
-    for rank in fork_ranks(2, FAULTY_LAUNCHER, words):
-        assert rank.returncode == ExitCode.DONE, rank.stdout
+    ranks = fork_ranks(2, FAULTY_LAUNCHER, words)
+    assert tuple(rank.returncode for rank in ranks) == ends, [rank.stdout for rank in ranks]
 
 
 def test_bad_steps_and_a_kill_leave_no_trace_in_the_run(straight: Path, tmp_path: Path) -> None:
@@ -106,8 +106,9 @@ def test_bad_step_rolls_the_run_back_and_leaves_its_samples_out(tmp_path: Path) 
     assert [record["step"] for record in metrics_of(run)] == list(range(1, STEPS + 1))
     found = find_checkpoint(run)
     assert found.manifest["clock"] == {"images_seen": STEPS * BATCH, "steps": STEPS, "left_out": [[128, 96]]}
-    with run_with(killed, "nan_loss@1:6", "kill@0:14", settings=ROLL) as ranks:  # what was left out stays left out
-        assert ranks.codes() == [ExitCode.DONE] * 2, ranks.output
+    faults = ("--fault=nan_loss@1:6", "--fault=kill@0:14")
+    train_unsupervised(killed, *faults, *ROLL, ends=(-signal.SIGKILL, ExitCode.CRASH))
+    train_unsupervised(killed, *ROLL)  # what was left out stays left out
     assert_same_run(killed, run)
 
 
