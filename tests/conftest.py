@@ -5,12 +5,16 @@ leaves idle is used by another.
 """
 
 import gc
+import os
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
 WAITING = ("faults", "cases")  # folders of tests that mostly wait for processes, deadlines and polls
+
+THREADS = os.environ.get("OMP_NUM_THREADS")
 
 gc.disable()
 
@@ -23,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     computing = [file for file in files if file.parent.name not in WAITING]
     mixed = [file for pair in zip_longest(computing, waiting) for file in pair if file]
     items[:] = [item for file in mixed for item in files[file]]
+
+
+def pytest_runtest_teardown() -> None:
+    """A command that a test runs in this process may leave as many threads as there are cores. They would slow later tests."""
+    torch = sys.modules.get("torch")
+    if THREADS is not None and torch is not None and torch.get_num_threads() != int(THREADS):
+        torch.set_num_threads(int(THREADS))
 
 
 def pytest_collection_finish() -> None:

@@ -27,7 +27,8 @@ def run_command(action: Callable[[], int]) -> NoReturn:
 def status_of(action: Callable[[], int]) -> int:
     """Run a command and return its exit status, with all of its output written.
 
-    An unexpected error is printed with its traceback, and the status is 70, as for a rank that a supervisor watches. If the reader of the output leaves early (`| head`), the status does not change. If standard output cannot be written, the
+    An unexpected error is printed with its traceback, and the status is 70, as for a rank that a supervisor watches. If the
+    reader of the output leaves early (`| head`), the status does not change. If standard output cannot be written, the
     status is 74.
     """
     keep_output()
