@@ -29,7 +29,7 @@ class Checkpoint:
 
     name: str
     images_seen: int
-    step: float | None = None
+    step: int | None = None
     seconds: float | None = None
     bytes: int | None = None
     written: str | None = None
@@ -184,7 +184,7 @@ def _checkpoints(run: RunRecord) -> list[Checkpoint]:
         if match:
             step = event.get("step")
             number = int(match[1].removeprefix("images-"))
-            found[match[1]] = Checkpoint(match[1], number, step if is_number(step) else None, float(match[2]))
+            found[match[1]] = Checkpoint(match[1], number, int(step) if is_number(step) else None, float(match[2]))
     for folder in sorted((run.folder / "checkpoints").glob("images-*")):
         if not (folder / "manifest.json").is_file():
             run.missing.append(f"checkpoints/{folder.name}: no manifest")
