@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sdit.checked_files import parse_json
 from sdit.checkpoint.files import MANIFEST_DEPTH
+from sdit.checkpoint.find import Found, find_checkpoint
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import Found, find_checkpoint
 from sdit.clock import Clock
 from sdit.config import Config, load_config, parse_stored_config
 from sdit.contracts import Precision

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sdit.checkpoint.find import Found, find_checkpoint, list_aside, list_checkpoints
 from sdit.checkpoint.load import stored_config
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import CheckpointStore, Found, find_checkpoint, list_aside, list_checkpoints
+from sdit.checkpoint.store import CheckpointStore
 from sdit.clock import gamma_of
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm

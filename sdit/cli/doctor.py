@@ -28,6 +28,7 @@ from sdit.cli.process import command, status_of
 from sdit.doctor.checks import (
     GIB,
     Check,
+    Facts,
     Limits,
     as_report,
     as_table,
@@ -48,9 +49,6 @@ from sdit.supervise.endpoint import free_port
 
 if TYPE_CHECKING:
     from sdit.distributed.comm import Comm
-
-
-FactsOfRanks = Mapping[int, Mapping[str, Any]]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -98,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     return examine_fabric(info, options, checks, facts)
 
 
-def examine_facts(info: RankInfo, options: argparse.Namespace, facts: FactsOfRanks) -> list[Check]:
+def examine_facts(info: RankInfo, options: argparse.Namespace, facts: Facts) -> list[Check]:
     """Return the checks on what the ranks know about themselves, on rank 0; none on the others."""
     if info.rank:
         return []
@@ -107,7 +105,7 @@ def examine_facts(info: RankInfo, options: argparse.Namespace, facts: FactsOfRan
     return [attendance, *check_last_launch(options.run_dir), *check_facts(facts, limits)]
 
 
-def examine_fabric(info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: FactsOfRanks) -> int:
+def examine_fabric(info: RankInfo, options: argparse.Namespace, checks: list[Check], facts: Facts) -> int:
     """Make the process group that training will use, measure it, and report; return the exit code that rank 0 found."""
     import torch.distributed as dist  # slow to import: not for a rank that is missing
 
@@ -157,7 +155,7 @@ def report(
     info: RankInfo,
     options: argparse.Namespace,
     checks: list[Check],
-    facts: FactsOfRanks,
+    facts: Facts,
     fabric: Mapping[str, Any] | None,
 ) -> None:
     """Rank 0 prints the report, and every problem in a line of its own on stderr."""

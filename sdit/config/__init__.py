@@ -3,8 +3,8 @@
 Other packages of sdit import from this package, not from its modules.
 """
 
-# ruff: noqa: F401 (the imports are the public names)
-from sdit.config.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from sdit.config.deepspeed_file import read_deepspeed_json
+from sdit.config.deepspeed_json import merge_deepspeed
 from sdit.config.loading import (
     config_keys,
     config_manual,
@@ -39,3 +39,47 @@ from sdit.config.schema import (
     ValidationConfig,
 )
 from sdit.config.yaml_text import dump_yaml
+
+__all__ = [
+    "EXCHANGE_SPEEDS",
+    "MAX_SIGMA_REL",
+    "SIZES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "DtrConfig",
+    "EmaConfig",
+    "ExpertsConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PriorConfig",
+    "ResolvedRun",
+    "SampleConfig",
+    "SuperviseConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "check_trainable",
+    "config_keys",
+    "config_manual",
+    "describe_error",
+    "dump_config",
+    "dump_yaml",
+    "flatten",
+    "from this package",
+    "is_inside_null",
+    "is_path",
+    "largest_world",
+    "load_config",
+    "merge_deepspeed",
+    "not from its modules.",
+    "parse_config",
+    "parse_stored_config",
+    "read_deepspeed_json",
+    "read_yaml",
+    "resolve_run",
+    "shown",
+]

@@ -139,9 +139,8 @@ def _first_problem(error: ValidationError, schema: type[BaseModel]) -> tuple[str
     problem = error.errors()[0]
     location = [str(name) for name in problem["loc"] if not str(name).startswith(("function-", "lax-or-strict"))]
     keys = {key for key, _, _ in config_keys(schema)}
-    sections = {
-        key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)
-    }  # what is before each dot of a key
+    # A section is what is before a dot of a key.
+    sections = {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
     keys |= sections
     while location and ".".join(location) not in keys and problem["type"] != "extra_forbidden":
         location.pop()  # pydantic appends the union member that it tried

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sdit.checkpoint.store import Found
+from sdit.checkpoint.find import Found
 from sdit.config import Config, DataConfig
 from sdit.data.dataset import check_fit, is_tar_index, open_dataset
 from sdit.data.identity import DataIdentity, trained_classes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sdit.checkpoint.store import Found
+from sdit.checkpoint.find import Found
 from sdit.config import ResolvedRun, check_trainable
 from sdit.config.deepspeed_json import offloads_optimizer
 from sdit.diffusion import Objective, SamplerSettings, build_objective

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sdit.checkpoint.store import Found
+from sdit.checkpoint.find import Found
 from sdit.config import ResolvedRun
 from sdit.distributed.comm import Comm
 from sdit.errors import ConfigError

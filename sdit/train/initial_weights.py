@@ -11,8 +11,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sdit.checkpoint.find import list_checkpoints
 from sdit.checkpoint.load import load_model
-from sdit.checkpoint.store import list_checkpoints
 from sdit.config import TrainConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError, SditError

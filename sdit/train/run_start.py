@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdit.checkpoint.find import Found
 from sdit.checkpoint.space import check_space
-from sdit.checkpoint.store import CheckpointStore, Found
+from sdit.checkpoint.store import CheckpointStore
 from sdit.config import CheckpointConfig, Config, ResolvedRun
 from sdit.data.identity import trained_classes
 from sdit.distributed.comm import Comm

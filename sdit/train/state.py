@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 import sdit
+from sdit.checkpoint.find import Found
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import CheckpointStore, Found, Snapshot, restore
+from sdit.checkpoint.store import CheckpointStore, Snapshot, restore
 from sdit.clock import Clock, StepSpan
 from sdit.config import ResolvedRun
 from sdit.distributed.engine import Engine

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdit.checkpoint.find import Found
 from sdit.checkpoint.snapshots import SnapshotStore
-from sdit.checkpoint.store import Found
 from sdit.data.loader import Loader
 from sdit.supervise.run_folder import RunFolder
 from sdit.train.checkpoints import Checkpoints, Snapshots

@@ -16,8 +16,9 @@ import pytest
 
 from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import write_shard
+from sdit.checkpoint.find import list_checkpoints
 from sdit.checkpoint.space import check_space
-from sdit.checkpoint.store import CheckpointStore, list_checkpoints
+from sdit.checkpoint.store import CheckpointStore
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError

@@ -22,7 +22,8 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from sdit.checkpoint.files import write_manifest
-from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, list_checkpoints
+from sdit.checkpoint.find import find_checkpoint, list_checkpoints
+from sdit.checkpoint.store import CheckpointStore, Snapshot
 from sdit.config import CheckpointConfig, Config
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ExitCode

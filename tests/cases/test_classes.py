@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sdit import cli
 from sdit.checkpoint.files import read_manifest, write_manifest
+from sdit.checkpoint.find import find_checkpoint
 from sdit.checkpoint.load import load_trained
-from sdit.checkpoint.store import find_checkpoint
 from sdit.config import Config, load_config
 from sdit.errors import ConfigError, DataError, ExitCode
 from sdit.evaluate.generate import Generator

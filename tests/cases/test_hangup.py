@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.checkpoint.store import find_checkpoint
+from sdit.checkpoint.find import find_checkpoint
 from sdit.errors import ExitCode
 from sdit.observe.metrics_file import read_metrics
 from tests.distributed.harness import ROOT, rank_environments

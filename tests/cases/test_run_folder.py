@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdit.checkpoint.store import find_checkpoint
+from sdit.checkpoint.find import find_checkpoint
 from sdit.clock import Clock
 from sdit.config import load_config
 from sdit.errors import ExitCode

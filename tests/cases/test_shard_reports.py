@@ -13,10 +13,10 @@ import pytest
 
 from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import ShardRecord, shard_table, write_shard
+from sdit.checkpoint.find import find_checkpoint
 from sdit.checkpoint.saver import Saver
 from sdit.checkpoint.shard_reports import append_report, report_path, take_reports
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import find_checkpoint
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError
 from tests.cases.thread_ranks import ELEMENTS, node_ranks, node_store, on_ranks, save_all, snapshot

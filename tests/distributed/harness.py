@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from sdit.checkpoint.find import find_checkpoint
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import find_checkpoint
 from sdit.observe.metrics_file import read_metrics
 from tests.distributed.forks import fork_script
 from tests.stored_tensors import stored_tensor

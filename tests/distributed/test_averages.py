@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sdit.checkpoint.export import export_safetensors
+from sdit.checkpoint.find import find_checkpoint, list_checkpoints
 from sdit.checkpoint.load import load_model, load_trained
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.snapshots import choose_coefficients, find_averages
-from sdit.checkpoint.store import find_checkpoint, list_checkpoints
 from sdit.cli.ema import main as sdit_ema
 from sdit.clock import ema_decay, gamma_of
 from sdit.errors import CheckpointError, ConfigError, ExitCode

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from sdit.checkpoint.find import find_checkpoint
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import find_checkpoint
 from sdit.config import load_config, resolve_run
 from sdit.errors import ConfigError
 from sdit.topology import choose_expert_parallel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.checkpoint.store import find_checkpoint
+from sdit.checkpoint.find import find_checkpoint
 from sdit.config import load_config, resolve_run
 from sdit.planner.hardware import write_hardware
 from tests.distributed.harness import ROOT, case, fork_ranks, numbers_of, train_together

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from sdit.checkpoint.find import find_checkpoint
 from sdit.checkpoint.shard_set import ShardSet
-from sdit.checkpoint.store import find_checkpoint
 from tests.distributed.harness import case, fork_ranks, train_together
 from tests.stored_tensors import stored_tensor
 

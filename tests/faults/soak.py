@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from sdit.checkpoint.store import list_checkpoints
+from sdit.checkpoint.find import list_checkpoints
 from sdit.errors import ExitCode
 from tests.distributed.harness import numbers_of, tensors_of
 from tests.faults.ranks import Ranks, is_gone, start_real

@@ -16,10 +16,11 @@ import torch
 from safetensors.numpy import load_file
 
 from sdit.checkpoint.files import write_shard
+from sdit.checkpoint.find import list_checkpoints
 from sdit.checkpoint.saver import MAX_FAILURES, Saver
 from sdit.checkpoint.shard_set import ShardSet
 from sdit.checkpoint.space import check_space
-from sdit.checkpoint.store import CheckpointStore, Snapshot, list_checkpoints
+from sdit.checkpoint.store import CheckpointStore, Snapshot
 from sdit.config import CheckpointConfig
 from sdit.distributed.comm import Comm
 from sdit.errors import CheckpointError, ConfigError

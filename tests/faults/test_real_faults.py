@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdit.checkpoint.store import find_checkpoint
+from sdit.checkpoint.find import find_checkpoint
 from sdit.data.encoders import png_encoder
 from sdit.data.prepare import prepare
 from sdit.data.sources import digits_source

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdit.checkpoint.store import find_checkpoint
+from sdit.checkpoint.find import find_checkpoint
 from sdit.cli.prepare import main as prepare
 from sdit.errors import ExitCode
 from tests.distributed.harness import ROOT, case, metrics_of, train_together

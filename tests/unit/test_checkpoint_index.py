@@ -20,11 +20,12 @@ import torch
 
 from sdit.checkpoint import store as store_module
 from sdit.checkpoint.files import FORMAT, NODE_FORMAT, ShardPlace, read_manifest, shard_size, write_manifest
+from sdit.checkpoint.find import find_checkpoint, verify_share
 from sdit.checkpoint.index import ShardIndex, ShardTable
 from sdit.checkpoint.load import load_model
 from sdit.checkpoint.node_files import nodes_of, places_of
 from sdit.checkpoint.shard_set import MAX_OPEN_FILES, ShardSet
-from sdit.checkpoint.store import CheckpointStore, Snapshot, find_checkpoint, restore, verify_share
+from sdit.checkpoint.store import CheckpointStore, Snapshot, restore
 from sdit.config import CheckpointConfig, load_config
 from sdit.distributed.comm import Comm
 from sdit.distributed.shards import Shard
